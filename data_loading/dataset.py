@@ -1,0 +1,208 @@
+"""The preprocessed folder: `case_x.npy`, `case_y.npy` and `dataset.json`, the only interface to training.
+
+A folder that the MLPerf reference wrote has no `dataset.json`; it opens as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_loading.preprocessing import Boxes, Transform, foreground_boxes
+from data_loading.spec import KITS19, DatasetSpec
+from errors import UserError
+
+INDEX_NAME = "dataset.json"
+# Raised when a reader of the older format would go wrong.
+INDEX_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What `dataset.json` keeps of a case.
+
+    Attributes:
+        transform: the way from the scan's grid, None in a folder that the reference wrote.
+        boxes: foreground components' boxes per class.
+        digests: MD5 of the files "x" and "y" (MLPerf publishes MD5s, so we keep the same).
+        source_stamp: size and modification time of the raw files; a changed source is preprocessed again.
+        statistics: mean and deviation of the preprocessed image.
+    """
+
+    transform: Transform | None
+    boxes: Boxes
+    digests: dict[str, str]
+    source_stamp: list[list[int]]
+    statistics: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "transform": self.transform.to_json() if self.transform else None,
+            "boxes": {str(value): boxes for value, boxes in self.boxes.items()},
+            "digests": self.digests,
+            "source_stamp": self.source_stamp,
+            "statistics": self.statistics,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> CaseRecord:
+        return cls(
+            Transform.from_json(record["transform"]) if record["transform"] else None,
+            {int(value): [tuple(box) for box in boxes] for value, boxes in record["boxes"].items()},
+            record["digests"],
+            record["source_stamp"],
+            record["statistics"],
+        )
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """A preprocessed folder's contents: spec, split by subset name, and a record per case."""
+
+    spec: DatasetSpec
+    split: dict[str, list[str]]
+    cases: dict[str, CaseRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": INDEX_FORMAT,
+            "spec": self.spec.to_json(),
+            "split": self.split,
+            "cases": {case: record.to_json() for case, record in sorted(self.cases.items())},
+        }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically: a reader, or a run interrupted here, finds the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_index(path: Path) -> DatasetIndex:
+    """Reads a `dataset.json`. Raises UserError when it is damaged or of another format."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format") != INDEX_FORMAT:
+            raise UserError(f"{path}: format {content.get('format')!r}, expected {INDEX_FORMAT}; preprocess again")
+        spec = DatasetSpec.from_json(content["spec"])
+        split = {str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()}
+        cases = {case: CaseRecord.from_json(record) for case, record in content["cases"].items()}
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); preprocess again") from None
+    listed = [case for subset in split.values() for case in subset]
+    if len(set(listed)) != len(listed) or not set(listed) <= set(cases):
+        raise UserError(f"{path}: the split names a case twice or one that is not there; preprocess again")
+    if unsafe := [case for case in cases if not is_safe_case_id(case)]:
+        raise UserError(f"{path}: {unsafe[0]!r} is not a case id; preprocess again")
+    return DatasetIndex(spec, split, cases)
+
+
+def is_safe_case_id(case: str) -> bool:
+    """A case id becomes part of a file name: it must stay inside the folder."""
+    return bool(case) and not case.startswith(".") and not any(sign in case for sign in "/\\\0")
+
+
+def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, dict[str, list[str]]]:
+    """Spec and split of a preprocessed folder, from its index or its file names: no volume is touched.
+
+    Args:
+        data_dir: the preprocessed folder.
+        evaluation_ids: MLPerf's evaluation ids ("00000", …), for a folder that the reference wrote.
+
+    Raises:
+        UserError: not a preprocessed folder; the message names the one that was meant, where one is near.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir}: no such folder")
+    if (data_dir / INDEX_NAME).is_file():
+        index = read_index(data_dir / INDEX_NAME)
+        return index.spec, index.split
+    cases = sorted(path.name.removesuffix("_x.npy") for path in data_dir.glob("case_*_x.npy"))
+    if not cases:
+        raise UserError(f"--data_dir {data_dir}: no preprocessed cases in it{_hint(data_dir)}")
+    held_out = {f"case_{case_id}" for case_id in evaluation_ids}
+    split = {
+        "train": [case for case in cases if case not in held_out],
+        "evaluation": [case for case in cases if case in held_out],
+    }
+    return KITS19, split
+
+
+def _hint(data_dir: Path) -> str:
+    """Which folder was meant, when it lies one level off, or what to run first."""
+
+    def is_preprocessed(folder: Path) -> bool:
+        return (folder / INDEX_NAME).is_file() or next(folder.glob("*_x.npy"), None) is not None
+
+    try:
+        below = [child for child in sorted(data_dir.iterdir()) if child.is_dir() and is_preprocessed(child)]
+        if below:
+            return f"; did you mean {below[0]}?"
+        if is_preprocessed(data_dir.resolve().parent):
+            return f"; did you mean {data_dir.resolve().parent}?"
+        if next(data_dir.glob("case_*/imaging.nii.gz"), None) or (data_dir / "imagesTr").is_dir():
+            return "; these are raw scans, run preprocess_dataset.py on them first"
+    except OSError:
+        pass
+    return "; run preprocess_dataset.py first and give its --results_dir"
+
+
+def file_of(data_dir: Path, case: str, kind: str) -> Path:
+    """The file of a case: kind "x" is the image, "y" the label."""
+    return data_dir / f"{case}_{kind}.npy"
+
+
+def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    """Memory-maps a (C, D, H, W) array: only what is read of it is loaded.
+
+    Raises:
+        UserError: missing, damaged, or of another type or number of axes.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; run preprocess_dataset.py again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); run preprocess_dataset.py --mode verify, then again") from None
+    if array.dtype != dtype or array.ndim != 4:
+        raise UserError(f"{path}: expected 4 axes of {np.dtype(dtype)}, found {array.ndim} of {array.dtype}")
+    return array
+
+
+def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes]:
+    """Every case's foreground boxes, from `dataset.json` or, in a reference folder, from its labels."""
+    if (data_dir / INDEX_NAME).is_file():
+        records = read_index(data_dir / INDEX_NAME).cases
+        return [records[case].boxes for case in cases]
+    progress = tqdm(cases, desc="foreground boxes", unit="case", disable=None)
+    labels = (np.asarray(map_array(file_of(data_dir, case, "y"), np.uint8)) for case in progress)
+    return [foreground_boxes(label, classes) for label in labels]
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

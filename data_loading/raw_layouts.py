@@ -1,0 +1,132 @@
+"""Raw layouts: how a data set lies on disk before preprocessing, and which of its cases are for evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_loading.dataset import is_safe_case_id
+from data_loading.sampling import split_cases
+from data_loading.spec import KITS19, DatasetSpec
+from errors import UserError
+
+# KiTS19 publishes masks for 210 patients; later ids have none.
+LABELLED_KITS19_CASES = 210
+# The Decathlon has no split of its own.
+MSD_EVALUATION_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class RawCase:
+    """One patient's files before preprocessing."""
+
+    case: str
+    image: Path
+    label: Path
+
+    def stamp(self) -> list[list[int]]:
+        """Size and modification time (ns) of both files, to notice a changed source."""
+        return [[status.st_size, status.st_mtime_ns] for status in (self.image.stat(), self.label.stat())]
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A raw data set, ready to be preprocessed; `split` maps "train" and "evaluation" to case ids."""
+
+    spec: DatasetSpec
+    cases: list[RawCase]
+    split: dict[str, list[str]]
+
+
+def read_kits19(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDataset:
+    """`DATA_DIR/case_00000/{imaging,segmentation}.nii.gz`; the split is MLPerf's list, so `seed` changes nothing.
+
+    Raises:
+        UserError: no such folder, no cases in it, or an image without its mask.
+    """
+    cases = []
+    for folder in sorted(data_dir.glob("case_*")):
+        number = folder.name.removeprefix("case_")
+        if not folder.is_dir() or not number.isdigit() or int(number) >= LABELLED_KITS19_CASES:
+            continue
+        cases.append(_pair(folder.name, folder / "imaging.nii.gz", folder / "segmentation.nii.gz"))
+    if not cases:
+        raise UserError(f"--data_dir {data_dir}: no case_00000 … in it{_kits19_hint(data_dir)}")
+    held_out = {f"case_{case_id}" for case_id in evaluation_ids}
+    split = {
+        "train": [raw.case for raw in cases if raw.case not in held_out],
+        "evaluation": [raw.case for raw in cases if raw.case in held_out],
+    }
+    return RawDataset(KITS19, cases, split)
+
+
+def _kits19_hint(data_dir: Path) -> str:
+    if (data_dir / "imaging.nii.gz").exists():
+        return f"; did you mean its parent {data_dir.resolve().parent}?"
+    for child in sorted(path for path in data_dir.iterdir() if path.is_dir()):
+        if next(child.glob("case_*"), None):
+            return f"; did you mean {child}?"
+    if (data_dir / "dataset.json").exists() and (data_dir / "imagesTr").is_dir():
+        return "; it has the Decathlon's layout, use --dataset msd"
+    return "; give the folder that holds case_00000/imaging.nii.gz and case_00000/segmentation.nii.gz"
+
+
+def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDataset:
+    """The Medical Segmentation Decathlon: `imagesTr`, `labelsTr` and a `dataset.json` that lists them.
+
+    Normalised per scan, kept at its own spacing, split 80/20 by `seed`, scored on whole volumes.
+
+    Raises:
+        UserError: no or a damaged `dataset.json`, no cases, files missing, or paths that leave the folder.
+    """
+    index = data_dir / "dataset.json"
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        labels = {int(value): str(name) for value, name in content["labels"].items()}
+        pairs = [(str(entry["image"]), str(entry["label"])) for entry in content["training"]]
+        modalities = len(content["modality"])
+        name = str(content.get("name", data_dir.name)).lower()
+    except FileNotFoundError:
+        raise UserError(f"--data_dir {data_dir}: no dataset.json in it{_msd_hint(data_dir)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a Decathlon dataset.json ({error!r})") from None
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise UserError(f"{index}: labels must be numbered 0, 1, …, found {sorted(labels)}")
+    cases = []
+    for image, label in sorted(pairs):
+        case = Path(image).name.removesuffix(".gz").removesuffix(".nii")
+        if not is_safe_case_id(case) or ".." in Path(image).parts or ".." in Path(label).parts:
+            raise UserError(f"{index}: {image!r} leaves the data folder")
+        cases.append(_pair(case, data_dir / image, data_dir / label))
+    names = [raw.case for raw in cases]
+    if len(set(names)) != len(names):
+        raise UserError(f"{index}: lists a case twice")
+    training, evaluation = split_cases(names, MSD_EVALUATION_SHARE, seed)
+    spec = DatasetSpec(name=name, classes=tuple(labels[value] for value in range(len(labels))), channels=modalities)
+    return RawDataset(spec, cases, {"train": training, "evaluation": evaluation})
+
+
+def _msd_hint(data_dir: Path) -> str:
+    for child in sorted(path for path in data_dir.glob("*") if path.is_dir()):
+        if (child / "dataset.json").exists():
+            return f"; did you mean {child}?"
+    if (data_dir.resolve().parent / "dataset.json").exists():
+        return f"; did you mean {data_dir.resolve().parent}?"
+    if next(data_dir.glob("case_*/imaging.nii.gz"), None):
+        return "; it has KiTS19's layout, use --dataset kits19"
+    return "; give the folder of one Decathlon task"
+
+
+def _pair(case: str, image: Path, label: Path) -> RawCase:
+    if not image.exists() or not label.exists():
+        missing, present = (image, label) if not image.exists() else (label, image)
+        what = "mask" if missing is label else "image"
+        beside = f" beside {present.name}" if present.exists() else ""
+        raise UserError(f"{case}: its {what} {missing} is missing{beside}; fetch it or remove the case")
+    return RawCase(case, image, label)
+
+
+RawReader = Callable[[Path, Sequence[str], int], RawDataset]
+RAW_LAYOUTS: dict[str, RawReader] = {"kits19": read_kits19, "msd": read_msd}

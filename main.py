@@ -1,0 +1,179 @@
+"""MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, or evaluates a checkpoint.
+
+    python3 main.py --data_dir DATA --amp --epochs 4000 --log_dir LOGS --save_ckpt_path LOGS/checkpoint.pth
+    torchrun --nproc_per_node 8 main.py @recipes/kits19_one_node.args --data_dir DATA --log_dir LOGS
+    python3 main.py --exec_mode evaluate --data_dir DATA --load_ckpt_path LOGS/checkpoint.pth
+
+This file wires the rooms; what happens in a run reads from top to bottom in `train_network`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from data_loading.dataset import peek
+from data_loading.loader import LoaderSettings, load_evaluation_case, make_training_loader, synthetic_cases
+from data_loading.sampling import batches_per_epoch
+from data_loading.spec import KITS19, DatasetSpec
+from errors import UserError, run_program
+from model.losses import DiceCELoss
+from model.networks import build_network, check_window
+from runtime import checkpoint as checkpoints
+from runtime import events, trackers
+from runtime.arguments import RunConfig, parse_arguments, with_checkpoint_network
+from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, SaveCheckpoint, TargetReached
+from runtime.console import ConsoleTracker, EvaluationTracker
+from runtime.distributed import World
+from runtime.division import choose_division, departures
+from runtime.environment import describe_environment, platform_name
+from runtime.evaluation import Scoring, evaluate
+from runtime.optim import learning_rate, make_optimizer
+from runtime.precision import Precision, choose_precision
+from runtime.seeding import Seeds, draw_seeds, seed_process
+from runtime.training import StepSettings, TrainState, make_schedule, place, train
+
+EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
+# run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
+CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, given = parse_arguments(argv)
+    world = World.join(config.local_rank)
+    try:
+        if config.exec_mode == "evaluate" and config.load_ckpt_path:
+            evaluate_checkpoint(config.load_ckpt_path, config, given, world)
+        else:
+            train_network(config, world)
+    finally:
+        world.leave()
+    return 0
+
+
+def train_network(config: RunConfig, world: World) -> None:
+    """A whole run, from the command line to the last line of the log."""
+    loaded = checkpoints.load(config.load_ckpt_path) if config.load_ckpt_path else None
+    spec, split = open_split(config)
+    training, evaluation = split["train"], split["evaluation"]
+    batches = batches_per_epoch(len(training), config.batch_size, world.size)
+    samples_per_epoch = batches * config.batch_size * world.size
+    schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
+    if config.benchmark or not evaluation:
+        schedule = dataclasses.replace(schedule, first_evaluation=None)
+    schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
+    reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
+    division = choose_division(config.division, reasons)
+    seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
+    precision = choose_precision(config.amp, config.amp_dtype, world.device)
+
+    announce = make_announcer(config, seeds, world)
+    were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
+    announce(events.InitStarted(config, describe_environment(world.device, world.size), were_cleared))
+    seed_process(seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
+    state = build_state(config, spec, precision, world)
+    if loaded:
+        checkpoints.restore(state, loaded)
+    seed_process(seeds.ranks[world.rank], config.cudnn_deterministic, config.cudnn_benchmark)
+    announce.state = state
+    platform = config.submission_platform or platform_name(world.device, world.size)
+    tensors = trackers.tensor_names(state.network)
+    notes = [note for note in (precision.note, "" if config.benchmark else schedule.note()) if note]
+    announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
+                                samples_per_epoch, notes))  # fmt: skip
+    world.barrier()
+    announce(events.RunStarted())
+
+    loader = make_training_loader(
+        config.loader, config.data_dir, training, spec,
+        LoaderSettings(config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank,
+                       world.size, seeds.order, seeds.samples, pin_memory=world.device.type == "cuda"),
+    )  # fmt: skip
+    announce(events.DataOpened(len(training), len(evaluation), samples_per_epoch,
+                               config.batch_size * world.size * config.ga_steps, config.ga_steps,
+                               list(spec.classes)))  # fmt: skip
+    loss = DiceCELoss(config.include_background)
+    rate = partial(
+        learning_rate, base=config.learning_rate, initial=config.init_learning_rate,
+        warmup_epochs=config.lr_warmup_epochs, decay_epochs=config.lr_decay_epochs, decay_factor=config.lr_decay_factor,
+    )  # fmt: skip
+    load_case = partial(load_evaluation_case, config.data_dir)
+    score = partial(
+        evaluate, network=state.network, loss=loss, cases=evaluation, load_case=load_case,
+        scoring=make_scoring(config, spec), precision=precision, world=world, emit=announce,
+    )  # fmt: skip
+    settings = StepSettings(loss, precision, config.ga_steps, config.layout)
+    train(state, loader, schedule, rate, settings, score, world, announce)
+
+
+def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], world: World) -> None:
+    """Scores a checkpoint's best network and prints a `name value` line each."""
+    loaded = checkpoints.load(path)
+    config = with_checkpoint_network(config, given, loaded.config)
+    spec, split = open_split(config)
+    if not split["evaluation"]:
+        raise UserError(f"--data_dir {config.data_dir}: its split has no evaluation cases")
+    precision = choose_precision(config.amp, config.amp_dtype, world.device)
+    seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
+    network = build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+    check_window(network, config.val_input_shape, "--val_input_shape")
+    checkpoints.load_network(network, loaded.best, loaded.path)
+    place(network, world.device, config.layout)
+    emit = Announcer([], [EvaluationTracker(config.verbose)] if world.is_main else [])
+    emit(evaluate(
+        loaded.best_epoch, network, DiceCELoss(config.include_background), split["evaluation"],
+        partial(load_evaluation_case, config.data_dir), make_scoring(config, spec), precision, world, emit,
+    ))  # fmt: skip
+
+
+def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
+    """The data set's constants and case ids; volumes stay closed until the clock runs."""
+    if config.loader == "synthetic" and config.exec_mode == "train":
+        return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
+    return peek(config.data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split())
+
+
+def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, world: World) -> TrainState:
+    """Network, optimizer and scaler, as they stand before the first step."""
+    network = build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+    check_window(network, config.input_shape, "--input_shape")
+    check_window(network, config.val_input_shape, "--val_input_shape")
+    place(network, world.device, config.layout)
+    optimizer = make_optimizer(
+        config.optimizer, network.parameters(), config.learning_rate, config.momentum, config.lamb_betas,
+        config.weight_decay,
+    )  # fmt: skip
+    return TrainState(network, world.wrap(network), optimizer, precision.make_scaler())
+
+
+def make_scoring(config: RunConfig, spec: DatasetSpec) -> Scoring:
+    return Scoring(
+        config.val_input_shape, config.overlap, len(spec.classes), spec.padding_value, spec.crops_remainder
+    )  # fmt: skip
+
+
+def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
+    """Who hears of this run's events: callbacks on every rank, trackers on rank 0 alone."""
+    callbacks: list[Callback] = [TargetReached(config.quality_threshold), Diverged(), KeepBest()]
+    if not world.is_main:
+        return Announcer(callbacks, [])
+    if config.save_ckpt_path:
+        save = partial(checkpoints.save, config.save_ckpt_path, config=config.to_json(), seed=seeds.master)
+        callbacks.append(SaveCheckpoint(save))
+    trackers.rotate_logs(config.log_dir)
+    watching: list[events.Tracker] = [
+        trackers.MLPerfTracker(config.log_dir),
+        trackers.JsonLinesTracker(config.log_dir),
+        trackers.RunFileTracker(config.log_dir),
+        ConsoleTracker(config.verbose, config.epochs),
+    ]
+    if config.benchmark:
+        watching.append(trackers.ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+    return Announcer(callbacks, watching)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, "main.py"))

@@ -1,0 +1,245 @@
+"""RunConfig <-> the command line. `@FILE` anywhere reads arguments from a file: one flag a line, # comments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from errors import UserError
+
+SEED_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every flag of `main.py`, under its own name; what each means stands in `make_parser`."""
+
+    data_dir: Path
+    log_dir: Path
+    save_ckpt_path: Path | None
+    load_ckpt_path: Path | None
+    loader: str
+    local_rank: int
+    exec_mode: str
+    batch_size: int
+    ga_steps: int
+    epochs: int
+    evaluate_every: int | None
+    start_eval_at: int | None
+    quality_threshold: float
+    layout: str
+    input_shape: tuple[int, int, int]
+    val_input_shape: tuple[int, int, int]
+    seed: int
+    num_workers: int
+    benchmark: bool
+    warmup_steps: int
+    amp: bool
+    amp_dtype: str
+    optimizer: str
+    learning_rate: float
+    momentum: float
+    init_learning_rate: float
+    lr_warmup_epochs: int
+    lr_decay_epochs: tuple[int, ...]
+    lr_decay_factor: float
+    lamb_betas: tuple[float, float]
+    weight_decay: float
+    model: str
+    normalization: str
+    activation: str
+    include_background: bool
+    verbose: bool
+    oversampling: float
+    overlap: float
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    division: str
+    submission_org: str
+    submission_platform: str | None
+    submission_status: str
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+# What belongs to a trained network rather than to a run: `--exec_mode evaluate` takes these from the checkpoint
+# unless they are given, so that the score is the one that training saw.
+NETWORK_FLAGS = (
+    "model", "normalization", "activation", "include_background", "layout", "val_input_shape", "overlap", "amp",
+    "amp_dtype",
+)  # fmt: skip
+
+
+def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: dict[str, Any]) -> RunConfig:
+    """The configuration with a checkpoint's `NETWORK_FLAGS`, but for those given on the command line."""
+    taken: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
+    return replace(config, **taken)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reads `@FILE` with # comments, and tells a mistake in one line instead of a page of usage."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise UserError(f"an argument file has a line {arg_line!r} with {error}") from None
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (main.py --help lists the flags)")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, frozenset[str]]:
+    """The command line as a RunConfig, and the names of the flags that were given on it.
+
+    Raises:
+        UserError: an unknown flag, a bad value, or flags that contradict each other.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    values = vars(parser.parse_args(arguments))
+    for action in parser._actions:  # the second pass: without defaults, only what was given remains
+        action.default = argparse.SUPPRESS
+    given = frozenset(vars(parser.parse_args(arguments)))
+    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas"):
+        values[name] = tuple(values[name])
+    if values["data_dir"] is None:
+        if values["loader"] != "synthetic" or values["exec_mode"] == "evaluate":
+            raise UserError("--data_dir is required: the folder that preprocess_dataset.py wrote")
+        values["data_dir"] = Path("synthetic")
+    config = RunConfig(**values)
+    _check(config, given)
+    return config, given
+
+
+def _check(config: RunConfig, given: frozenset[str]) -> None:
+    """Refuses flags that contradict each other."""
+    if config.exec_mode == "evaluate" and config.load_ckpt_path is None:
+        raise UserError("--exec_mode evaluate needs --load_ckpt_path, the checkpoint to evaluate")
+    if config.exec_mode == "evaluate" and config.benchmark:
+        raise UserError("--benchmark times training; it does not go with --exec_mode evaluate")
+    if "amp_dtype" in given and config.amp_dtype != "auto" and not config.amp:
+        raise UserError(f"--amp_dtype {config.amp_dtype} does nothing without --amp; add --amp or drop it")
+    if "lamb_betas" in given and config.optimizer != "lamb":
+        raise UserError(f"--lamb_betas is of --optimizer lamb, not of {config.optimizer}")
+    if config.lr_decay_epochs and list(config.lr_decay_epochs) != sorted(set(config.lr_decay_epochs)):
+        raise UserError("--lr_decay_epochs must rise from one to the next")
+    if config.cudnn_benchmark and config.cudnn_deterministic:
+        raise UserError("--cudnn_benchmark picks algorithms by time, --cudnn_deterministic forbids that; choose one")
+    if not config.overlap < 1:
+        raise UserError(f"--overlap {config.overlap:g}: windows must advance; use a value below 1 (MLPerf: 0.5)")
+    path = config.save_ckpt_path
+    if path is not None and path.is_dir():
+        raise UserError(f"--save_ckpt_path {path} is a folder; give a file, such as {path / 'checkpoint.pth'}")
+    if path is not None and not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"--save_ckpt_path {path}: its folder does not exist or cannot be written; make it first")
+
+
+def _number(kind: type, low: float, high: float = float("inf"), exclusive: bool = False) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind ({kind.__name__})") from None
+        if not (low < value < high if exclusive else low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}{' (exclusive)' * exclusive}")
+        return value
+
+    return convert
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: every flag with its meaning and its default."""
+    parser = _Parser(
+        prog="main.py", fromfile_prefix_chars="@", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    _add_io(parser.add_argument_group("input and output"))
+    _add_run(parser.add_argument_group("run"))
+    _add_optimizer(parser.add_argument_group("optimizer"))
+    _add_network(parser.add_argument_group("network and the rest"))
+    return parser
+
+
+def _add_io(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data_dir", type=Path, help="preprocessed volumes (required, but for --loader synthetic)")
+    add("--log_dir", type=Path, default=Path("/tmp"), help="unet3d.log (MLPerf), log.jsonl, run.json")
+    add("--save_ckpt_path", type=Path, help="where to keep the last and the best state, in one file")
+    add("--load_ckpt_path", type=Path, help="train: go on from its last state; evaluate: score its best")
+    add("--loader", default="pytorch", help="pytorch, or synthetic (random volumes, no disk)")
+    add(
+        "--local_rank", type=_number(int, 0), default=int(os.environ.get("LOCAL_RANK", 0)),
+        help="this process's GPU on its machine (torchrun sets LOCAL_RANK)",
+    )  # fmt: skip
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--exec_mode", choices=("train", "evaluate"), default="train", help="what to do")
+    add("--batch_size", type=_number(int, 1), default=2, help="samples a rank and micro-batch")
+    add("--ga_steps", type=_number(int, 1), default=1, help="micro-batches accumulated to one step")
+    add("--epochs", type=_number(int, 1), default=1, help="at most so many epochs")
+    add(
+        "--evaluate_every", "--eval_every", type=_number(int, 1),
+        help="epochs from one evaluation to the next (None: 20 of 168 samples, by MLPerf's rule)",
+    )  # fmt: skip
+    add("--start_eval_at", type=_number(int, 1), help="first epoch with an evaluation (None: 1000 of 168 samples)")
+    add("--quality_threshold", type=_number(float, 0, 1), default=0.908, help="mean Dice that ends the run")
+    add("--layout", choices=("NCDHW", "NDHWC"), default="NCDHW", help="NDHWC: channels-last memory, same numbers")
+    shape = {"type": _number(int, 1), "nargs": 3, "metavar": ("D", "H", "W"), "default": (128, 128, 128)}
+    add("--input_shape", **shape, help="voxels of a training crop")
+    add("--val_input_shape", **shape, help="voxels of an evaluation window")
+    add("--seed", type=_number(int, -1, SEED_LIMIT - 1), default=-1, help="master seed; -1: from the operating system")
+    add("--num_workers", type=_number(int, 0), default=8, help="loader processes a rank")
+    add("--benchmark", action="store_true", help="time every iteration, evaluate nothing, report samples/s and latency")
+    add("--warmup_steps", type=_number(int, 0), default=200, help="iterations before --benchmark's clock starts")
+    add("--amp", action="store_true", help="16-bit arithmetic where it is safe, loss and statistics in fp32")
+    add(
+        "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where the device computes in it, else fp16 with a loss scaler (on a CPU: else fp32)",
+    )  # fmt: skip
+
+
+def _add_optimizer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--optimizer", choices=("sgd", "adam", "lamb"), default="sgd", help="sgd is Nesterov's")
+    add("--learning_rate", type=_number(float, 0), default=1.0, help="after warm-up")
+    add("--momentum", type=_number(float, 0, 1), default=0.9, help="of sgd")
+    add("--init_learning_rate", type=_number(float, 0), default=1e-4, help="where warm-up starts")
+    add("--lr_warmup_epochs", type=_number(int, 0), default=0, help="epochs of linear warm-up")
+    add("--lr_decay_epochs", type=_number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
+    add("--lr_decay_factor", type=_number(float, 0), default=1.0, help="what each decay multiplies the rate with")
+    add("--lamb_betas", type=_number(float, 0, 1), nargs=2, default=(0.9, 0.999), help="of lamb")
+    add("--weight_decay", type=_number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", default="unet3d", help="network spec, such as 'unet3d(filters=(16,32,64,128))'")
+    add("--normalization", choices=("instancenorm", "batchnorm"), default="instancenorm", help="of unet3d")
+    add("--activation", choices=("relu", "leaky_relu"), default="relu", help="of unet3d; leaky_relu: slope 0.01")
+    add("--include_background", action="store_true", help="class 0 counts in the Dice term of the loss")
+    add(
+        "--verbose", "-v", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
+        help="progress bars and a line an epoch (default: on a terminal)",
+    )  # fmt: skip
+    add("--oversampling", type=_number(float, 0, 1), default=0.4, help="share of crops around the foreground")
+    add("--overlap", type=_number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
+    add("--cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")
+    add("--cudnn_deterministic", action="store_true", help="the same bits from the same run on a GPU")
+    add(
+        "--division", choices=("auto", "closed", "open"), default="auto",
+        help="MLPerf division; auto: closed where nothing departs from its rules, else open, with the reasons logged",
+    )  # fmt: skip
+    add("--submission_org", default="SUBMISSION_ORG_PLACEHOLDER", help="who submits")
+    add("--submission_platform", help="on what (None: the devices' own name)")
+    add("--submission_status", choices=("onprem", "cloud", "preview", "research"), default="onprem", help="MLPerf's")

@@ -1,0 +1,153 @@
+"""What happens in a run, as dataclasses. Metrics inside an event are already global: every rank decides alike.
+
+Only `InitStarted` carries the whole configuration; the order of the events is the order of MLPerf's log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from runtime.arguments import RunConfig
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; `kind` in the JSON lines is the class's name."""
+
+
+@dataclass(frozen=True)
+class InitStarted(Event):
+    """Before the network is built."""
+
+    config: RunConfig
+    environment: dict[str, Any]
+    caches_were_cleared: bool
+
+
+@dataclass(frozen=True)
+class InitStopped(Event):
+    """Network, optimizer and warm-up are ready; no training data has been touched.
+
+    Attributes:
+        seeds: by purpose.
+        division: "closed" or "open", with the reasons for "open".
+        platform: what it runs on.
+        tensors: parameter-holding modules' names, in the network's order, for `weights_initialization`.
+        samples_per_epoch: over all ranks.
+        notes: what the user may not expect, a line each.
+    """
+
+    config: RunConfig
+    seeds: dict[str, Any]
+    division: str
+    reasons: list[str]
+    platform: str
+    tensors: list[str]
+    samples_per_epoch: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """The clock starts: comes before the first look at the data."""
+
+
+@dataclass(frozen=True)
+class DataOpened(Event):
+    train_samples: int
+    eval_samples: int
+    samples_per_epoch: int
+    global_batch_size: int
+    gradient_accumulation_steps: int
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class BlockStarted(Event):
+    """A block: the epochs up to and with the next evaluation."""
+
+    first_epoch: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class EpochStarted(Event):
+    epoch: int
+    learning_rate: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class BatchDone(Event):
+    """One iteration of this rank. Carries no loss: reading it would make the host wait for the device."""
+
+    epoch: int
+    batch: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class EpochStopped(Event):
+    """`loss` is the mean over all ranks and batches, `seconds` this rank's."""
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationStarted(Event):
+    epoch: int
+    cases: int
+
+
+@dataclass(frozen=True)
+class CaseEvaluated(Event):
+    """One case of this rank is done."""
+
+    epoch: int
+    case: str
+
+
+@dataclass(frozen=True)
+class EvaluationStopped(Event):
+    """Scores over all cases and ranks.
+
+    Attributes:
+        dice: mean Dice of each foreground class, in the classes' order.
+        mean_dice: mean of `dice`.
+        loss: mean loss of the sliding-window logits.
+        per_case: {case: Dice of each foreground class}.
+    """
+
+    epoch: int
+    mean_dice: float
+    dice: list[float]
+    loss: float
+    seconds: float
+    per_case: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockStopped(Event):
+    first_epoch: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class RunStopped(Event):
+    """`status` is "success" or "aborted", `reason` says why."""
+
+    status: str
+    reason: str
+    epoch: int
+    seconds: float
+
+
+class Tracker(Protocol):
+    """Watches a run, on rank 0 alone. Returns nothing, so no tracker can change a run."""
+
+    def on(self, event: Event) -> None: ...

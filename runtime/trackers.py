@@ -1,0 +1,249 @@
+"""Trackers only watch: the MLPerf log, JSON lines, throughput, and the console. Rank 0 alone has any."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mlperf_logging.mllog.mllog import MLLogger
+
+from errors import UserError
+from runtime import events as ev
+
+LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json")
+
+
+def rotate_logs(log_dir: Path) -> None:
+    """Makes the log folder and keeps an earlier run's files under the next free number (unet3d.1.log, …).
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(log_dir, os.W_OK):
+            raise PermissionError(13, "permission denied")
+        present = [log_dir / name for name in LOG_NAMES if (log_dir / name).exists()]
+        number = 1
+        while any(_numbered(path, number).exists() for path in (log_dir / name for name in LOG_NAMES)):
+            number += 1
+        for path in present:
+            path.rename(_numbered(path, number))
+    except OSError as error:
+        raise UserError(f"--log_dir {log_dir}: cannot be written: {error.strerror or error}") from None
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+class MLPerfTracker:
+    """`LOG_DIR/unet3d.log`: MLPerf's log, keys in the reference's order.
+
+    Epochs are logged in samples (`epoch_num` = epoch x samples an epoch), as the rules demand from ruleset 3.1.0 on
+    and the reference convergence points of 4.0.0 are given in; `epoch` beside it is the plain number.
+    """
+
+    def __init__(self, log_dir: Path) -> None:
+        logger = logging.Logger("unet3d.mlperf")  # not getLogger: no handler of another run can hang on to it
+        logger.addHandler(logging.FileHandler(log_dir / "unet3d.log", mode="x", encoding="utf-8"))
+        self._log = MLLogger(logger, root_dir=re.escape(str(Path(__file__).resolve().parents[1])))
+        self._samples_per_epoch = 1
+        self._handlers: dict[type[ev.Event], Callable[[Any], None]] = {
+            ev.InitStarted: self._init_started,
+            ev.InitStopped: self._init_stopped,
+            ev.RunStarted: lambda event: self._log.start("run_start"),
+            ev.DataOpened: self._data_opened,
+            ev.BlockStarted: self._block_started,
+            ev.BlockStopped: lambda event: self._log.end("block_stop", metadata=self._first(event.first_epoch)),
+            ev.EpochStarted: lambda event: self._log.start("epoch_start", metadata=self._epoch(event.epoch)),
+            ev.EpochStopped: lambda event: self._log.end("epoch_stop", metadata=self._epoch(event.epoch)),
+            ev.EvaluationStarted: lambda event: self._log.start("eval_start", metadata=self._epoch(event.epoch)),
+            ev.EvaluationStopped: self._evaluation_stopped,
+            ev.RunStopped: self._run_stopped,
+        }
+
+    def on(self, event: ev.Event) -> None:
+        if handler := self._handlers.get(type(event)):
+            handler(event)
+
+    def _epoch(self, epoch: int) -> dict[str, int]:
+        return {"epoch_num": epoch * self._samples_per_epoch, "epoch": epoch}
+
+    def _first(self, epoch: int) -> dict[str, int]:
+        return {"first_epoch_num": epoch * self._samples_per_epoch}
+
+    def _init_started(self, event: ev.InitStarted) -> None:
+        self._log.event("cache_clear", event.caches_were_cleared)
+        self._log.start("init_start")
+
+    def _init_stopped(self, event: ev.InitStopped) -> None:
+        config = event.config
+        self._samples_per_epoch = event.samples_per_epoch
+        values = {
+            "seed": event.seeds["master"],
+            "submission_benchmark": "unet3d",
+            "submission_org": config.submission_org,
+            "submission_division": event.division,
+            "submission_status": config.submission_status,
+            "submission_platform": event.platform,
+            "opt_name": config.optimizer,
+            "opt_base_learning_rate": config.learning_rate,
+            "opt_learning_rate_warmup_epochs": config.lr_warmup_epochs * event.samples_per_epoch,
+            "opt_learning_rate_decay_boundary_epochs": [e * event.samples_per_epoch for e in config.lr_decay_epochs],
+            "opt_learning_rate_decay_factor": config.lr_decay_factor,
+            "opt_weight_decay": config.weight_decay,
+            "opt_momentum": config.momentum,
+            "oversampling": config.oversampling,
+            "training_input_shape": list(config.input_shape),
+            "validation_input_shape": list(config.val_input_shape),
+            "validation_overlap": config.overlap,
+        }
+        for key, value in values.items():
+            reasons = {"departures": event.reasons} if key == "submission_division" and event.reasons else None
+            self._log.event(key, value, metadata=reasons)
+        for tensor in event.tensors:
+            self._log.event("weights_initialization", metadata={"tensor": tensor})
+        self._log.end("init_stop")
+
+    def _data_opened(self, event: ev.DataOpened) -> None:
+        for key in ("train_samples", "eval_samples", "samples_per_epoch", "global_batch_size",
+                    "gradient_accumulation_steps"):  # fmt: skip
+            self._log.event(key, getattr(event, key))
+
+    def _block_started(self, event: ev.BlockStarted) -> None:
+        count = {"epoch_count": event.epochs * self._samples_per_epoch}
+        self._log.start("block_start", metadata=self._first(event.first_epoch) | count)
+
+    def _evaluation_stopped(self, event: ev.EvaluationStopped) -> None:
+        self._log.event("eval_accuracy", event.mean_dice, metadata=self._epoch(event.epoch))
+        self._log.end("eval_stop", metadata=self._epoch(event.epoch))
+
+    def _run_stopped(self, event: ev.RunStopped) -> None:
+        self._log.end("run_stop", metadata={"status": event.status, "reason": event.reason} | self._epoch(event.epoch))
+
+
+def tensor_names(network: torch.nn.Module) -> list[str]:
+    """The `weights_initialization` names of a network's modules, in its order.
+
+    The benchmark network's become MLPerf's (`downsample.2.conv1.0` -> `down2_block_0_conv`; the bottleneck counts as
+    the last down block); another network's keep their own names with underscores.
+    """
+    kinds = {"Conv3d": "conv", "InstanceNorm3d": "instancenorm", "BatchNorm3d": "batchnorm"}
+    downs = len(getattr(network, "downsample", ()))
+    names = []
+    for path, module in network.named_modules():
+        if not list(module.parameters(recurse=False)):
+            continue
+        kind = kinds.get(type(module).__name__, "")
+        match = re.fullmatch(r"(input_block|bottleneck|(?:down|up)sample\.\d+)\.(?:conv(\d)|upsample_conv)\.\d", path)
+        if match:
+            block = match[1].replace("bottleneck", f"down{downs}").replace("sample.", "")
+            names.append(f"{block}_deconv" if match[2] is None else f"{block}_block_{int(match[2]) - 1}_{kind}")
+        else:
+            names.append(path.replace(".", "_"))
+    return names
+
+
+class JsonLinesTracker:
+    """`LOG_DIR/log.jsonl`: every event but single batches, a JSON object a line, flushed at once."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
+
+    def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.BatchDone | ev.CaseEvaluated):
+            return
+        values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        if "config" in values:
+            values["config"] = values["config"].to_json()
+        print(json.dumps({"event": type(event).__name__, "time_s": time.time(), **values}), file=self._file, flush=True)
+
+
+class ThroughputTracker:
+    """`--benchmark`: times every iteration after the warm-up, reports samples over time and latencies.
+
+    On a GPU the marks are CUDA events, so that the host never waits for the device between iterations.
+
+    Args:
+        warmup_steps: iterations that are not counted.
+        ranks: all iterate alike, so samples/s is this rank's times `ranks`.
+    """
+
+    def __init__(self, device: torch.device, warmup_steps: int, ranks: int, log_dir: Path) -> None:
+        self._device = device
+        self._warmup_steps = warmup_steps
+        self._ranks = ranks
+        self._path = log_dir / "benchmark.json"
+        self._marks: list[Any] = []
+        self._samples: list[int] = []
+
+    def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.EpochStarted) and not self._marks:
+            self._mark()
+        if isinstance(event, ev.BatchDone):
+            self._mark()
+            self._samples.append(event.samples)
+        if isinstance(event, ev.RunStopped):
+            self._report()
+
+    def _mark(self) -> None:
+        if self._device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def _milliseconds(self) -> list[float]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the run is over: the only wait
+            return [first.elapsed_time(second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+        return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+
+    def _report(self) -> None:
+        latencies = self._milliseconds()[self._warmup_steps :]
+        if not latencies:
+            return
+        figures = throughput(latencies, self._samples[self._warmup_steps :], self._ranks)
+        for name, value in figures.items():
+            print(f"{name} {value:.4g}", flush=True)
+        self._path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def throughput(latencies_ms: list[float], samples: list[int], ranks: int) -> dict[str, float]:
+    """Samples over time (not a mean of rates, which one slow step distorts) and latency percentiles in ms."""
+    p90, p95, p99 = np.percentile(latencies_ms, (90, 95, 99)).tolist()
+    return {
+        "samples_per_s": 1e3 * sum(samples) * ranks / sum(latencies_ms),
+        "iterations": len(latencies_ms),
+        "latency_mean_ms": sum(latencies_ms) / len(latencies_ms),
+        "latency_p90_ms": p90,
+        "latency_p95_ms": p95,
+        "latency_p99_ms": p99,
+    }
+
+
+class RunFileTracker:
+    """`LOG_DIR/run.json`: configuration, environment, seeds and division, known before the first step."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._path = log_dir / "run.json"
+        self._content: dict[str, Any] = {}
+
+    def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.InitStarted):
+            self._content |= {"config": event.config.to_json(), "environment": event.environment}
+        if isinstance(event, ev.InitStopped):
+            self._content |= {"seeds": event.seeds, "division": event.division, "departures": event.reasons}
+            self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
+            self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")

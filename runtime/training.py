@@ -1,0 +1,212 @@
+"""The training loop: train is the outline, train_epoch an epoch, train_step one micro-batch.
+
+The host waits for the device once an epoch, when the mean loss is read; nowhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_loading.loader import Batch, TrainingLoader
+from errors import UserError
+from runtime.distributed import World, without_communication
+from runtime.events import (
+    BatchDone,
+    BlockStarted,
+    BlockStopped,
+    EpochStarted,
+    EpochStopped,
+    EvaluationStopped,
+    Event,
+    RunStopped,
+)
+from runtime.precision import Precision
+
+# MLPerf's schedule counts in samples of KiTS19's training set: an evaluation from epoch 1000 on, every 20.
+RULE_SAMPLES = 168
+RULE_FIRST_EVALUATION = 1000
+RULE_EVALUATION_INTERVAL = 20
+
+MEMORY_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last_3d}
+
+
+def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
+    """The network on the device, its weights in the layout's memory order."""
+    return network.to(device=device, memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+
+
+@dataclass
+class TrainState:
+    """What training changes; a checkpoint holds all of it.
+
+    Attributes:
+        network: the bare network; `model` is it, wrapped for gradient averaging.
+        epoch: the last one that was completed.
+        best_epoch, best_dice, best_network: of the best evaluation yet, the weights on the host.
+        stop: why the run must end: a status ("success", "aborted") and a reason; None: go on.
+    """
+
+    network: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch: int = 0
+    best_epoch: int = 0
+    best_dice: float = -1.0
+    best_network: dict[str, Tensor] | None = None
+    stop: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Up to `epochs`, with an evaluation at `first_evaluation` and every `interval` after it; None: never."""
+
+    epochs: int
+    first_evaluation: int | None
+    interval: int
+
+    def evaluates(self, epoch: int) -> bool:
+        first = self.first_evaluation
+        return first is not None and epoch >= first and (epoch - first) % self.interval == 0
+
+    def check(self, batches: int, ga_steps: int, warmup_steps: int | None) -> None:
+        """Refuses, before anything is touched, a run that would end without a result.
+
+        Args:
+            batches: of a rank in an epoch.
+            warmup_steps: of `--benchmark`; None without it.
+
+        Raises:
+            UserError: an epoch without a step, or nothing left to time after the warm-up.
+        """
+        if batches < ga_steps:
+            raise UserError(f"--ga_steps {ga_steps}, but an epoch has {batches} batches: no step would ever be made")
+        iterations = batches - batches % ga_steps
+        if warmup_steps is not None and self.epochs * iterations <= warmup_steps:
+            raise UserError(
+                f"--benchmark: {self.epochs} epoch(s) of {iterations} iterations leave nothing to time after "
+                f"--warmup_steps {warmup_steps}; use --epochs {warmup_steps // iterations + 2} or a shorter warm-up"
+            )
+
+    def note(self) -> str:
+        """One line where no evaluation will take place, which a user seldom means; else ""."""
+        if self.first_evaluation is not None and self.first_evaluation <= self.epochs:
+            return ""
+        when = f"the first is due at epoch {self.first_evaluation}" if self.first_evaluation else "there are no cases"
+        return f"no evaluation in these {self.epochs} epochs ({when}); --start_eval_at and --evaluate_every set others"
+
+    def blocks(self, start: int) -> Iterator[tuple[int, int]]:
+        """(first, last) epochs of each stretch up to and with an evaluation, from epoch `start` on."""
+        first = start
+        for epoch in range(start, self.epochs + 1):
+            if self.evaluates(epoch) or epoch == self.epochs:
+                yield first, epoch
+                first = epoch + 1
+
+
+def make_schedule(
+    epochs: int, samples_per_epoch: int, start_eval_at: int | None, evaluate_every: int | None
+) -> Schedule:
+    """The rule's schedule, scaled to this run's samples an epoch, where the user gave none."""
+    first = start_eval_at or math.ceil(RULE_FIRST_EVALUATION * RULE_SAMPLES / samples_per_epoch)
+    interval = evaluate_every or math.ceil(RULE_EVALUATION_INTERVAL * RULE_SAMPLES / samples_per_epoch)
+    return Schedule(epochs, first, interval)
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a micro-batch is computed."""
+
+    loss: nn.Module
+    precision: Precision
+    ga_steps: int
+    layout: str
+
+
+Emit = Callable[[Event], None]
+
+
+def train(
+    state: TrainState,
+    loader: TrainingLoader,
+    schedule: Schedule,
+    learning_rate: Callable[[int], float],
+    settings: StepSettings,
+    evaluate: Callable[[int], EvaluationStopped],
+    world: World,
+    emit: Emit,
+) -> None:
+    """Trains from `state.epoch` on, until the schedule ends or a callback sets `state.stop`."""
+    started = time.perf_counter()
+    for first, last in schedule.blocks(state.epoch + 1):
+        emit(BlockStarted(first, last - first + 1))
+        for epoch in range(first, last + 1):
+            train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, emit)
+            if state.stop:
+                break
+        if schedule.evaluates(state.epoch) and not state.stop:
+            emit(evaluate(state.epoch))
+        emit(BlockStopped(first, state.epoch - first + 1))
+        if state.stop:
+            break
+    status, reason = state.stop or ("aborted", f"the target was not reached in {schedule.epochs} epochs")
+    emit(RunStopped(status, reason, state.epoch, time.perf_counter() - started))
+
+
+def train_epoch(
+    state: TrainState,
+    epoch: int,
+    loader: TrainingLoader,
+    rate: float,
+    settings: StepSettings,
+    world: World,
+    emit: Emit,
+) -> None:
+    """One epoch; micro-batches that no longer fill a step are left out, as the reference discards their gradients."""
+    state.model.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    batches = len(loader) - len(loader) % settings.ga_steps
+    emit(EpochStarted(epoch, rate, batches))
+    started = time.perf_counter()
+    total = torch.zeros((), device=world.device)
+    samples = 0
+    for index, batch in enumerate(itertools.islice(loader.epoch(epoch), batches)):
+        is_last = (index + 1) % settings.ga_steps == 0
+        total += train_step(state, batch, settings, is_last)
+        samples += len(batch["image"])
+        emit(BatchDone(epoch, index, len(batch["image"])))
+    # The epoch's one host sync: the mean loss over batches and ranks.
+    loss = (world.sum(total) / (batches * world.size)).item()
+    state.epoch = epoch
+    emit(EpochStopped(epoch, loss, rate, samples * world.size, time.perf_counter() - started))
+
+
+def train_step(state: TrainState, batch: Batch, settings: StepSettings, is_last: bool) -> Tensor:
+    """Forward and backward of one micro-batch; with the last of its group, the step and its only all-reduce.
+
+    Returns:
+        The loss, a scalar that stays on the device.
+    """
+    device = settings.precision.device
+    image = batch["image"].to(device, non_blocking=True, memory_format=MEMORY_FORMATS[settings.layout])
+    label = batch["label"].to(device, non_blocking=True)
+    with nullcontext() if is_last else without_communication(state.model):
+        with settings.precision.autocast():
+            logits = state.model(image)
+        loss: Tensor = settings.loss(logits, label)
+        state.scaler.scale(loss / settings.ga_steps).backward()
+    if is_last:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
