@@ -15,7 +15,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from data_loading.dataset import (
     INDEX_NAME,
+    PARTIAL_INDEX_NAME,
     CaseRecord,
     DatasetIndex,
     file_of,
@@ -44,7 +47,6 @@ from data_loading.volume import check_same_geometry, read_nifti
 from errors import UserError, run_program
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
-PARTIAL_INDEX_NAME = "dataset.partial.json"
 
 # SHA-256 over the lines "md5  name\n", sorted by name, of MLPerf's published digests of KiTS19: all 420 files, the
 # 210 images alone, the 210 labels alone.
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         return verify(arguments.results_dir, arguments.checksums)
     if arguments.data_dir is None or not arguments.data_dir.is_dir():
         raise UserError(f"--data_dir {arguments.data_dir}: no such folder; give the folder of the raw scans")
+    if arguments.results_dir.exists() and arguments.results_dir.samefile(arguments.data_dir):
+        raise UserError(f"--results_dir {arguments.results_dir} holds the raw scans themselves; name another folder")
     evaluation_ids = EVALUATION_CASES.read_text(encoding="utf-8").split()
     raw = RAW_LAYOUTS[arguments.dataset](arguments.data_dir, evaluation_ids, arguments.seed)
     preprocess(raw, arguments.results_dir, arguments.num_workers)
@@ -89,7 +93,10 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         # While cases are missing there must be no dataset.json: training would take the set for complete.
         if (results_dir / INDEX_NAME).exists():
             os.replace(results_dir / INDEX_NAME, results_dir / PARTIAL_INDEX_NAME)
+        for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # of a run that was killed
+            stale.unlink(missing_ok=True)
         records = _intact_records(raw, results_dir)
+        write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(raw.spec, {}, records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
         for record in tqdm(_run(todo, results_dir, raw.spec, num_workers), total=len(todo), unit="case", disable=None):
             case, made = record
@@ -136,8 +143,11 @@ def _run(
         return
     # spawn: a forked copy of a process that has run torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(todo)), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker) as pool:
+        # Ctrl-C is for this process alone to tell: those started meanwhile inherit that they ignore it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = [pool.submit(work, case) for case in todo]
+        signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -148,6 +158,20 @@ def _run(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # From now on Ctrl-C ends this process at once and without a word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when its parent was killed: it would wait for more work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def preprocess_case(raw: RawCase, results_dir: Path, spec: DatasetSpec) -> tuple[str, CaseRecord]:

@@ -22,6 +22,8 @@ from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
 
 INDEX_NAME = "dataset.json"
+# The index while cases are missing.
+PARTIAL_INDEX_NAME = "dataset.partial.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
 
@@ -127,13 +129,15 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
         evaluation_ids: MLPerf's evaluation ids ("00000", …), for a folder that the reference wrote.
 
     Raises:
-        UserError: not a preprocessed folder; the message names the one that was meant, where one is near.
+        UserError: not a (completely) preprocessed folder; the message names the one that was meant, where one is near.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir}: no such folder")
     if (data_dir / INDEX_NAME).is_file():
         index = read_index(data_dir / INDEX_NAME)
         return index.spec, index.split
+    if (data_dir / PARTIAL_INDEX_NAME).is_file():
+        raise UserError(f"--data_dir {data_dir}: its preprocessing has not ended; run preprocess_dataset.py again")
     cases = sorted(path.name.removesuffix("_x.npy") for path in data_dir.glob("case_*_x.npy"))
     if not cases:
         raise UserError(f"--data_dir {data_dir}: no preprocessed cases in it{_hint(data_dir)}")
@@ -176,10 +180,10 @@ def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
         UserError: missing, damaged, or of another type or number of axes.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run preprocess_dataset.py again") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python: a damaged one raises what the tokenizer raises
         raise UserError(f"{path}: damaged ({error}); run preprocess_dataset.py --mode verify, then again") from None
     if array.dtype != dtype or array.ndim != 4:
         raise UserError(f"{path}: expected 4 axes of {np.dtype(dtype)}, found {array.ndim} of {array.dtype}")

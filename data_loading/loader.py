@@ -6,6 +6,7 @@ A training loader is called with the epoch and yields that epoch's batches of th
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_loading.dataset import file_of, load_boxes, map_array
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng
 from data_loading.spec import DatasetSpec
+from data_loading.volume import free_memory_bytes
 from errors import UserError
 
 Batch = dict[str, Tensor]
@@ -143,6 +145,7 @@ class PytorchLoader:
     def __init__(self, dataset: CropDataset, settings: LoaderSettings) -> None:
         cases = len(dataset.cases)
         order = EpochOrder(cases, settings.batch_size, settings.rank, settings.ranks, settings.order_seed)
+        self._dataset = dataset
         self._sampler = _EpochSampler(order)
         len(order)  # raises when an epoch has no batch
         # More workers than batches would only idle.
@@ -161,7 +164,27 @@ class PytorchLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self._sampler.current = epoch
-        yield from self._loader
+        awaited = iter(self._sampler.order.batches(epoch))
+        try:
+            for batch in self._loader:
+                next(awaited)
+                yield batch
+        except UserError as error:
+            # torch wraps a worker's error into the worker's traceback, which ends with the message.
+            raise UserError(str(error).rstrip().rsplit(f"{UserError.__qualname__}: ", 1)[-1]) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise UserError(self._lost_worker(error, next(awaited, []))) from error
+
+    def _lost_worker(self, error: RuntimeError, batch: list[int]) -> str:
+        """What is known when a worker was killed or hangs: torch names its process and the signal, no cause."""
+        cases = ", ".join(self._dataset.cases[index] for index in batch)
+        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        return (
+            f"{str(error).splitlines()[0]} while {cases} was awaited; {free_memory_bytes() / 2**30:.1f} GiB of memory "
+            f"and {shared / 2**30:.1f} GiB of /dev/shm are free; use a smaller --num_workers"
+        )
 
 
 class SyntheticLoader:

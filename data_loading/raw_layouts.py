@@ -49,7 +49,7 @@ def read_kits19(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> Raw
     cases = []
     for folder in sorted(data_dir.glob("case_*")):
         number = folder.name.removeprefix("case_")
-        if not folder.is_dir() or not number.isdigit() or int(number) >= LABELLED_KITS19_CASES:
+        if not folder.is_dir() or not number.isdecimal() or int(number) >= LABELLED_KITS19_CASES:
             continue
         cases.append(_pair(folder.name, folder / "imaging.nii.gz", folder / "segmentation.nii.gz"))
     if not cases:
@@ -97,8 +97,9 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
     cases = []
     for image, label in sorted(pairs):
         case = Path(image).name.removesuffix(".gz").removesuffix(".nii")
-        if not is_safe_case_id(case) or ".." in Path(image).parts or ".." in Path(label).parts:
-            raise UserError(f"{index}: {image!r} leaves the data folder")
+        for path in (Path(image), Path(label)):
+            if path.is_absolute() or ".." in path.parts or not is_safe_case_id(case):
+                raise UserError(f"{index}: {str(path)!r} leaves the data folder")
         cases.append(_pair(case, data_dir / image, data_dir / label))
     names = [raw.case for raw in cases]
     if len(set(names)) != len(names):

@@ -38,9 +38,11 @@ def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:
     """
     batches = cases // (batch_size * ranks)
     if batches == 0:
+        ways = [f"at most {cases // batch_size} rank(s)"] if cases >= batch_size else []
+        ways += [f"a --batch_size of at most {cases // ranks}"] if cases >= ranks else []
         raise UserError(
             f"{cases} training cases do not give {ranks} rank(s) one batch of {batch_size} each; "
-            f"use at most {cases // batch_size} rank(s) or a --batch_size of at most {cases // ranks}"
+            f"use {' or '.join(ways) or 'more cases'}"
         )
     return batches
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
 import zlib
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from errors import UserError
 WORKING_BYTES_PER_VOXEL = 12
 # Image and label of one case must agree this well, in mm (the KiTS19 pairs agree to 1e-5).
 AFFINE_TOLERANCE_MM = 1e-3
-# NIfTI-1: 348 bytes of header, 4 that announce extensions.
-NIFTI_HEADER_BYTES = 352
+NIFTI_HEADER_BYTES = 348
+# NIfTI-1: after the header 4 bytes that announce extensions; voxels begin here or later.
+FIRST_VOXEL_BYTE = 352
+# nibabel tells on stderr what it finds odd in a header; a UserError says in one line what matters of it.
+nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,13 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
             voxels than this machine's free memory holds.
     """
     image = _parse(path, _read_bytes(path))
-    array = np.asarray(image.dataobj)
-    array = array[np.newaxis] if array.ndim == 3 else np.moveaxis(array, -1, 0)
-    if np.issubdtype(dtype, np.integer):
-        _check_labels(path, array, dtype)
-    return Volume(np.ascontiguousarray(array, dtype=dtype), geometry_of(image))
+    # What is too large for float32 becomes infinity, and that is for preprocessing to refuse.
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.asarray(image.dataobj)
+        array = array[np.newaxis] if array.ndim == 3 else np.moveaxis(array, -1, 0)
+        if np.issubdtype(dtype, np.integer):
+            _check_labels(path, array, dtype)
+        return Volume(np.ascontiguousarray(array, dtype=dtype), geometry_of(image))
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -88,7 +94,7 @@ def read_geometry(path: Path) -> Geometry:
     with _open(path) as stream:
         header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
     _claimed_bytes(path, header)
-    return geometry_of(nib.Nifti1Image.from_stream(io.BytesIO(header)))
+    return geometry_of(_parse(path, header))
 
 
 def geometry_of(image: nib.Nifti1Image) -> Geometry:
@@ -149,8 +155,8 @@ def free_memory_bytes() -> int:
 
 def _open(path: Path) -> IO[bytes]:
     try:
-        stream: Any = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-        return stream
+        opener: Any = gzip.open if path.name.endswith(".gz") else open
+        return opener(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -169,10 +175,14 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
     try:
         parsed = nib.Nifti1Header.from_fileobj(io.BytesIO(header))
         shape = [int(n) for n in parsed.get_data_shape()]
-        item_bytes = int(parsed.get_data_dtype().itemsize)
+        stored = parsed.get_data_dtype()
         offset = int(parsed["vox_offset"])
+        if offset < FIRST_VOXEL_BYTE:
+            raise ValueError("the voxels overlap the header")
     except Exception:  # nibabel raises half a dozen types of its own on a bad header
         raise UserError(f"{path}: not a NIfTI-1 file, or its header is damaged; export it again") from None
+    if stored.kind not in "iuf":
+        raise UserError(f"{path}: stores {stored} values; expected one number a voxel, no colours or complex numbers")
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header says {tuple(shape)}")
     spacing = [float(s) for s in parsed["pixdim"][1:4]]
@@ -182,14 +192,14 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
     voxels = 1
     for n in shape:
         voxels *= n
-    needed = voxels * (item_bytes + WORKING_BYTES_PER_VOXEL)
+    needed = offset + voxels * (stored.itemsize + WORKING_BYTES_PER_VOXEL)
     free = free_memory_bytes()
     if needed > free:
         raise UserError(
             f"{path}: the header claims {tuple(shape)} voxels, {needed / 2**30:.1f} GiB to work on, "
             f"and {free / 2**30:.1f} GiB are free; the header is damaged or this machine is too small"
         )
-    return offset + voxels * item_bytes
+    return offset + voxels * stored.itemsize
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -201,16 +211,20 @@ def _read_bytes(path: Path) -> bytes:
             raise UserError(
                 f"{path}: ends after {len(header) + len(rest)} of {claimed} bytes; fetch or export it again"
             )
-        # Reading past the last voxel makes gzip compare its checksum.
-        _read_up_to(path, stream, 1)
+        # Only at its very end does gzip compare its checksum; what lies behind the last voxel is read for that alone.
+        while _read_up_to(path, stream, 1 << 20):
+            pass
     return header + rest
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
-        return nib.Nifti1Image.from_bytes(content)
+        image = nib.Nifti1Image.from_bytes(content)
     except Exception as error:  # as above
         raise UserError(f"{path}: not a readable NIfTI-1 file ({error})") from None
+    if not np.isfinite(image.affine).all():
+        raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
+    return image
 
 
 def _check_labels(path: Path, array: NDArray[Any], dtype: type[np.generic]) -> None:

@@ -143,14 +143,14 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError(f"--save_ckpt_path {path}: its folder does not exist or cannot be written; make it first")
 
 
-def _number(kind: type, low: float, high: float = float("inf"), exclusive: bool = False) -> Any:
+def _number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Any:
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind ({kind.__name__})") from None
-        if not (low < value < high if exclusive else low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}{' (exclusive)' * exclusive}")
+        if not low <= value <= high or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {'below ' * below}{high:g}")
         return value
 
     return convert
@@ -171,13 +171,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_io(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--data_dir", type=Path, help="preprocessed volumes (required, but for --loader synthetic)")
-    add("--log_dir", type=Path, default=Path("/tmp"), help="unet3d.log (MLPerf), log.jsonl, run.json")
+    # The two variables are how the Docker image says where its volumes are mounted.
+    add("--data_dir", type=Path, default=os.environ.get("UNET3D_DATA_DIR"),
+        help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)")  # fmt: skip
+    add("--log_dir", type=Path, default=os.environ.get("UNET3D_LOG_DIR", "/tmp"),
+        help="unet3d.log (MLPerf), log.jsonl, run.json; or UNET3D_LOG_DIR")  # fmt: skip
     add("--save_ckpt_path", type=Path, help="where to keep the last and the best state, in one file")
     add("--load_ckpt_path", type=Path, help="train: go on from its last state; evaluate: score its best")
     add("--loader", default="pytorch", help="pytorch, or synthetic (random volumes, no disk)")
     add(
-        "--local_rank", type=_number(int, 0), default=int(os.environ.get("LOCAL_RANK", 0)),
+        "--local_rank", type=_number(int, 0), default=os.environ.get("LOCAL_RANK", "0"),
         help="this process's GPU on its machine (torchrun sets LOCAL_RANK)",
     )  # fmt: skip
 
@@ -218,7 +221,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--lr_warmup_epochs", type=_number(int, 0), default=0, help="epochs of linear warm-up")
     add("--lr_decay_epochs", type=_number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
     add("--lr_decay_factor", type=_number(float, 0), default=1.0, help="what each decay multiplies the rate with")
-    add("--lamb_betas", type=_number(float, 0, 1), nargs=2, default=(0.9, 0.999), help="of lamb")
+    add("--lamb_betas", type=_number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="of lamb")
     add("--weight_decay", type=_number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
 
 

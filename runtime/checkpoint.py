@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from runtime.training import TrainState
 FORMAT = 1
 # Where checkpoints of the field keep the network: MLPerf's reference first, then the common ones.
 FOREIGN_KEYS = ("best_model_state_dict", "last_model_state_dict", "model_state_dict", "state_dict", "model")
+# Settings that tell SGD, Adam and LAMB apart; to compare all would refuse the checkpoint of another torch version.
+TELLTALE_SETTINGS = {"momentum", "betas", "eps"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def load(path: Path) -> Checkpoint:
         UserError: missing, damaged, or without a network.
     """
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--load_ckpt_path {path}: no such file") from None
@@ -102,7 +106,7 @@ def load(path: Path) -> Checkpoint:
             f"--load_ckpt_path {path}: not a checkpoint, or one that holds more than tensors and plain values; "
             "such a file could run code and is not loaded"
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # damage makes zip and unpickler fail in a dozen ways, struct.error among them
         raise UserError(f"--load_ckpt_path {path}: damaged or no checkpoint ({error})") from None
     try:
         if isinstance(content, Mapping) and content.get("format") == FORMAT:
@@ -115,8 +119,16 @@ def load(path: Path) -> Checkpoint:
                 last["optimizer"], last["scaler"],
             )  # fmt: skip
         return _foreign(path, content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"--load_ckpt_path {path}: damaged or of another version ({error!r})") from None
+
+
+def _check_sums(path: Path) -> None:
+    """Raises BadZipFile where a bit has flipped: torch.load never looks at the sums that torch.save wrote."""
+    if zipfile.is_zipfile(path):  # torch.load also reads an older format, which has none
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
 
 
 def _foreign(path: Path, content: Any) -> Checkpoint:
@@ -145,12 +157,23 @@ def load_network(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     network.load_state_dict(dict(weights))
 
 
+def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Loads the moments alone: momentum, decay and betas stay those of this run's flags, which its log states."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for group, settings in zip(stored["param_groups"], own, strict=True):
+        if other := sorted((group.keys() ^ settings.keys()) & TELLTALE_SETTINGS):
+            raise ValueError(f"only one of the two has {', '.join(other)}")
+    optimizer.load_state_dict(stored)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Sets the state to the checkpoint's last one. Raises UserError when optimizer or network are others."""
     load_network(state.network, checkpoint.last, checkpoint.path)
     if checkpoint.optimizer is not None and checkpoint.scaler is not None:
         try:
-            state.optimizer.load_state_dict(checkpoint.optimizer)
+            _load_optimizer(state.optimizer, checkpoint.optimizer)
         except (ValueError, KeyError) as error:
             raise UserError(f"--load_ckpt_path {checkpoint.path}: of another --optimizer ({error})") from None
         if checkpoint.scaler and state.scaler.is_enabled():

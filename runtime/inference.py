@@ -23,12 +23,13 @@ def stride_of(window: Sequence[int], overlap: float) -> list[int]:
 def remainder_crop(shape: Sequence[int], stride: Sequence[int]) -> Place:
     """What the MLPerf reference keeps of a volume before it scores (a quirk that its target was calibrated with).
 
-    Where an axis of size S has S mod s below s // 2, that remainder is cut off, the smaller half in front.
+    Where an axis of size S has S mod s below s // 2, that remainder is cut off, the smaller half in front; an axis
+    shorter than the stride stays whole.
     """
     kept = []
     for size, step in zip(shape, stride, strict=True):
         remainder = size % step
-        cut = remainder if remainder < step // 2 else 0
+        cut = remainder if remainder < min(step // 2, size) else 0
         kept.append(slice(cut // 2, size - (cut - cut // 2)))
     return kept[0], kept[1], kept[2]
 

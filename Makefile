@@ -1,0 +1,30 @@
+# Everything runs in .venv, which the first target makes. PYTHON picks another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/core
+	$(RUN) demo.py --work_dir demo
+
+test: $(VENV)/dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The stamps hold the versions that are installed: a changed requirements file installs again.
+$(VENV)/core: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/core requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
