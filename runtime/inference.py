@@ -73,14 +73,17 @@ def sliding_window(
         predictor: (N, C, *window) -> (N, K, *window).
         window: voxels of a window.
         overlap: share that neighbouring windows have in common, in [0, 1).
-        padding_value: what lies outside the volume; None repeats the edge.
+        padding_value: what lies outside a volume that is padded to whole strides, as the reference does; None pads
+            (with its edge) only a volume smaller than a window, and moves the windows together instead: a network
+            that never saw padding in training scores worse on it.
 
     Returns:
         (N, K, D, H, W) float32: the sum of the windows' outputs times `gaussian_map`, divided by the maps' sum.
     """
     shape = image.shape[2:]
     stride = stride_of(window, overlap)
-    padding = window_padding(shape, window, stride)
+    whole_strides = stride if padding_value is not None else [1, 1, 1]
+    padding = window_padding(shape, window, whole_strides)
     padded = _pad(image, padding, padding_value)
     weights = gaussian_map(window, image.device)
     total: Tensor | None = None
@@ -98,8 +101,14 @@ def sliding_window(
 
 
 def window_places(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[Place]:
-    """The windows of a padded volume, as slices of its three axes."""
-    starts = [range(0, n - length + 1, step) for n, length, step in zip(shape, window, stride, strict=True)]
+    """The windows of a volume at least as large, as slices of its three axes.
+
+    As many as cover it at no more than `stride` apart, the first and the last flush with the edges, evenly between.
+    """
+    starts = []
+    for size, length, step in zip(shape, window, stride, strict=True):
+        intervals = -(-(size - length) // step)
+        starts.append([round(i * (size - length) / max(intervals, 1)) for i in range(intervals + 1)])
     for start in itertools.product(*starts):
         d, h, w = (slice(first, first + length) for first, length in zip(start, window, strict=True))
         yield d, h, w

@@ -1,0 +1,109 @@
+"""The real program as processes, and a small data set that a tiny network learns in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_loading.volume import Geometry, Volume, write_nifti
+
+PROJECT = Path(__file__).resolve().parents[2]
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+# Two resolutions, window 16: a step takes milliseconds.
+TINY = (
+    *("--model", "unet3d(filters=(4,8))"),
+    *("--input_shape", "16", "16", "16", "--val_input_shape", "16", "16", "16"),
+    *("--num_workers", "0", "--seed", "7", "--learning_rate", "0.3"),
+)
+
+
+def run_module(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`python3 ARGUMENTS`, under torchrun for more ranks than one."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    # One thread a process: ranks that spin for each other's cores take minutes for seconds' work.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run(
+        [*launcher, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def program() -> Program:
+    """Runs `main.py ARGUMENTS` (on `ranks` ranks) and, unless `ok=False`, asserts that it exits with 0."""
+
+    def run(*arguments: object, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        done = run_module(["main.py", *map(str, arguments)], ranks)
+        if ok:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def balls_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Decathlon-like folder: 15 noisy volumes with a bright ball (1) and a brighter one (2), of varied size."""
+    folder = tmp_path_factory.mktemp("balls")
+    (folder / "imagesTr").mkdir()
+    (folder / "labelsTr").mkdir()
+    rng = np.random.default_rng(0)
+    training = []
+    for number in range(15):
+        d, h, w = (int(n) for n in rng.integers(14, 26, 3))  # some smaller than the window of 16
+        grid = np.stack(np.meshgrid(np.arange(d), np.arange(h), np.arange(w), indexing="ij"))
+        label = np.zeros((d, h, w), np.uint8)
+        for value in (1, 2):
+            centre = rng.uniform(4, np.array([d, h, w]) - 4)
+            label[((grid - centre[:, None, None, None]) ** 2).sum(0) < 16] = value
+        image = (100.0 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
+        geometry = Geometry(np.diag([1.0, 1.0, 1.0, 1.0]), (d, h, w), (1.0, 1.0, 1.0))
+        name = f"ball_{number:03}.nii.gz"
+        write_nifti(folder / "imagesTr" / name, Volume(image[None], geometry))
+        write_nifti(folder / "labelsTr" / name, Volume(label[None], geometry))
+        training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+    content = {
+        "name": "Balls",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "bright", "2": "brighter"},
+        "training": training,
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def balls(balls_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`balls_raw`, preprocessed by the program: 12 cases to train, 3 to evaluate."""
+    results = tmp_path_factory.mktemp("balls_data")
+    arguments = ["preprocess_dataset.py", "--dataset", "msd", "--num_workers", "1"]
+    done = run_module([*arguments, "--data_dir", str(balls_raw), "--results_dir", str(results)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return results
+
+
+@pytest.fixture(scope="session")
+def trained(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log folder, checkpoint.pth in it, of a run on `balls` that reached its target."""
+    logs = tmp_path_factory.mktemp("trained")
+    program(
+        *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
+        # The first evaluation comes when something is predicted: a mean Dice of nothing ends a run as diverged.
+        *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.8),
+    )
+    return logs
+
+
+def events_of(logs: Path, kind: str) -> list[dict[str, object]]:
+    """The events of one kind in a run's JSON lines."""
+    lines = (logs / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]

@@ -1,0 +1,122 @@
+"""From made-up raw scans in KiTS19's layout to a log that MLPerf accepts, through the commands of the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.conftest import PROJECT, Program, events_of, run_module
+from tests.integration.test_training import check_log, scores
+
+pytestmark = pytest.mark.integration
+
+# Of cases 00000 to 00003, MLPerf's list evaluates 00000 and 00003; the small view becomes 128 voxels cubed.
+PHANTOMS = ["--cases", "4", "--shape", "16", "20", "20", "--field_of_view", "205", "154", "154"]
+NETWORK = ("--model", "unet3d(filters=(8,8,16))", "--input_shape", 32, 32, 32, "--layout", "NDHWC")
+RUN = ("--num_workers", 0, "--seed", 3, "--learning_rate", 0.3, "--oversampling", 1)
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Preprocessed phantoms."""
+    work = tmp_path_factory.mktemp("kits")
+    made = run_module(["-m", "data_loading.phantom", "--results_dir", str(work / "raw"), *PHANTOMS])
+    assert made.returncode == 0, made.stderr
+    arguments = ["--data_dir", str(work / "raw"), "--results_dir", str(work / "data"), "--num_workers", "1"]
+    done = run_module(["preprocess_dataset.py", *arguments])
+    assert done.returncode == 0, done.stderr
+    return work / "data"
+
+
+@pytest.fixture(scope="module")
+def run(program: Program, kits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    logs = tmp_path_factory.mktemp("kits_run")
+    program(
+        *("--data_dir", kits, "--log_dir", logs, "--save_ckpt_path", logs / "c.pth", *NETWORK, *RUN),
+        *("--epochs", 8, "--start_eval_at", 8, "--evaluate_every", 1, "--batch_size", 1),
+    )
+    return logs
+
+
+def test_the_run_learns_and_mlperf_accepts_the_log(run: Path) -> None:
+    (evaluation,) = events_of(run, "EvaluationStopped")
+    losses = [event["loss"] for event in events_of(run, "EpochStopped")]
+    assert losses[-1] < losses[0]  # type: ignore[operator]
+    assert set(evaluation["per_case"]) == {"case_00000", "case_00003"}  # type: ignore[call-overload]
+    checked = check_log(run / "unet3d.log")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_keys_come_in_the_reference_s_order(run: Path) -> None:
+    lines = (run / "unet3d.log").read_text().splitlines()
+    keys = [json.loads(line.removeprefix(":::MLLOG "))["key"] for line in lines]
+    once = list(dict.fromkeys(keys))
+    assert once == [
+        *("cache_clear", "init_start", "seed", "submission_benchmark", "submission_org", "submission_division"),
+        *("submission_status", "submission_platform", "opt_name", "opt_base_learning_rate"),
+        *("opt_learning_rate_warmup_epochs", "opt_learning_rate_decay_boundary_epochs"),
+        *("opt_learning_rate_decay_factor", "opt_weight_decay", "opt_momentum", "oversampling"),
+        *("training_input_shape", "validation_input_shape", "validation_overlap", "weights_initialization"),
+        *("init_stop", "run_start", "train_samples", "eval_samples", "samples_per_epoch", "global_batch_size"),
+        *("gradient_accumulation_steps", "block_start", "epoch_start", "epoch_stop", "eval_start", "eval_accuracy"),
+        *("eval_stop", "block_stop", "run_stop"),
+    ]
+
+
+def test_a_folder_without_an_index_trains_alike(program: Program, kits: Path, tmp_path: Path) -> None:
+    """What the MLPerf reference preprocessed: the volumes alone."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in kits.glob("*.npy"):
+        (bare / path.name).symlink_to(path)
+    lost = []
+    for name, data in (("index", kits), ("bare", bare)):
+        program("--data_dir", data, "--log_dir", tmp_path / name, *NETWORK, *RUN, "--epochs", 3, "--batch_size", 1)
+        lost.append([event["loss"] for event in events_of(tmp_path / name, "EpochStopped")])
+    assert lost[0] == lost[1]
+
+
+def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None:
+    arguments = [*map(str, (*NETWORK, *RUN[:2], *RUN[4:])), "--epochs", "1"]
+    environment = {**os.environ, "DATA_DIR": str(kits), "LOG_DIR": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        [str(PROJECT / "run_and_time.sh"), "11", *arguments],
+        env={**environment, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^RESULT,image_segmentation,11,\d+,\w+,", done.stdout, re.MULTILINE)
+    log = (tmp_path / "unet3d.log").read_text()
+    cleared = "page cache cleared" in done.stdout
+    assert f'"key": "cache_clear", "value": {str(cleared).lower()}' in log
+    assert '"key": "seed", "value": 11' in log
+
+
+def test_one_case_s_score_is_that_of_its_logits(program: Program, kits: Path, run: Path) -> None:
+    """`evaluate` agrees with the reference's arithmetic, written down plainly, on a volume of one window."""
+    import torch
+
+    from model.networks import build_network
+    from runtime import checkpoint
+
+    printed = scores(program("--exec_mode", "evaluate", "--data_dir", kits, "--load_ckpt_path", run / "c.pth").stdout)
+    network = build_network("unet3d(filters=(8,8,16))", 1, 3, "instancenorm", "relu").eval()
+    network.load_state_dict(checkpoint.load(run / "c.pth").best)
+    ratios = []
+    for case in ("case_00000", "case_00003"):
+        image = torch.from_numpy(np.load(kits / f"{case}_x.npy"))[None]
+        truth = np.load(kits / f"{case}_y.npy")[0]
+        with torch.inference_mode():
+            predicted = network(image)[0].argmax(0).numpy()
+        ratios.append([
+            2 * np.sum((predicted == k) & (truth == k)) / (np.sum(predicted == k) + np.sum(truth == k)) for k in (1, 2)
+        ])  # fmt: skip
+    kidney, tumour = np.mean(ratios, axis=0)
+    assert float(printed["L1 dice"]) == pytest.approx(kidney, abs=1e-4)
+    assert float(printed["mean_dice"]) == pytest.approx((kidney + tumour) / 2, abs=1e-4)

@@ -1,0 +1,153 @@
+"""The real program trains, scores, saves and logs, on one rank and on many."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.conftest import TINY, Program, events_of
+
+pytestmark = pytest.mark.integration
+
+
+def scores(output: str) -> dict[str, str]:
+    """The `name value` lines of an evaluation."""
+    return dict(line.rsplit(" ", 1) for line in output.splitlines() if line)
+
+
+def check_log(log: Path, ruleset: str = "4.0.0") -> subprocess.CompletedProcess[str]:
+    """MLPerf's own compliance checker."""
+    command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", ruleset]
+    output = str(log.with_suffix(".checked"))
+    return subprocess.run([*command, "--log_output", output, str(log)], capture_output=True, text=True, check=False)
+
+
+def losses(logs: Path) -> list[float]:
+    return [float(event["loss"]) for event in events_of(logs, "EpochStopped")]  # type: ignore[arg-type]
+
+
+def test_a_run_reaches_its_target_and_says_so(trained: Path) -> None:
+    (stopped,) = events_of(trained, "RunStopped")
+    evaluations = events_of(trained, "EvaluationStopped")
+    assert stopped["status"] == "success"
+    assert [event["epoch"] for event in evaluations][:2] == [10, 15]
+    assert float(evaluations[-1]["mean_dice"]) >= 0.8  # type: ignore[arg-type]
+    assert all(float(event["mean_dice"]) < 0.8 for event in evaluations[:-1])  # type: ignore[arg-type]
+    # It learnt: the loss fell.
+    assert losses(trained)[-1] < 0.6 * losses(trained)[0]
+
+
+def test_mlperf_accepts_the_log(trained: Path) -> None:
+    checked = check_log(trained / "unet3d.log")
+    assert checked.returncode == 0, checked.stderr
+    assert "SUCCESS" in checked.stderr
+
+
+def test_the_run_file_names_configuration_environment_and_seeds(trained: Path) -> None:
+    run = json.loads((trained / "run.json").read_text())
+    assert run["config"]["quality_threshold"] == 0.8
+    assert run["environment"]["torch"] == torch.__version__
+    assert run["seeds"]["master"] == 7
+    assert run["division"] == "open"
+    assert any("data set balls" in reason for reason in run["departures"])
+
+
+def test_evaluation_of_the_checkpoint_gives_the_scores_of_training(
+    program: Program, balls: Path, trained: Path
+) -> None:
+    done = program("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth")
+    found = scores(done.stdout)
+    best = max(events_of(trained, "EvaluationStopped"), key=lambda event: event["mean_dice"])  # type: ignore[arg-type, return-value]
+    assert list(found) == ["epoch", "L1 dice", "L2 dice", "mean_dice", "eval_loss"]
+    assert int(found["epoch"]) == best["epoch"]
+    assert float(found["mean_dice"]) == pytest.approx(best["mean_dice"], abs=1e-6)
+    assert float(found["eval_loss"]) == pytest.approx(best["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_change_no_digit_of_an_evaluation(program: Program, balls: Path, trained: Path, ranks: int) -> None:
+    """Three cases on two ranks (uneven), on three, and on four (one has none)."""
+    arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth")
+    assert program(*arguments, ranks=ranks).stdout == program(*arguments).stdout
+
+
+@pytest.mark.parametrize(("ranks", "batch_size", "ga_steps"), [(2, 3, 1), (3, 2, 1), (1, 2, 3), (2, 1, 3)])
+def test_ranks_and_accumulation_train_as_one_big_batch(
+    program: Program, balls: Path, tmp_path: Path, ranks: int, batch_size: int, ga_steps: int
+) -> None:
+    """The same global batch of 6, whoever holds its samples, gives the same losses and scores but for rounding."""
+    schedule = ("--epochs", 3, "--start_eval_at", 3, "--evaluate_every", 1)
+    one, many = tmp_path / "one", tmp_path / "many"
+    program("--data_dir", balls, "--log_dir", one, *TINY, *schedule, "--batch_size", 6)
+    program(
+        *("--data_dir", balls, "--log_dir", many, *TINY, *schedule),
+        *("--batch_size", batch_size, "--ga_steps", ga_steps),
+        ranks=ranks,
+    )
+    assert losses(many) == pytest.approx(losses(one), rel=1e-4)
+    (expected,), (found,) = events_of(one, "EvaluationStopped"), events_of(many, "EvaluationStopped")
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    opened = events_of(many, "DataOpened")[0]
+    assert opened["global_batch_size"] == 6
+    assert opened["samples_per_epoch"] == 12
+
+
+def test_loader_workers_and_layout_change_nothing(program: Program, balls: Path, tmp_path: Path) -> None:
+    logged: dict[str, Any] = {}
+    for name, extra in {"none": (), "two": ("--num_workers", 2), "last": ("--layout", "NDHWC")}.items():
+        program("--data_dir", balls, "--log_dir", tmp_path / name, *TINY, *extra, "--epochs", 2)
+        logged[name] = losses(tmp_path / name)
+    assert logged["two"] == logged["none"]  # to the bit: a sample's randomness is of (seed, epoch, case)
+    assert logged["last"] == pytest.approx(logged["none"], rel=1e-4)
+
+
+def test_going_on_from_a_checkpoint_equals_an_uninterrupted_run(program: Program, balls: Path, tmp_path: Path) -> None:
+    paths = {name: tmp_path / f"{name}.pth" for name in ("whole", "first", "second")}
+    for name, epochs, extra in (
+        ("whole", 4, ()),
+        ("first", 2, ()),
+        ("second", 4, ("--load_ckpt_path", paths["first"])),
+    ):
+        logs = ("--log_dir", tmp_path / name, "--save_ckpt_path", paths[name])
+        program("--data_dir", balls, *logs, *TINY, "--epochs", epochs, *extra)
+    assert losses(tmp_path / "first") + losses(tmp_path / "second") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4
+    whole, second = (torch.load(paths[name], weights_only=True)["last"]["network"] for name in ("whole", "second"))
+    assert all(torch.equal(whole[name], second[name]) for name in whole)
+
+
+def test_a_second_run_keeps_the_first_one_s_logs(program: Program, balls: Path, tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", epochs)
+    assert len(events_of(tmp_path, "EpochStopped")) == 2
+    first = (tmp_path / "unet3d.1.log").read_text()
+    assert first.count('"run_start"') == 1
+    assert (tmp_path / "unet3d.log").read_text().count('"run_start"') == 1
+    assert json.loads((tmp_path / "run.1.json").read_text())["config"]["epochs"] == 1
+
+
+def test_benchmark_reports_samples_over_time(program: Program, tmp_path: Path) -> None:
+    done = program(
+        *("--loader", "synthetic", "--log_dir", tmp_path, *TINY, "--benchmark"),
+        *("--epochs", 2, "--batch_size", 4, "--warmup_steps", 20),
+    )
+    figures = {name: float(value) for name, value in scores(done.stdout.partition("\n")[2]).items() if " " not in name}
+    assert figures["iterations"] == 2 * 64 // 4 - 20
+    assert figures["samples_per_s"] == pytest.approx(4e3 / figures["latency_mean_ms"], rel=1e-2)
+    assert figures["latency_p90_ms"] <= figures["latency_p95_ms"] <= figures["latency_p99_ms"]
+    assert json.loads((tmp_path / "benchmark.json").read_text())["iterations"] == 12
+    assert not events_of(tmp_path, "EvaluationStarted")
+
+
+def test_recipes_are_read_by_the_command_line(program: Program, balls: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.args"
+    recipe.write_text("# a comment\n--model 'unet3d(filters=(4,8))'  # two resolutions\n--epochs 1\n--num_workers 0\n")
+    shapes = ("--input_shape", 16, 16, 16, "--val_input_shape", 16, 16, 16)
+    program(f"@{recipe}", "--data_dir", balls, "--log_dir", tmp_path, *shapes)
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["model"] == "unet3d(filters=(4,8))"
