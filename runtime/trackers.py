@@ -147,7 +147,7 @@ def tensor_names(network: torch.nn.Module) -> list[str]:
         kind = kinds.get(type(module).__name__, "")
         match = re.fullmatch(r"(input_block|bottleneck|(?:down|up)sample\.\d+)\.(?:conv(\d)|upsample_conv)\.\d", path)
         if match:
-            block = match[1].replace("bottleneck", f"down{downs}").replace("sample.", "")
+            block = match[1].replace("bottleneck", f"down{downs}").replace("sample.", "").removesuffix("_block")
             names.append(f"{block}_deconv" if match[2] is None else f"{block}_block_{int(match[2]) - 1}_{kind}")
         else:
             names.append(path.replace(".", "_"))

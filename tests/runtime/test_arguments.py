@@ -1,0 +1,404 @@
+"""The command line: every flag and its default, argument files, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import UserError
+from runtime.arguments import NETWORK_FLAGS, RunConfig, make_parser, parse_arguments, with_checkpoint_network
+
+DEFAULTS: dict[str, Any] = {
+    "data_dir": Path("DATA"),
+    "log_dir": Path("/tmp"),
+    "save_ckpt_path": None,
+    "load_ckpt_path": None,
+    "loader": "pytorch",
+    "local_rank": 0,
+    "exec_mode": "train",
+    "batch_size": 2,
+    "ga_steps": 1,
+    "epochs": 1,
+    "evaluate_every": None,
+    "start_eval_at": None,
+    "quality_threshold": 0.908,
+    "layout": "NCDHW",
+    "input_shape": (128, 128, 128),
+    "val_input_shape": (128, 128, 128),
+    "seed": -1,
+    "num_workers": 8,
+    "benchmark": False,
+    "warmup_steps": 200,
+    "amp": False,
+    "amp_dtype": "auto",
+    "optimizer": "sgd",
+    "learning_rate": 1.0,
+    "momentum": 0.9,
+    "init_learning_rate": 1e-4,
+    "lr_warmup_epochs": 0,
+    "lr_decay_epochs": (),
+    "lr_decay_factor": 1.0,
+    "lamb_betas": (0.9, 0.999),
+    "weight_decay": 0.0,
+    "model": "unet3d",
+    "normalization": "instancenorm",
+    "activation": "relu",
+    "include_background": False,
+    "verbose": False,
+    "oversampling": 0.4,
+    "overlap": 0.5,
+    "cudnn_benchmark": False,
+    "cudnn_deterministic": False,
+    "division": "auto",
+    "submission_org": "SUBMISSION_ORG_PLACEHOLDER",
+    "submission_platform": None,
+    "submission_status": "onprem",
+}
+
+
+def parse(*flags: str) -> RunConfig:
+    return parse_arguments(["--data_dir", "DATA", *flags])[0]
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+
+
+def test_every_flag_has_its_default() -> None:
+    config, given = parse_arguments(["--data_dir", "DATA"])
+    assert {field.name: getattr(config, field.name) for field in fields(config)} == DEFAULTS
+    assert given == {"data_dir"}
+
+
+def test_the_command_line_has_these_flags_and_no_others() -> None:
+    flags = {flag for action in make_parser()._actions for flag in action.option_strings}
+    expected = {f"--{name}" for name in DEFAULTS} | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
+    assert flags == expected
+
+
+def test_every_flag_says_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert all(f"--{name}" in told for name in DEFAULTS)
+    assert all(action.help for action in make_parser()._actions)
+
+
+GIVEN: list[tuple[list[str], str, Any]] = [
+    (["--log_dir", "LOGS"], "log_dir", Path("LOGS")),
+    (["--save_ckpt_path", "last.pth"], "save_ckpt_path", Path("last.pth")),
+    (["--load_ckpt_path", "a/b.pth"], "load_ckpt_path", Path("a/b.pth")),
+    (["--loader", "synthetic"], "loader", "synthetic"),
+    (["--local_rank", "3"], "local_rank", 3),
+    (["--batch_size", "7"], "batch_size", 7),
+    (["--ga_steps", "4"], "ga_steps", 4),
+    (["--epochs", "4000"], "epochs", 4000),
+    (["--evaluate_every", "20"], "evaluate_every", 20),
+    (["--eval_every", "21"], "evaluate_every", 21),
+    (["--start_eval_at", "1000"], "start_eval_at", 1000),
+    (["--quality_threshold", "0.9"], "quality_threshold", 0.9),
+    (["--layout", "NDHWC"], "layout", "NDHWC"),
+    (["--input_shape", "64", "32", "96"], "input_shape", (64, 32, 96)),
+    (["--val_input_shape", "64", "32", "96"], "val_input_shape", (64, 32, 96)),
+    (["--seed", "0"], "seed", 0),
+    (["--seed", str(2**31 - 1)], "seed", 2**31 - 1),
+    (["--num_workers", "0"], "num_workers", 0),
+    (["--benchmark"], "benchmark", True),
+    (["--warmup_steps", "0"], "warmup_steps", 0),
+    (["--amp"], "amp", True),
+    (["--amp", "--amp_dtype", "fp16"], "amp_dtype", "fp16"),
+    (["--optimizer", "lamb"], "optimizer", "lamb"),
+    (["--learning_rate", "2e-1"], "learning_rate", 0.2),
+    (["--momentum", "0"], "momentum", 0.0),
+    (["--init_learning_rate", "0.01"], "init_learning_rate", 0.01),
+    (["--lr_warmup_epochs", "1000"], "lr_warmup_epochs", 1000),
+    (["--lr_decay_epochs", "3", "5"], "lr_decay_epochs", (3, 5)),
+    (["--lr_decay_epochs"], "lr_decay_epochs", ()),
+    (["--lr_decay_factor", "0.1"], "lr_decay_factor", 0.1),
+    (["--optimizer", "lamb", "--lamb_betas", "0.85", "0.9"], "lamb_betas", (0.85, 0.9)),
+    (["--optimizer", "lamb", "--lamb_betas", "0", "0"], "lamb_betas", (0.0, 0.0)),
+    (["--weight_decay", "0.01"], "weight_decay", 0.01),
+    (["--model", "unet3d(filters=(4, 8))"], "model", "unet3d(filters=(4, 8))"),
+    (["--normalization", "batchnorm"], "normalization", "batchnorm"),
+    (["--activation", "leaky_relu"], "activation", "leaky_relu"),
+    (["--include_background"], "include_background", True),
+    (["--verbose"], "verbose", True),
+    (["-v"], "verbose", True),
+    (["-v", "--no-verbose"], "verbose", False),
+    (["--oversampling", "1"], "oversampling", 1.0),
+    (["--overlap", "0"], "overlap", 0.0),
+    (["--cudnn_benchmark"], "cudnn_benchmark", True),
+    (["--cudnn_deterministic"], "cudnn_deterministic", True),
+    (["--division", "closed"], "division", "closed"),
+    (["--submission_org", "ACME"], "submission_org", "ACME"),
+    (["--submission_platform", "2xABACUS"], "submission_platform", "2xABACUS"),
+    (["--submission_status", "research"], "submission_status", "research"),
+    (["--exec_mode", "evaluate", "--load_ckpt_path", "c.pth"], "exec_mode", "evaluate"),
+]
+
+
+@pytest.mark.parametrize(("flags", "name", "value"), GIVEN, ids=[" ".join(flags) for flags, _, _ in GIVEN])
+def test_a_flag_sets_its_field(flags: list[str], name: str, value: Any) -> None:
+    config, given = parse_arguments(["--data_dir", "DATA", *flags])
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    assert name in given
+    others = set(given) - {name, "data_dir"}
+    assert all(getattr(config, other) == DEFAULTS[other] for other in set(DEFAULTS) - others - {name})
+
+
+def test_torchruns_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    config, given = parse_arguments(["--data_dir", "DATA"])
+    assert config.local_rank == 5
+    assert "local_rank" not in given
+    assert parse("--local_rank", "1").local_rank == 1
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(UserError, match="--local_rank: 'first' is not a number"):
+        parse()
+
+
+def test_a_containers_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNET3D_DATA_DIR", "/data")
+    monkeypatch.setenv("UNET3D_LOG_DIR", "/results")
+    config, given = parse_arguments([])
+    assert (config.data_dir, config.log_dir, given) == (Path("/data"), Path("/results"), frozenset())
+    assert parse_arguments(["--data_dir", "own"])[0].data_dir == Path("own")
+
+
+def test_verbose_is_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert parse().verbose is True
+    assert parse("--no-verbose").verbose is False
+
+
+def test_synthetic_training_needs_no_data() -> None:
+    assert parse_arguments(["--loader", "synthetic"])[0].loader == "synthetic"
+
+
+def test_given_are_the_flags_of_the_line_even_where_they_equal_the_default() -> None:
+    _, given = parse_arguments(["--data_dir", "DATA", "--overlap", "0.5", "--eval_every", "2", "--no-verbose"])
+    assert given == {"data_dir", "overlap", "evaluate_every", "verbose"}
+
+
+# Argument files
+
+
+def test_an_argument_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text(
+        "# one GPU\n"
+        "\n"
+        "--amp\n"
+        "--batch_size 7   # as many as fit\n"
+        "--input_shape 64 64 64\n"
+        "  --model 'unet3d(filters=(4, 8))'\n"
+        '--submission_platform "2 x ABACUS #1"\n'
+    )
+    config, given = parse_arguments(["--data_dir", "DATA", f"@{recipe}", "--ga_steps", "2"])
+    assert (config.amp, config.batch_size, config.input_shape, config.ga_steps) == (True, 7, (64, 64, 64), 2)
+    assert config.model == "unet3d(filters=(4, 8))"
+    assert config.submission_platform == "2 x ABACUS #1"
+    assert given == {"data_dir", "amp", "batch_size", "input_shape", "model", "submission_platform", "ga_steps"}
+
+
+def test_what_comes_later_wins(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("--epochs 10\n")
+    assert parse(f"@{recipe}", "--epochs", "3").epochs == 3
+    assert parse("--epochs", "3", f"@{recipe}").epochs == 10
+
+
+def test_an_argument_file_may_name_another(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner.args", tmp_path / "outer.args"
+    inner.write_text("--epochs 10\n--batch_size 3\n")
+    outer.write_text(f"@{inner}\n--epochs 20\n")
+    config = parse(f"@{outer}")
+    assert (config.epochs, config.batch_size) == (20, 3)
+
+
+def test_quotes_within_quotes_survive(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("""--model "net(name='a b', text='# no comment')"\n--submission_org 'the "best"'\n""")
+    config = parse(f"@{recipe}")
+    assert config.model == "net(name='a b', text='# no comment')"
+    assert config.submission_org == 'the "best"'
+
+
+def one_line(error: UserError) -> str:
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("--model 'unet3d\n", "No closing quotation"),
+        ("--batch_size 0\n", "--batch_size: 0 is outside 1 to inf"),
+        ("--no_such_flag\n", "unrecognized arguments: --no_such_flag"),
+    ],
+)
+def test_a_mistake_in_an_argument_file(content: str, told: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text(content)
+    with pytest.raises(UserError) as caught:
+        parse(f"@{recipe}")
+    assert told in one_line(caught.value)
+
+
+def test_a_missing_argument_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.args"):
+        parse(f"@{tmp_path / 'none.args'}")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--batch_size", "0"], "0 is outside 1 to inf"),
+        (["--batch_size", "-1"], "-1 is outside"),
+        (["--batch_size", "two"], "'two' is not a number of this kind (int)"),
+        (["--batch_size", "1.5"], "'1.5' is not a number of this kind (int)"),
+        (["--ga_steps", "0"], "outside 1"),
+        (["--epochs", "0"], "outside 1"),
+        (["--evaluate_every", "0"], "outside 1"),
+        (["--start_eval_at", "0"], "outside 1"),
+        (["--quality_threshold", "1.1"], "1.1 is outside 0 to 1"),
+        (["--quality_threshold", "nan"], "nan is outside 0 to 1"),
+        (["--layout", "NHWC"], "invalid choice: 'NHWC'"),
+        (["--input_shape", "64", "64"], "expected 3 arguments"),
+        (["--input_shape", "64", "64", "0"], "outside 1"),
+        (["--val_input_shape", "64", "64", "-64"], "outside 1"),
+        (["--seed", "-2"], "outside -1"),
+        (["--seed", str(2**31)], "outside -1"),
+        (["--num_workers", "-1"], "outside 0"),
+        (["--warmup_steps", "-1"], "outside 0"),
+        (["--local_rank", "-1"], "outside 0"),
+        (["--amp_dtype", "fp8"], "invalid choice"),
+        (["--optimizer", "rmsprop"], "invalid choice"),
+        (["--learning_rate", "-1"], "outside 0"),
+        (["--learning_rate", "fast"], "'fast' is not a number of this kind (float)"),
+        (["--learning_rate", "nan"], "outside 0"),
+        (["--momentum", "1.5"], "outside 0 to 1"),
+        (["--lr_warmup_epochs", "-1"], "outside 0"),
+        (["--lr_decay_epochs", "0"], "outside 1"),
+        (["--lr_decay_factor", "-0.1"], "outside 0"),
+        (["--optimizer", "lamb", "--lamb_betas", "0.9"], "expected 2 arguments"),
+        (["--optimizer", "lamb", "--lamb_betas", "0.9", "1"], "1 is outside 0 to below 1"),
+        (["--weight_decay", "-1"], "outside 0"),
+        (["--normalization", "groupnorm"], "invalid choice"),
+        (["--activation", "gelu"], "invalid choice"),
+        (["--oversampling", "1.1"], "outside 0 to 1"),
+        (["--overlap", "1.5"], "outside 0 to 1"),
+        (["--overlap", "-0.1"], "outside 0 to 1"),
+        (["--division", "third"], "invalid choice"),
+        (["--submission_status", "lab"], "invalid choice"),
+        (["--exec_mode", "train_and_evaluate"], "invalid choice"),
+        (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--batch", "4"], "unrecognized arguments: --batch"),  # no guessing at shortened flags
+        (["--epochs"], "expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(*flags)
+    message = one_line(caught.value)
+    assert told in message
+    assert flags[-1] in message or any(flag in message for flag in flags if flag.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--exec_mode", "evaluate"], "--exec_mode evaluate needs --load_ckpt_path"),
+        (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--benchmark"], "--benchmark times training"),
+        (["--amp_dtype", "bf16"], "--amp_dtype bf16 does nothing without --amp"),
+        (["--lamb_betas", "0.9", "0.99"], "--lamb_betas is of --optimizer lamb, not of sgd"),
+        (["--optimizer", "adam", "--lamb_betas", "0.9", "0.99"], "not of adam"),
+        (["--lr_decay_epochs", "5", "3"], "--lr_decay_epochs must rise"),
+        (["--lr_decay_epochs", "5", "5"], "--lr_decay_epochs must rise"),
+        (["--cudnn_benchmark", "--cudnn_deterministic"], "choose one"),
+        (["--overlap", "1"], "--overlap 1: windows must advance"),
+        (["--save_ckpt_path", "nowhere/at/all/c.pth"], "its folder does not exist or cannot be written"),
+        (["--save_ckpt_path", "."], "is a folder; give a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_contradictions_are_refused(flags: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(*flags)
+    assert told in one_line(caught.value)
+
+
+def test_amp_dtype_auto_is_no_contradiction() -> None:
+    assert parse("--amp_dtype", "auto").amp is False
+
+
+@pytest.mark.parametrize("flags", [[], ["--exec_mode", "evaluate", "--loader", "synthetic", "--load_ckpt_path", "c"]])
+def test_data_dir_is_required(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="--data_dir is required"):
+        parse_arguments(flags)
+
+
+def test_a_checkpoint_path_in_a_folder_that_exists(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    assert parse("--save_ckpt_path", str(path)).save_ckpt_path == path
+    with pytest.raises(UserError, match=r"is a folder; give a file, such as .*checkpoint\.pth"):
+        parse("--save_ckpt_path", str(tmp_path))
+
+
+# A checkpoint's configuration
+
+
+STORED: dict[str, Any] = {
+    "model": "unet3d(filters=(4,8))",
+    "normalization": "batchnorm",
+    "activation": "leaky_relu",
+    "include_background": True,
+    "layout": "NDHWC",
+    "val_input_shape": (16, 16, 32),
+    "overlap": 0.25,
+    "amp": True,
+    "amp_dtype": "bf16",
+}
+
+
+def test_evaluation_takes_the_network_from_the_checkpoint() -> None:
+    assert set(STORED) == set(NETWORK_FLAGS)
+    run = {"batch_size": 64, "data_dir": "elsewhere", "seed": 5, "exec_mode": "train", "num_workers": 3}
+    config, given = parse_arguments(["--data_dir", "DATA", "--exec_mode", "evaluate", "--load_ckpt_path", "c"])
+    taken = with_checkpoint_network(config, given, {**STORED, **run})
+    assert {name: getattr(taken, name) for name in STORED} == STORED
+    assert {name: getattr(taken, name) for name in run} == {name: getattr(config, name) for name in run}
+
+
+def test_what_is_given_wins_over_the_checkpoint() -> None:
+    config, given = parse_arguments(
+        ["--data_dir", "DATA", "--exec_mode", "evaluate", "--load_ckpt_path", "c", "--overlap", "0.5"]
+    )
+    taken = with_checkpoint_network(config, given, STORED)
+    assert taken.overlap == 0.5
+    assert taken.val_input_shape == (16, 16, 32)
+
+
+def test_a_foreign_checkpoint_stores_nothing() -> None:
+    config, given = parse_arguments(["--data_dir", "DATA"])
+    assert with_checkpoint_network(config, given, {}) == config
+
+
+def test_to_json_is_plain_python() -> None:
+    record = parse("--save_ckpt_path", "c.pth").to_json()
+    assert set(record) == set(DEFAULTS)
+    assert (record["data_dir"], record["save_ckpt_path"], record["load_ckpt_path"]) == ("DATA", "c.pth", None)
+    assert {type(value) for value in record.values()} <= {str, int, float, bool, tuple, type(None)}

@@ -1,0 +1,210 @@
+"""Scores: a case equals a direct computation, weighs 1 / n, and is the same to the bit on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_loading.loader import EvaluationCase
+from model.losses import DiceCELoss, dice_score
+from runtime.distributed import World
+from runtime.evaluation import Scoring, evaluate, score_case
+from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
+from runtime.inference import sliding_window
+from runtime.precision import Precision
+from runtime.training import TrainState
+
+SCORING = Scoring(window=(4, 4, 4), overlap=0.5, classes=3, padding_value=-2.2, crops_remainder=False)
+CASES = ["case_00003", "case_00000", "case_00012"]
+# Stride 4 in depth: 9 mod 4 = 1 is below 4 // 2, and cut; 10 mod 4 = 2 is not.
+CROPPING = Scoring(window=(8, 4, 4), overlap=0.5, classes=3, padding_value=-2.2, crops_remainder=True)
+
+
+def made_up(case: str) -> EvaluationCase:
+    """A case whose shape and voxels follow from its name."""
+    number = int(case.rpartition("_")[2])
+    generator = torch.Generator().manual_seed(number)
+    shape = (9 + number % 2, 5, 6)
+    image = torch.randn(1, 1, *shape, generator=generator)
+    return EvaluationCase(case, image, (image > 0.2).byte() + (image > 0.9).byte())
+
+
+class Thresholds(nn.Module):
+    """Logits by the voxel's value: predictable voxel by voxel, whatever the window."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(image), 4 * (image - 0.3), 8 * (image - 0.8)), dim=1)
+
+
+def expected_scores(image: Tensor, label: Tensor) -> list[float]:
+    """The definition: windows, loss, Dice."""
+    logits = sliding_window(image, Thresholds(), SCORING.window, SCORING.overlap, SCORING.padding_value)
+    return [DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()]
+
+
+def score_all(cases: list[str], world: World, events: list[Event] | None = None) -> EvaluationStopped:
+    emit = (events if events is not None else []).append
+    network, precision = Thresholds(), Precision(world.device, None)
+    return evaluate(7, network, DiceCELoss(), cases, made_up, SCORING, precision, world, emit)
+
+
+def test_a_cases_score_is_a_direct_computation(fp32: Precision) -> None:
+    case = made_up("case_00003")
+    row = score_case(case, Thresholds(), DiceCELoss(), SCORING, fp32)
+    assert row.dtype == torch.float64
+    assert row.device.type == "cpu"
+    assert row.tolist() == pytest.approx(expected_scores(case.image, case.label), rel=1e-12)
+    assert row[0] > 0.05
+    assert 0.5 < row[1] < 1
+
+
+@pytest.mark.parametrize(("case", "kept"), [("case_00000", slice(0, 8)), ("case_00001", slice(0, 10))])
+def test_the_references_crop_scores_the_kept_part_alone(case: str, kept: slice, fp32: Precision) -> None:
+    loaded = made_up(case)
+    # what is cut off is wrong on purpose: it must not count
+    loaded.label[:, :, kept.stop :] = 2
+    row = score_case(loaded, Thresholds(), DiceCELoss(), CROPPING, fp32)
+    image, label = loaded.image[:, :, kept], loaded.label[:, :, kept]
+    logits = sliding_window(image, Thresholds(), CROPPING.window, CROPPING.overlap, CROPPING.padding_value)
+    assert row.tolist() == pytest.approx([DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()])
+
+
+def test_without_the_crop_every_voxel_counts(fp32: Precision) -> None:
+    loaded = made_up("case_00000")
+    loaded.label[:, :, 8:] = 2
+    whole = score_case(loaded, Thresholds(), DiceCELoss(), replace(CROPPING, crops_remainder=False), fp32)
+    cropped = score_case(loaded, Thresholds(), DiceCELoss(), CROPPING, fp32)
+    assert whole[2] < cropped[2] - 0.05
+
+
+def test_the_padding_value_reaches_the_network(fp32: Precision) -> None:
+    lowest: list[float] = []
+
+    class Spy(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            lowest.append(image.min().item())
+            return super().forward(image)
+
+    score_case(made_up("case_00000"), Spy(), DiceCELoss(), replace(SCORING, padding_value=-50.0), fp32)
+    assert min(lowest) == -50
+    lowest.clear()
+    score_case(made_up("case_00000"), Spy(), DiceCELoss(), replace(SCORING, padding_value=None), fp32)
+    assert min(lowest) > -10
+
+
+def test_windows_are_computed_in_the_precision_and_scored_in_fp32() -> None:
+    network = nn.Conv3d(1, 3, 1)
+    kinds: list[torch.dtype] = []
+    network.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    losses: list[torch.dtype] = []
+    loss = DiceCELoss()
+    loss.register_forward_pre_hook(lambda module, inputs: losses.append(inputs[0].dtype))
+    score_case(made_up("case_00000"), network, loss, SCORING, Precision(torch.device("cpu"), torch.bfloat16))
+    assert set(kinds) == {torch.bfloat16}
+    assert losses == [torch.float32]
+
+
+def test_every_case_weighs_the_same(world: World) -> None:
+    stopped = score_all(CASES, world)
+    rows = [expected_scores((case := made_up(name)).image, case.label) for name in CASES]
+    assert len({made_up(name).image.numel() for name in CASES}) > 1, "cases of different sizes"
+    assert stopped.epoch == 7
+    assert stopped.loss == pytest.approx(sum(row[0] for row in rows) / 3, rel=1e-12)
+    assert stopped.dice == pytest.approx([sum(row[k] for row in rows) / 3 for k in (1, 2)], rel=1e-12)
+    assert stopped.mean_dice == pytest.approx(sum(stopped.dice) / 2, rel=1e-15)
+    assert list(stopped.per_case) == CASES
+    for name, row in zip(CASES, rows, strict=True):
+        assert stopped.per_case[name] == pytest.approx(row[1:], rel=1e-12)
+
+
+def test_events_begin_with_the_count_and_name_every_case(world: World) -> None:
+    events: list[Event] = []
+    stopped = score_all(CASES, world, events)
+    assert events == [EvaluationStarted(7, 3), *(CaseEvaluated(7, case) for case in CASES)]
+    assert isinstance(stopped, EvaluationStopped), "announced by the caller, not here"
+
+
+@dataclass(frozen=True)
+class Simulated(World):
+    """A rank whose `sum` adds what the other ranks put in; the first pass only collects."""
+
+    tables: list[Tensor] = field(default_factory=list)
+    is_collecting: bool = True
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.is_collecting:
+            self.tables.append(tensor.clone())
+            return tensor
+        return torch.stack(self.tables).sum(0)
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """There is nothing to send in one process."""
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_the_same_to_the_bit_on_any_number_of_ranks(ranks: int, count: int, world: World) -> None:
+    cases = [*CASES, "case_00041"][:count]
+    alone = score_all(cases, world)
+    tables: list[Tensor] = []
+    done: list[str] = []
+    for rank in range(ranks):
+        events: list[Event] = []
+        score_all(cases, Simulated(rank, ranks, world.device, tables), events)
+        done += [event.case for event in events if isinstance(event, CaseEvaluated)]
+    assert sorted(done) == sorted(cases), "every case on exactly one rank"
+    for rank in range(ranks):
+        together = score_all(cases, Simulated(rank, ranks, world.device, tables, is_collecting=False))
+        assert replace(together, seconds=0) == replace(alone, seconds=0)
+
+
+def test_a_table_is_shared_once_with_zeros_for_the_other_ranks_cases(world: World) -> None:
+    tables: list[Tensor] = []
+    score_all(CASES, Simulated(1, 2, world.device, tables))
+    (table,) = tables
+    assert table.dtype == torch.float64
+    assert table.shape == (3, 3)
+    assert [bool(row.any()) for row in table] == [False, True, False]
+
+
+def test_a_shard_is_every_size_th_item() -> None:
+    shards = [World(rank, 3, torch.device("cpu")).shard("abcdefg") for rank in range(3)]
+    assert shards == ["adg", "be", "cf"]
+
+
+def test_the_network_is_in_eval_mode_within_and_in_train_mode_after(world: World, fp32: Precision) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    class Spy(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            modes.append((self.training, torch.is_inference_mode_enabled()))
+            return super().forward(image)
+
+    network = Spy().train()
+    evaluate(1, network, DiceCELoss(), CASES[:1], made_up, SCORING, fp32, world, lambda event: None)
+    assert set(modes) == {(False, True)}
+    assert network.training
+
+
+def test_scoring_changes_no_weight_and_no_statistic(
+    make_state: Callable[..., TrainState], same_weights: Callable[[nn.Module, nn.Module], bool], world: World,
+    fp32: Precision,
+) -> None:  # fmt: skip
+    state, untouched = make_state(), make_state()
+    evaluate(1, state.network, DiceCELoss(), CASES, made_up, SCORING, fp32, world, lambda event: None)
+    assert same_weights(state.network, untouched.network)
+    assert all(p.grad is None for p in state.network.parameters())
+
+
+def test_a_network_that_yields_nan_scores_as_a_nan_loss(world: World, fp32: Precision) -> None:
+    class Broken(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(image) * float("nan")
+
+    stopped = evaluate(1, Broken(), DiceCELoss(), CASES, made_up, SCORING, fp32, world, lambda event: None)
+    assert stopped.loss != stopped.loss
+    assert 0 <= stopped.mean_dice <= 1

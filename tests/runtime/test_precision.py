@@ -1,0 +1,69 @@
+"""What `--amp` means on each device, decided without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.precision import Precision, choose_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_without_amp_it_is_fp32_everywhere() -> None:
+    for device in (CPU, GPU):
+        assert choose_precision(False, "auto", device) == Precision(device, None)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_a_named_format_is_taken_as_asked(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert choose_precision(True, name, device) == Precision(device, dtype)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_on_a_gpu_is_bf16_where_it_computes_in_it(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert choose_precision(True, "auto", GPU) == Precision(GPU, dtype)
+    assert asked == [False], "emulated bf16 is slower than fp32"
+
+
+@pytest.mark.parametrize(
+    ("has_onednn", "native", "dtype"),
+    [(True, True, torch.bfloat16), (True, False, None), (False, True, None)],
+)
+def test_auto_on_a_cpu_is_bf16_or_fp32_and_says_so(
+    has_onednn: bool, native: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    chosen = choose_precision(True, "auto", CPU)
+    assert (chosen.device, chosen.dtype) == (CPU, dtype)
+    assert ("computing in fp32" in chosen.note) is (dtype is None)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_format_and_keeps_weights(dtype: torch.dtype | None) -> None:
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with Precision(CPU, dtype).autocast():
+        assert layer(x).dtype == (dtype or torch.float32)
+    assert layer.weight.dtype == torch.float32
+    assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [(None, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_only_fp16_needs_a_scaler(dtype: torch.dtype | None, scales: bool) -> None:
+    scaler = Precision(CPU, dtype).make_scaler()
+    assert scaler.is_enabled() is scales
+    loss = torch.tensor(2.0)
+    assert (scaler.scale(loss).item() > 2.0) is scales
+    assert scaler._device == "cpu"
