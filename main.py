@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 def train_network(config: RunConfig, world: World) -> None:
     """A whole run, from the command line to the last line of the log."""
     loaded = checkpoints.load(config.load_ckpt_path) if config.load_ckpt_path else None
+    if loaded and loaded.last_epoch >= config.epochs:
+        raise UserError(f"--load_ckpt_path {loaded.path} has {loaded.last_epoch} epochs behind it; use larger --epochs")
     spec, split = open_split(config)
     training, evaluation = split["train"], split["evaluation"]
     batches = batches_per_epoch(len(training), config.batch_size, world.size)

@@ -30,7 +30,9 @@ def parse(spec: str, flag: str) -> tuple[str, dict[str, Any]]:
         if isinstance(node, ast.Name):
             return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if _named(k)}
+            arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if _named(k)}
+            if len(arguments) == len(node.keywords):  # Python's own grammar lets a keyword come twice
+                return node.func.id, arguments
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
         pass
     raise UserError(f"{flag} {spec!r}: expected a name or name(key=value, …) with plain values")

@@ -177,6 +177,8 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
         shape = [int(n) for n in parsed.get_data_shape()]
         stored = parsed.get_data_dtype()
         offset = int(parsed["vox_offset"])
+        # As stored: nibabel makes 1 mm of a spacing of 0, and drops a sign.
+        spacing = np.abs(nib.Nifti1Header(header, check=False)["pixdim"][1:4]).tolist()
         if offset < FIRST_VOXEL_BYTE:
             raise ValueError("the voxels overlap the header")
     except Exception:  # nibabel raises half a dozen types of its own on a bad header
@@ -185,7 +187,6 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
         raise UserError(f"{path}: stores {stored} values; expected one number a voxel, no colours or complex numbers")
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header says {tuple(shape)}")
-    spacing = [float(s) for s in parsed["pixdim"][1:4]]
     if not all(0 < s < 1e4 for s in spacing):
         raise UserError(f"{path}: the header's voxel spacing {spacing} mm is impossible; export it again")
     # Python integers: 32767 cubed would overflow numpy's.

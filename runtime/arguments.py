@@ -105,7 +105,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
-    values = vars(parser.parse_args(arguments))
+    try:
+        values = vars(parser.parse_args(arguments))
+    except RecursionError:
+        raise UserError("an argument file names itself") from None
     for action in parser._actions:  # the second pass: without defaults, only what was given remains
         action.default = argparse.SUPPRESS
     given = frozenset(vars(parser.parse_args(arguments)))
@@ -149,7 +152,7 @@ def _number(kind: type, low: float, high: float = float("inf"), below: bool = Fa
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind ({kind.__name__})") from None
-        if not low <= value <= high or (below and value == high):
+        if not low <= value <= high or value == float("inf") or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {'below ' * below}{high:g}")
         return value
 
@@ -172,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_io(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     # The two variables are how the Docker image says where its volumes are mounted.
-    add("--data_dir", type=Path, default=os.environ.get("UNET3D_DATA_DIR"),
+    add("--data_dir", type=Path, default=os.environ.get("UNET3D_DATA_DIR") or None,
         help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)")  # fmt: skip
     add("--log_dir", type=Path, default=os.environ.get("UNET3D_LOG_DIR", "/tmp"),
         help="unet3d.log (MLPerf), log.jsonl, run.json; or UNET3D_LOG_DIR")  # fmt: skip

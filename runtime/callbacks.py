@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from errors import UserError
 from runtime.events import EpochStopped, EvaluationStopped, Event, RunStopped, Tracker
 from runtime.training import TrainState
 
@@ -69,7 +71,8 @@ class SaveCheckpoint:
     """Saves the last and the best state: after each evaluation, every ten minutes, and at the run's end.
 
     Args:
-        save: writes the state's file; called on rank 0 alone.
+        save: writes the state's file; called on rank 0 alone. Its OSError (a full disk) is a warning while the run
+            goes on, and a UserError at its end.
     """
 
     def __init__(self, save: Callable[[TrainState], None]) -> None:
@@ -78,9 +81,16 @@ class SaveCheckpoint:
 
     def on(self, event: Event, state: TrainState) -> None:
         is_due = isinstance(event, EpochStopped) and time.monotonic() - self._saved_at > SAVE_INTERVAL_S
-        if is_due or isinstance(event, EvaluationStopped | RunStopped):
+        if not (is_due or isinstance(event, EvaluationStopped | RunStopped)):
+            return
+        try:
             self._save(state)
-            self._saved_at = time.monotonic()
+        except OSError as error:
+            problem = f"the checkpoint could not be saved ({error.strerror or error}); the last good one is untouched"
+            if isinstance(event, RunStopped):
+                raise UserError(f"{problem}; the end of this run is lost") from None
+            print(f"warning: {problem}, training goes on", file=sys.stderr, flush=True)
+        self._saved_at = time.monotonic()
 
 
 class Announcer:

@@ -45,8 +45,10 @@ class World:
         Raises:
             UserError: `local_rank` names a GPU that this machine lacks, or torchrun's variables are incomplete.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ.get("RANK", "0"))
+        try:
+            size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE and RANK must be numbers ({error}); start with torchrun") from None
         if torch.cuda.is_available():
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -117,8 +119,3 @@ class World:
 def without_communication(model: nn.Module) -> AbstractContextManager[None]:
     """Accumulates gradients locally; the step after it, outside, sends the sum (a single all-reduce a step)."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, without the wrapper that `World.wrap` gave it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

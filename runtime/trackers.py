@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -166,7 +167,17 @@ class JsonLinesTracker:
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:
             values["config"] = values["config"].to_json()
-        print(json.dumps({"event": type(event).__name__, "time_s": time.time(), **values}), file=self._file, flush=True)
+        line = {"event": type(event).__name__, "time_s": time.time(), **values}
+        print(json.dumps(_strict(line), allow_nan=False), file=self._file, flush=True)
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ThroughputTracker:
