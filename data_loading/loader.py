@@ -89,11 +89,10 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         image, label = map_case(self.data_dir, self.cases[index])
         shape = as_shape(image.shape[1:])
         padding = edge_padding(shape, settings.patch)
-        before = [first for first, _ in padding]
         padded_shape = as_shape([n + sum(both) for n, both in zip(shape, padding, strict=True)])
-        boxes = {value: [_shifted(box, before) for box in found] for value, found in self.boxes[index].items()}
+        # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
         rng = sample_rng(settings.sample_seed, epoch, index)
-        start = draw_crop(rng, padded_shape, settings.patch, boxes, settings.oversampling)
+        start = draw_crop(rng, padded_shape, settings.patch, self.boxes[index], settings.oversampling)
         drawn = draw_augmentation(rng)
         crop, mask = (_read_crop(array, start, settings.patch, padding) for array in (image, label))
         crop, mask = augment(crop, mask, drawn)
@@ -107,11 +106,6 @@ def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np
     if image.shape[1:] != label.shape[1:]:
         raise UserError(f"{case}: image {image.shape} and label {label.shape} differ; preprocess the case again")
     return image, label
-
-
-def _shifted(box: tuple[int, ...], by: Sequence[int]) -> tuple[int, int, int, int, int, int]:
-    d, h, w = by
-    return box[0] + d, box[1] + h, box[2] + w, box[3] + d, box[4] + h, box[5] + w
 
 
 def _read_crop(array: NDArray[Any], start: Shape, patch: Shape, padding: list[tuple[int, int]]) -> NDArray[Any]:
