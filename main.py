@@ -163,6 +163,7 @@ def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
     if not world.is_main:
         return Announcer(callbacks, [])
     if config.save_ckpt_path:
+        checkpoints.prepare(config.save_ckpt_path)
         save = partial(checkpoints.save, config.save_ckpt_path, config=config.to_json(), seed=seeds.master)
         callbacks.append(SaveCheckpoint(save))
     trackers.rotate_logs(config.log_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,20 @@ class Checkpoint:
     best_dice: float
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any] | None
+
+
+def prepare(path: Path) -> None:
+    """Makes the checkpoint's folder before the run: a path that cannot be written must not be found out at its end.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--save_ckpt_path {path}: its folder cannot be written: {error.strerror or error}") from None
 
 
 def save(path: Path, state: TrainState, config: dict[str, Any], seed: int) -> None:

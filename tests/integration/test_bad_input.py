@@ -40,7 +40,7 @@ def complaint(program: Program, *arguments: object) -> str:
         (("--data_dir", "{data}", "--benchmark"), "leave nothing to time"),
         (("--data_dir", "{data}", "--exec_mode", "evaluate"), "needs --load_ckpt_path"),
         (("--data_dir", "{data}", "--load_ckpt_path", "/nowhere.pth"), "no such file"),
-        (("--data_dir", "{data}", "--save_ckpt_path", "/nowhere/c.pth"), "does not exist or cannot be written"),
+        (("--data_dir", "{data}", "--save_ckpt_path", "{data}/dataset.json/c.pth"), "its folder cannot be written"),
         (("--data_dir", "{data}", "--log_dir", "{data}/dataset.json/logs"), "cannot be written"),
         (("--data_dir", "{data}", "--amp_dtype", "bf16"), "does nothing without --amp"),
         (("--data_dir", "{data}", "--overlap", 1), "windows must advance"),
