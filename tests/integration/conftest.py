@@ -94,7 +94,7 @@ def balls(balls_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log folder, checkpoint.pth in it, of a run on `balls` that reached its target."""
-    logs = tmp_path_factory.mktemp("trained")
+    logs = tmp_path_factory.mktemp("trained") / "logs"  # not there yet: the run makes it, for both its flags
     program(
         *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
         # The first evaluation comes when something is predicted: a mean Dice of nothing ends a run as diverged.

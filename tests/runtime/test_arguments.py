@@ -330,7 +330,6 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], told: str
         (["--lr_decay_epochs", "5", "5"], "--lr_decay_epochs must rise"),
         (["--cudnn_benchmark", "--cudnn_deterministic"], "choose one"),
         (["--overlap", "1"], "--overlap 1: windows must advance"),
-        (["--save_ckpt_path", "nowhere/at/all/c.pth"], "its folder does not exist or cannot be written"),
         (["--save_ckpt_path", "."], "is a folder; give a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

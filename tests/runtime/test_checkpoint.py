@@ -17,7 +17,7 @@ from errors import UserError
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime.callbacks import KeepBest
-from runtime.checkpoint import Checkpoint, load, load_network, restore, save
+from runtime.checkpoint import Checkpoint, load, load_network, prepare, restore, save
 from runtime.distributed import World
 from runtime.events import EvaluationStopped
 from runtime.precision import Precision
@@ -424,3 +424,11 @@ def test_a_missing_file_and_a_folder(path: Path, tmp_path: Path) -> None:
         load(path)
     with pytest.raises(UserError, match="damaged or no checkpoint"):
         load(tmp_path)
+
+
+def test_a_checkpoint_s_folder_is_made_and_tried_before_the_run(tmp_path: Path) -> None:
+    prepare(tmp_path / "new" / "folder" / "c.pth")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="its folder cannot be written"):
+        prepare(tmp_path / "file" / "c.pth")
