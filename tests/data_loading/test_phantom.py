@@ -6,6 +6,7 @@ import gzip
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -21,11 +22,6 @@ from errors import UserError
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = (32, 64, 64)
 CASES = range(6)
-
-
-def real_data_dir() -> Path:
-    """Where the real scans lie: $REAL_DATA, or shared/data beside the project."""
-    return Path(os.environ.get("REAL_DATA", PROJECT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +229,8 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], expected: str,
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("case", ["case_00038", "case_00061"])  # two of the smallest: under 10 million voxels
-def test_painting_on_a_real_mask(case: str) -> None:
-    path = real_data_dir() / "kits19_segmentations" / case / "segmentation.nii.gz"
-    if not path.is_file():
-        pytest.skip(f"no real mask at {path}; set REAL_DATA to the folder that holds kits19_segmentations")
+def test_painting_on_a_real_mask(real_data: Callable[[str], Path], case: str) -> None:
+    path = real_data("kits19_segmentations") / case / "segmentation.nii.gz"
     mask = read_nifti(path, np.uint8)
     image = paint(mask, 0, int(case[-5:]))
     check_same_geometry(read_geometry(path), image.geometry, case)
