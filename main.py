@@ -12,11 +12,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
+from data_loading.augmentation import make_augmentation
 from data_loading.dataset import peek
-from data_loading.loader import LoaderSettings, load_evaluation_case, make_training_loader, synthetic_cases
+from data_loading.loader import LoaderSettings, shape_of, synthetic_cases
+from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.sampling import batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError, run_program
@@ -30,11 +35,13 @@ from runtime.console import ConsoleTracker, EvaluationTracker
 from runtime.distributed import World
 from runtime.division import choose_division, departures
 from runtime.environment import describe_environment, platform_name
-from runtime.evaluation import Scoring, evaluate
+from runtime.evaluation import Plan, Scoring, evaluate
 from runtime.optim import learning_rate, make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import Seeds, draw_seeds, seed_process
+from runtime.throughput import ThroughputTracker
 from runtime.training import StepSettings, TrainState, make_schedule, place, train
+from runtime.warmup import calibrate, made_up_batch, warm_up
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
@@ -71,6 +78,7 @@ def train_network(config: RunConfig, world: World) -> None:
     division = choose_division(config.division, reasons)
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
+    augment = make_augmentation(config.augment)
 
     announce = make_announcer(config, seeds, world)
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
@@ -81,6 +89,9 @@ def train_network(config: RunConfig, world: World) -> None:
         checkpoints.restore(state, loaded)
     seed_process(seeds.ranks[world.rank], config.cudnn_deterministic, config.cudnn_benchmark)
     announce.state = state
+    loss = DiceCELoss(config.include_background)
+    settings = StepSettings(loss, precision, config.ga_steps, config.layout)
+    prepare_device(config, spec, state, settings, world, announce)
     platform = config.submission_platform or platform_name(world.device, world.size)
     tensors = trackers.tensor_names(state.network)
     notes = [note for note in (precision.note, "" if config.benchmark else schedule.note()) if note]
@@ -89,25 +100,24 @@ def train_network(config: RunConfig, world: World) -> None:
     world.barrier()
     announce(events.RunStarted())
 
-    loader = make_training_loader(
+    loader, note = make_training_loader(
         config.loader, config.data_dir, training, spec,
         LoaderSettings(config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank,
-                       world.size, seeds.order, seeds.samples, pin_memory=world.device.type == "cuda"),
+                       world.size, seeds.order, seeds.samples, world.device, augment),
     )  # fmt: skip
     announce(events.DataOpened(len(training), len(evaluation), samples_per_epoch,
                                config.batch_size * world.size * config.ga_steps, config.ga_steps,
-                               list(spec.classes)))  # fmt: skip
-    loss = DiceCELoss(config.include_background)
+                               list(spec.classes), [note] if note else []))  # fmt: skip
     rate = partial(
         learning_rate, base=config.learning_rate, initial=config.init_learning_rate,
         warmup_epochs=config.lr_warmup_epochs, decay_epochs=config.lr_decay_epochs, decay_factor=config.lr_decay_factor,
     )  # fmt: skip
-    load_case = partial(load_evaluation_case, config.data_dir)
+    scoring = make_scoring(config, spec)
     score = partial(
-        evaluate, network=state.network, loss=loss, cases=evaluation, load_case=load_case,
-        scoring=make_scoring(config, spec), precision=precision, world=world, emit=announce,
+        evaluate, network=state.network, loss=loss, plan=make_plan(config, evaluation, scoring, world),
+        load_case=EvaluationCases(config.data_dir, world.device), scoring=scoring, precision=precision, world=world,
+        emit=announce,
     )  # fmt: skip
-    settings = StepSettings(loss, precision, config.ga_steps, config.layout)
     train(state, loader, schedule, rate, settings, score, world, announce)
 
 
@@ -120,14 +130,16 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
         raise UserError(f"--data_dir {config.data_dir}: its split has no evaluation cases")
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
-    network = build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+    network = make_network(config, spec)
     check_window(network, config.val_input_shape, "--val_input_shape")
     checkpoints.load_network(network, loaded.best, loaded.path)
     place(network, world.device, config.layout)
     emit = Announcer([], [EvaluationTracker(config.verbose)] if world.is_main else [])
+    scoring = make_scoring(config, spec)
     emit(evaluate(
-        loaded.best_epoch, network, DiceCELoss(config.include_background), split["evaluation"],
-        partial(load_evaluation_case, config.data_dir), make_scoring(config, spec), precision, world, emit,
+        loaded.best_epoch, network, DiceCELoss(config.include_background),
+        make_plan(config, split["evaluation"], scoring, world), EvaluationCases(config.data_dir, world.device), scoring,
+        precision, world, emit,
     ))  # fmt: skip
 
 
@@ -140,10 +152,12 @@ def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
 
 def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, world: World) -> TrainState:
     """Network, optimizer and scaler, as they stand before the first step."""
-    network = build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+    network = make_network(config, spec)
     check_window(network, config.input_shape, "--input_shape")
     check_window(network, config.val_input_shape, "--val_input_shape")
     place(network, world.device, config.layout)
+    if config.compile:
+        network.compile(dynamic=False)  # in place: names, state and everyone's references stay
     optimizer = make_optimizer(
         config.optimizer, network.parameters(), config.learning_rate, config.momentum, config.lamb_betas,
         config.weight_decay,
@@ -151,10 +165,32 @@ def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, worl
     return TrainState(network, world.wrap(network), optimizer, precision.make_scaler())
 
 
+def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
+    return build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+
+
+def prepare_device(
+    config: RunConfig, spec: DatasetSpec, state: TrainState, settings: StepSettings, world: World, announce: Announcer
+) -> None:
+    """Compiles, tunes and measures on made-up data, before the clock; the state is afterwards what it was."""
+    shape = (spec.channels, len(spec.classes), config.input_shape, world.device)
+    batch = made_up_batch(config.batch_size, *shape)
+    windows = made_up_batch(config.val_batch_size, spec.channels, 1, config.val_input_shape, world.device)
+    warm_up(state, batch, windows, settings, config.untimed_steps)
+    if config.benchmark:
+        announce(calibrate(state, partial(make_network, config, spec), batch, settings, world))
+
+
 def make_scoring(config: RunConfig, spec: DatasetSpec) -> Scoring:
     return Scoring(
-        config.val_input_shape, config.overlap, len(spec.classes), spec.padding_value, spec.crops_remainder
+        config.val_input_shape, config.overlap, config.val_batch_size, len(spec.classes), spec.padding_value,
+        spec.crops_remainder,
     )  # fmt: skip
+
+
+def make_plan(config: RunConfig, cases: Sequence[str], scoring: Scoring, world: World) -> Plan:
+    """Who scores which case; reads the volumes' headers, so not before the clock runs."""
+    return Plan.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
 
 
 def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
@@ -174,7 +210,7 @@ def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
         ConsoleTracker(config.verbose, config.epochs),
     ]
     if config.benchmark:
-        watching.append(trackers.ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+        watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
     return Announcer(callbacks, watching)
 
 

@@ -190,6 +190,15 @@ def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
     return array
 
 
+def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Memory-maps a case's image (C, D, H, W) and label (1, D, H, W). Raises UserError when they do not fit."""
+    image = map_array(file_of(data_dir, case, "x"), np.float32)
+    label = map_array(file_of(data_dir, case, "y"), np.uint8)
+    if image.shape[1:] != label.shape[1:]:
+        raise UserError(f"{case}: image {image.shape} and label {label.shape} differ; preprocess the case again")
+    return image, label
+
+
 def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes]:
     """Every case's foreground boxes, from `dataset.json` or, in a reference folder, from its labels."""
     if (data_dir / INDEX_NAME).is_file():

@@ -7,7 +7,7 @@ A training loader is called with the epoch and yields that epoch's batches of th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_loading.augmentation import augment, draw_augmentation, draw_crop
-from data_loading.dataset import file_of, load_boxes, map_array
+from data_loading.augmentation import Augmentation, DrawAugmentation, augment, draw_augmentation, draw_crop
+from data_loading.dataset import file_of, map_array, map_case
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng
-from data_loading.spec import DatasetSpec
 from data_loading.volume import free_memory_bytes
 from errors import UserError
 
 Batch = dict[str, Tensor]
+
+CPU = torch.device("cpu")
 
 # The reference's synthetic loader: 32 random volumes, 64 samples of them an epoch.
 SYNTHETIC_VOLUMES = 32
@@ -49,7 +50,7 @@ class TrainingLoader(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What every training loader is made with; `patch` is the crop's shape, `seed` the master of all samples."""
+    """What every training loader is made with; `patch` is the crop's shape, `device` where the network computes."""
 
     patch: Shape
     oversampling: float
@@ -59,7 +60,8 @@ class LoaderSettings:
     ranks: int
     order_seed: int
     sample_seed: int
-    pin_memory: bool = False
+    device: torch.device = CPU
+    augment: DrawAugmentation = draw_augmentation
 
 
 @dataclass(frozen=True)
@@ -82,30 +84,37 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         self.cases = list(cases)
         self.boxes = list(boxes)
         self.settings = settings
+        # Opened volumes, by case index; empty when a worker process starts, since nothing has been read until then.
+        self._maps: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, NDArray[Any]]:
         epoch, index = key
         settings = self.settings
-        image, label = map_case(self.data_dir, self.cases[index])
+        if index not in self._maps:
+            self._maps[index] = map_case(self.data_dir, self.cases[index])
+        image, label = self._maps[index]
         shape = as_shape(image.shape[1:])
         padding = edge_padding(shape, settings.patch)
         padded_shape = as_shape([n + sum(both) for n, both in zip(shape, padding, strict=True)])
         # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
-        rng = sample_rng(settings.sample_seed, epoch, index)
-        start = draw_crop(rng, padded_shape, settings.patch, self.boxes[index], settings.oversampling)
-        drawn = draw_augmentation(rng)
+        start, drawn = draw_sample(epoch, index, padded_shape, self.boxes[index], settings)
         crop, mask = (_read_crop(array, start, settings.patch, padding) for array in (image, label))
         crop, mask = augment(crop, mask, drawn)
         return {"image": crop, "label": mask}
 
 
-def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Memory-maps a case's image (C, D, H, W) and label (1, D, H, W). Raises UserError when they do not fit."""
-    image = map_array(file_of(data_dir, case, "x"), np.float32)
-    label = map_array(file_of(data_dir, case, "y"), np.uint8)
-    if image.shape[1:] != label.shape[1:]:
-        raise UserError(f"{case}: image {image.shape} and label {label.shape} differ; preprocess the case again")
-    return image, label
+def draw_sample(
+    epoch: int, index: int, shape: Shape, boxes: Boxes, settings: LoaderSettings
+) -> tuple[Shape, Augmentation]:
+    """The first voxel of a sample's crop and its augmentation: the same whichever loader or process asks.
+
+    Args:
+        shape: of the volume (D, H, W), at least the patch in each axis.
+        boxes: of its foreground.
+    """
+    rng = sample_rng(settings.sample_seed, epoch, index)
+    start = draw_crop(rng, shape, settings.patch, boxes, settings.oversampling)
+    return start, settings.augment(rng)
 
 
 def _read_crop(array: NDArray[Any], start: Shape, patch: Shape, padding: list[tuple[int, int]]) -> NDArray[Any]:
@@ -150,7 +159,7 @@ class PytorchLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             timeout=WORKER_TIMEOUT_S if workers else 0,
-            pin_memory=settings.pin_memory,
+            pin_memory=settings.device.type == "cuda",
         )
 
     def __len__(self) -> int:
@@ -206,28 +215,9 @@ def synthetic_cases() -> list[str]:
     return [f"synthetic_{index}" for index in range(SYNTHETIC_SAMPLES_PER_EPOCH)]
 
 
-def make_training_loader(
-    name: str, data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings
-) -> TrainingLoader:
-    """The loader of that name. Raises UserError for one that does not exist or cannot be filled."""
-    if name not in LOADERS:
-        raise UserError(f"--loader {name!r} does not exist; there are {', '.join(sorted(LOADERS))}")
-    return LOADERS[name](data_dir, cases, spec, settings)
-
-
-def _pytorch(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> TrainingLoader:
-    boxes = load_boxes(data_dir, cases, len(spec.classes))
-    return PytorchLoader(CropDataset(data_dir, cases, boxes, settings), settings)
-
-
-def _synthetic(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> TrainingLoader:
-    return SyntheticLoader(len(cases), spec.channels, len(spec.classes), settings)
-
-
-LOADERS: dict[str, Callable[[Path, Sequence[str], DatasetSpec, LoaderSettings], TrainingLoader]] = {
-    "pytorch": _pytorch,
-    "synthetic": _synthetic,
-}
+def shape_of(data_dir: Path, case: str) -> Shape:
+    """The shape (D, H, W) of a case, from its header."""
+    return as_shape(map_array(file_of(data_dir, case, "x"), np.float32).shape[1:])
 
 
 def load_evaluation_case(data_dir: Path, case: str) -> EvaluationCase:

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-NORMALIZATIONS: dict[str, type[nn.InstanceNorm3d | nn.BatchNorm3d]] = {
-    "instancenorm": nn.InstanceNorm3d,
-    "batchnorm": nn.BatchNorm3d,
-}
-ACTIVATIONS = ("relu", "leaky_relu")
-LEAKY_SLOPE = 0.01
+from model.normalization import InstanceNormActivation
+
+NORMALIZATIONS = ("instancenorm", "batchnorm")
+# Slopes below zero.
+ACTIVATIONS = {"relu": 0.0, "leaky_relu": 0.01}
 
 
-def make_activation(name: str) -> nn.Module:
-    return nn.ReLU(inplace=True) if name == "relu" else nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+@dataclass(frozen=True)
+class Kind:
+    """What every block of a network has in common.
+
+    Attributes:
+        normalization: one of `NORMALIZATIONS`.
+        activation: one of `ACTIVATIONS`.
+        fused: instance norm and activation as one operator (see `InstanceNormActivation`).
+    """
+
+    normalization: str
+    activation: str
+    fused: bool = True
+
+    def make(self, channels: int) -> list[nn.Module]:
+        """Norm and activation, as one module or two."""
+        slope = ACTIVATIONS[self.activation]
+        if self.normalization == "instancenorm":
+            return [InstanceNormActivation(channels, slope, self.fused)]
+        return [nn.BatchNorm3d(channels), nn.LeakyReLU(slope, inplace=True)]
 
 
-def conv_block(in_channels: int, out_channels: int, stride: int, normalization: str, activation: str) -> nn.Sequential:
+def conv_block(in_channels: int, out_channels: int, stride: int, kind: Kind) -> nn.Sequential:
     """3x3x3 convolution (no bias: the norm's shift replaces it), affine norm, activation."""
-    return nn.Sequential(
-        nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
-        NORMALIZATIONS[normalization](out_channels, affine=True),
-        make_activation(activation),
-    )
+    convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, *kind.make(out_channels))
 
 
 class TwoConvs(nn.Module):
     """Two convolution blocks, the first with `stride`. (N, C, D, H, W) -> (N, F, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, in_channels: int, filters: int, stride: int, normalization: str, activation: str) -> None:
+    def __init__(self, in_channels: int, filters: int, stride: int, kind: Kind) -> None:
         super().__init__()
-        self.conv1 = conv_block(in_channels, filters, stride, normalization, activation)
-        self.conv2 = conv_block(filters, filters, 1, normalization, activation)
+        self.conv1 = conv_block(in_channels, filters, stride, kind)
+        self.conv2 = conv_block(filters, filters, 1, kind)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
@@ -45,11 +61,11 @@ class UpBlock(nn.Module):
     no norm and no activation; it stands in a Sequential because the reference's parameter names say so.
     """
 
-    def __init__(self, in_channels: int, filters: int, normalization: str, activation: str) -> None:
+    def __init__(self, in_channels: int, filters: int, kind: Kind) -> None:
         super().__init__()
         self.upsample_conv = nn.Sequential(nn.ConvTranspose3d(in_channels, filters, kernel_size=2, stride=2))
-        self.conv1 = conv_block(2 * filters, filters, 1, normalization, activation)
-        self.conv2 = conv_block(filters, filters, 1, normalization, activation)
+        self.conv1 = conv_block(2 * filters, filters, 1, kind)
+        self.conv2 = conv_block(filters, filters, 1, kind)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.conv2(self.conv1(torch.cat((self.upsample_conv(x), skip), dim=1)))

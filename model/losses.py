@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.kernels import triton_for
 
 # Keeps the ratio finite: a class absent from truth and prediction alike counts as 1.0.
 SMOOTHING = 1e-6
 SPATIAL = (2, 3, 4)
+SPATIAL_OF_CLASS = (1, 2, 3)
 
 
 def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
@@ -16,10 +22,89 @@ def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
     return (2.0 * intersection + SMOOTHING) / (total + SMOOTHING)
 
 
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(N, 1, D, H, W) integers -> (N, K, D, H, W) float32."""
-    values = torch.arange(classes, device=labels.device, dtype=labels.dtype).view(1, classes, 1, 1, 1)
-    return (labels == values).float()
+@dataclass(frozen=True)
+class OverlapSums:
+    """Sums over a sample's voxels, from which both losses follow.
+
+    Attributes:
+        cross_entropy: (N,), of -log(probability of the true class).
+        intersection: (N, K), of the class's probability where it is true.
+        predicted: (N, K), of its probability everywhere.
+        true: (N, K), of voxels where it is true.
+    """
+
+    cross_entropy: Tensor
+    intersection: Tensor
+    predicted: Tensor
+    true: Tensor
+
+
+def overlap_sums(logits: Tensor, labels: Tensor) -> OverlapSums:
+    """The sums in one pass over logits (N, K, D, H, W) and labels (N, 1, D, H, W), in fp32, and in one pass back.
+
+    No one-hot tensor and no probabilities are kept: the way back computes the softmax again.
+    """
+    return OverlapSums(*_OverlapSums.apply(logits, labels))
+
+
+class _OverlapSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(logits, labels)
+        kernels = triton_for(logits)
+        cross_entropy, intersection, predicted, true = (
+            kernels.sums_forward(logits, labels) if kernels else sums_forward(logits, labels)
+        )
+        ctx.mark_non_differentiable(true)
+        return cross_entropy, intersection, predicted, true
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        kernels = triton_for(logits)
+        backward = kernels.sums_backward if kernels else sums_backward
+        return backward(logits, labels, *grads[:3]), None
+
+
+def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`overlap_sums` in PyTorch's terms."""
+    logarithms = logits.float().log_softmax(1)
+    probabilities = logarithms.exp()
+    cross_entropy = torch.zeros(len(logits), device=logits.device)
+    intersection, true = torch.empty(2, *logits.shape[:2], device=logits.device)
+    for value in range(logits.shape[1]):
+        is_true = labels[:, 0] == value
+        true[:, value] = is_true.sum(SPATIAL_OF_CLASS)
+        intersection[:, value] = (probabilities[:, value] * is_true).sum(SPATIAL_OF_CLASS)
+        cross_entropy -= (logarithms[:, value] * is_true).sum(SPATIAL_OF_CLASS)
+    return cross_entropy, intersection, probabilities.sum(SPATIAL), true
+
+
+def sums_backward(
+    logits: Tensor, labels: Tensor, cross_entropy: Tensor, intersection: Tensor, predicted: Tensor
+) -> Tensor:
+    """The logits' gradient from the sums' gradients; of their shape, type and memory format.
+
+    With p the softmax, t the truth and q = predicted + intersection * t, class j's is
+    cross_entropy * (p_j - t_j) + p_j * (q_j - sum_k q_k p_k).
+    """
+
+    def column(gradient: Tensor) -> Tensor:
+        return gradient.view(-1, 1, 1, 1)
+
+    probabilities = logits.float().softmax(1)
+    gradient = torch.empty_like(logits, dtype=torch.float32)  # softmax forgets the memory format
+    mean = torch.zeros_like(probabilities[:, 0])
+    for value in range(logits.shape[1]):
+        is_true = labels[:, 0] == value
+        gradient[:, value] = column(predicted[:, value]) + column(intersection[:, value]) * is_true
+        mean.addcmul_(gradient[:, value], probabilities[:, value])
+    gradient += cross_entropy.view(-1, 1, 1, 1, 1) - mean[:, None]
+    gradient *= probabilities
+    for value in range(logits.shape[1]):
+        gradient[:, value] -= column(cross_entropy) * (labels[:, 0] == value)
+    return gradient.to(logits.dtype)
 
 
 class DiceLoss(nn.Module):
@@ -35,11 +120,12 @@ class DiceLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        probabilities = logits.float().softmax(dim=1)[:, self.first_class :]
-        truth = one_hot(labels, logits.shape[1])[:, self.first_class :]
-        intersection = (probabilities * truth).sum(SPATIAL)
-        total = probabilities.sum(SPATIAL) + truth.sum(SPATIAL)
-        return (1.0 - dice_ratio(intersection, total)).mean()
+        return self.of_sums(overlap_sums(logits, labels))
+
+    def of_sums(self, sums: OverlapSums) -> Tensor:
+        """The loss from the sums over voxels."""
+        ratio = dice_ratio(sums.intersection, sums.predicted + sums.true)
+        return (1.0 - ratio[:, self.first_class :]).mean()
 
 
 class DiceCELoss(nn.Module):
@@ -55,8 +141,9 @@ class DiceCELoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        cross_entropy = F.cross_entropy(logits.float(), labels[:, 0].long())
-        return (cross_entropy + self.dice(logits, labels)) / 2
+        sums = overlap_sums(logits, labels)
+        cross_entropy = sums.cross_entropy.sum() / labels.numel()
+        return (cross_entropy + self.dice.of_sums(sums)) / 2
 
 
 def dice_score(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from errors import UserError
-from model.layers import ACTIVATIONS, NORMALIZATIONS, OutputLayer, TwoConvs, UpBlock
+from model.layers import ACTIVATIONS, NORMALIZATIONS, Kind, OutputLayer, TwoConvs, UpBlock
 
 # One entry a resolution, the bottleneck last.
 MLPERF_FILTERS = (32, 64, 128, 256, 320, 320)
@@ -22,6 +22,7 @@ class Unet3d(nn.Module):
         normalization: "instancenorm" (affine) or "batchnorm".
         activation: "relu" or "leaky_relu" (slope 0.01).
         filters: feature maps of each resolution, the bottleneck last.
+        fused: False computes norm and activation by PyTorch's own operators; the numbers are the same.
 
     Raises:
         UserError: fewer than two resolutions, or an unknown normalization or activation.
@@ -34,6 +35,7 @@ class Unet3d(nn.Module):
         normalization: str = "instancenorm",
         activation: str = "relu",
         filters: Sequence[int] = MLPERF_FILTERS,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         if normalization not in NORMALIZATIONS or activation not in ACTIVATIONS:
@@ -41,15 +43,15 @@ class Unet3d(nn.Module):
         filters = tuple(filters)
         if len(filters) < 2 or not all(isinstance(n, int) and n > 0 for n in filters):
             raise UserError(f"unet3d: filters must be two or more positive numbers, got {filters}")
-        kind = (normalization, activation)
+        kind = Kind(normalization, activation, fused)
         first, *inner, bottleneck = filters
-        self.input_block = TwoConvs(channels, first, 1, *kind)
+        self.input_block = TwoConvs(channels, first, 1, kind)
         self.downsample = nn.ModuleList(
-            TwoConvs(above, here, 2, *kind) for above, here in zip(filters, inner, strict=False)
+            TwoConvs(above, here, 2, kind) for above, here in zip(filters, inner, strict=False)
         )
-        self.bottleneck = TwoConvs(filters[-2], bottleneck, 2, *kind)
+        self.bottleneck = TwoConvs(filters[-2], bottleneck, 2, kind)
         self.upsample = nn.ModuleList(
-            UpBlock(below, here, *kind) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
+            UpBlock(below, here, kind) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
         )
         self.output = OutputLayer(first, classes)
         self.divisor = 2 ** (len(filters) - 1)

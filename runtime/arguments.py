@@ -36,10 +36,13 @@ class RunConfig:
     layout: str
     input_shape: tuple[int, int, int]
     val_input_shape: tuple[int, int, int]
+    val_batch_size: int
     seed: int
     num_workers: int
     benchmark: bool
     warmup_steps: int
+    untimed_steps: int
+    compile: bool
     amp: bool
     amp_dtype: str
     optimizer: str
@@ -56,6 +59,7 @@ class RunConfig:
     activation: str
     include_background: bool
     verbose: bool
+    augment: str
     oversampling: float
     overlap: float
     cudnn_benchmark: bool
@@ -179,7 +183,9 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
         help="unet3d.log (MLPerf), log.jsonl, run.json; or UNET3D_LOG_DIR")  # fmt: skip
     add("--save_ckpt_path", type=Path, help="where to keep the last and the best state, in one file")
     add("--load_ckpt_path", type=Path, help="train: go on from its last state; evaluate: score its best")
-    add("--loader", default="pytorch", help="pytorch, or synthetic (random volumes, no disk)")
+    add("--loader", default="pytorch",
+        help="pytorch (crops read from disk by --num_workers processes), device (all volumes in device memory in 16 "
+        "bit, samples made there), or synthetic (random volumes, no disk)")  # fmt: skip
     add(
         "--local_rank", type=_number(int, 0), default=os.environ.get("LOCAL_RANK", "0"),
         help="this process's GPU on its machine (torchrun sets LOCAL_RANK)",
@@ -202,10 +208,14 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     shape = {"type": _number(int, 1), "nargs": 3, "metavar": ("D", "H", "W"), "default": (128, 128, 128)}
     add("--input_shape", **shape, help="voxels of a training crop")
     add("--val_input_shape", **shape, help="voxels of an evaluation window")
+    add("--val_batch_size", type=_number(int, 1), default=4, help="evaluation windows computed at once")
     add("--seed", type=_number(int, -1, SEED_LIMIT - 1), default=-1, help="master seed; -1: from the operating system")
     add("--num_workers", type=_number(int, 0), default=8, help="loader processes a rank")
     add("--benchmark", action="store_true", help="time every iteration, evaluate nothing, report samples/s and latency")
     add("--warmup_steps", type=_number(int, 0), default=200, help="iterations before --benchmark's clock starts")
+    add("--untimed_steps", type=_number(int, 0), default=1,
+        help="steps on made-up data before the clock starts, that leave no trace: compiling and tuning")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the network (minutes, before the clock starts)")
     add("--amp", action="store_true", help="16-bit arithmetic where it is safe, loss and statistics in fp32")
     add(
         "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto",
@@ -236,6 +246,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--verbose", "-v", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
         help="progress bars and a line an epoch (default: on a terminal)",
     )  # fmt: skip
+    add("--augment", default="mlperf",
+        help="augmentation spec, such as \"mlperf(flips='HW')\" where a class has a direction along D")  # fmt: skip
     add("--oversampling", type=_number(float, 0, 1), default=0.4, help="share of crops around the foreground")
     add("--overlap", type=_number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
     add("--cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")

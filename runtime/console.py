@@ -51,10 +51,11 @@ class ConsoleTracker:
         self._cases = CaseBar()
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.InitStopped):
-            because = f" ({'; '.join(event.reasons)})" if event.reasons else ""
+        if isinstance(event, ev.InitStopped | ev.DataOpened):
             for note in event.notes:
                 self._say(f"note: {note}")
+        if isinstance(event, ev.InitStopped):
+            because = f" ({'; '.join(event.reasons)})" if event.reasons else ""
             self._say(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
         elif isinstance(event, ev.EvaluationStopped):
             scores = ", ".join(f"L{value} {dice:.4f}" for value, dice in enumerate(event.dice, start=1))

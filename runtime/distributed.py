@@ -5,6 +5,7 @@ A run without torchrun is a world of one; everything here works for it alike.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,11 +33,13 @@ class World:
     Attributes:
         rank, size: of all ranks.
         device: where this rank computes.
+        group: torch's handle of the ranks of a `split`; None: all of them.
     """
 
     rank: int
     size: int
     device: torch.device
+    group: Any = None
 
     @classmethod
     def join(cls, local_rank: int) -> World:
@@ -66,6 +69,20 @@ class World:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         return cls(rank, size, device)
 
+    def split(self, parts: Sequence[Sequence[int]]) -> World:
+        """The smaller world of this rank's part; every rank must call it with the same disjoint parts.
+
+        A rank that is in none gets a world of one.
+        """
+        mine = World(0, 1, self.device)
+        for part in parts:
+            if len(part) < 2:
+                continue
+            group = dist.new_group(list(part), timeout=TIMEOUT)
+            if self.rank in part:
+                mine = World(list(part).index(self.rank), len(part), self.device, group)
+        return mine
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes logs and checkpoints."""
@@ -80,7 +97,7 @@ class World:
         if self.size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
     def broadcast(self, value: Any) -> Any:
@@ -113,6 +130,9 @@ class World:
     def leave(self) -> None:
         """Leaves the group. Call it on every way out."""
         if self.size > 1 and dist.is_initialized():
+            # A wrapped model that lies in a reference cycle would keep the group's threads alive into the interpreter's
+            # end, where one that asks for Python's lock aborts the process (seen in one run of four on gloo).
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,39 +14,105 @@ from data_loading.loader import EvaluationCase
 from model.losses import dice_score
 from runtime.distributed import World
 from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
-from runtime.inference import remainder_crop, sliding_window, stride_of
+from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, window_padding, window_places
 from runtime.precision import Precision
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a case is scored; the last three are the data set's (see `DatasetSpec`).
+    """How a case is scored; `classes` and what follows are the data set's (see `DatasetSpec`).
 
     Attributes:
         window, overlap: of the sliding window.
+        batch_size: windows that go through the network at once.
         classes: K, the background included.
         padding_value, crops_remainder: as in the spec.
     """
 
     window: tuple[int, int, int]
     overlap: float
+    batch_size: int
     classes: int
     padding_value: float | None
     crops_remainder: bool
+
+    def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
+        """The part of a volume that is scored."""
+        if self.crops_remainder:
+            return remainder_crop(shape, stride_of(self.window, self.overlap))
+        return slice(None), slice(None), slice(None)
+
+    def windows(self, shape: Sequence[int]) -> int:
+        """How many windows a volume of this shape (D, H, W) has."""
+        stride = stride_of(self.window, self.overlap)
+        kept = [len(range(size)[part]) for size, part in zip(shape, self.kept(shape), strict=True)]
+        padding = window_padding(kept, self.window, stride if self.padding_value is not None else [1, 1, 1])
+        padded = [size + before + after for size, (before, after) in zip(kept, padding, strict=True)]
+        return sum(1 for _ in window_places(padded, self.window, stride))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who scores which case; every rank has the same plan but for its own `partners`.
+
+    Attributes:
+        cases: in the order of the table of scores.
+        members: of each case, the ranks that share its windows; the first writes its score.
+        partners: the world of the ranks that share this rank's cases.
+    """
+
+    cases: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    partners: World
+
+    @classmethod
+    def make(cls, cases: Sequence[str], windows: Sequence[int], world: World) -> Plan:
+        """Deals the cases out; where there are more ranks than cases, the windows of a case are shared.
+
+        Args:
+            windows: of each case.
+        """
+        members = deal(windows, world.size)
+        shared = [ranks for ranks in members if len(ranks) > 1]
+        partners = world.split(shared) if shared else World(0, 1, world.device)
+        return cls(tuple(cases), members, partners)
+
+    def of_rank(self, rank: int) -> list[int]:
+        """Indices of the cases that this rank has a part in."""
+        return [index for index, ranks in enumerate(self.members) if rank in ranks]
+
+
+def deal(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each case: longest case first, to the rank that has least to do; spare ranks help the longest.
+
+    A case never has more ranks than windows.
+    """
+    longest_first = sorted(range(len(windows)), key=lambda index: (-windows[index], index))
+    members: list[list[int]] = [[] for _ in windows]
+    load = [0] * ranks
+    for index in longest_first:
+        rank = load.index(min(load))
+        members[index].append(rank)
+        load[rank] += windows[index]
+    for rank in range(len(windows), ranks if windows else 0):
+        longest = max(longest_first, key=lambda index: windows[index] / len(members[index]))
+        if windows[longest] > len(members[longest]):
+            members[longest].append(rank)
+    return tuple(map(tuple, members))
 
 
 def evaluate(
     epoch: int,
     network: nn.Module,
     loss: nn.Module,
-    cases: Sequence[str],
+    plan: Plan,
     load_case: Callable[[str], EvaluationCase],
     scoring: Scoring,
     precision: Precision,
     world: World,
     emit: Callable[[Event], None],
 ) -> EvaluationStopped:
-    """Scores every case on exactly one rank and shares the scores with all.
+    """Scores every case once and shares the scores with all ranks.
 
     Each rank fills its own rows of a table of zeros. Adding zeros is exact, so the sum over the ranks is the whole
     table to the bit, and every rank takes the same mean of it: each case weighs 1 / number of cases.
@@ -53,16 +120,22 @@ def evaluate(
     Returns:
         The scores; it is the caller who announces them.
     """
+    cases = plan.cases
     emit(EvaluationStarted(epoch, len(cases)))
     started = time.perf_counter()
     network.eval()
     world.broadcast_buffers(network)
-    table = torch.zeros(len(cases), scoring.classes, dtype=torch.float64)
-    for index in world.shard(range(len(cases))):
-        table[index] = score_case(load_case(cases[index]), network, loss, scoring, precision)
-        emit(CaseEvaluated(epoch, cases[index]))
+    # The table stays on the device, so that the host can load the next case while this one is computed.
+    table = torch.zeros(len(cases), scoring.classes, dtype=torch.float64, device=world.device)
+    mine = plan.of_rank(world.rank)
+    loaded = (load_case(cases[index]) for index in mine)
+    for index, row in zip(mine, score_cases(loaded, network, loss, scoring, precision, plan.partners), strict=True):
+        if plan.members[index][0] == world.rank:
+            table[index] = row
+            emit(CaseEvaluated(epoch, cases[index]))
     network.train()
-    table = world.sum(table)
+    # The one host sync of an evaluation.
+    table = world.sum(table).cpu()
     # Column by column in case order, not a tensor reduction: its order of additions may depend on the machine.
     means = [sum(column) / len(cases) for column in table.T.tolist()]
     dice = means[1:]
@@ -77,22 +150,35 @@ def evaluate(
 
 
 @torch.inference_mode()
-def score_case(
-    case: EvaluationCase, network: nn.Module, loss: nn.Module, scoring: Scoring, precision: Precision
-) -> Tensor:
-    """The loss of one case's sliding-window logits and its Dice per foreground class: (K,) float64 on the host."""
-    device = precision.device
-    image, label = case.image, case.label
-    if scoring.crops_remainder:
-        kept = remainder_crop(image.shape[2:], stride_of(scoring.window, scoring.overlap))
-        image, label = image[..., *kept], label[..., *kept]
-    label = label.to(device)
+def score_cases(
+    cases: Iterable[EvaluationCase],
+    network: nn.Module,
+    loss: nn.Module,
+    scoring: Scoring,
+    precision: Precision,
+    partners: World,
+) -> Iterator[Tensor]:
+    """The loss of each case's sliding-window logits and its Dice per foreground class: (K,) float64 on the device.
+
+    Args:
+        partners: the ranks that share these cases' windows; each gets the whole score.
+    """
+    labels: deque[Tensor] = deque()
+
+    def cut() -> Iterator[WindowedVolume]:
+        for case in cases:
+            kept = scoring.kept(case.image.shape[2:])
+            labels.append(case.label[..., *kept].to(precision.device, non_blocking=True))
+            image = case.image[..., *kept].to(precision.device, non_blocking=True)
+            yield WindowedVolume(
+                image, scoring.window, scoring.overlap, scoring.padding_value, partners.rank, partners.size
+            )
 
     def predict(windows: Tensor) -> Tensor:
         with precision.autocast():
             logits: Tensor = network(windows)
         return logits
 
-    logits = sliding_window(image.to(device), predict, scoring.window, scoring.overlap, scoring.padding_value)
-    # One transfer a case: the host needs the figures only now.
-    return torch.cat((loss(logits, label).double().view(1), dice_score(logits, label)[0])).cpu()
+    for volume in predict_windows(cut(), predict, scoring.batch_size):
+        label, logits = labels.popleft(), volume.logits(partners.sum)
+        yield torch.cat((loss(logits, label).double().view(1), dice_score(logits, label)[0]))

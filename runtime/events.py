@@ -49,18 +49,36 @@ class InitStopped(Event):
 
 
 @dataclass(frozen=True)
+class Calibrated(Event):
+    """`--benchmark`: what the figures are compared with, measured before the clock starts.
+
+    Attributes:
+        flops_per_sample: of forward and backward, a multiplication and an addition counted as two.
+        peak_flops: a second, of this rank's device in a large matrix product of the step's number format.
+        communication_ms: what a step takes longer where it averages gradients over the ranks; 0 on one.
+    """
+
+    flops_per_sample: float
+    peak_flops: float
+    communication_ms: float
+
+
+@dataclass(frozen=True)
 class RunStarted(Event):
     """The clock starts: comes before the first look at the data."""
 
 
 @dataclass(frozen=True)
 class DataOpened(Event):
+    """`notes`: what the user may not expect, a line each."""
+
     train_samples: int
     eval_samples: int
     samples_per_epoch: int
     global_batch_size: int
     gradient_accumulation_steps: int
     classes: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,13 @@ class EpochStarted(Event):
     epoch: int
     learning_rate: float
     batches: int
+
+
+@dataclass(frozen=True)
+class PhaseDone(Event):
+    """Within an iteration: "data" (the batch is there), "forward and backward"; `BatchDone` ends the optimizer's."""
+
+    phase: str
 
 
 @dataclass(frozen=True)

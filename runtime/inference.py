@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,8 @@ def window_padding(shape: Sequence[int], window: Sequence[int], stride: Sequence
     return padding
 
 
-def gaussian_map(window: Sequence[int], device: torch.device) -> Tensor:
+@lru_cache(maxsize=4)
+def gaussian_map(window: tuple[int, ...], device: torch.device) -> Tensor:
     """A window's weights, (D, H, W) float32, at most 1.
 
     The cube root of the outer product of three Gaussians whose standard deviation is an eighth of their own axis (the
@@ -59,45 +62,119 @@ def gaussian_map(window: Sequence[int], device: torch.device) -> Tensor:
     return (product / product.max()).float().to(device)
 
 
+class WindowedVolume:
+    """A volume, cut into windows, and the weighted sum of the logits that come back.
+
+    Args:
+        image: (N, C, D, H, W), any size.
+        window: voxels of a window.
+        overlap: share that neighbouring windows have in common, in [0, 1).
+        padding_value: what lies outside a volume that is padded to whole strides, as the reference does; None pads
+            (with its edge) only a volume smaller than a window, and moves the windows together instead: a network
+            that never saw padding in training scores worse on it.
+        member, members: this one's part of the windows where several ranks share a volume.
+
+    Attributes:
+        missing: windows of this part whose logits have not come back.
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        window: Sequence[int],
+        overlap: float,
+        padding_value: float | None = None,
+        member: int = 0,
+        members: int = 1,
+    ) -> None:
+        stride = stride_of(window, overlap)
+        self._shape = image.shape[2:]
+        self._padding = window_padding(self._shape, window, stride if padding_value is not None else [1, 1, 1])
+        self._image = _pad(image, self._padding, padding_value)
+        self._weights = gaussian_map(tuple(window), image.device)
+        self._norm = torch.zeros(self._image.shape[2:], device=image.device)
+        self._total: Tensor | None = None
+        places = list(window_places(self._image.shape[2:], window, stride))
+        for place in places:
+            self._norm[place] += self._weights
+        self.places = places[member::members]
+        self.missing = len(self.places)
+
+    def window(self, place: Place) -> Tensor:
+        """(N, C, *window)."""
+        return self._image[..., *place]
+
+    def add(self, place: Place, logits: Tensor) -> None:
+        """Adds a window's logits (N, K, *window)."""
+        if self._total is None:
+            shape = (logits.shape[0], logits.shape[1], *self._image.shape[2:])
+            self._total = torch.zeros(shape, device=self._image.device)
+        self._total[..., *place] += logits.float() * self._weights
+        self.missing -= 1
+
+    def logits(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
+        """(N, K, D, H, W) float32: the sum of the windows' outputs times `gaussian_map`, divided by the maps' sum.
+
+        Args:
+            total: adds up the members' sums, where there are several.
+        """
+        assert self._total is not None, "every member has a window"
+        mean = total(self._total) / self._norm
+        d, h, w = (slice(before, before + size) for (before, _), size in zip(self._padding, self._shape, strict=True))
+        return mean[..., d, h, w]
+
+
+def predict_windows(
+    volumes: Iterable[WindowedVolume], predictor: Predictor, batch_size: int
+) -> Iterator[WindowedVolume]:
+    """Fills the volumes, in order, from batches of windows; a batch may hold windows of several volumes.
+
+    Args:
+        volumes: taken one after the other, only as far as a batch needs, so that few lie in memory at a time.
+        predictor: (B, C, *window) -> (B, K, *window).
+        batch_size: windows of a batch.
+
+    Yields:
+        Each volume as soon as its last window is back.
+    """
+    open_volumes: deque[WindowedVolume] = deque()
+    batch: list[tuple[WindowedVolume, Place]] = []
+
+    def run() -> Iterator[WindowedVolume]:
+        windows = [volume.window(place) for volume, place in batch]
+        outputs = predictor(torch.cat(windows)).split([len(window) for window in windows])
+        for (volume, place), logits in zip(batch, outputs, strict=True):
+            volume.add(place, logits)
+        batch.clear()
+        while open_volumes and not open_volumes[0].missing:
+            yield open_volumes.popleft()
+
+    for volume in volumes:
+        open_volumes.append(volume)
+        for place in volume.places:
+            batch.append((volume, place))
+            if len(batch) == batch_size:
+                yield from run()
+    if batch:
+        yield from run()
+
+
 def sliding_window(
     image: Tensor,
     predictor: Predictor,
     window: Sequence[int],
     overlap: float,
     padding_value: float | None = None,
+    batch_size: int = 1,
 ) -> Tensor:
-    """The predictor's logits for a volume of any size, averaged where windows overlap.
-
-    Args:
-        image: (N, C, D, H, W), any size.
-        predictor: (N, C, *window) -> (N, K, *window).
-        window: voxels of a window.
-        overlap: share that neighbouring windows have in common, in [0, 1).
-        padding_value: what lies outside a volume that is padded to whole strides, as the reference does; None pads
-            (with its edge) only a volume smaller than a window, and moves the windows together instead: a network
-            that never saw padding in training scores worse on it.
+    """The predictor's logits for a volume of any size, averaged where windows overlap; see `WindowedVolume`.
 
     Returns:
-        (N, K, D, H, W) float32: the sum of the windows' outputs times `gaussian_map`, divided by the maps' sum.
+        (N, K, D, H, W) float32.
     """
-    shape = image.shape[2:]
-    stride = stride_of(window, overlap)
-    whole_strides = stride if padding_value is not None else [1, 1, 1]
-    padding = window_padding(shape, window, whole_strides)
-    padded = _pad(image, padding, padding_value)
-    weights = gaussian_map(window, image.device)
-    total: Tensor | None = None
-    norm = torch.zeros(padded.shape[2:], device=image.device)
-    for place in window_places(padded.shape[2:], window, stride):
-        logits = predictor(padded[..., *place])
-        if total is None:
-            total = torch.zeros(len(image), logits.shape[1], *padded.shape[2:], device=image.device)
-        total[..., *place] += logits.float() * weights
-        norm[place] += weights
-    assert total is not None  # there is a window for every volume
-    total /= norm
-    d, h, w = (slice(before, before + size) for (before, _), size in zip(padding, shape, strict=True))
-    return total[..., d, h, w]
+    volume = WindowedVolume(image, window, overlap, padding_value)
+    (filled,) = predict_windows([volume], predictor, batch_size)
+    return filled.logits()
 
 
 def window_places(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[Place]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+# Where every PyTorch build has fused optimizers.
+FUSED_DEVICES = ("cpu", "cuda")
 # FusedLAMB's defaults.
 LAMB_EPSILON = 1e-6
 LAMB_MAX_GRAD_NORM = 1.0
@@ -43,15 +45,18 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """`sgd` (Nesterov), `adam`, or `lamb` (NVIDIA apex's FusedLAMB where it is installed, else `Lamb`)."""
     parameters = list(parameters)
+    # One kernel for all parameters; with a loss scaler it also skips a step without the host's looking.
+    fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     if name == "sgd":
         # Nesterov without momentum is plain SGD, and torch refuses the pair.
         return torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
-        )
+            parameters, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay,
+            fused=fused,
+        )  # fmt: skip
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
-    fused = _apex_fused_lamb() if all(p.is_cuda for p in parameters) else None
-    return (fused or Lamb)(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
+    apex_lamb = _apex_fused_lamb() if all(p.is_cuda for p in parameters) else None
+    return (apex_lamb or Lamb)(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
 def _apex_fused_lamb() -> Callable[..., torch.optim.Optimizer] | None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mlperf_logging.mllog.mllog import MLLogger
 
@@ -139,7 +138,7 @@ def tensor_names(network: torch.nn.Module) -> list[str]:
     The benchmark network's become MLPerf's (`downsample.2.conv1.0` -> `down2_block_0_conv`; the bottleneck counts as
     the last down block); another network's keep their own names with underscores.
     """
-    kinds = {"Conv3d": "conv", "InstanceNorm3d": "instancenorm", "BatchNorm3d": "batchnorm"}
+    kinds = {"Conv3d": "conv", "InstanceNormActivation": "instancenorm", "BatchNorm3d": "batchnorm"}
     downs = len(getattr(network, "downsample", ()))
     names = []
     for path, module in network.named_modules():
@@ -162,7 +161,7 @@ class JsonLinesTracker:
         self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.BatchDone | ev.CaseEvaluated):
+        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.CaseEvaluated):
             return
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:
@@ -178,70 +177,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class ThroughputTracker:
-    """`--benchmark`: times every iteration after the warm-up, reports samples over time and latencies.
-
-    On a GPU the marks are CUDA events, so that the host never waits for the device between iterations.
-
-    Args:
-        warmup_steps: iterations that are not counted.
-        ranks: all iterate alike, so samples/s is this rank's times `ranks`.
-    """
-
-    def __init__(self, device: torch.device, warmup_steps: int, ranks: int, log_dir: Path) -> None:
-        self._device = device
-        self._warmup_steps = warmup_steps
-        self._ranks = ranks
-        self._path = log_dir / "benchmark.json"
-        self._marks: list[Any] = []
-        self._samples: list[int] = []
-
-    def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.EpochStarted) and not self._marks:
-            self._mark()
-        if isinstance(event, ev.BatchDone):
-            self._mark()
-            self._samples.append(event.samples)
-        if isinstance(event, ev.RunStopped):
-            self._report()
-
-    def _mark(self) -> None:
-        if self._device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-            self._marks.append(mark)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def _milliseconds(self) -> list[float]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the run is over: the only wait
-            return [first.elapsed_time(second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
-        return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
-
-    def _report(self) -> None:
-        latencies = self._milliseconds()[self._warmup_steps :]
-        if not latencies:
-            return
-        figures = throughput(latencies, self._samples[self._warmup_steps :], self._ranks)
-        for name, value in figures.items():
-            print(f"{name} {value:.4g}", flush=True)
-        self._path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def throughput(latencies_ms: list[float], samples: list[int], ranks: int) -> dict[str, float]:
-    """Samples over time (not a mean of rates, which one slow step distorts) and latency percentiles in ms."""
-    p90, p95, p99 = np.percentile(latencies_ms, (90, 95, 99)).tolist()
-    return {
-        "samples_per_s": 1e3 * sum(samples) * ranks / sum(latencies_ms),
-        "iterations": len(latencies_ms),
-        "latency_mean_ms": sum(latencies_ms) / len(latencies_ms),
-        "latency_p90_ms": p90,
-        "latency_p95_ms": p95,
-        "latency_p99_ms": p99,
-    }
 
 
 class RunFileTracker:

@@ -26,6 +26,7 @@ from runtime.events import (
     EpochStopped,
     EvaluationStopped,
     Event,
+    PhaseDone,
     RunStopped,
 )
 from runtime.precision import Precision
@@ -182,7 +183,8 @@ def train_epoch(
     samples = 0
     for index, batch in enumerate(itertools.islice(loader.epoch(epoch), batches)):
         is_last = (index + 1) % settings.ga_steps == 0
-        total += train_step(state, batch, settings, is_last)
+        emit(PhaseDone("data"))
+        total += train_step(state, batch, settings, is_last, lambda phase: emit(PhaseDone(phase)))
         samples += len(batch["image"])
         emit(BatchDone(epoch, index, len(batch["image"])))
     # The epoch's one host sync: the mean loss over batches and ranks.
@@ -191,8 +193,17 @@ def train_epoch(
     emit(EpochStopped(epoch, loss, rate, samples * world.size, time.perf_counter() - started))
 
 
-def train_step(state: TrainState, batch: Batch, settings: StepSettings, is_last: bool) -> Tensor:
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    settings: StepSettings,
+    is_last: bool,
+    done: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
     """Forward and backward of one micro-batch; with the last of its group, the step and its only all-reduce.
+
+    Args:
+        done: told of the phase that has ended.
 
     Returns:
         The loss, a scalar that stays on the device.
@@ -205,6 +216,7 @@ def train_step(state: TrainState, batch: Batch, settings: StepSettings, is_last:
             logits = state.model(image)
         loss: Tensor = settings.loss(logits, label)
         state.scaler.scale(loss / settings.ga_steps).backward()
+    done("forward and backward")
     if is_last:
         state.scaler.step(state.optimizer)
         state.scaler.update()

@@ -1,7 +1,7 @@
 """What the tests of several rooms share: made-up scans, small data sets, programs as processes, the real scans.
 
-Real scans lie in $REAL_DATA, or in ../shared/data beside the project. A test that needs them is marked `real_data`,
-asks the fixture of that name for a folder, and skips where it is missing.
+Real scans lie in $REAL_DATA, or in a folder `data` of one of the project's neighbours. A test that needs them is marked
+`real_data`, asks the fixture of that name for a folder, and skips where it is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_DATA = Path(os.environ.get("REAL_DATA") or ROOT.parent / "shared" / "data")
+NEIGHBOURS = sorted(path.parent for path in ROOT.parent.glob("*/data/kits19_segmentations"))
+REAL_DATA = Path(os.environ.get("REAL_DATA") or (NEIGHBOURS or [ROOT.parent / "data"])[0])
 
 CLASSES = ("background", "kidney", "tumour")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loading.augmentation import Augmentation, augment, draw_augmentation, draw_crop
+from data_loading.augmentation import Augmentation, augment, draw_augmentation, draw_crop, make_augmentation
 from data_loading.preprocessing import Box, Boxes, Shape
+from errors import UserError
 
 DRAWS = 20_000
 
@@ -33,6 +35,35 @@ def test_every_axis_is_flipped_one_time_in_three_on_its_own(drawn: list[Augmenta
     for flips, hits in counts.items():
         probability = np.prod([1 / 3 if flip else 2 / 3 for flip in flips])
         assert within(hits, float(probability)), flips
+
+
+@pytest.mark.parametrize("axes", ["", "D", "HW", "WD"])
+def test_flips_may_be_kept_to_some_axes_without_another_draw(axes: str, drawn: list[Augmentation]) -> None:
+    draw = make_augmentation(f"mlperf(flips={axes!r})")
+    rng = np.random.default_rng(0)
+    for everywhere in drawn[:200]:
+        kept = tuple(flip and axis in axes for flip, axis in zip(everywhere.flips, "DHW", strict=True))
+        assert draw(rng) == replace(everywhere, flips=kept)
+
+
+def test_the_augmentations_default_is_the_references(drawn: list[Augmentation]) -> None:
+    draw, rng = make_augmentation("mlperf"), np.random.default_rng(0)
+    assert [draw(rng) for _ in range(200)] == drawn[:200]
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("mlperf(flips='X')", "axes of 'DHW'"),
+        ("mlperf(flips='DD')", "axes of 'DHW'"),
+        ("mlperf(flips=3)", "axes of 'DHW'"),
+        ("mlperf(noise=0)", "unknown argument 'noise'"),
+        ("elastic", "does not exist"),
+    ],
+)
+def test_an_augmentation_that_does_not_exist(spec: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        make_augmentation(spec)
 
 
 def test_brightness_is_1_7_to_2_3_one_time_in_ten(drawn: list[Augmentation]) -> None:

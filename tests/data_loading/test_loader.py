@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 
 from data_loading import loader as loader_module
 from data_loading.augmentation import augment, draw_augmentation, draw_crop
-from data_loading.dataset import file_of, load_boxes
+from data_loading.dataset import file_of, load_boxes, map_case
 from data_loading.loader import (
     Batch,
     CropDataset,
     LoaderSettings,
     load_evaluation_case,
-    make_training_loader,
-    map_case,
     synthetic_cases,
 )
+from data_loading.loaders import make_training_loader
 from data_loading.preprocessing import Boxes, Shape, foreground_boxes
 from data_loading.sampling import EpochOrder, sample_rng
 from data_loading.spec import DatasetSpec
@@ -75,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: WritePr
 
 
 def batches(folder: Path, epochs: Sequence[int] = (1, 2), **changes: Any) -> list[list[Batch]]:
-    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, **changes))
+    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, **changes))
     return [list(loader.epoch(epoch)) for epoch in epochs]
 
 
@@ -145,7 +144,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_epochs_can_be_taken_in_any_order_and_left_early(folder: Path) -> None:
     # A resumed run begins in the middle; a stopped one abandons an epoch while its workers are ahead.
     first, second = batches(folder, (1, 2))
-    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, num_workers=2))
+    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, num_workers=2))
     assert_same([list(loader.epoch(2))], [second])
     for batch in loader.epoch(7):
         assert len(batch) == 2
@@ -173,7 +172,7 @@ def test_two_ranks_share_one_permutation(folder: Path) -> None:
     alone = samples()
     ranks = [samples(rank=rank, ranks=2) for rank in range(2)]
     assert [sample for turn in zip(*ranks, strict=True) for sample in turn] == alone[:6]
-    assert len(make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2))) == 1
+    assert len(make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2))[0]) == 1
 
 
 def test_too_few_cases_are_told_before_the_first_epoch(folder: Path) -> None:
@@ -270,7 +269,7 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
     made = {}
     for seed in (22, 22, 23):
         settings = replace(SETTINGS, patch=(4, 5, 6), sample_seed=seed)
-        loader = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec, settings)
+        loader, _ = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec, settings)
         epoch = list(loader.epoch(1))
         assert len(loader) == len(epoch) == 32
         if seed in made:
@@ -289,7 +288,7 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
 
 def test_the_synthetic_loader_splits_its_samples_over_ranks(tmp_path: Path) -> None:
     settings = replace(SETTINGS, patch=(2, 2, 2), batch_size=5, ranks=3, rank=2)
-    loader = make_training_loader("synthetic", tmp_path, synthetic_cases(), SPEC, settings)
+    loader, _ = make_training_loader("synthetic", tmp_path, synthetic_cases(), SPEC, settings)
     assert len(loader) == len(list(loader.epoch(4))) == 64 // 15
     assert all(len(batch["image"]) == 5 for batch in loader.epoch(1))
 

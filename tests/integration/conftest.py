@@ -98,7 +98,7 @@ def trained(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFact
     program(
         *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
         # The first evaluation comes when something is predicted: a mean Dice of nothing ends a run as diverged.
-        *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.8),
+        *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.88),
     )
     return logs
 

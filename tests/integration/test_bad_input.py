@@ -36,7 +36,7 @@ def complaint(program: Program, *arguments: object) -> str:
         (("--data_dir", "{data}", "--division", "closed"), "data set balls, not kits19"),
         (("--data_dir", "{data}", "--model", "unet3"), "--model 'unet3' does not exist; there is unet3d"),
         (("--data_dir", "{data}", "--model", "unet3d(filter=3)"), "it takes filters"),
-        (("--data_dir", "{data}", "--loader", "fast"), "there are pytorch, synthetic"),
+        (("--data_dir", "{data}", "--loader", "fast"), "there are device, pytorch, synthetic"),
         (("--data_dir", "{data}", "--benchmark"), "leave nothing to time"),
         (("--data_dir", "{data}", "--exec_mode", "evaluate"), "needs --load_ckpt_path"),
         (("--data_dir", "{data}", "--load_ckpt_path", "/nowhere.pth"), "no such file"),

@@ -37,8 +37,8 @@ def test_a_run_reaches_its_target_and_says_so(trained: Path) -> None:
     evaluations = events_of(trained, "EvaluationStopped")
     assert stopped["status"] == "success"
     assert [event["epoch"] for event in evaluations][:2] == [10, 15]
-    assert float(evaluations[-1]["mean_dice"]) >= 0.8  # type: ignore[arg-type]
-    assert all(float(event["mean_dice"]) < 0.8 for event in evaluations[:-1])  # type: ignore[arg-type]
+    assert float(evaluations[-1]["mean_dice"]) >= 0.88  # type: ignore[arg-type]
+    assert all(float(event["mean_dice"]) < 0.88 for event in evaluations[:-1])  # type: ignore[arg-type]
     # It learnt: the loss fell.
     assert losses(trained)[-1] < 0.6 * losses(trained)[0]
 
@@ -51,7 +51,7 @@ def test_mlperf_accepts_the_log(trained: Path) -> None:
 
 def test_the_run_file_names_configuration_environment_and_seeds(trained: Path) -> None:
     run = json.loads((trained / "run.json").read_text())
-    assert run["config"]["quality_threshold"] == 0.8
+    assert run["config"]["quality_threshold"] == 0.88
     assert run["environment"]["torch"] == torch.__version__
     assert run["seeds"]["master"] == 7
     assert run["division"] == "open"
@@ -137,11 +137,16 @@ def test_benchmark_reports_samples_over_time(program: Program, tmp_path: Path) -
         *("--loader", "synthetic", "--log_dir", tmp_path, *TINY, "--benchmark"),
         *("--epochs", 2, "--batch_size", 4, "--warmup_steps", 20),
     )
-    figures = {name: float(value) for name, value in scores(done.stdout.partition("\n")[2]).items() if " " not in name}
+    figures = json.loads((tmp_path / "benchmark.json").read_text())
+    printed = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.split()[0] in figures)
+    assert printed.keys() == figures.keys()
+    assert figures["verdict"] in ("input-bound", "compute-bound", "communication-bound")
+    phases = ("data_wait_ms", "forward_backward_ms", "optimizer_ms", "communication_ms")
+    assert sum(figures[phase] for phase in phases) == pytest.approx(figures["latency_mean_ms"])
+    assert 0 < figures["share_of_peak"] < 1
     assert figures["iterations"] == 2 * 64 // 4 - 20
     assert figures["samples_per_s"] == pytest.approx(4e3 / figures["latency_mean_ms"], rel=1e-2)
     assert figures["latency_p90_ms"] <= figures["latency_p95_ms"] <= figures["latency_p99_ms"]
-    assert json.loads((tmp_path / "benchmark.json").read_text())["iterations"] == 12
     assert not events_of(tmp_path, "EvaluationStarted")
 
 

@@ -42,6 +42,10 @@ def test_a_run_by_the_rules_departs_from_nothing(make_config: MakeConfig) -> Non
         {"amp": True},
         {"amp_dtype": "fp16"},
         {"num_workers": 0},
+        {"loader": "device"},
+        {"val_batch_size": 9},
+        {"untimed_steps": 0},
+        {"compile": True},
         {"cudnn_benchmark": True},
         {"save_ckpt_path": Path("c.pth")},
         {"submission_org": "ACME"},
@@ -55,8 +59,9 @@ def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"loader": "synthetic"}, "--loader synthetic, not pytorch"),
+        ({"loader": "synthetic"}, "--loader synthetic, not the data set's volumes"),
         ({"optimizer": "lamb"}, "--optimizer lamb, not sgd"),
+        ({"augment": "mlperf(flips='')"}, "--augment mlperf(flips=''), not mlperf"),
         ({"oversampling": 0.5}, "--oversampling 0.5, not 0.4"),
         ({"input_shape": (128, 128, 64)}, "--input_shape 128 128 64, not 128 128 128"),
         ({"val_input_shape": (64, 128, 128)}, "--val_input_shape 64 128 128, not 128 128 128"),

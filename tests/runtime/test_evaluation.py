@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -12,16 +14,16 @@ from torch import Tensor, nn
 from data_loading.loader import EvaluationCase
 from model.losses import DiceCELoss, dice_score
 from runtime.distributed import World
-from runtime.evaluation import Scoring, evaluate, score_case
+from runtime.evaluation import Plan, Scoring, deal, evaluate, score_cases
 from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.inference import sliding_window
 from runtime.precision import Precision
 from runtime.training import TrainState
 
-SCORING = Scoring(window=(4, 4, 4), overlap=0.5, classes=3, padding_value=-2.2, crops_remainder=False)
+SCORING = Scoring(window=(4, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=False)
 CASES = ["case_00003", "case_00000", "case_00012"]
 # Stride 4 in depth: 9 mod 4 = 1 is below 4 // 2, and cut; 10 mod 4 = 2 is not.
-CROPPING = Scoring(window=(8, 4, 4), overlap=0.5, classes=3, padding_value=-2.2, crops_remainder=True)
+CROPPING = Scoring(window=(8, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=True)
 
 
 def made_up(case: str) -> EvaluationCase:
@@ -49,7 +51,18 @@ def expected_scores(image: Tensor, label: Tensor) -> list[float]:
 def score_all(cases: list[str], world: World, events: list[Event] | None = None) -> EvaluationStopped:
     emit = (events if events is not None else []).append
     network, precision = Thresholds(), Precision(world.device, None)
-    return evaluate(7, network, DiceCELoss(), cases, made_up, SCORING, precision, world, emit)
+    return evaluate(7, network, DiceCELoss(), plan(cases, world), made_up, SCORING, precision, world, emit)
+
+
+def plan(cases: list[str], world: World) -> Plan:
+    return Plan.make(cases, [SCORING.windows(made_up(case).image.shape[2:]) for case in cases], world)
+
+
+def score_case(
+    case: EvaluationCase, network: nn.Module, loss: nn.Module, scoring: Scoring, precision: Precision
+) -> Tensor:
+    (row,) = score_cases([case], network, loss, scoring, precision, World(0, 1, torch.device("cpu")))
+    return row
 
 
 def test_a_cases_score_is_a_direct_computation(fp32: Precision) -> None:
@@ -128,18 +141,37 @@ def test_events_begin_with_the_count_and_name_every_case(world: World) -> None:
     assert isinstance(stopped, EvaluationStopped), "announced by the caller, not here"
 
 
-@dataclass(frozen=True)
-class Simulated(World):
-    """A rank whose `sum` adds what the other ranks put in; the first pass only collects."""
+class Table:
+    """Where ranks that are threads add up: everyone puts in, everyone takes the sum in the ranks' order."""
 
-    tables: list[Tensor] = field(default_factory=list)
-    is_collecting: bool = True
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.entries: dict[int, Tensor] = {}
+
+    def sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self.entries[rank] = tensor.clone()
+        self.barrier.wait()
+        total = torch.stack([self.entries[rank] for rank in sorted(self.entries)]).sum(0)
+        self.barrier.wait()
+        return total
+
+
+@dataclass(frozen=True)
+class Thread(World):
+    """A rank that is a thread."""
+
+    table: Table = field(default_factory=lambda: Table(1))
+    tables: dict[tuple[int, ...], Table] = field(default_factory=dict)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        if self.is_collecting:
-            self.tables.append(tensor.clone())
-            return tensor
-        return torch.stack(self.tables).sum(0)
+        return self.table.sum(self.rank, tensor)
+
+    def split(self, parts: Sequence[Sequence[int]]) -> World:
+        for part in parts:
+            if self.rank in part:
+                table = self.tables.setdefault(tuple(part), Table(len(part)))
+                return Thread(list(part).index(self.rank), len(part), self.device, None, table)
+        return World(0, 1, self.device)
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """There is nothing to send in one process."""
@@ -147,24 +179,89 @@ class Simulated(World):
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_the_same_to_the_bit_on_any_number_of_ranks(ranks: int, count: int, world: World) -> None:
+def test_the_same_on_any_number_of_ranks(ranks: int, count: int, world: World) -> None:
     cases = [*CASES, "case_00041"][:count]
     alone = score_all(cases, world)
-    tables: list[Tensor] = []
-    done: list[str] = []
-    for rank in range(ranks):
-        events: list[Event] = []
-        score_all(cases, Simulated(rank, ranks, world.device, tables), events)
-        done += [event.case for event in events if isinstance(event, CaseEvaluated)]
-    assert sorted(done) == sorted(cases), "every case on exactly one rank"
-    for rank in range(ranks):
-        together = score_all(cases, Simulated(rank, ranks, world.device, tables, is_collecting=False))
-        assert replace(together, seconds=0) == replace(alone, seconds=0)
+    table, tables = Table(ranks), {}
+    logs: list[list[Event]] = [[] for _ in range(ranks)]
+    with ThreadPoolExecutor(ranks) as threads:
+        together = list(
+            threads.map(
+                lambda rank: score_all(cases, Thread(rank, ranks, world.device, None, table, tables), logs[rank]),
+                range(ranks),
+            )
+        )
+    done = [event.case for log in logs for event in log if isinstance(event, CaseEvaluated)]
+    assert sorted(done) == sorted(cases), "every case announced by exactly one rank"
+    assert bool(tables) is (ranks > count), "windows are shared where there are more ranks than cases"
+    for one in together:
+        if ranks <= count:  # nothing is added in another order: the same to the bit
+            assert replace(one, seconds=0) == replace(alone, seconds=0)
+        assert one.mean_dice == pytest.approx(alone.mean_dice, abs=1e-6)
+        assert one.loss == pytest.approx(alone.loss, abs=1e-6)
+        assert replace(one, seconds=0) == replace(together[0], seconds=0), "every rank has the same scores"
+
+
+@pytest.mark.parametrize(
+    ("windows", "ranks", "members"),
+    [
+        ([3, 9, 4], 1, ((0,), (0,), (0,))),
+        ([3, 9, 4, 2], 2, ((1,), (0,), (1,), (1,))),  # 9 | 4 + 3 + 2
+        ([8, 8], 2, ((0,), (1,))),
+        ([5, 100], 5, ((1,), (0, 2, 3, 4))),  # the spare ranks all help the longest
+        ([60, 90], 5, ((1, 3), (0, 2, 4))),
+        ([2], 5, ((0, 1),)),  # a rank without a window would have nothing to add
+        ([1, 1], 3, ((0,), (1,))),
+        ([], 2, ()),
+    ],
+)
+def test_cases_are_dealt_out_longest_first(
+    windows: list[int], ranks: int, members: tuple[tuple[int, ...], ...]
+) -> None:
+    assert deal(windows, ranks) == members
+
+
+def test_no_value_comes_to_the_host_while_cases_are_scored(
+    forbid_reading: Callable[[], list[str]], fp32: Precision
+) -> None:
+    """On a GPU the host goes on loading the next case meanwhile."""
+    cases = [made_up(name) for name in CASES]
+    alone = World(0, 1, torch.device("cpu"))
+    reads = forbid_reading()
+    rows = list(score_cases(cases, Thresholds(), DiceCELoss(), SCORING, fp32, alone))
+    assert len(rows) == 3
+    assert reads == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_the_batch_of_windows_changes_no_score(batch_size: int, fp32: Precision) -> None:
+    cases = [made_up(name) for name in CASES]
+    one_by_one = [score_case(case, Thresholds(), DiceCELoss(), replace(SCORING, batch_size=1), fp32) for case in cases]
+    seen: list[int] = []
+
+    class Spy(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            seen.append(len(image))
+            return super().forward(image)
+
+    alone = World(0, 1, torch.device("cpu"))
+    scoring = replace(SCORING, batch_size=batch_size)
+    together = list(score_cases(cases, Spy(), DiceCELoss(), scoring, fp32, alone))
+    torch.testing.assert_close(torch.stack(together), torch.stack(one_by_one), rtol=0, atol=1e-12)
+    total = sum(SCORING.windows(case.image.shape[2:]) for case in cases)
+    # Batches hold windows of several cases: all are full but for the last.
+    assert seen == [batch_size] * (total // batch_size) + [total % batch_size] * (total % batch_size > 0)
 
 
 def test_a_table_is_shared_once_with_zeros_for_the_other_ranks_cases(world: World) -> None:
     tables: list[Tensor] = []
-    score_all(CASES, Simulated(1, 2, world.device, tables))
+
+    class Spy(Thread):
+        def sum(self, tensor: Tensor) -> Tensor:
+            tables.append(tensor.clone())
+            return tensor
+
+    score_all(CASES, Spy(1, 2, world.device))
     (table,) = tables
     assert table.dtype == torch.float64
     assert table.shape == (3, 3)
@@ -185,7 +282,7 @@ def test_the_network_is_in_eval_mode_within_and_in_train_mode_after(world: World
             return super().forward(image)
 
     network = Spy().train()
-    evaluate(1, network, DiceCELoss(), CASES[:1], made_up, SCORING, fp32, world, lambda event: None)
+    evaluate(1, network, DiceCELoss(), plan(CASES[:1], world), made_up, SCORING, fp32, world, lambda event: None)
     assert set(modes) == {(False, True)}
     assert network.training
 
@@ -195,7 +292,7 @@ def test_scoring_changes_no_weight_and_no_statistic(
     fp32: Precision,
 ) -> None:  # fmt: skip
     state, untouched = make_state(), make_state()
-    evaluate(1, state.network, DiceCELoss(), CASES, made_up, SCORING, fp32, world, lambda event: None)
+    evaluate(1, state.network, DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
     assert same_weights(state.network, untouched.network)
     assert all(p.grad is None for p in state.network.parameters())
 
@@ -205,6 +302,6 @@ def test_a_network_that_yields_nan_scores_as_a_nan_loss(world: World, fp32: Prec
         def forward(self, image: Tensor) -> Tensor:
             return super().forward(image) * float("nan")
 
-    stopped = evaluate(1, Broken(), DiceCELoss(), CASES, made_up, SCORING, fp32, world, lambda event: None)
+    stopped = evaluate(1, Broken(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
     assert stopped.loss != stopped.loss
     assert 0 <= stopped.mean_dice <= 1

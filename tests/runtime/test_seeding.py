@@ -52,7 +52,7 @@ def _switches() -> Iterator[None]:
 
 def test_every_rank_has_the_same_seeds() -> None:
     box: list[Any] = []
-    seeds = [draw_seeds(-1, Wire(rank, 4, CPU, box)) for rank in range(4)]
+    seeds = [draw_seeds(-1, Wire(rank, 4, CPU, None, box)) for rank in range(4)]
     assert all(each == seeds[0] for each in seeds)
     assert len(box) == 1
     assert len(seeds[0].ranks) == 4

@@ -25,10 +25,8 @@ from runtime.trackers import (
     JsonLinesTracker,
     MLPerfTracker,
     RunFileTracker,
-    ThroughputTracker,
     rotate_logs,
     tensor_names,
-    throughput,
 )
 
 MakeConfig = Callable[..., RunConfig]
@@ -366,76 +364,6 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trackers.os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(UserError, match=r"cannot be written: permission denied$"):
         rotate_logs(tmp_path)
-
-
-# Throughput
-
-
-def test_throughput_is_samples_over_time_and_no_mean_of_rates() -> None:
-    """Nine steps of 10 ms and one of 1 s: 20 samples in 1.09 s; a mean of rates would say 182."""
-    figures = throughput([10.0] * 9 + [1000.0], [2] * 10, ranks=1)
-    assert figures["samples_per_s"] == pytest.approx(20 / 1.09)
-    assert figures["latency_mean_ms"] == pytest.approx(109)
-    assert figures["iterations"] == 10
-
-
-def test_throughput_counts_every_rank_and_each_batchs_own_samples() -> None:
-    assert throughput([100.0, 100.0], [4, 2], ranks=3)["samples_per_s"] == pytest.approx(3 * 6 / 0.2)
-
-
-def test_latency_percentiles() -> None:
-    figures = throughput([float(n) for n in range(1, 102)], [1] * 101, ranks=1)
-    percentiles = [figures[f"latency_p{p}_ms"] for p in (90, 95, 99)]
-    assert percentiles == pytest.approx([91, 96, 100])
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that `time.perf_counter` will tell, set by the test."""
-    now = [100.0]
-    monkeypatch.setattr(trackers.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def iterate(tracker: ThroughputTracker, clock: list[float], seconds: list[float], samples: int = 2) -> None:
-    tracker.on(ev.EpochStarted(1, 0.1, len(seconds)))
-    for index, duration in enumerate(seconds):
-        clock[0] += duration
-        tracker.on(ev.BatchDone(1, index, samples))
-
-
-def test_the_warm_up_is_not_timed(tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = ThroughputTracker(CPU, warmup_steps=2, ranks=2, log_dir=tmp_path)
-    iterate(tracker, clock, [50.0, 9.0, 0.5, 0.25, 0.25])
-    tracker.on(ev.RunStopped("aborted", "", 1, 60.0))
-    figures = json.loads((tmp_path / "benchmark.json").read_text())
-    assert figures["samples_per_s"] == pytest.approx(2 * 6 / 1.0)
-    assert figures["iterations"] == 3
-    assert figures["latency_mean_ms"] == pytest.approx(1000 / 3)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(figures)
-    assert lines[0] == "samples_per_s 12"
-
-
-def test_the_time_between_epochs_counts(tmp_path: Path, clock: list[float]) -> None:
-    tracker = ThroughputTracker(CPU, warmup_steps=0, ranks=1, log_dir=tmp_path)
-    iterate(tracker, clock, [1.0])
-    clock[0] += 3.0  # the loader starts over
-    iterate(tracker, clock, [1.0])
-    tracker.on(ev.RunStopped("aborted", "", 2, 60.0))
-    figures = json.loads((tmp_path / "benchmark.json").read_text())
-    assert figures["samples_per_s"] == pytest.approx(4 / 5.0)
-    assert (figures["iterations"], figures["latency_mean_ms"]) == (2, pytest.approx(2500))
-
-
-def test_nothing_to_report_within_the_warm_up(
-    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    tracker = ThroughputTracker(CPU, warmup_steps=5, ranks=1, log_dir=tmp_path)
-    iterate(tracker, clock, [1.0] * 5)
-    tracker.on(ev.RunStopped("aborted", "", 1, 60.0))
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "benchmark.json").exists()
 
 
 def test_a_lost_loss_is_still_a_line(tmp_path: Path) -> None:

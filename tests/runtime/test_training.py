@@ -26,6 +26,7 @@ from runtime.events import (
     EpochStopped,
     EvaluationStarted,
     EvaluationStopped,
+    PhaseDone,
     Event,
     RunStopped,
 )
@@ -230,7 +231,10 @@ def test_an_epoch_leaves_the_mean_loss_and_its_samples(make_state: MakeState, ma
 
 def test_events_of_an_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
     events = run_epoch(make_state(), make_batches(3, 2), rate=0.25, epoch=4)
-    assert events[:-1] == [EpochStarted(4, 0.25, 3), *(BatchDone(4, index, 2) for index in range(3))]
+    expected: list[Event] = [EpochStarted(4, 0.25, 3)]
+    for index in range(3):
+        expected += [PhaseDone("data"), PhaseDone("forward and backward"), BatchDone(4, index, 2)]
+    assert events[:-1] == expected
 
 
 def test_the_loader_is_asked_for_its_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -439,7 +443,7 @@ class Run:
         return [
             f"{type(event).__name__} {getattr(event, 'epoch', getattr(event, 'first_epoch', ''))}"
             for event in self.events
-            if not isinstance(event, BatchDone)
+            if not isinstance(event, PhaseDone | BatchDone)
         ]
 
     def losses(self) -> list[float]:

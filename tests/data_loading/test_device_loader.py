@@ -1,0 +1,174 @@
+"""The device loader makes the samples of the `pytorch` loader, from volumes in 16 bit, on the device itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_loading import loaders as table
+from data_loading.augmentation import Augmentation, draw_augmentation
+from data_loading.device_loader import DeviceLoader, bytes_needed, load_volumes
+from data_loading.loader import Batch, EvaluationCase, LoaderSettings, PytorchLoader, TrainingLoader
+from data_loading.loaders import EvaluationCases, make_training_loader
+from data_loading.preprocessing import Shape
+from data_loading.spec import DatasetSpec
+from errors import UserError
+
+SPEC = DatasetSpec("made_up", ("background", "kidney", "tumour"))
+SETTINGS = LoaderSettings((8, 8, 8), 0.4, 2, 0, 0, 1, order_seed=11, sample_seed=22)
+SHAPES: Sequence[Shape] = ((20, 18, 16), (8, 8, 8), (9, 5, 30), (3, 4, 12), (12, 12, 12), (16, 8, 10))
+CASES = [f"case_{number:05d}" for number in range(len(SHAPES))]
+# fp16 has 11 significant bits.
+FP16_ERROR = 2.0**-11
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.uint8]]
+
+
+def made_up(number: int, shape: Shape) -> Arrays:
+    rng = np.random.default_rng(number)
+    label = np.zeros((1, *shape), np.uint8)
+    label[:, : shape[0] // 2, : shape[1] // 2] = 1
+    label[:, -1:, -2:, -3:] = 2
+    return rng.uniform(-2.3, 2.6, (1, *shape)).astype(np.float32), label
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callable[..., Path]) -> Path:
+    volumes = {case: made_up(number, shape) for number, (case, shape) in enumerate(zip(CASES, SHAPES, strict=True))}
+    return write_preprocessed(tmp_path_factory.mktemp("preprocessed"), volumes)
+
+
+def make(name: str, folder: Path, settings: LoaderSettings = SETTINGS) -> TrainingLoader:
+    loader, note = make_training_loader(name, folder, CASES, SPEC, settings)
+    assert note == ""
+    return loader
+
+
+def without_noise(rng: np.random.Generator) -> Augmentation:
+    """Noise is the only thing in which the loaders' numbers differ."""
+    return replace(draw_augmentation(rng), noise_deviation=0.0)
+
+
+def epochs_of(loader: TrainingLoader, count: int = 6) -> list[Batch]:
+    return list(chain.from_iterable(loader.epoch(epoch) for epoch in range(1, count + 1)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("patch", [(8, 8, 8), (4, 6, 5), (10, 8, 14)])
+def test_samples_are_those_of_the_pytorch_loader(folder: Path, patch: Shape, ranks: int) -> None:
+    for rank in range(ranks):
+        settings = replace(SETTINGS, patch=patch, rank=rank, ranks=ranks, augment=without_noise)
+        ours, theirs = (epochs_of(make(name, folder, settings)) for name in ("device", "pytorch"))
+        assert len(ours) == len(theirs) > 0
+        brightened = 0
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one["label"], other["label"])
+            torch.testing.assert_close(one["image"], other["image"], rtol=FP16_ERROR, atol=0)
+            brightened += int((other["image"].abs().amax((1, 2, 3, 4)) > 2.7).sum())
+        assert brightened > 0, "the factor is among what was compared"
+
+
+def test_batches_have_the_promised_shapes_and_types(folder: Path) -> None:
+    for batch in make("device", folder, replace(SETTINGS, patch=(8, 10, 6), batch_size=3)).epoch(1):
+        assert (batch["image"].shape, batch["image"].dtype) == ((3, 1, 8, 10, 6), torch.float32)
+        assert (batch["label"].shape, batch["label"].dtype) == ((3, 1, 8, 10, 6), torch.uint8)
+        assert batch["image"].is_contiguous()
+
+
+def test_the_noise_is_gaussian_of_the_drawn_deviation_and_the_same_again(folder: Path) -> None:
+    def images(deviation: float) -> Tensor:
+        def draw(rng: np.random.Generator) -> Augmentation:
+            return Augmentation((False, False, False), 1.0, deviation, int(rng.integers(2**63)))
+
+        loader = make("device", folder, replace(SETTINGS, augment=draw))
+        return torch.cat([batch["image"] for batch in epochs_of(loader, 40)])
+
+    noise = images(0.07) - images(0.0)
+    count = noise.numel()
+    assert noise.mean().item() == pytest.approx(0, abs=5 * 0.07 / count**0.5)
+    assert noise.std().item() == pytest.approx(0.07, rel=5 / (2 * count) ** 0.5)
+    assert torch.equal(images(0.07) - images(0.0), noise)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_an_epoch_can_be_made_again(folder: Path) -> None:
+    loader = make("device", folder)
+    first, _, again = list(loader.epoch(3)), list(loader.epoch(4)), list(loader.epoch(3))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["image"], other["image"])
+
+
+def test_volumes_are_kept_in_16_and_8_bit(folder: Path) -> None:
+    volumes = load_volumes(folder, CASES, replace(SETTINGS, patch=(4, 4, 4)))
+    assert all(image.dtype == torch.float16 and label.dtype == torch.uint8 for image, label in volumes)
+    held = sum(tensor.numel() * tensor.element_size() for pair in volumes for tensor in pair)
+    shapes = [(1, *shape) for shape in SHAPES]
+    shapes[3] = (1, 4, 4, 12)  # padded to the patch
+    assert held == bytes_needed(shapes)
+
+
+def test_no_value_comes_to_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one did, a GPU would make the host wait in every step."""
+    loader = make("device", folder)
+
+    def read(self: Tensor, *args: object) -> None:
+        raise AssertionError("a tensor's value was read")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(Tensor, name, read)
+    assert len(list(loader.epoch(1))) == len(loader) == 3
+
+
+def test_too_little_memory_falls_back_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = bytes_needed([(1, *shape) for shape in SHAPES])
+    monkeypatch.setattr(table, "memory_budget", lambda device: needed)
+    assert isinstance(make("device", folder), DeviceLoader)
+    monkeypatch.setattr(table, "memory_budget", lambda device: needed - 1)
+    loader, note = make_training_loader("device", folder, CASES, SPEC, SETTINGS)
+    assert isinstance(loader, PytorchLoader)
+    assert "--loader pytorch" in note
+    assert "GiB" in note
+
+
+def test_kits19_in_16_bit_is_what_the_notes_say() -> None:
+    """Training set: 4.85 Gvoxel; images 9.7 GB in 16 bit, labels 4.85 GB in 8."""
+    assert bytes_needed([(1, 4_850, 1_000, 1_000)]) == pytest.approx(14.55e9)
+
+
+def test_more_ranks_than_batches_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="training cases"):
+        make("device", folder, replace(SETTINGS, ranks=9))
+
+
+def test_evaluation_cases_are_kept_as_long_as_they_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    load = table.load_evaluation_case
+
+    def counted(data_dir: Path, case: str) -> EvaluationCase:
+        read.append(case)
+        return load(data_dir, case)
+
+    monkeypatch.setattr(table, "load_evaluation_case", counted)
+    cases = EvaluationCases(folder, torch.device("cpu"))
+    # As on a GPU with room for the second and third case (5 bytes a voxel), not for the first.
+    cases._budget = 5 * (8 * 8 * 8 + 9 * 5 * 30)
+    for _ in range(2):
+        for case in CASES[:3]:
+            found, expected = cases(case), load(folder, case)
+            assert torch.equal(found.image, expected.image)
+            assert torch.equal(found.label, expected.label)
+    assert read == [*CASES[:3], CASES[0]]
+
+
+def test_on_a_cpu_no_evaluation_case_is_kept(folder: Path) -> None:
+    cases = EvaluationCases(folder, torch.device("cpu"))
+    first = cases(CASES[0])
+    assert cases(CASES[0]) is not first
