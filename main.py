@@ -1,7 +1,7 @@
 """MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, or evaluates a checkpoint.
 
     python3 main.py --data_dir DATA --amp --epochs 4000 --log_dir LOGS --save_ckpt_path LOGS/checkpoint.pth
-    torchrun --nproc_per_node 8 main.py @recipes/kits19_one_node.args --data_dir DATA --log_dir LOGS
+    torchrun --nproc_per_node 8 main.py @recipes/kits19_8xgpu.args --data_dir DATA --log_dir LOGS
     python3 main.py --exec_mode evaluate --data_dir DATA --load_ckpt_path LOGS/checkpoint.pth
 
 This file wires the rooms; what happens in a run reads from top to bottom in `train_network`.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.losses import DiceCELoss, DiceLoss, dice_ratio, dice_score, one_hot
+from model.losses import DiceCELoss, DiceLoss, dice_ratio, dice_score, overlap_sums
 
 SMOOTH = 1e-6
 
@@ -25,6 +25,11 @@ def logits_of(probabilities: list[list[float]], dtype: torch.dtype = torch.float
 
 def labels_of(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.uint8).view(1, 1, 1, 1, -1)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """(N, 1, D, H, W) -> (N, K, D, H, W) fp32."""
+    return torch.cat([labels == value for value in range(classes)], dim=1).float()
 
 
 # Four voxels, three classes; class 1 is in truth at voxel 1, class 2 at voxels 2 and 3.
@@ -140,10 +145,85 @@ def test_16_bit_logits_give_the_fp32_loss_of_the_same_values(dtype: torch.dtype,
     assert torch.isfinite(loss)
 
 
-def test_one_hot() -> None:
-    found = one_hot(labels_of([2, 0, 1, 2]), 3)
-    assert found.dtype == torch.float32
-    assert found[0, :, 0, 0].tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]]
+def naive_loss(logits: Tensor, labels: Tensor, include_background: bool) -> Tensor:
+    """The formula with everything spelled out, in the logits' type."""
+    truth = one_hot(labels, logits.shape[1]).to(logits.dtype)
+    probabilities = logits.softmax(1)
+    intersection, total = (probabilities * truth).sum((2, 3, 4)), (probabilities + truth).sum((2, 3, 4))
+    dice = 1 - (2 * intersection + SMOOTH) / (total + SMOOTH)
+    cross_entropy = -(truth * logits.log_softmax(1)).sum() / labels.numel()
+    return (cross_entropy + dice[:, 0 if include_background else 1 :].mean()) / 2
+
+
+def random_case(classes: int, absent: int = 0, label_dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
+    """Logits (2, K, 5, 6, 7) and labels; the last `absent` classes are nowhere true."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = 3 * torch.randn(2, classes, 5, 6, 7, generator=generator)
+    return logits, torch.randint(classes - absent, (2, 1, 5, 6, 7), generator=generator).to(label_dtype)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=["ncdhw", "last"])
+@pytest.mark.parametrize("include_background", [False, True])
+@pytest.mark.parametrize(("classes", "absent"), [(2, 0), (3, 0), (3, 1), (3, 2), (4, 1), (6, 0)])
+def test_one_pass_equals_the_naive_loss_and_its_gradient(
+    classes: int, absent: int, include_background: bool, memory_format: torch.memory_format
+) -> None:
+    logits, labels = random_case(classes, absent)
+    leaf = logits.contiguous(memory_format=memory_format).requires_grad_()
+    exact = logits.double().requires_grad_()
+    loss, expected = DiceCELoss(include_background)(leaf, labels), naive_loss(exact, labels, include_background)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    (gradient,), (right,) = torch.autograd.grad(2.5 * loss, leaf), torch.autograd.grad(2.5 * expected, exact)
+    assert gradient.is_contiguous(memory_format=memory_format)
+    assert (gradient - right).abs().max() < 2e-6 * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sum_s_gradient_has_its_own_weight(dtype: torch.dtype) -> None:
+    logits, labels = random_case(4)
+    leaf = logits.to(dtype).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    sums = overlap_sums(leaf, labels)
+    truth, probabilities = one_hot(labels, 4).double(), exact.softmax(1)
+    expected = (
+        -(truth * exact.log_softmax(1)).sum((1, 2, 3, 4)),
+        (truth * probabilities).sum((2, 3, 4)),
+        probabilities.sum((2, 3, 4)),
+    )
+    found = (sums.cross_entropy, sums.intersection, sums.predicted)
+    weights = [torch.randn(one.shape, generator=torch.Generator().manual_seed(6)) for one in found]
+    for one, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=2e-6, atol=1e-6)
+    assert torch.equal(sums.true.double(), truth.sum((2, 3, 4)))
+    assert not sums.true.requires_grad
+    (gradient,) = torch.autograd.grad(found, leaf, weights)
+    (right,) = torch.autograd.grad(expected, exact, [weight.double() for weight in weights])
+    assert gradient.dtype == dtype
+    digit = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert (gradient.double() - right).abs().max() < 1.01 * digit * right.abs().max()
+
+
+def test_labels_may_be_of_any_whole_type() -> None:
+    losses = [DiceCELoss()(*random_case(3, label_dtype=dtype)) for dtype in (torch.uint8, torch.int32, torch.int64)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("loss", [DiceLoss(), DiceCELoss()])
+def test_only_logits_and_labels_are_kept_for_the_way_back(loss: nn.Module) -> None:
+    logits, labels = random_case(3)
+    logits.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss(logits, labels)
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() > logits.shape[0] * logits.shape[1]}
+    assert large == {logits.data_ptr(), labels.data_ptr()}
+
+
+def test_the_gradient_s_own_gradient_is_refused() -> None:
+    logits, labels = random_case(3)
+    (gradient,) = torch.autograd.grad(DiceCELoss()(logits.requires_grad_(), labels), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_dice_ratio_is_twice_the_overlap_over_both_sizes() -> None:

@@ -26,8 +26,8 @@ from runtime.events import (
     EpochStopped,
     EvaluationStarted,
     EvaluationStopped,
-    PhaseDone,
     Event,
+    PhaseDone,
     RunStopped,
 )
 from runtime.optim import learning_rate, make_optimizer

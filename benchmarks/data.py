@@ -1,0 +1,101 @@
+"""What the suites on data share: made-up preprocessed folders, and the page cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import Options
+from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
+from data_loading.phantom import make_phantom
+from data_loading.preprocessing import Boxes, Shape, foreground_boxes, normalise
+from data_loading.spec import KITS19
+
+MB = 1e6
+READ_BYTES = 1 << 22
+
+
+def worker_count(options: Options) -> int:
+    """Processes that make data: as asked for, else one a core."""
+    return (os.cpu_count() or 1) if options.num_workers is None else options.num_workers
+
+
+def write_patients(folder: Path, count: int, shape: Shape) -> list[str]:
+    """A preprocessed folder of phantoms of `shape` (D, H, W) voxels, each with two kidneys and a tumour; its cases."""
+    records = {}
+    for number in range(count):
+        image, mask = make_phantom(0, number, shape)
+        case = f"case_{number:05d}"
+        boxes = foreground_boxes(mask.array, len(KITS19.classes))
+        records[case] = save_case(folder, case, normalise(image.array.astype(np.float32), KITS19), mask.array, boxes)
+    write_index(folder, records)
+    return list(records)
+
+
+def save_case(
+    folder: Path, case: str, image: NDArray[np.float32], label: NDArray[np.uint8], boxes: Boxes
+) -> CaseRecord:
+    """Saves (C, D, H, W) and (1, D, H, W) down to the disk, so that `drop_caches` can drop them; the index's record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, array in (("x", image), ("y", label)):
+        with file_of(folder, case, kind).open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+    # No suite asks for a digest, a source or statistics.
+    return CaseRecord(None, boxes, {}, [[0, 0], [0, 0]], {"mean": 0.0, "deviation": 1.0})
+
+
+def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:
+    """`dataset.json` with every case in training."""
+    split: dict[str, list[str]] = {"train": list(records), "evaluation": []}
+    write_json(folder / INDEX_NAME, DatasetIndex(KITS19, split, dict(records)).to_json())
+
+
+def files_of(folder: Path, cases: Iterable[str]) -> list[Path]:
+    """Images and labels of the cases."""
+    return [file_of(folder, case, kind) for case in dict.fromkeys(cases) for kind in "xy"]
+
+
+def drop_caches(files: Iterable[Path]) -> bool:
+    """Asks the kernel to forget its pages of files that lie on the disk and are mapped nowhere; no root needed.
+
+    Returns:
+        False where a system has no such call. A kernel may also ignore it: `disk_bytes_read` shows what it did.
+    """
+    # `getattr`: macOS's os has neither.
+    advise, forget = getattr(os, "posix_fadvise", None), getattr(os, "POSIX_FADV_DONTNEED", None)
+    if advise is None or forget is None:
+        return False
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            advise(descriptor, 0, 0, forget)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def read_through(files: Iterable[Path]) -> int:
+    """Reads every file once, which leaves them in the page cache as far as memory reaches; bytes read."""
+    total = 0
+    buffer = bytearray(READ_BYTES)
+    for path in files:
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                total += count
+    return total
+
+
+def disk_bytes_read() -> int | None:
+    """Bytes that the disk has delivered because of this process, read-ahead included; None where nobody counts."""
+    try:
+        fields: dict[str, Any] = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(fields["read_bytes"])
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,91 @@
+"""How a benchmark measures and what it prints."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every suite is run with.
+
+    Attributes:
+        device: where networks run.
+        quick: small shapes and few repetitions: shows that a suite runs, its figures mean nothing.
+        work_dir: a folder for made-up data; the caller removes it.
+        cases: volumes of the storage suite; None: its own default.
+        num_workers: loader processes; None: as many as there are cores.
+    """
+
+    device: torch.device
+    quick: bool
+    work_dir: Path
+    cases: int | None = None
+    num_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results: `rows` as wide as `columns`; `notes` say what was measured and how."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_markdown(self) -> str:
+        lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        lines += [_line([_plain(cell) for cell in row]) for row in self.rows]
+        return "\n".join([*lines, "", *self.notes, ""] if self.notes else [*lines, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plain(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of two ways, taken in turn; `ratio` is the median of naive / ours over the pairs: above 1, ours is faster."""
+
+    naive_s: list[float]
+    ours_s: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(a / b for a, b in zip(self.naive_s, self.ours_s, strict=True))
+
+
+def compare(
+    naive: Callable[[], object], ours: Callable[[], object], pairs: int, device: torch.device, warm_up: int = 1
+) -> Comparison:
+    """Times both ways in turn, so that a machine that slows down slows both. The first `warm_up` pairs are not kept."""
+    times = [(seconds(naive, device), seconds(ours, device)) for _ in range(warm_up + pairs)][warm_up:]
+    return Comparison([a for a, _ in times], [b for _, b in times])
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, the device's own work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; a CPU has nothing outstanding."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

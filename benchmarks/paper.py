@@ -1,0 +1,245 @@
+"""Time to MLPerf's target on many GPUs, on paper: pure arithmetic from a device's measured rates.
+
+    time = steps * step time + evaluations
+    step time = floor + samples a GPU * time of a sample + what of the all-reduce is not hidden
+    steps = samples to converge at this batch size / batch size
+
+What is known stands in the table of published runs; what is not is a named constant here, the same for every run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from benchmarks.evaluate import busiest, window_counts
+
+PARAMETERS = 31_190_243
+GRADIENT_BYTES = 2 * PARAMETERS
+# Operations of one 128^3 sample: forward (two a multiply-add), and forward and backward.
+FORWARD_TFLOP, TRAINING_TFLOP = 2 * 0.4773, 2.860
+TRAINING_CASES = 168
+GPUS_A_NODE = 8
+
+# MLPerf's rule, in epochs of 168 samples: the first evaluation, and how many epochs from one to the next.
+FIRST_EVALUATION, EVALUATION_INTERVAL = 1000, 20
+
+# What a step takes however little is left to compute: launches, layers too small to fill a GPU, exchanges between the
+# GPUs that share a sample. Such that the largest published run (LARGEST) comes out: 4,960 steps in 46 s.
+STEP_FLOOR_S = 7.5e-3
+# Samples a GPU that fit in 80 GB in 16 bit (1.8 GB of activations each, the largest layers' workspace beside them).
+MOST_SAMPLES_A_GPU = 28
+# GPUs to a sample: the most that was published.
+MOST_GPUS_A_SAMPLE = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An MLPerf reference convergence point: mean samples to the target, and its rate and warm-up (epochs)."""
+
+    batch: int
+    samples: float
+    learning_rate: float
+    warmup_epochs: int
+
+
+REFERENCES = (
+    Reference(28, 345_167, 2.0, 1000),
+    Reference(56, 357_404, 2.0, 1000),
+    Reference(84, 2480 * TRAINING_CASES, 1.5, 1500),
+)
+# Batches that divide the 168 training cases, so that no epoch leaves a case out. 168 lies beyond all reference points.
+BATCHES = (28, 56, 84, 168)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, by its measured rates: training at `batch` samples a GPU, and evaluation windows/s."""
+
+    name: str
+    samples_per_s: float
+    batch: int
+    windows_per_s: float
+
+    @property
+    def sample_s(self) -> float:
+        """Time of a sample beyond the step's floor."""
+        return 1 / self.samples_per_s - STEP_FLOOR_S / self.batch
+
+
+@dataclass(frozen=True)
+class Links:
+    """How gradients travel.
+
+    Attributes:
+        within_node: bytes/s a GPU sends to its node's others (NVLink: 450e9 on paper, four fifths of it reached).
+        between_nodes: bytes/s a node sends to others (8 x 200 Gb/s on paper; today's nodes have twice that).
+        overlap: share of the all-reduce that hides behind the backward pass.
+    """
+
+    within_node: float = 360e9
+    between_nodes: float = 200e9
+    overlap: float = 0.8
+
+    def all_reduce_s(self, gpus: int) -> float:
+        """A ring within each node, then one over the nodes: each moves 2 (n - 1) / n of the gradients."""
+        within, nodes = min(gpus, GPUS_A_NODE), -(-gpus // GPUS_A_NODE)
+        return GRADIENT_BYTES * (
+            2 * (within - 1) / within / self.within_node + 2 * (nodes - 1) / nodes / self.between_nodes
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the GPUs share the work.
+
+    Attributes:
+        batch: samples a step, over all GPUs.
+        training: GPUs that train.
+        evaluating: further GPUs that evaluate meanwhile; 0: those that train stop and evaluate.
+    """
+
+    batch: int
+    training: int
+    evaluating: int = 0
+
+    @property
+    def samples_a_gpu(self) -> float:
+        """Below 1 where several GPUs share a sample."""
+        return self.batch / self.training
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a layout gives, in seconds but for `evaluations`, their number.
+
+    Attributes:
+        exposed: the part of a step that waits for the all-reduce.
+        evaluation: how long one takes; `share` is what of the time goes there once it runs.
+    """
+
+    step: float
+    exposed: float
+    evaluation: float
+    share: float
+    evaluations: float
+    total: float
+
+
+def samples_to_converge(batch: int) -> float:
+    """Mean samples to the target: the reference points, straight lines between them.
+
+    Below the first point its own figure. Beyond the last, and this is an assumption that no published run backs, the
+    last line goes on: the largest runs kept to batch 84.
+    """
+    if batch <= REFERENCES[0].batch:
+        return REFERENCES[0].samples
+    pairs = list(itertools.pairwise(REFERENCES))
+    a, b = next(((a, b) for a, b in pairs if batch <= b.batch), pairs[-1])
+    return a.samples + (b.samples - a.samples) * (batch - a.batch) / (b.batch - a.batch)
+
+
+def nearest_reference(batch: int) -> Reference:
+    """The reference point whose rate and warm-up to begin with."""
+    return min(REFERENCES, key=lambda reference: abs(reference.batch - batch))
+
+
+def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
+    """Time to target of one run."""
+    samples = samples_to_converge(layout.batch)
+    exposed = (1 - links.overlap) * links.all_reduce_s(layout.training)
+    step = STEP_FLOOR_S + layout.samples_a_gpu * device.sample_s + exposed
+    evaluation = evaluation_s(device, layout.evaluating or layout.training)
+    # The mean over runs, so no whole number; the last one is what reaches the target.
+    evaluations = 1 + (samples / TRAINING_CASES - FIRST_EVALUATION) / EVALUATION_INTERVAL
+    interval = EVALUATION_INTERVAL * TRAINING_CASES / layout.batch * step
+    # Evaluated elsewhere, training waits only where an evaluation takes longer than the epochs between two.
+    pause = max(0.0, evaluation - interval) if layout.evaluating else evaluation
+    total = samples / layout.batch * step + (evaluations - 1) * pause + evaluation
+    return Forecast(step, exposed, evaluation, pause / (pause + interval), evaluations, total)
+
+
+def evaluation_s(device: Device, ranks: int) -> float:
+    """One evaluation: as long as its busiest rank's windows."""
+    return _busiest_rank(ranks) / device.windows_per_s
+
+
+@cache
+def _busiest_rank(ranks: int) -> int:
+    return busiest(window_counts(), ranks)
+
+
+def layouts(gpus: int, beyond_main: bool = False) -> Iterator[Layout]:
+    """Every way to use at most so many GPUs: samples dealt out evenly, as many GPUs on each node.
+
+    Args:
+        beyond_main: also what `main.py` does not do: several GPUs to a sample, and evaluation by GPUs of its own.
+    """
+    for batch in BATCHES:
+        shared = [batch * members for members in (2, 4, MOST_GPUS_A_SAMPLE)] if beyond_main else []
+        for training in [ranks for ranks in range(1, batch + 1) if batch % ranks == 0] + shared:
+            if training <= gpus and nodes_for(training, gpus) and batch / training <= MOST_SAMPLES_A_GPU:
+                yield Layout(batch, training)
+                if beyond_main and training < gpus:
+                    yield Layout(batch, training, gpus - training)
+
+
+def nodes_for(ranks: int, gpus: int) -> int:
+    """The fewest nodes that hold so many ranks, as many on each; 0 where there are none such among `gpus`."""
+    for nodes in range(1, max(gpus // GPUS_A_NODE, 1) + 1):
+        if ranks % nodes == 0 and ranks // nodes <= GPUS_A_NODE:
+            return nodes
+    return 0
+
+
+def best(device: Device, gpus: int, links: Links, beyond_main: bool = False) -> tuple[Layout, Forecast]:
+    """The layout that reaches the target first, and of equals the one with the fewest GPUs."""
+    pairs = [(layout, forecast(device, layout, links)) for layout in layouts(gpus, beyond_main)]
+    return min(pairs, key=lambda pair: (pair[1].total, pair[0].training + pair[0].evaluating))
+
+
+def launch(layout: Layout, gpus: int) -> str:
+    """The command that runs a layout of `main.py`'s own."""
+    nodes = nodes_for(layout.training, gpus)
+    reference = nearest_reference(layout.batch)
+    where = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
+    return (
+        f"torchrun {where}--nproc_per_node {layout.training // nodes} main.py @recipes/kits19_8xgpu.args "
+        f"--batch_size {layout.batch // layout.training} --ga_steps 1 --learning_rate {reference.learning_rate:g} "
+        f"--lr_warmup_epochs {reference.warmup_epochs} --data_dir DATA --log_dir LOGS"
+    )
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published run and its time to target."""
+
+    name: str
+    device: Device
+    layout: Layout
+    minutes: float
+
+
+def _published(name: str, samples_per_s: float, evaluation_s: float, minutes: float) -> Published:
+    """A run of 8 devices at batch 56. Its windows/s follow from its evaluation's duration."""
+    device = Device(name, samples_per_s, 7, _busiest_rank(8) / evaluation_s)
+    return Published(name, device, Layout(56, 8), minutes)
+
+
+PUBLISHED = (
+    _published("8 x H200, NVIDIA (MXNet), v4.0", 76.05, 1.67, 11.5),
+    _published("8 x H100, NVIDIA (MXNet), v4.0", 72.2, 1.80, 12.1),
+    _published("8 x A100, NVIDIA (MXNet), v2.0", 36.4, 3.27, 23.8),
+    _published("8 x Gaudi2, Habana (PyTorch), v3.0", 40.5, 4.35, 20.5),
+)
+H200, H100 = (run.device for run in PUBLISHED[:2])
+# Not a check: STEP_FLOOR_S is taken from it. 8 GPUs to a sample make its batch 84.
+LARGEST = Published("768 x H100, of which 96 evaluate", H100, Layout(84, 672, 96), 0.773)
+
+
+def evaluation_share_of_work() -> float:
+    """Evaluation's share of the operations, once it runs."""
+    evaluation = sum(window_counts()) * FORWARD_TFLOP
+    return evaluation / (evaluation + EVALUATION_INTERVAL * TRAINING_CASES * TRAINING_TFLOP)

@@ -1,0 +1,164 @@
+"""`--suite preprocess`: made-up raw scans through preprocessing, on one core and on all; and its peak memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.data import MB, worker_count
+from benchmarks.harness import Options, Table
+from data_loading.phantom import make_phantom
+from data_loading.volume import write_nifti
+from errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[1]
+# Between KiTS19's smallest and median scan. With 48 of them the workers' start is a few hundredths of a run.
+SHAPE, CASES, DISTINCT, PAIRS = (96, 512, 512), 48, 4, 3
+QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS = (16, 24, 24), 2, 1, 1
+
+# Run in a process of its own, and timed inside it: Python's start is not preprocessing. VmHWM (kB) is this process's
+# own peak; getrusage's would start at the peak of the process that started it.
+PROGRAM = """
+import json, re, resource, sys, time
+from pathlib import Path
+from data_loading.raw_layouts import read_kits19
+from preprocess_dataset import preprocess
+
+def peak():
+    try:
+        own = int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+if __name__ == "__main__":
+    raw, results, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    base, started = peak(), time.perf_counter()
+    preprocess(read_kits19(raw, [], 0), results, workers)
+    print(json.dumps({"seconds": time.perf_counter() - started, "base": base, "peak": peak()}))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: its seconds, and bytes in memory of its largest process, at its start and at the most."""
+
+    seconds: float
+    base: int
+    peak: int
+
+
+def run(options: Options) -> list[Table]:
+    shape, cases, distinct, pairs = (
+        (QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS) if options.quick else (SHAPE, CASES, DISTINCT, PAIRS)
+    )
+    workers = max(worker_count(options), 1)
+    one, all_cases = options.work_dir / "raw_one", options.work_dir / "raw"
+    write_scans(one, 1, 1, shape)
+    write_scans(all_cases, cases, distinct, shape)
+    program = options.work_dir / "preprocess_once.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+
+    def measure(raw: Path, processes: int, threads: int | None) -> Measured:
+        return preprocess_once(program, raw, options.work_dir / "results", processes, threads)
+
+    ways: dict[str, Callable[[], Measured]] = {
+        "1 process, 1 thread": lambda: measure(all_cases, 1, 1),
+        "1 process, torch's own threads": lambda: measure(all_cases, 1, None),
+        f"{workers} process(es)": lambda: measure(all_cases, workers, None),
+    }
+    # In turn, as `compare` does; the first case alone warms up the file cache and the disk.
+    alone = measure(one, 1, 1)
+    taken = [{name: way() for name, way in ways.items()} for _ in range(pairs)]
+    last = list(ways)[-1]
+    rates = []
+    for name in ways:
+        seconds = statistics.median(turn[name].seconds for turn in taken)
+        ratio = statistics.median(turn[next(iter(ways))].seconds / turn[name].seconds for turn in taken)
+        rates.append([name, cases / seconds, seconds, ratio])
+    largest = largest_case_bytes(shape)
+    memory = [
+        memory_row("1 process, 1 case", alone, largest),
+        memory_row(f"1 process, {cases} cases", max((turn[next(iter(ways))] for turn in taken), key=peak_of), largest),
+        memory_row(f"{workers} process(es), {cases} cases", max((turn[last] for turn in taken), key=peak_of), largest),
+    ]
+    scans = f"{cases} made-up scans ({distinct} different ones) of {' x '.join(map(str, shape))} voxels"
+    return [
+        Table(
+            "Preprocessing: cases a second",
+            ["processes", "cases/s", "s", "times one core"],
+            rates,
+            [
+                f"{scans}, {pairs} runs each in turn, each into a fresh folder; times are medians, ratios medians over "
+                "the turns. The start of Python is not counted, that of the workers is. One process runs torch's "
+                "resampling on all cores, unless it is held to one thread. Target: at least 1.8 times on 2 cores."
+            ],
+        ),
+        Table(
+            "Preprocessing: peak memory of the largest process",
+            ["run", "at the start (MB)", "peak (MB)", "more than at the start, in largest cases"],
+            memory,
+            [
+                f"A case is {largest / MB:.3g} MB raw, as float32 and uint8. Memory is bounded by the largest case "
+                "where many cases take no more than one."
+            ],
+        ),
+    ]
+
+
+def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, int]) -> None:
+    """`cases` raw scans in KiTS19's layout, of `distinct` phantoms; the others are links to these."""
+    for number in range(cases):
+        case = folder / f"case_{number:05d}"
+        case.mkdir(parents=True)
+        if number >= distinct:
+            for name in ("imaging.nii.gz", "segmentation.nii.gz"):
+                os.link(folder / f"case_{number % distinct:05d}" / name, case / name)
+            continue
+        image, mask = make_phantom(0, number, shape)
+        write_nifti(case / "imaging.nii.gz", image)
+        write_nifti(case / "segmentation.nii.gz", mask)
+
+
+def preprocess_once(program: Path, raw: Path, results: Path, processes: int, threads: int | None) -> Measured:
+    """Preprocesses `raw` into a fresh folder, which is removed again; `threads`: torch's (None: its own choice).
+
+    Raises:
+        UserError: it failed; what it said last is the message.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": str(threads)}
+    if threads is None:
+        del environment["OMP_NUM_THREADS"]
+    try:
+        done = subprocess.run(
+            [sys.executable, str(program), str(raw), str(results), str(processes)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(results, ignore_errors=True)
+    if done.returncode != 0:
+        raise UserError(f"preprocessing failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def largest_case_bytes(shape: tuple[int, int, int]) -> int:
+    """A raw case in memory: float32 image and uint8 mask."""
+    return math.prod(shape) * (np.dtype(np.float32).itemsize + np.dtype(np.uint8).itemsize)
+
+
+def memory_row(name: str, measured: Measured, largest: int) -> list[str | float]:
+    return [name, measured.base / MB, measured.peak / MB, (measured.peak - measured.base) / largest]
+
+
+def peak_of(measured: Measured) -> int:
+    return measured.peak

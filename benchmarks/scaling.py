@@ -1,0 +1,194 @@
+"""Several processes: measured on one and two here, and on paper on 8 to 1,024 GPUs (see `paper.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import paper
+from benchmarks.harness import NOT_MEASURED, Options, Table
+from errors import UserError
+from model.unet3d import MLPERF_FILTERS
+
+PROJECT = Path(__file__).resolve().parents[1]
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+TIMEOUT_S = 1800
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# The first ratio is weak scaling: two processes that shared nothing would reach 1.
+COLUMNS = ["processes", "threads each", "samples/s", "of twice one process with as many threads",
+           "of one process with all threads"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What each process trains on; `rounds` is how often every row is run, in turn."""
+
+    filters: tuple[int, ...]
+    window: int
+    batch_size: int
+    epochs: int
+    warmup_steps: int
+    rounds: int
+
+
+def run(options: Options) -> list[Table]:
+    return [processes(options), checked(), on_paper(), launches(), beyond_main()]
+
+
+def scale_of(options: Options) -> Scale:
+    if options.quick:
+        return Scale((4, 8), 16, 2, 1, 2, 1)
+    if options.device.type == "cuda":
+        return Scale(MLPERF_FILTERS, 128, 7, 8, 8, 3)
+    return Scale((16, 32, 64, 128), 32, 2, 1, 4, 3)
+
+
+def processes(options: Options) -> Table:
+    """`main.py --benchmark` on synthetic volumes, each process with its own batch (weak scaling)."""
+    scale = scale_of(options)
+    cores = len(os.sched_getaffinity(0))
+    each = max(1, cores // 2)
+    is_gpu = options.device.type == "cuda"
+    # On a GPU a second process means a second GPU, and threads mean little.
+    pairs = [(1, each), (2, each)] if is_gpu else [(1, each), (2, each), (1, cores)]
+    window = " x ".join([str(scale.window)] * 3)
+    notes = [f"main.py --benchmark --loader synthetic, unet3d with filters {scale.filters}, windows of {window}, "
+             f"batches of {scale.batch_size} a process; medians of {scale.rounds} rounds."]  # fmt: skip
+    if is_gpu and torch.cuda.device_count() < 2:
+        return Table("One and two processes", COLUMNS, [[2, each, f"{NOT_MEASURED}: this machine has one GPU", "", ""]],
+                     notes)  # fmt: skip
+    if not is_gpu:
+        notes.append(
+            f"On one machine's {cores} cores two processes share the arithmetic and the memory: this shows what "
+            "averaging gradients costs, not what a second machine would add."
+        )
+    rates: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
+    for number in range(scale.rounds):
+        for pair in rates:
+            folder = options.work_dir / f"scaling_{number}_{pair[0]}x{pair[1]}"
+            rates[pair].append(samples_per_s(*pair, scale, folder, is_gpu))
+    # By pairs of one round: what slows the machine down slows both.
+    rows: list[list[Any]] = []
+    for pair, own in rates.items():
+        ratios: list[Any] = ["", ""]
+        if pair[0] == 2:
+            ratios[0] = median_ratio(own, rates[1, each]) / 2
+            ratios[1] = median_ratio(own, rates[1, cores]) if not is_gpu else ""
+        rows.append([*pair, statistics.median(own), *ratios])
+    return Table("One and two processes", COLUMNS, rows, notes)
+
+
+def median_ratio(own: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
+def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu: bool) -> float:
+    """One run's samples/s, over all its processes. Raises UserError with its reason when it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    window = [str(scale.window)] * 3
+    command = [
+        sys.executable, *launcher, "main.py", "--benchmark", "--loader", "synthetic", "--layout", "NDHWC", "--amp",
+        "--model", f"unet3d(filters={scale.filters})", "--input_shape", *window, "--val_input_shape", *window,
+        "--batch_size", str(scale.batch_size), "--val_batch_size", "1", "--epochs", str(scale.epochs),
+        "--warmup_steps", str(scale.warmup_steps), "--seed", "0", "--log_dir", str(log_dir), "--no-verbose",
+        *(["--cudnn_benchmark"] if is_gpu else []),
+    ]  # fmt: skip
+    # A launcher around this program must not reach the runs.
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    if not is_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        # torchrun's own lines come after the program's.
+        why = next((line for line in lines if "rror: " in line), lines[-1])
+        raise UserError(f"main.py on {ranks} process(es) exited with {done.returncode}: {why}")
+    return float(json.loads((log_dir / "benchmark.json").read_text(encoding="utf-8"))["samples_per_s"])
+
+
+def checked() -> Table:
+    """The model against the published runs."""
+    rows = []
+    for published in (*paper.PUBLISHED, paper.LARGEST):
+        minutes = paper.forecast(published.device, published.layout, paper.Links()).total / 60
+        rows.append([published.name, published.layout.batch, published.device.samples_per_s, published.minutes, minutes,
+                     minutes / published.minutes])  # fmt: skip
+    notes = [
+        "From each run's samples/s and evaluation time (its batch taken as 56); no constant differs from run to run. "
+        "The last row is no check: the floor of a step is taken from it.",
+    ]
+    columns = ["run", "batch", "samples/s a device", "minutes, published", "minutes, model", "model / published"]
+    return Table("Model against published", columns, rows, notes)
+
+
+def on_paper() -> Table:
+    """What `main.py` as it is would give on more and more GPUs."""
+    rows = []
+    for gpus in GPUS:
+        layout, given = paper.best(paper.H200, gpus, paper.Links())
+        rows.append([
+            gpus, layout.training, f"{layout.batch}{beyond(layout.batch)}", int(layout.samples_a_gpu),
+            1e3 * given.step, 1e3 * given.exposed, given.evaluation, given.share, given.evaluations, given.total / 60,
+            gpus * given.total / 60,
+        ])  # fmt: skip
+    links = paper.Links()
+    notes = [
+        f"At the published {paper.H200.samples_per_s:g} samples/s and {paper.H200.windows_per_s:.0f} windows/s a GPU, "
+        "start-up not counted. Batches divide the 168 cases, so that GPUs beyond the ranks stay idle.",
+        f"All-reduce: {paper.GRADIENT_BYTES / 1e6:.0f} MB, rings at {links.within_node / 1e9:g} GB/s a GPU within a "
+        f"node and {links.between_nodes / 1e9:g} GB/s a node between them, {links.overlap:.0%} hidden. Floor of a step "
+        f"{1e3 * paper.STEP_FLOOR_S:g} ms.",
+        f"Evaluation is {paper.evaluation_share_of_work():.0%} of the operations once it runs; its share of the time "
+        "differs, as windows/s and samples/s do.",
+        "* Samples to converge extrapolated: beyond batch 84 the line through 56 and 84 is taken to go on. No "
+        "published run backs it.",
+    ]
+    columns = ["GPUs", "ranks", "global batch", "samples a rank", "ms a step", "of it all-reduce", "s an evaluation",
+               "its share once it runs", "evaluations", "minutes to target", "GPU-minutes"]  # fmt: skip
+    return Table("On paper: main.py on 8 to 1,024 H200", columns, rows, notes)
+
+
+def beyond(batch: int) -> str:
+    return " *" if batch > paper.REFERENCES[-1].batch else ""
+
+
+def launches() -> Table:
+    """The settings of `on_paper`'s rows."""
+    rows = []
+    for gpus in GPUS:
+        layout, _ = paper.best(paper.H200, gpus, paper.Links())
+        reference = paper.nearest_reference(layout.batch)
+        rows.append([gpus, layout.batch // layout.training, f"{layout.batch}{beyond(layout.batch)}", 1,
+                     f"{reference.learning_rate:g} / {reference.warmup_epochs}",
+                     f"`{paper.launch(layout, gpus)}`"])  # fmt: skip
+    notes = ["Rate and warm-up are the nearest reference point's. HOST is the first of the line's nodes."]
+    columns = ["GPUs", "batch a rank", "global batch", "ga_steps", "rate / warm-up epochs", "on each of its nodes"]
+    return Table("Launch settings", columns, rows, notes)
+
+
+def beyond_main() -> Table:
+    """What sharing a sample between GPUs, and evaluating beside the training, would add."""
+    rows = []
+    for gpus in GPUS:
+        layout, given = paper.best(paper.H200, gpus, paper.Links(), beyond_main=True)
+        _, plain = paper.best(paper.H200, gpus, paper.Links())
+        rows.append([gpus, f"{layout.batch}{beyond(layout.batch)}", layout.training, layout.evaluating,
+                     max(1, layout.training // layout.batch), given.total / 60, plain.total / given.total])  # fmt: skip
+    notes = [
+        "Not built: main.py gives each rank whole samples, and its ranks stop training to evaluate. The largest "
+        "published run did both, with 8 GPUs to a sample.",
+    ]
+    columns = ["GPUs", "global batch", "training", "evaluating", "GPUs a sample", "minutes to target",
+               "times as fast as main.py"]  # fmt: skip
+    return Table("On paper: several GPUs to a sample, evaluation aside", columns, rows, notes)

@@ -1,0 +1,241 @@
+"""A training step: what each choice gains, and how near the whole comes to the device's peak.
+
+One way throughout: every choice is switched off alone from the full set, so a ratio is what leaving it out would cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare, seconds
+from errors import UserError
+from model import kernels
+from model.losses import SMOOTHING, SPATIAL, DiceCELoss
+from model.unet3d import MLPERF_FILTERS, Unet3d
+from runtime.optim import make_optimizer
+from runtime.precision import Precision, choose_precision
+from runtime.seeding import seed_process
+from runtime.throughput import peak_memory_bytes
+from runtime.training import StepSettings, TrainState, place, train_step
+from runtime.warmup import made_up_batch, peak_flops, training_flops
+
+T = TypeVar("T")
+
+CHANNELS, CLASSES = 1, 3
+# The speed does not depend on it; so small that weights stay finite on random labels.
+RATE = 1e-3
+MOMENTUM = 0.9
+# cuDNN tries its algorithms in the first step, the allocator settles in the second.
+WARM_UP = 2
+# On one H200: the best published figure (NVIDIA's MXNet code, MLPerf v4.0), and the arithmetic and memory limit of
+# convolutions with a fused norm and ReLU.
+MARKS = {"samples/s": "published 76.05, limit 231"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is computed; `batch_size` is where `fit` begins, `pairs` how often both ways are timed."""
+
+    filters: tuple[int, ...]
+    shape: tuple[int, int, int]
+    batch_size: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is made. The default is the full set."""
+
+    layout: str = "NDHWC"
+    fused_norm: bool = True
+    one_pass_loss: bool = True
+    fused_optimizer: bool = True
+    amp: bool = True
+    triton: bool = True
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice and what it is compared with: the full set without it; `on` is for one that is not part of the set."""
+
+    name: str
+    baseline: str
+    off: dict[str, Any] = field(default_factory=dict)
+    on: dict[str, Any] = field(default_factory=dict)
+
+
+CHOICES = (
+    Choice("channels-last layout", "NCDHW; the fused norm needs channels-last and is off as well", {"layout": "NCDHW"}),
+    Choice("norm and activation as one operator", "PyTorch's two", {"fused_norm": False}),
+    Choice("loss in one pass", "softmax and a one-hot tensor", {"one_pass_loss": False}),
+    Choice("fused optimizer", "torch.optim.SGD's default", {"fused_optimizer": False}),
+    Choice("AMP", "fp32 (a GPU's convolutions in TF32, PyTorch's default)", {"amp": False}),
+    Choice("Triton kernels", "the same operators in PyTorch's terms", {"triton": False}),
+    Choice("torch.compile (--compile)", "the full set, which does not compile", on={"compiled": True}),
+)
+
+
+def run(options: Options) -> list[Table]:
+    device = options.device
+    scale = scale_of(options)
+    seed_process(0, deterministic=False, autotune=device.type == "cuda")
+    # First: on a CPU the peak memory is the whole process's, and the baselines would raise it.
+    return [share_of_peak(device, scale), gains(device, scale)]
+
+
+def scale_of(options: Options) -> Scale:
+    if options.quick:
+        return Scale((4, 8), (16, 16, 16), 2, 1)
+    if options.device.type == "cuda":
+        return Scale(MLPERF_FILTERS, (128, 128, 128), 28, 10)
+    return Scale(MLPERF_FILTERS, (64, 64, 64), 2, 3)
+
+
+def share_of_peak(device: torch.device, scale: Scale) -> Table:
+    """The full step against a large matrix product in its number format."""
+    precision = choose_precision(True, "auto", device)
+
+    def measure(batch_size: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # a batch that did not fit leaves its own
+        step = make_step(Way(), device, scale, batch_size)
+        return statistics.median([seconds(step, device) for _ in range(WARM_UP + scale.pairs)][WARM_UP:])
+
+    batch_size, step_s = fit(scale.batch_size, measure)
+    memory = peak_memory_bytes(device)
+    flops = training_flops(lambda: Unet3d(CHANNELS, CLASSES, filters=scale.filters), (CHANNELS, *scale.shape))
+    rate, peak = batch_size / step_s, peak_flops(precision)
+    figures = {
+        "samples/s": rate,
+        "ms a step": 1e3 * step_s,
+        "TFLOP/s": rate * flops / 1e12,
+        "GEMM peak, TFLOP/s": peak / 1e12,
+        "share of the GEMM peak": rate * flops / peak,
+        "peak memory, GiB": memory / 2**30,
+    }
+    # They are of the benchmark's network on a GPU.
+    marks = MARKS if device.type == "cuda" and scale.filters == MLPERF_FILTERS else {}
+    notes = [
+        describe(scale, precision, batch_size),
+        "Peak memory: what tensors held at most on a GPU; on a CPU the whole process, since it began.",
+    ]
+    rows = [[name, value, marks.get(name, "")] for name, value in figures.items()]
+    return Table("Share of the peak", ["figure", "value", "marks (H200)"], rows, notes)
+
+
+def gains(device: torch.device, scale: Scale) -> Table:
+    """Each choice, switched off alone from the full set."""
+    rows: list[list[Any]] = []
+    for choice in CHOICES:
+        reason = unmeasurable(choice, device)
+        if reason:
+            rows.append([choice.name, choice.baseline, "", f"{NOT_MEASURED}: {reason}", "", ""])
+            continue
+        batch_size, times = fit(scale.batch_size, partial(measure, choice, device, scale))
+        milliseconds = [1e3 * statistics.median(values) for values in (times.ours_s, times.naive_s)]
+        rows.append([choice.name, choice.baseline, batch_size, *milliseconds, times.ratio])
+    columns = ["choice", "without it", "samples a step", "ms a step with", "ms a step without", "ratio"]
+    notes = [
+        describe(scale, choose_precision(True, "auto", device), scale.batch_size),
+        f"Each choice switched off alone from the full set; ratio: the median of {scale.pairs} pairs, timed in turn, "
+        "of the time without it over the time with it.",
+    ]
+    return Table("A training step", columns, rows, notes)
+
+
+def measure(choice: Choice, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
+    without = make_step(replace(Way(), **choice.off), device, scale, batch_size)
+    step = make_step(replace(Way(), **choice.on), device, scale, batch_size)
+    return compare(without, step, scale.pairs, device, WARM_UP)
+
+
+def unmeasurable(choice: Choice, device: torch.device) -> str:
+    """Why a choice makes no difference on this device; "" where it does."""
+    if "amp" in choice.off:
+        return choose_precision(True, "auto", device).note
+    if "compiled" in choice.on and device.type != "cuda":
+        return "compiling takes a CPU minutes"
+    if "triton" in choice.off and kernels.triton_for(torch.empty(0, device=device)) is None:
+        return "Triton's kernels are for CUDA" if device.type != "cuda" else "Triton is not installed"
+    return ""
+
+
+def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
+    """One training step on made-up data, a call each; returns the loss."""
+    torch.manual_seed(0)
+    network = place(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
+    if way.compiled:
+        network.compile(dynamic=False)
+    precision = choose_precision(way.amp, "auto", device)
+    optimizer = (
+        make_optimizer("sgd", network.parameters(), RATE, MOMENTUM)
+        if way.fused_optimizer
+        else torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True)
+    )
+    state = TrainState(network, network, optimizer, precision.make_scaler())
+    settings = StepSettings(DiceCELoss() if way.one_pass_loss else NaiveDiceCE(), precision, 1, way.layout)
+    batch = made_up_batch(batch_size, CHANNELS, CLASSES, scale.shape, device)
+
+    def step() -> Tensor:
+        with triton_used(way.triton):
+            return train_step(state, batch, settings, is_last=True)
+
+    return step
+
+
+@contextmanager
+def triton_used(used: bool) -> Iterator[None]:
+    """Switches Triton's kernels off for a while."""
+    before = kernels.USE_TRITON
+    kernels.USE_TRITON = before and used
+    try:
+        yield
+    finally:
+        kernels.USE_TRITON = before
+
+
+def fit(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
+    """The largest batch size, halved from the given one, that the device's memory holds, and what came of it.
+
+    Raises:
+        UserError: not even one sample fits.
+    """
+    while True:
+        try:
+            return batch_size, work(batch_size)
+        except torch.cuda.OutOfMemoryError:
+            if batch_size == 1:
+                raise UserError("the GPU's memory holds no step of one sample; is another program on it?") from None
+        # Outside the handler: while it runs, the exception's frames hold the tensors.
+        torch.cuda.empty_cache()
+        batch_size //= 2
+
+
+def describe(scale: Scale, precision: Precision, batch_size: int) -> str:
+    window = " x ".join(map(str, scale.shape))
+    numbers = str(precision.dtype or torch.float32).removeprefix("torch.")
+    return f"unet3d with filters {scale.filters}, windows of {window}, batches of {batch_size}, {numbers}."
+
+
+class NaiveDiceCE(nn.Module):
+    """The baseline of `DiceCELoss`: PyTorch's cross-entropy, then softmax times one-hot labels, all kept in memory."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar; the background does not count in the Dice term."""
+        logits, values = logits.float(), labels[:, 0].long()
+        probabilities = logits.softmax(dim=1)
+        truth = F.one_hot(values, logits.shape[1]).movedim(-1, 1).float()
+        intersection = (probabilities * truth).sum(SPATIAL)
+        total = probabilities.sum(SPATIAL) + truth.sum(SPATIAL)
+        dice = 1 - (2 * intersection + SMOOTHING) / (total + SMOOTHING)
+        return (F.cross_entropy(logits, values) + dice[:, 1:].mean()) / 2

@@ -1,0 +1,84 @@
+"""`python3 -m benchmarks` as a process: tables on stdout, the same in a file, mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main, parse
+from benchmarks.harness import Options, Table
+from errors import UserError
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.integration
+def test_a_suite_prints_its_tables_and_writes_them(run_python: Program, tmp_path: Path) -> None:
+    file = tmp_path / "tables.json"
+    done = run_python("-m", "benchmarks", "--suite", "evaluate", "--quick", "--device", "cpu", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    environment = content["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["cpu"]
+    assert "commit" in environment
+    assert content["quick"] is True
+    assert list(content["suites"]) == ["evaluate"]
+    lines = done.stdout.splitlines()
+    for table in content["suites"]["evaluate"]:
+        heading = lines.index(f"### {table['title']}")
+        assert lines[heading + 2] == f"| {' | '.join(table['columns'])} |"
+        assert lines[heading + 3].startswith("| --- |")
+        printed = [line.split("|")[1].strip() for line in lines[heading + 4 : heading + 4 + len(table["rows"])]]
+        assert printed == [str(row[0]) for row in table["rows"]]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--suite", "speed"), "invalid choice: 'speed'"),
+        (("--suite", "evaluate", "--json", "/nowhere/tables.json"), "its folder does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(run_python: Program, arguments: tuple[str, ...], said: str) -> None:
+    done = run_python("-m", "benchmarks", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("benchmarks: error: ")
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--json", "."), "is a folder"),
+        (("--work_dir", "/nowhere"), "no such folder"),
+        (("--cases", "0"), "--cases must be at least 1"),
+        (("--num_workers", "-1"), "--num_workers must be at least 0"),
+    ],
+)
+def test_what_would_fail_after_the_measuring_is_refused_before(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(["--suite", "evaluate", *arguments])
+
+
+def test_a_suite_that_fails_takes_no_others_tables_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(options: Options) -> list[Table]:
+        raise UserError("out of luck")
+
+    monkeypatch.setattr("benchmarks.__main__.SUITES", ("evaluate", "step"))
+    monkeypatch.setattr("benchmarks.evaluate.run", lambda options: [Table("Kept", ["a"], [[1]])])
+    monkeypatch.setattr("benchmarks.step.run", fail)
+    file = tmp_path / "tables.json"
+    with pytest.raises(UserError, match="out of luck"):
+        main(["--suite", "all", "--quick", "--device", "cpu", "--json", str(file)])
+    (kept,) = json.loads(file.read_text(encoding="utf-8"))["suites"]["evaluate"]
+    assert kept == {"title": "Kept", "columns": ["a"], "rows": [[1]], "notes": []}
