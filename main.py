@@ -25,6 +25,7 @@ from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.sampling import batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError, run_program
+from model import kernels
 from model.losses import DiceCELoss
 from model.networks import build_network, check_window
 from runtime import checkpoint as checkpoints
@@ -94,7 +95,8 @@ def train_network(config: RunConfig, world: World) -> None:
     prepare_device(config, spec, state, settings, world, announce)
     platform = config.submission_platform or platform_name(world.device, world.size)
     tensors = trackers.tensor_names(state.network)
-    notes = [note for note in (precision.note, "" if config.benchmark else schedule.note()) if note]
+    possible = (precision.note, kernels.note(world.device), "" if config.benchmark else schedule.note())
+    notes = [note for note in possible if note]
     announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
                                 samples_per_epoch, notes))  # fmt: skip
     world.barrier()
@@ -157,7 +159,7 @@ def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, worl
     check_window(network, config.val_input_shape, "--val_input_shape")
     place(network, world.device, config.layout)
     if config.compile:
-        network.compile(dynamic=False)  # in place: names, state and everyone's references stay
+        network.compile()  # in place: names, state and everyone's references stay
     optimizer = make_optimizer(
         config.optimizer, network.parameters(), config.learning_rate, config.momentum, config.lamb_betas,
         config.weight_decay,

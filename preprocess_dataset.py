@@ -45,6 +45,7 @@ from data_loading.raw_layouts import RAW_LAYOUTS, RawCase, RawDataset
 from data_loading.spec import DatasetSpec
 from data_loading.volume import check_same_geometry, read_nifti
 from errors import UserError, run_program
+from files import replacing
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 
@@ -201,15 +202,10 @@ def preprocess_case(raw: RawCase, results_dir: Path, spec: DatasetSpec) -> tuple
 
 def _save(path: Path, array: NDArray[Any]) -> str:
     """Saves an array under its final name only once it is whole; returns its MD5."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with temporary.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
-        digest = md5_of(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+        return md5_of(temporary)
 
 
 def _line(case: str, record: CaseRecord) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Options
-from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
+from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, map_case, write_json
+from data_loading.loader import CropDataset
 from data_loading.phantom import make_phantom
 from data_loading.preprocessing import Boxes, Shape, foreground_boxes, normalise
 from data_loading.spec import KITS19
@@ -55,6 +56,13 @@ def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:
     """`dataset.json` with every case in training."""
     split: dict[str, list[str]] = {"train": list(records), "evaluation": []}
     write_json(folder / INDEX_NAME, DatasetIndex(KITS19, split, dict(records)).to_json())
+
+
+class ForgettingDataset(CropDataset):
+    """Maps its volumes anew for each sample: the system cannot drop pages that a process keeps mapped."""
+
+    def open_case(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        return map_case(self.data_dir, self.cases[index])
 
 
 def files_of(folder: Path, cases: Iterable[str]) -> list[Path]:

@@ -58,7 +58,7 @@ def _plain(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of two ways, taken in turn; `ratio` is the median of naive / ours over the pairs: above 1, ours is faster."""
+    """Times of two ways, taken in turn; `ratio` is the median of naive / ours: above 1, ours is faster."""
 
     naive_s: list[float]
     ours_s: list[float]

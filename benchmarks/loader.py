@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data import MB, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
+from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
 from data_loading.dataset import load_boxes
@@ -119,7 +119,7 @@ def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: Load
         start, _ = draw_sample(number, index, shape, boxes[index], settings)
         touched = [page_bytes(at, shape, start, settings.patch, n) for at, n in zip(offsets, ITEMSIZES, strict=True)]
         pages.append(sum(touched))
-    cold = read_cold(CropDataset(folder, cases, boxes, settings), folder, cases)
+    cold = read_cold(ForgettingDataset(folder, cases, boxes, settings), folder, cases)
     rows: list[list[str | float]] = [
         ["image voxels of the crop", voxels[0] / MB],
         ["label voxels of the crop", voxels[1] / MB],

@@ -175,7 +175,7 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
     torch.manual_seed(0)
     network = place(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
     if way.compiled:
-        network.compile(dynamic=False)
+        network.compile()
     precision = choose_precision(way.amp, "auto", device)
     optimizer = (
         make_optimizer("sgd", network.parameters(), RATE, MOMENTUM)

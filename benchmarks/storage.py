@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data import (
     MB,
+    ForgettingDataset,
     disk_bytes_read,
     drop_caches,
     files_of,
@@ -30,9 +31,8 @@ from benchmarks.data import (
     write_index,
 )
 from benchmarks.harness import Options, Table
-from data_loading.dataset import CaseRecord
-from data_loading.loader import Batch, LoaderSettings, TrainingLoader
-from data_loading.loaders import make_training_loader
+from data_loading.dataset import CaseRecord, load_boxes
+from data_loading.loader import Batch, CropDataset, LoaderSettings, PytorchLoader, TrainingLoader
 from data_loading.preprocessing import Box, Shape
 from data_loading.sampling import EpochOrder
 from data_loading.spec import KITS19
@@ -195,7 +195,9 @@ def feed(
     """
     repeated = list(islice(cycle(cases), settings.ranks * steps * settings.batch_size))
     shards = [replace(settings, rank=rank) for rank in range(settings.ranks)]
-    loaders = [make_training_loader("pytorch", folder, repeated, KITS19, shard)[0] for shard in shards]
+    boxes = load_boxes(folder, repeated, len(KITS19.classes))
+    kind = ForgettingDataset if is_cold else CropDataset
+    loaders = [PytorchLoader(kind(folder, repeated, boxes, shard), shard) for shard in shards]
     # A run's workers start once. They are forked here, before there are threads; and they end an epoch that they began.
     for batches in [loader.epoch(1) for loader in loaders]:
         for _ in batches:

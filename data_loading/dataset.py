@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from data_loading.preprocessing import Boxes, Transform, foreground_boxes
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
+from files import replacing
 
 INDEX_NAME = "dataset.json"
 # The index while cases are missing.
@@ -85,12 +85,8 @@ class DatasetIndex:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically: a reader, or a run interrupted here, finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_index(path: Path) -> DatasetIndex:

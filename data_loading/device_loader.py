@@ -29,8 +29,8 @@ class DeviceLoader:
     """Samples the same crops, flips and factors as the `pytorch` loader, from volumes in fp16 and labels in uint8.
 
     fp16 keeps a normalised intensity (-2.3 to 2.6 for KiTS19) to 1e-3, and `--amp` rounds the network's input no less.
-    Every rank holds all training volumes (KiTS19: 14.5 GB), since an epoch deals them out anew. The noise comes from the
-    device's own generator: on a GPU other numbers than the `pytorch` loader's, of the same distribution.
+    Every rank holds all training volumes (KiTS19: 14.5 GB), since an epoch deals them out anew. The noise comes from
+    the device's own generator: on a GPU other numbers than the `pytorch` loader's, of the same distribution.
 
     Args:
         volumes: (image, label) of each case: (C, D, H, W) fp16 and (1, D, H, W) uint8 on the device, at least as large

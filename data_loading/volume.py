@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import UserError
+from files import replacing
 
 # A voxel passes through the stored type, float32 and the resampled float32: about this many bytes
 # besides the stored ones are needed at once.
@@ -117,12 +118,8 @@ def write_nifti(path: Path, volume: Volume) -> None:
     if path.name.endswith(".gz"):
         # mtime=0: gzip would write the time of day into the file. Level 1: noise hardly compresses.
         content = gzip.compress(content, compresslevel=1, mtime=0)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_same_geometry(image: Geometry, label: Geometry, case: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from files import replacing
 from runtime.training import TrainState
 
 FORMAT = 1
@@ -84,16 +85,11 @@ def save(path: Path, state: TrainState, config: dict[str, Any], seed: int) -> No
         },
         "best": {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network},
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

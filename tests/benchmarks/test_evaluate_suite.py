@@ -122,7 +122,7 @@ def test_round_robin_by_hand() -> None:
 
 def test_the_gpus_windows_and_volumes_need_cutting_and_padding() -> None:
     options = Options(torch.device("cuda", 0), quick=False, work_dir=Path())
-    scale = evaluate.scale_of(options)
+    scale, _ = evaluate.scales_of(options).values()
     remainders = [size % 64 for shape in scale.volumes for size in shape]
     assert any(0 < remainder < 32 for remainder in remainders)
     assert any(remainder >= 32 for remainder in remainders)

@@ -64,9 +64,11 @@ def _fresh_choice() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_choice")
 def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda, stand_in = SimpleNamespace(is_cuda=True), SimpleNamespace()
+    monkeypatch.setattr(kernels, "_launch", lambda module: None)
     monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "model.triton_kernels", stand_in)
     assert kernels.triton_for(on_cuda) is stand_in
+    assert kernels.note(torch.device("cuda")) == kernels.note(torch.device("cpu")) == ""
     assert kernels.triton_for(torch.zeros(1)) is None
     monkeypatch.setattr(kernels, "USE_TRITON", False)
     assert kernels.triton_for(on_cuda) is None
@@ -77,3 +79,17 @@ def test_without_triton_pytorch_s_own_operators_serve(monkeypatch: pytest.Monkey
     monkeypatch.delattr(model, "triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "model.triton_kernels", None)
     assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert "PyTorch's own operators" in kernels.note(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+def test_kernels_that_cannot_be_launched_are_left_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(model, "triton_kernels", SimpleNamespace(), raising=False)
+    monkeypatch.setitem(sys.modules, "model.triton_kernels", SimpleNamespace())
+    monkeypatch.setattr(kernels, "_launch", fail)
+    assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert "(Failed to find C compiler.)" in kernels.note(torch.device("cuda"))
+    assert kernels.note(torch.device("cpu")) == ""
