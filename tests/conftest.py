@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 NEIGHBOURS = sorted(path.parent for path in ROOT.parent.glob("*/data/kits19_segmentations"))

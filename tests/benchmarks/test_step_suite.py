@@ -47,7 +47,9 @@ def test_the_naive_loss_is_the_projects_loss_and_gradient(absent: int | None) ->
 def test_a_row_a_choice_with_figures_or_a_reason(tables: dict[str, Table]) -> None:
     table = tables["A training step"]
     assert [row[0] for row in table.rows] == [choice.name for choice in CHOICES]
-    missing = {"Triton kernels"} | ({"AMP"} if choose_precision(True, "auto", CPU).note else set())
+    missing = {"Triton kernels", "torch.compile (--compile)"} | (
+        {"AMP"} if choose_precision(True, "auto", CPU).note else set()
+    )
     for row in table.rows:
         assert len(row) == len(table.columns)
         if row[0] in missing:

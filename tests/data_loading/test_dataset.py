@@ -118,7 +118,7 @@ def test_an_index_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
