@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from files import replacing
 INDEX_NAME = "dataset.json"
 # The index while cases are missing.
 PARTIAL_INDEX_NAME = "dataset.partial.json"
+# Boxes of a folder that the reference wrote, which has no index.
+BOXES_NAME = "foreground_boxes.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
 
@@ -196,13 +199,45 @@ def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes]:
-    """Every case's foreground boxes, from `dataset.json` or, in a reference folder, from its labels."""
+    """Every case's foreground boxes, from `dataset.json`.
+
+    In a folder that the reference wrote they are found once (seconds a case) and kept in a file beside the labels;
+    those of a label that has changed since are found again. Where the folder cannot be written each run finds them.
+    """
     if (data_dir / INDEX_NAME).is_file():
         records = read_index(data_dir / INDEX_NAME).cases
         return [records[case].boxes for case in cases]
-    progress = tqdm(cases, desc="foreground boxes", unit="case", disable=None)
-    labels = (np.asarray(map_array(file_of(data_dir, case, "y"), np.uint8)) for case in progress)
-    return [foreground_boxes(label, classes) for label in labels]
+    kept = _read_kept_boxes(data_dir / BOXES_NAME)
+    stamps = {case: _stamp(file_of(data_dir, case, "y"), classes) for case in cases}
+    missing = [case for case in cases if kept.get(case, ([], {}))[0] != stamps[case]]
+    for case in tqdm(missing, desc="foreground boxes", unit="case", disable=None):
+        label = np.asarray(map_array(file_of(data_dir, case, "y"), np.uint8))
+        kept[case] = (stamps[case], foreground_boxes(label, classes))
+    if missing:
+        with suppress(OSError):  # a read-only folder: the run needs the boxes, not the file
+            write_json(data_dir / BOXES_NAME, kept)
+    return [kept[case][1] for case in cases]
+
+
+def _stamp(label: Path, classes: int) -> list[int]:
+    """What the boxes of a label depend on; no boxes have the stamp of a missing file."""
+    try:
+        status = label.stat()
+    except OSError:
+        return [-1]
+    return [status.st_size, status.st_mtime_ns, classes]
+
+
+def _read_kept_boxes(path: Path) -> dict[str, tuple[list[int], Boxes]]:
+    """What an earlier run kept, {} where there is nothing or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            case: (stamp, {int(value): [tuple(box) for box in boxes] for value, boxes in found.items()})
+            for case, (stamp, found) in content.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def md5_of(path: Path) -> str:

@@ -35,7 +35,7 @@ from data_loading.dataset import (
     read_index,
     write_json,
 )
-from data_loading.preprocessing import Transform
+from data_loading.preprocessing import Boxes, Transform
 from data_loading.spec import KITS19, DatasetSpec
 from data_loading.volume import Geometry
 from errors import UserError
@@ -285,6 +285,50 @@ def test_boxes_come_from_the_index_or_from_the_labels(
     assert load_boxes(reference, wanted, 3) == expected
     monkeypatch.setattr(dataset_module, "map_array", lambda *_: pytest.fail("the index has them"))
     assert load_boxes(indexed, wanted, 3) == expected
+
+
+def test_a_reference_folders_boxes_are_found_once(
+    tmp_path: Path, write_preprocessed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = np.zeros((1, 8, 8, 8), np.uint8)
+    label[0, 1:3, 1:3, 1:3] = 1
+    folder = write_preprocessed(tmp_path, {case: (label.astype(np.float32), label) for case in ("a", "b")}, index=False)
+    seen: list[int] = []
+    find = dataset_module.foreground_boxes
+
+    def counted(mask: np.ndarray, classes: int) -> Boxes:
+        seen.append(int(mask.sum()))
+        return find(mask, classes)
+
+    monkeypatch.setattr(dataset_module, "foreground_boxes", counted)
+    expected = [{1: [(1, 1, 1, 3, 3, 3)]}] * 2
+    assert load_boxes(folder, ["a", "b"], 3) == load_boxes(folder, ["a", "b"], 3) == expected
+    assert seen == [8, 8]
+    label[0, 6, 6, 6] = 1
+    np.save(folder / "b_y.npy", label)
+    os.utime(folder / "b_y.npy", ns=(0, 1))
+    assert load_boxes(folder, ["b"], 3) == [{1: [(1, 1, 1, 3, 3, 3), (6, 6, 6, 7, 7, 7)]}]
+    assert load_boxes(folder, ["a"], 3) == expected[:1], "a's are still kept"
+    assert seen == [8, 8, 9]
+    assert load_boxes(folder, ["a"], 2) == expected[:1]
+    assert len(seen) == 4, "other classes may have other boxes"
+    (folder / dataset_module.BOXES_NAME).write_text("{damaged")
+    assert load_boxes(folder, ["a"], 3) == expected[:1]
+    assert len(seen) == 5
+
+
+def test_boxes_are_found_where_nothing_can_be_kept(
+    tmp_path: Path, write_preprocessed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = np.ones((1, 4, 4, 4), np.uint8)
+    folder = write_preprocessed(tmp_path, {"a": (label.astype(np.float32), label)}, index=False)
+
+    def refuse(path: Path, content: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(dataset_module, "write_json", refuse)
+    assert load_boxes(folder, ["a"], 2) == [{1: [(0, 0, 0, 4, 4, 4)]}]
+    assert not (folder / dataset_module.BOXES_NAME).exists()
 
 
 def test_md5_is_hashlibs_over_any_size(tmp_path: Path) -> None:
