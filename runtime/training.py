@@ -41,7 +41,12 @@ MEMORY_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last
 
 def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
     """The network on the device, its weights in the layout's memory order."""
-    return network.to(device=device, memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+    network.to(device=device, memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+    for p in network.parameters():
+        # A 1x1x1 kernel is in both orders; its gradient comes with NCDHW's strides, and DDP copies where they differ.
+        if p.dim() == 5 and p[0, 0].numel() == 1:
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+    return network
 
 
 @dataclass

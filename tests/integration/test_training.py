@@ -98,6 +98,12 @@ def test_ranks_and_accumulation_train_as_one_big_batch(
     assert opened["samples_per_epoch"] == 12
 
 
+def test_two_ranks_in_channels_last_train_without_a_warning(program: Program, balls: Path, tmp_path: Path) -> None:
+    """DDP warns when a gradient's strides are not its bucket's, and then copies it in each step."""
+    done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--layout", "NDHWC", "--epochs", 1, ranks=2)
+    assert "Warning" not in done.stderr
+
+
 def test_loader_workers_and_layout_change_nothing(program: Program, balls: Path, tmp_path: Path) -> None:
     logged: dict[str, Any] = {}
     for name, extra in {"none": (), "two": ("--num_workers", 2), "last": ("--layout", "NDHWC")}.items():
