@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from runtime.warmup import seconds
 
 NOT_MEASURED = "not measured"
 
@@ -74,18 +75,3 @@ def compare(
     """Times both ways in turn, so that a machine that slows down slows both. The first `warm_up` pairs are not kept."""
     times = [(seconds(naive, device), seconds(ours, device)) for _ in range(warm_up + pairs)][warm_up:]
     return Comparison([a for a, _ in times], [b for _, b in times])
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long it takes, the device's own work included."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU; a CPU has nothing outstanding."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare, seconds
+from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from errors import UserError
 from model import kernels
 from model.losses import SMOOTHING, SPATIAL, DiceCELoss
@@ -26,7 +26,7 @@ from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
 from runtime.throughput import peak_memory_bytes
 from runtime.training import StepSettings, TrainState, place, train_step
-from runtime.warmup import made_up_batch, peak_flops, training_flops
+from runtime.warmup import made_up_batch, peak_flops, seconds, training_flops
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from data_loading.loader import EvaluationCase
 from model.losses import dice_score
 from runtime.distributed import World
 from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
-from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, window_padding, window_places
+from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.precision import Precision
 
 
@@ -44,11 +44,8 @@ class Scoring:
 
     def windows(self, shape: Sequence[int]) -> int:
         """How many windows a volume of this shape (D, H, W) has."""
-        stride = stride_of(self.window, self.overlap)
         kept = [len(range(size)[part]) for size, part in zip(shape, self.kept(shape), strict=True)]
-        padding = window_padding(kept, self.window, stride if self.padding_value is not None else [1, 1, 1])
-        padded = [size + before + after for size, (before, after) in zip(kept, padding, strict=True)]
-        return sum(1 for _ in window_places(padded, self.window, stride))
+        return len(tile(kept, self.window, self.overlap, self.padding_value)[1])
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,16 @@ def gaussian_map(window: tuple[int, ...], device: torch.device) -> Tensor:
     return (product / product.max()).float().to(device)
 
 
+def tile(
+    shape: Sequence[int], window: Sequence[int], overlap: float, padding_value: float | None
+) -> tuple[Padding, list[Place]]:
+    """How a volume is padded, and the windows of what comes of it; see `WindowedVolume` for the arguments."""
+    stride = stride_of(window, overlap)
+    padding = window_padding(shape, window, stride if padding_value is not None else [1, 1, 1])
+    padded = [size + before + after for size, (before, after) in zip(shape, padding, strict=True)]
+    return padding, list(window_places(padded, window, stride))
+
+
 class WindowedVolume:
     """A volume, cut into windows, and the weighted sum of the logits that come back.
 
@@ -87,14 +97,12 @@ class WindowedVolume:
         member: int = 0,
         members: int = 1,
     ) -> None:
-        stride = stride_of(window, overlap)
         self._shape = image.shape[2:]
-        self._padding = window_padding(self._shape, window, stride if padding_value is not None else [1, 1, 1])
+        self._padding, places = tile(self._shape, window, overlap, padding_value)
         self._image = _pad(image, self._padding, padding_value)
         self._weights = gaussian_map(tuple(window), image.device)
         self._norm = torch.zeros(self._image.shape[2:], device=image.device)
         self._total: Tensor | None = None
-        places = list(window_places(self._image.shape[2:], window, stride))
         for place in places:
             self._norm[place] += self._weights
         self.places = places[member::members]

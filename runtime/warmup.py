@@ -60,7 +60,7 @@ def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: Step
             with torch.inference_mode(), settings.precision.autocast():
                 state.network(window_batch["image"])
         state.network.train()
-    _wait(settings.precision.device)
+    synchronize(settings.precision.device)
 
 
 def calibrate(
@@ -86,8 +86,8 @@ def peak_flops(precision: Precision) -> float:
     """Operations a second of a large matrix product in the step's number format, the best of several."""
     size = PEAK_SIZES[precision.device.type]
     matrix = torch.ones(size, size, device=precision.device, dtype=precision.dtype or torch.float32)
-    seconds = [_time(lambda: matrix @ matrix, precision.device) for _ in range(REPETITIONS + 1)]
-    return 2 * size**3 / min(seconds[1:])
+    times = [seconds(lambda: matrix @ matrix, precision.device) for _ in range(REPETITIONS + 1)]
+    return 2 * size**3 / min(times[1:])
 
 
 def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepSettings, world: World) -> float:
@@ -97,30 +97,32 @@ def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepSet
     ends: list[float] = []
 
     def backward_ended(phase: str) -> None:
-        _wait(world.device)
+        synchronize(world.device)
         ends.append(time.perf_counter())
 
     medians = []
     with untouched(state):
         for averages in (True, False):
-            seconds = []
+            times = []
             for _ in range(REPETITIONS + 1):
-                _wait(world.device)
+                synchronize(world.device)
                 started = time.perf_counter()
                 train_step(state, batch, settings, averages, backward_ended)
-                seconds.append(ends[-1] - started)
-            medians.append(sorted(seconds[1:])[REPETITIONS // 2])
+                times.append(ends[-1] - started)
+            medians.append(sorted(times[1:])[REPETITIONS // 2])
     return max(0.0, 1e3 * (medians[0] - medians[1]))
 
 
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, the device's own work included."""
+    synchronize(device)
     started = time.perf_counter()
     work()
-    _wait(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; a CPU has nothing outstanding."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
