@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint faults clean
 
 demo: $(VENV)/core
 	$(RUN) demo.py --work_dir demo
 
 test: $(VENV)/dev
 	$(RUN) -m pytest
+
+# Every fault of docs/reliability.md, injected; writes its table.
+faults: $(VENV)/core
+	$(RUN) -m benchmarks.faults --document docs/reliability.md
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -1,20 +1,48 @@
-"""What every room may raise: a mistake of the user's, told in one line.
+"""How a program ends: its exit statuses, and what every room may raise.
 
-Anything else that escapes is a bug of ours and keeps its traceback.
+A `UserError` is a mistake of the user's, an `Interrupted` a wish to stop, a `RankLost` the end of another process of
+the run. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 # sysexits.h EX_USAGE is 64, but argparse exits with 2 and users script against that.
 USER_ERROR_EXIT = 2
+# The run ended in order, but with numbers that are of no use: to start it again would end in the same.
+DIVERGED_EXIT = 3
+# Another rank was lost: this one is sound, and starting again with --resume goes on.
+RANK_LOST_EXIT = 4
 
 
 class UserError(Exception):
     """Bad input: the message says in one line what is wrong and what to do."""
+
+
+class RankLost(Exception):  # noqa: N818 - an end, not an error of this process
+    """Another rank of the run was killed, hangs or failed; the message says which, as far as it is known."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a wish, not an error
+    """A signal asked the program to leave.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_status = interrupted_exit(number)
+
+
+def interrupted_exit(number: int) -> int:
+    """128 + the signal's number, as shells and Kubernetes know it: 143 after SIGTERM, 130 after Ctrl-C."""
+    return 128 + number
 
 
 def run_program(program: Callable[[], int | None], name: str) -> int:
@@ -25,15 +53,32 @@ def run_program(program: Callable[[], int | None], name: str) -> int:
         name: what the line begins with, such as "main.py".
 
     Returns:
-        The exit status: the program's own, 2 after a UserError, 130 after Ctrl-C.
+        The exit status: the program's own, 2 after a UserError, 4 after a RankLost, 130 after Ctrl-C.
     """
-    rank = os.environ.get("RANK", "0")
-    prefix = name if rank == "0" else f"{name} (rank {rank})"
     try:
         return program() or 0
     except UserError as error:
-        print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(complaint(name, str(error)), file=sys.stderr, flush=True)
         return USER_ERROR_EXIT
+    except RankLost as error:
+        print(complaint(name, str(error)), file=sys.stderr, flush=True)
+        return RANK_LOST_EXIT
     except KeyboardInterrupt:
-        print(f"{prefix}: interrupted", file=sys.stderr, flush=True)
-        return 130
+        print(f"{_prefix(name)}: interrupted", file=sys.stderr, flush=True)
+        return interrupted_exit(signal.SIGINT)
+
+
+def warn(message: str) -> None:
+    """A line on stderr; where even that fails, as on a full disk, what goes on does not end for it."""
+    with suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def complaint(name: str, message: str) -> str:
+    """The one line that tells an error, with the rank where there are several."""
+    return f"{_prefix(name)}: error: {' '.join(message.split())}"
+
+
+def _prefix(name: str) -> str:
+    rank = os.environ.get("RANK", "0")
+    return name if rank == "0" else f"{name} (rank {rank})"

@@ -10,6 +10,7 @@ This file wires the rooms; what happens in a run reads from top to bottom in `tr
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import nn
 
 from data_loading.augmentation import make_augmentation
 from data_loading.dataset import peek
+from data_loading.integrity import check_files, split_digest, verify_changed
 from data_loading.loader import LoaderSettings, shape_of, synthetic_cases
 from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.sampling import batches_per_epoch
@@ -29,20 +31,27 @@ from model import kernels
 from model.losses import DiceCELoss
 from model.networks import build_network, check_window
 from runtime import checkpoint as checkpoints
-from runtime import events, trackers
-from runtime.arguments import RunConfig, parse_arguments, with_checkpoint_network
-from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, SaveCheckpoint, TargetReached
+from runtime import events, resume, trackers
+from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, parse_interval, with_checkpoint_network
+from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, Leave, TargetReached
+from runtime.checkpoint import Checkpoint
+from runtime.checks import checkpoint_bytes
 from runtime.console import ConsoleTracker, EvaluationTracker
 from runtime.distributed import World
 from runtime.division import choose_division, departures
 from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
+from runtime.interruption import Interruption
 from runtime.optim import learning_rate, make_optimizer
 from runtime.precision import Precision, choose_precision
+from runtime.preflight import Samples, failures, format_table, run_checks
+from runtime.pulse import Pulse, Wishes
+from runtime.saving import SaveCheckpoint
 from runtime.seeding import Seeds, draw_seeds, seed_process
 from runtime.throughput import ThroughputTracker
-from runtime.training import StepSettings, TrainState, make_schedule, place, train
+from runtime.training import Schedule, StepSettings, TrainState, make_schedule, place, train
 from runtime.warmup import calibrate, made_up_batch, warm_up
+from runtime.watchdog import Watchdog
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
@@ -50,63 +59,72 @@ CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
 def main(argv: list[str] | None = None) -> int:
+    faulthandler.enable()  # a crash in native code, or a volume cut short while it is mapped, says where
     config, given = parse_arguments(argv)
     world = World.join(config.local_rank)
     try:
         if config.exec_mode == "evaluate" and config.load_ckpt_path:
             evaluate_checkpoint(config.load_ckpt_path, config, given, world)
-        else:
-            train_network(config, world)
+            return 0
+        return train_network(config, world)
     finally:
         world.leave()
-    return 0
 
 
-def train_network(config: RunConfig, world: World) -> None:
-    """A whole run, from the command line to the last line of the log."""
-    loaded = checkpoints.load(config.load_ckpt_path) if config.load_ckpt_path else None
-    if loaded and loaded.last_epoch >= config.epochs:
-        raise UserError(f"--load_ckpt_path {loaded.path} has {loaded.last_epoch} epochs behind it; use larger --epochs")
+def train_network(config: RunConfig, world: World) -> int:
+    """A whole run, from the command line to the last line of the log; its exit status."""
     spec, split = open_split(config)
     training, evaluation = split["train"], split["evaluation"]
+    data = split_digest(config.data_dir, split)
+    loaded, notes = find_state(config, data, world)
     batches = batches_per_epoch(len(training), config.batch_size, world.size)
     samples_per_epoch = batches * config.batch_size * world.size
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not evaluation:
         schedule = dataclasses.replace(schedule, first_evaluation=None)
+    if loaded and (done := resume.is_done(loaded, schedule, config.quality_threshold)):
+        return finished(config, loaded, done, world)
     schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
     reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
+    reasons += ["the run was resumed"] if loaded and config.resume else []
     division = choose_division(config.division, reasons)
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     augment = make_augmentation(config.augment)
+    loss = DiceCELoss(config.include_background)
+    settings = StepSettings(loss, precision, config.ga_steps, config.layout, seeds.ranks[world.rank])
 
-    announce = make_announcer(config, seeds, world)
+    interruption = Interruption(world.board)
+    watchdog = Watchdog(world, interruption)
+    saver = make_saver(config, seeds, data, world)
+    announce = make_announcer(config, loaded, world)
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
     announce(events.InitStarted(config, describe_environment(world.device, world.size), were_cleared))
     seed_process(seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
     state = build_state(config, spec, precision, world)
     if loaded:
-        checkpoints.restore(state, loaded)
-    seed_process(seeds.ranks[world.rank], config.cudnn_deterministic, config.cudnn_benchmark)
-    announce.state = state
-    loss = DiceCELoss(config.include_background)
-    settings = StepSettings(loss, precision, config.ga_steps, config.layout)
+        checkpoints.restore(state, loaded, world.rank)
+        notes += resume.to_boundary(state, loaded, config.to_json(), world.size, seeds.master)
+    pre_flight(config, spec, split, schedule, state, world, announce)
     prepare_device(config, spec, state, settings, world, announce)
     platform = config.submission_platform or platform_name(world.device, world.size)
     tensors = trackers.tensor_names(state.network)
     possible = (precision.note, kernels.note(world.device), "" if config.benchmark else schedule.note())
-    notes = [note for note in possible if note]
+    notes += [note for note in possible if note]
     announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
                                 samples_per_epoch, notes))  # fmt: skip
     world.barrier()
     announce(events.RunStarted())
 
+    if config.loader != "synthetic" and config.local_rank == 0:
+        verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
     loader, note = make_training_loader(
         config.loader, config.data_dir, training, spec,
         LoaderSettings(config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank,
                        world.size, seeds.order, seeds.samples, world.device, augment),
     )  # fmt: skip
+    watching: list[Callback] = [watchdog, TargetReached(config.quality_threshold), Diverged(world, loader.describe)]
+    announce.govern(state, [*watching, KeepBest(), *([saver] if saver else []), Leave()])
     announce(events.DataOpened(len(training), len(evaluation), samples_per_epoch,
                                config.batch_size * world.size * config.ga_steps, config.ga_steps,
                                list(spec.classes), [note] if note else []))  # fmt: skip
@@ -118,9 +136,14 @@ def train_network(config: RunConfig, world: World) -> None:
     score = partial(
         evaluate, network=state.network, loss=loss, plan=make_plan(config, evaluation, scoring, world),
         load_case=EvaluationCases(config.data_dir, world.device), scoring=scoring, precision=precision, world=world,
-        emit=announce,
+        emit=announce, check=interruption.check, check_waiting=interruption.check_waiting,
     )  # fmt: skip
-    train(state, loader, schedule, rate, settings, score, world, announce)
+    pulse = Pulse(world, lambda: Wishes(interruption.number, saver is not None and saver.is_due()))
+    with interruption, watchdog:
+        state.stop = train(state, loader, schedule, rate, settings, score, world, pulse, announce)
+        if saver:
+            saver.finish(state)
+    return state.stop.exit_status
 
 
 def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], world: World) -> None:
@@ -136,7 +159,7 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     check_window(network, config.val_input_shape, "--val_input_shape")
     checkpoints.load_network(network, loaded.best, loaded.path)
     place(network, world.device, config.layout)
-    emit = Announcer([], [EvaluationTracker(config.verbose)] if world.is_main else [])
+    emit = Announcer([EvaluationTracker(config.verbose)] if world.is_main else [])
     scoring = make_scoring(config, spec)
     emit(evaluate(
         loaded.best_epoch, network, DiceCELoss(config.include_background),
@@ -171,6 +194,26 @@ def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
     return build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
 
 
+def pre_flight(
+    config: RunConfig, spec: DatasetSpec, split: dict[str, list[str]], schedule: Schedule, state: TrainState,
+    world: World, announce: Announcer,
+) -> None:  # fmt: skip
+    """Looks, on each machine, for what would end the run later. Raises UserError, naming all of it."""
+    if config.local_rank != 0:
+        return
+    path = checkpoint_path(config)
+    checks = run_checks(
+        None if config.loader == "synthetic" else config.data_dir, split["train"],
+        split["evaluation"] if schedule.first_evaluation else [],
+        Samples(config.loader, config.num_workers, config.batch_size, config.input_shape, spec.channels),
+        make_scoring(config, spec), path.parent if path else None, config.ckpt_keep,
+        checkpoint_bytes(state.network, state.optimizer), world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )  # fmt: skip
+    announce(events.Checked(format_table(checks), [dataclasses.asdict(check) for check in checks]))
+    if problem := failures(checks):
+        raise UserError(problem)
+
+
 def prepare_device(
     config: RunConfig, spec: DatasetSpec, state: TrainState, settings: StepSettings, world: World, announce: Announcer
 ) -> None:
@@ -195,15 +238,43 @@ def make_plan(config: RunConfig, cases: Sequence[str], scoring: Scoring, world: 
     return Plan.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
 
 
-def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
-    """Who hears of this run's events: callbacks on every rank, trackers on rank 0 alone."""
-    callbacks: list[Callback] = [TargetReached(config.quality_threshold), Diverged(), KeepBest()]
+def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if any, and what the user is to know of it."""
+    own = checkpoint_path(config) if config.resume else None
+    loaded = resume.find(own, config.load_ckpt_path, world)
+    if loaded is None:
+        return None, [f"--resume: {own} is not there yet, starting from the beginning"] if config.resume else []
+    return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
+
+
+def finished(config: RunConfig, loaded: Checkpoint, done: str, world: World) -> int:
+    """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
+    if not config.resume:
+        raise UserError(f"--load_ckpt_path {loaded.path} {done}; use larger --epochs or another --quality_threshold")
+    if world.is_main:
+        print(f"nothing left to do: {loaded.path} {done}", flush=True)
+    return 0
+
+
+def make_saver(config: RunConfig, seeds: Seeds, data: str, world: World) -> SaveCheckpoint | None:
+    """What saves this run's checkpoints; None where it makes none."""
+    path = checkpoint_path(config)
+    if path is None:
+        return None
+    take = partial(checkpoints.snapshot, config=config.to_json(), seed=seeds.master, data=data)
+    write = partial(checkpoints.save, path, keep=config.ckpt_keep)
+    return SaveCheckpoint(world, *parse_interval(config.ckpt_every), take, write)
+
+
+def make_announcer(config: RunConfig, loaded: Checkpoint | None, world: World) -> Announcer:
+    """Who hears of this run's events: trackers on rank 0 alone."""
     if not world.is_main:
-        return Announcer(callbacks, [])
-    if config.save_ckpt_path:
-        checkpoints.prepare(config.save_ckpt_path)
-        save = partial(checkpoints.save, config.save_ckpt_path, config=config.to_json(), seed=seeds.master)
-        callbacks.append(SaveCheckpoint(save))
+        return Announcer([])
+    path = checkpoint_path(config)
+    if path is not None:
+        checkpoints.prepare(path)
+        if not (config.resume and loaded):
+            checkpoints.set_aside(path)
     trackers.rotate_logs(config.log_dir)
     watching: list[events.Tracker] = [
         trackers.MLPerfTracker(config.log_dir),
@@ -213,7 +284,7 @@ def make_announcer(config: RunConfig, seeds: Seeds, world: World) -> Announcer:
     ]
     if config.benchmark:
         watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
-    return Announcer(callbacks, watching)
+    return Announcer(watching)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ it at will and start it again. `dataset.json` appears when every case is done.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,17 @@ from data_loading.dataset import (
     CaseRecord,
     DatasetIndex,
     file_of,
-    md5_of,
     read_index,
     write_json,
+)
+from data_loading.integrity import (
+    VERIFIED_NAME,
+    Stamp,
+    fingerprint,
+    keep_verified,
+    md5_of,
+    recorded_digests,
+    stamp_of,
 )
 from data_loading.preprocessing import foreground_boxes, preprocess_image, preprocess_label
 from data_loading.raw_layouts import RAW_LAYOUTS, RawCase, RawDataset
@@ -94,6 +102,8 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         # While cases are missing there must be no dataset.json: training would take the set for complete.
         if (results_dir / INDEX_NAME).exists():
             os.replace(results_dir / INDEX_NAME, results_dir / PARTIAL_INDEX_NAME)
+        # What is intact gets its stamp in the index, and what a case's former content had vouches for nothing.
+        (results_dir / VERIFIED_NAME).unlink(missing_ok=True)
         for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # of a run that was killed
             stale.unlink(missing_ok=True)
         records = _intact_records(raw, results_dir)
@@ -126,13 +136,18 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     intact: dict[str, CaseRecord] = {}
     for case in tqdm(raw.cases, desc="checking what is done", unit="case", disable=None):
         record = index.cases.get(case.case)
-        if record and record.source_stamp == case.stamp() and _digests(results_dir, case.case) == record.digests:
-            intact[case.case] = record
+        if record and record.source_stamp == case.stamp():
+            digests, stamps = _describe(results_dir, case.case)
+            if digests == record.digests:
+                intact[case.case] = replace(record, stamps=stamps)  # copied or touched, it has another stamp by now
     return intact
 
 
-def _digests(folder: Path, case: str) -> dict[str, str]:
-    return {kind: md5_of(path) for kind in "xy" if (path := file_of(folder, case, kind)).exists()}
+def _describe(folder: Path, case: str) -> tuple[dict[str, str], dict[str, Stamp]]:
+    """MD5s and stamps of a case's files that are there, by kind; the stamps are from before the files are read."""
+    paths = {kind: path for kind in "xy" if (path := file_of(folder, case, kind)).exists()}
+    stamps = {kind: stamp_of(path) for kind, path in paths.items()}
+    return {kind: md5_of(path) for kind, path in paths.items()}, stamps
 
 
 def _run(
@@ -192,20 +207,18 @@ def preprocess_case(raw: RawCase, results_dir: Path, spec: DatasetSpec) -> tuple
     array, transform = preprocess_image(image, spec)
     mask = preprocess_label(label, transform, spec)
     del image, label
-    digests = {
-        "x": _save(file_of(results_dir, raw.case, "x"), array),
-        "y": _save(file_of(results_dir, raw.case, "y"), mask),
-    }
+    _save(file_of(results_dir, raw.case, "x"), array)
+    _save(file_of(results_dir, raw.case, "y"), mask)
+    digests, stamps = _describe(results_dir, raw.case)
     statistics = {"mean": float(array.mean(dtype=np.float64)), "deviation": float(array.std(dtype=np.float64))}
-    return raw.case, CaseRecord(transform, foreground_boxes(mask, len(spec.classes)), digests, raw.stamp(), statistics)
+    boxes = foreground_boxes(mask, len(spec.classes))
+    return raw.case, CaseRecord(transform, boxes, digests, raw.stamp(), statistics, stamps)
 
 
-def _save(path: Path, array: NDArray[Any]) -> str:
-    """Saves an array under its final name only once it is whole; returns its MD5."""
-    with replacing(path) as temporary:
-        with temporary.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-        return md5_of(temporary)
+def _save(path: Path, array: NDArray[Any]) -> None:
+    """Saves an array under its final name only once it is whole."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
 
 
 def _line(case: str, record: CaseRecord) -> str:
@@ -240,12 +253,16 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
     files = sorted([*results_dir.glob("*_x.npy"), *results_dir.glob("*_y.npy")])
     if not files:
         raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
+    stamps = {path.name: stamp_of(path) for path in files}
     found = {path.name: md5_of(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
     is_good = True
     if (results_dir / INDEX_NAME).exists():
         index = read_index(results_dir / INDEX_NAME)
-        recorded = {f"{case}_{kind}.npy": md5 for case, r in index.cases.items() for kind, md5 in r.digests.items()}
+        recorded = recorded_digests(index.cases)
         is_good &= _compare(found, recorded, INDEX_NAME)
+        # The next run need not hash these, whatever copied or touched them.
+        good = {name: stamps[name] for name, md5 in found.items() if recorded.get(name) == md5}
+        keep_verified(results_dir, index.cases, good)
     if checksums is not None:
         is_good &= _compare(found, _read_checksums(checksums), checksums.name)
     if len(found) == 2 * MLPERF_CASES and all(name.startswith("case_") for name in found):
@@ -256,12 +273,6 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
     else:
         print(f"{len(found)} files: MLPerf's fingerprints are those of KiTS19's {2 * MLPERF_CASES}, not compared")
     return 0 if is_good else 1
-
-
-def fingerprint(digests: dict[str, str]) -> str:
-    """SHA-256 over the lines `md5  name`, sorted by name: one figure for a whole set of files."""
-    lines = "".join(f"{md5}  {name}\n" for name, md5 in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _read_checksums(path: Path) -> dict[str, str]:

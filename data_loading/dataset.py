@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ PARTIAL_INDEX_NAME = "dataset.partial.json"
 BOXES_NAME = "foreground_boxes.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
+INDEX_KEYS = {"format", "spec", "split", "cases"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class CaseRecord:
         digests: MD5 of the files "x" and "y" (MLPerf publishes MD5s, so we keep the same).
         source_stamp: size and modification time of the raw files; a changed source is preprocessed again.
         statistics: mean and deviation of the preprocessed image.
+        stamps: [bytes, time of the last change in ns] of the files "x" and "y" as preprocessing left them; {} in a
+            folder of an earlier version.
     """
 
     transform: Transform | None
@@ -48,6 +51,7 @@ class CaseRecord:
     digests: dict[str, str]
     source_stamp: list[list[int]]
     statistics: dict[str, float]
+    stamps: dict[str, list[int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +60,7 @@ class CaseRecord:
             "digests": self.digests,
             "source_stamp": self.source_stamp,
             "statistics": self.statistics,
+            "stamps": self.stamps,
         }
 
     @classmethod
@@ -63,9 +68,10 @@ class CaseRecord:
         return cls(
             Transform.from_json(record["transform"]) if record["transform"] else None,
             {int(value): [tuple(box) for box in boxes] for value, boxes in record["boxes"].items()},
-            record["digests"],
+            {str(kind): str(md5) for kind, md5 in record["digests"].items()},
             record["source_stamp"],
             record["statistics"],
+            {str(kind): [int(size), int(changed)] for kind, (size, changed) in record.get("stamps", {}).items()},
         )
 
 
@@ -78,12 +84,18 @@ class DatasetIndex:
     cases: dict[str, CaseRecord]
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        content = {
             "format": INDEX_FORMAT,
             "spec": self.spec.to_json(),
             "split": self.split,
             "cases": {case: record.to_json() for case, record in sorted(self.cases.items())},
         }
+        return content | {"digest": _digest(content)}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of an index: a flipped digit in it would change a run in silence."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -98,6 +110,9 @@ def read_index(path: Path) -> DatasetIndex:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != INDEX_FORMAT:
             raise UserError(f"{path}: format {content.get('format')!r}, expected {INDEX_FORMAT}; preprocess again")
+        digest = content.pop("digest", None)  # the first version wrote none
+        if (digest is not None and digest != _digest(content)) or not content.keys() <= INDEX_KEYS:
+            raise UserError(f"{path}: its content is not what preprocess_dataset.py wrote; preprocess again")
         spec = DatasetSpec.from_json(content["spec"])
         split = {str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()}
         cases = {case: CaseRecord.from_json(record) for case, record in content["cases"].items()}
@@ -105,7 +120,7 @@ def read_index(path: Path) -> DatasetIndex:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error!r}); preprocess again") from None
     listed = [case for subset in split.values() for case in subset]
     if len(set(listed)) != len(listed) or not set(listed) <= set(cases):
@@ -176,12 +191,14 @@ def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
     """Memory-maps a (C, D, H, W) array: only what is read of it is loaded.
 
     Raises:
-        UserError: missing, damaged, or of another type or number of axes.
+        UserError: missing, damaged, shorter than its header says, or of another type or number of axes.
     """
     try:
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run preprocess_dataset.py again") from None
+    except OSError as error:  # not allowed, too many open files, a disk that fails
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # numpy reads the header as Python: a damaged one raises what the tokenizer raises
         raise UserError(f"{path}: damaged ({error}); run preprocess_dataset.py --mode verify, then again") from None
     if array.dtype != dtype or array.ndim != 4:
@@ -196,6 +213,24 @@ def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np
     if image.shape[1:] != label.shape[1:]:
         raise UserError(f"{case}: image {image.shape} and label {label.shape} differ; preprocess the case again")
     return image, label
+
+
+def read_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """A case's whole image (C, D, H, W) and label (1, D, H, W) in memory. Raises UserError as `map_case` does.
+
+    Read, not copied from a map, and no slower: where a file is cut off meanwhile or a disk fails, a map means SIGBUS.
+    """
+    image, label = map_case(data_dir, case)
+    return _read(file_of(data_dir, case, "x"), image), _read(file_of(data_dir, case, "y"), label)
+
+
+def _read(path: Path, mapped: NDArray[Any]) -> NDArray[Any]:
+    whole = None
+    with suppress(OSError, ValueError):
+        whole = np.load(path, allow_pickle=False)
+    if whole is None or (whole.shape, whole.dtype) != (mapped.shape, mapped.dtype):
+        raise UserError(f"{path}: vanished or changed while it was read; run preprocess_dataset.py --mode verify")
+    return whole
 
 
 def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes]:
@@ -238,15 +273,3 @@ def _read_kept_boxes(path: Path) -> dict[str, tuple[list[int], Boxes]]:
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def md5_of(path: Path) -> str:
-    """MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_loading.augmentation import Augmentation
 from data_loading.dataset import map_case
-from data_loading.loader import Batch, LoaderSettings, draw_sample
-from data_loading.preprocessing import Boxes, as_shape, edge_padding, pad_with_edges
+from data_loading.loader import Batch, LoaderSettings, describe_sample, draw_sample
+from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampling import EpochOrder
 from data_loading.volume import free_memory_bytes
 
@@ -33,6 +34,7 @@ class DeviceLoader:
     the device's own generator: on a GPU other numbers than the `pytorch` loader's, of the same distribution.
 
     Args:
+        cases: their ids.
         volumes: (image, label) of each case: (C, D, H, W) fp16 and (1, D, H, W) uint8 on the device, at least as large
             as the patch in each axis.
         boxes: of `foreground_boxes`, a case each.
@@ -40,8 +42,13 @@ class DeviceLoader:
     """
 
     def __init__(
-        self, volumes: Sequence[tuple[Tensor, Tensor]], boxes: Sequence[Boxes], settings: LoaderSettings
+        self,
+        cases: Sequence[str],
+        volumes: Sequence[tuple[Tensor, Tensor]],
+        boxes: Sequence[Boxes],
+        settings: LoaderSettings,
     ) -> None:
+        self._cases = cases
         self._volumes = volumes
         self._boxes = boxes
         self._settings = settings
@@ -54,21 +61,30 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of `epoch`, on the device."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from batch `start` on, on the device."""
         settings = self._settings
         channels = self._volumes[0][0].shape[0]
-        for indices in self._order.batches(epoch):
+        for indices in self._order.batches(epoch)[start:]:
             image = torch.empty(len(indices), channels, *settings.patch, device=settings.device)
             label = torch.empty(len(indices), 1, *settings.patch, dtype=torch.uint8, device=settings.device)
             for place, index in enumerate(indices):
                 self._fill(image[place], label[place], epoch, index)
             yield {"image": image, "label": label}
 
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        return [
+            describe_sample(self._cases[index], *self._draw(epoch, index))
+            for index in self._order.batches(epoch)[batch]
+        ]
+
+    def _draw(self, epoch: int, index: int) -> tuple[Shape, Augmentation]:
+        shape = as_shape(self._volumes[index][0].shape[1:])
+        return draw_sample(epoch, index, shape, self._boxes[index], self._settings)
+
     def _fill(self, image: Tensor, label: Tensor, epoch: int, index: int) -> None:
         volume, mask = self._volumes[index]
-        shape = as_shape(volume.shape[1:])
-        start, drawn = draw_sample(epoch, index, shape, self._boxes[index], self._settings)
+        start, drawn = self._draw(epoch, index)
         d, h, w = (slice(first, first + length) for first, length in zip(start, self._settings.patch, strict=True))
         axes = [axis for axis, flip in enumerate(drawn.flips, start=1) if flip]
         image.copy_(volume[:, d, h, w].flip(axes))

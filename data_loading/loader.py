@@ -6,8 +6,10 @@ A training loader is called with the epoch and yields that epoch's batches of th
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_loading.augmentation import Augmentation, DrawAugmentation, augment, draw_augmentation, draw_crop
-from data_loading.dataset import file_of, map_array, map_case
+from data_loading.dataset import file_of, map_array, map_case, read_case
+from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng
 from data_loading.volume import free_memory_bytes
@@ -32,8 +35,8 @@ CPU = torch.device("cpu")
 # The reference's synthetic loader: 32 random volumes, 64 samples of them an epoch.
 SYNTHETIC_VOLUMES = 32
 SYNTHETIC_SAMPLES_PER_EPOCH = 64
-# A worker that hangs (dead disk, deadlock) ends the run instead of holding the cluster; no crop takes minutes.
-WORKER_TIMEOUT_S = 600
+# A worker that hangs (dead disk, deadlock) ends the run instead of holding the cluster; no crop takes so long.
+WORKER_TIMEOUT_S = 40
 
 
 class TrainingLoader(Protocol):
@@ -43,8 +46,12 @@ class TrainingLoader(Protocol):
         """Batches an epoch, equal on every rank."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of `epoch`, counted from 1."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` (counted from 1) from batch `start` (counted from 0) on; those before are not made."""
+        ...
+
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        """What that batch holds, a phrase a sample, for a report: the case and where its crop begins."""
         ...
 
 
@@ -85,26 +92,47 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         self.boxes = list(boxes)
         self.settings = settings
         # Opened volumes, by case index; empty when a worker process starts, since nothing has been read until then.
-        self._maps: dict[int, tuple[NDArray[np.float32], NDArray[np.uint8]]] = {}
+        self._maps: dict[int, tuple[FileWatch, tuple[NDArray[np.float32], NDArray[np.uint8]]]] = {}
 
     def open_case(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """The mapped image and label of a case, kept open: to map them anew is a fifth of a sample's time."""
+        """The mapped image and label of a case, kept open: to map them anew is a fifth of a sample's time.
+
+        Raises:
+            UserError: a file is damaged, or it vanished or changed since it was mapped. Who reads on in the map of one
+                that was cut off is killed by SIGBUS. To ask costs 5 us of a sample's 4 ms (128^3, from the page cache).
+        """
         if index not in self._maps:
-            self._maps[index] = map_case(self.data_dir, self.cases[index])
-        return self._maps[index]
+            watch = FileWatch(both_files(self.data_dir, self.cases[index]))
+            self._maps[index] = watch, map_case(self.data_dir, self.cases[index])
+        watch, arrays = self._maps[index]
+        watch.check()
+        return arrays
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, NDArray[Any]]:
-        epoch, index = key
-        settings = self.settings
-        image, label = self.open_case(index)
-        shape = as_shape(image.shape[1:])
-        padding = edge_padding(shape, settings.patch)
-        padded_shape = as_shape([n + sum(both) for n, both in zip(shape, padding, strict=True)])
-        # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
-        start, drawn = draw_sample(epoch, index, padded_shape, self.boxes[index], settings)
-        crop, mask = (_read_crop(array, start, settings.patch, padding) for array in (image, label))
+        image, label = self.open_case(key[1])
+        padding = self._padding(image)
+        start, drawn = self._draw(key, image)
+        crop, mask = (_read_crop(array, start, self.settings.patch, padding) for array in (image, label))
         crop, mask = augment(crop, mask, drawn)
         return {"image": crop, "label": mask}
+
+    def _padding(self, image: NDArray[Any]) -> list[tuple[int, int]]:
+        return edge_padding(as_shape(image.shape[1:]), self.settings.patch)
+
+    def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Augmentation]:
+        epoch, index = key
+        padded = [n + sum(both) for n, both in zip(image.shape[1:], self._padding(image), strict=True)]
+        # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
+        return draw_sample(epoch, index, as_shape(padded), self.boxes[index], self.settings)
+
+    def describe(self, key: tuple[int, int]) -> str:
+        """Which case the sample is of, and where its crop begins."""
+        return describe_sample(self.cases[key[1]], *self._draw(key, self.open_case(key[1])[0]))
+
+
+def describe_sample(case: str, start: Shape, drawn: Augmentation) -> str:
+    """A sample in a phrase, for a report: the crop's first voxel (D, H, W) and what changed its intensities."""
+    return f"{case} at {start}, brightness {drawn.factor:.3g}, noise {drawn.noise_deviation:.3g}"
 
 
 def draw_sample(
@@ -137,12 +165,13 @@ class _EpochSampler:
     def __init__(self, order: EpochOrder) -> None:
         self.order = order
         self.current = 1
+        self.start = 0
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.order.batches(self.current):
+        for batch in self.order.batches(self.current)[self.start :]:
             yield [(self.current, index) for index in batch]
 
 
@@ -169,9 +198,9 @@ class PytorchLoader:
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        self._sampler.current = epoch
-        awaited = iter(self._sampler.order.batches(epoch))
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._sampler.current, self._sampler.start = epoch, start
+        awaited = iter(self._sampler.order.batches(epoch)[start:])
         try:
             for batch in self._loader:
                 next(awaited)
@@ -180,18 +209,36 @@ class PytorchLoader:
             # torch wraps a worker's error into the worker's traceback, which ends with the message.
             raise UserError(str(error).rstrip().rsplit(f"{UserError.__qualname__}: ", 1)[-1]) from None
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader"):
+            if not is_of_worker(error):
                 raise
-            raise UserError(self._lost_worker(error, next(awaited, []))) from error
+            if "timed out" in str(error):
+                # One that hangs would stay when this process ends: torch only asks it to go, and raises when it has.
+                for worker in multiprocessing.active_children():
+                    with suppress(RuntimeError):
+                        worker.kill()
+                        worker.join()
+            else:
+                # It may be that a file was cut off in the middle of a read: raises if one was.
+                check_files(self._dataset.data_dir, self._dataset.cases)
+            cases = ", ".join(self._dataset.cases[index] for index in next(awaited, []))
+            raise UserError(lost_worker(error, f"{cases} was awaited")) from error
 
-    def _lost_worker(self, error: RuntimeError, batch: list[int]) -> str:
-        """What is known when a worker was killed or hangs: torch names its process and the signal, no cause."""
-        cases = ", ".join(self._dataset.cases[index] for index in batch)
-        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-        return (
-            f"{str(error).splitlines()[0]} while {cases} was awaited; {free_memory_bytes() / 2**30:.1f} GiB of memory "
-            f"and {shared / 2**30:.1f} GiB of /dev/shm are free; use a smaller --num_workers"
-        )
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        return [self._dataset.describe((epoch, index)) for index in self._sampler.order.batches(epoch)[batch]]
+
+
+def is_of_worker(error: RuntimeError) -> bool:
+    """Whether the error tells of a loader worker; torch raises it wherever the main thread happens to be."""
+    return str(error).startswith("DataLoader")
+
+
+def lost_worker(error: RuntimeError, meanwhile: str) -> str:
+    """What is known when a worker was killed or hangs: torch names its process and the signal, no cause."""
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    return (
+        f"{str(error).splitlines()[0]} while {meanwhile}; {free_memory_bytes() / 2**30:.1f} GiB of memory "
+        f"and {shared / 2**30:.1f} GiB of /dev/shm are free; use a smaller --num_workers, then --resume"
+    )
 
 
 class SyntheticLoader:
@@ -208,10 +255,14 @@ class SyntheticLoader:
     def __len__(self) -> int:
         return self._batches
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        for batch in range(self._batches):
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for batch in range(start, self._batches):
             indices = (torch.arange(self._batch_size) + batch * self._batch_size) % SYNTHETIC_VOLUMES
             yield {"image": self._images[indices], "label": self._labels[indices]}
+
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        first = batch * self._batch_size
+        return [f"synthetic volume {(first + sample) % SYNTHETIC_VOLUMES}" for sample in range(self._batch_size)]
 
 
 def synthetic_cases() -> list[str]:
@@ -226,5 +277,5 @@ def shape_of(data_dir: Path, case: str) -> Shape:
 
 def load_evaluation_case(data_dir: Path, case: str) -> EvaluationCase:
     """A whole case in memory. Raises UserError when its files are missing or damaged."""
-    image, label = map_case(data_dir, case)
-    return EvaluationCase(case, torch.from_numpy(np.array(image))[None], torch.from_numpy(np.array(label))[None])
+    image, label = read_case(data_dir, case)
+    return EvaluationCase(case, torch.from_numpy(image)[None], torch.from_numpy(label)[None])

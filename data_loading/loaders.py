@@ -53,7 +53,7 @@ def _device(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: L
         )
         return _pytorch(data_dir, cases, spec, settings)[0], note
     boxes = load_boxes(data_dir, cases, len(spec.classes))
-    return DeviceLoader(load_volumes(data_dir, cases, settings), boxes, settings), ""
+    return DeviceLoader(cases, load_volumes(data_dir, cases, settings), boxes, settings), ""
 
 
 def _synthetic(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> Made:

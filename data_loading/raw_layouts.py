@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_loading.dataset import is_safe_case_id
 from data_loading.sampling import split_cases
@@ -63,13 +65,14 @@ def read_kits19(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> Raw
 
 
 def _kits19_hint(data_dir: Path) -> str:
-    if (data_dir / "imaging.nii.gz").exists():
-        return f"; did you mean its parent {data_dir.resolve().parent}?"
-    for child in sorted(path for path in data_dir.iterdir() if path.is_dir()):
-        if next(child.glob("case_*"), None):
-            return f"; did you mean {child}?"
-    if (data_dir / "dataset.json").exists() and (data_dir / "imagesTr").is_dir():
-        return "; it has the Decathlon's layout, use --dataset msd"
+    with suppress(OSError):  # a folder that may not be looked into
+        if (data_dir / "imaging.nii.gz").exists():
+            return f"; did you mean its parent {data_dir.resolve().parent}?"
+        for child in sorted(path for path in data_dir.iterdir() if path.is_dir()):
+            if next(child.glob("case_*"), None):
+                return f"; did you mean {child}?"
+        if (data_dir / "dataset.json").exists() and (data_dir / "imagesTr").is_dir():
+            return "; it has the Decathlon's layout, use --dataset msd"
     return "; give the folder that holds case_00000/imaging.nii.gz and case_00000/segmentation.nii.gz"
 
 
@@ -83,17 +86,22 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
     """
     index = data_dir / "dataset.json"
     try:
+        if index.exists() and not index.is_file():  # to read a pipe would wait for its other end
+            raise TypeError("a folder, a pipe or a device")
         content = json.loads(index.read_text(encoding="utf-8"))
-        labels = {int(value): str(name) for value, name in content["labels"].items()}
-        pairs = [(str(entry["image"]), str(entry["label"])) for entry in content["training"]]
-        modalities = len(content["modality"])
-        name = str(content.get("name", data_dir.name)).lower()
+        labels = {int(value): _text(name) for value, name in content["labels"].items()}
+        pairs = [(_text(entry["image"]), _text(entry["label"])) for entry in content["training"]]
+        modalities = len(content["modality"].values())
+        name = _text(content.get("name", data_dir.name)).lower()
     except FileNotFoundError:
         raise UserError(f"--data_dir {data_dir}: no dataset.json in it{_msd_hint(data_dir)}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # RecursionError: nested by the thousand.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a Decathlon dataset.json ({error!r})") from None
     if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
         raise UserError(f"{index}: labels must be numbered 0, 1, …, found {sorted(labels)}")
+    if not modalities:
+        raise UserError(f"{index}: names no modality")
     cases = []
     for image, label in sorted(pairs):
         case = Path(image).name.removesuffix(".gz").removesuffix(".nii")
@@ -104,24 +112,38 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
     names = [raw.case for raw in cases]
     if len(set(names)) != len(names):
         raise UserError(f"{index}: lists a case twice")
-    training, evaluation = split_cases(names, MSD_EVALUATION_SHARE, seed)
+    try:
+        training, evaluation = split_cases(names, MSD_EVALUATION_SHARE, seed)
+    except UserError as error:
+        raise UserError(f"{index}: {error}") from None
     spec = DatasetSpec(name=name, classes=tuple(labels[value] for value in range(len(labels))), channels=modalities)
     return RawDataset(spec, cases, {"train": training, "evaluation": evaluation})
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{repr(value)[:40]} in place of a text")
+    return value
+
+
 def _msd_hint(data_dir: Path) -> str:
-    for child in sorted(path for path in data_dir.glob("*") if path.is_dir()):
-        if (child / "dataset.json").exists():
-            return f"; did you mean {child}?"
-    if (data_dir.resolve().parent / "dataset.json").exists():
-        return f"; did you mean {data_dir.resolve().parent}?"
-    if next(data_dir.glob("case_*/imaging.nii.gz"), None):
-        return "; it has KiTS19's layout, use --dataset kits19"
+    with suppress(OSError):  # a folder that may not be looked into
+        for child in sorted(path for path in data_dir.glob("*") if path.is_dir()):
+            if (child / "dataset.json").exists():
+                return f"; did you mean {child}?"
+        if (data_dir.resolve().parent / "dataset.json").exists():
+            return f"; did you mean {data_dir.resolve().parent}?"
+        if next(data_dir.glob("case_*/imaging.nii.gz"), None):
+            return "; it has KiTS19's layout, use --dataset kits19"
     return "; give the folder of one Decathlon task"
 
 
 def _pair(case: str, image: Path, label: Path) -> RawCase:
-    if not image.exists() or not label.exists():
+    try:
+        is_whole = image.exists() and label.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{case}: {image} or its mask cannot be looked up: {error.strerror}") from None
+    if not is_whole:
         missing, present = (image, label) if not image.exists() else (label, image)
         what = "mask" if missing is label else "image"
         beside = f" beside {present.name}" if present.exists() else ""

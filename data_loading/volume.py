@@ -1,7 +1,8 @@
 """Volume and Geometry: a scan in memory with its place in space; reading and writing NIfTI.
 
-Reading trusts nothing: sizes are capped from the header before a voxel is read, and a gzip stream
-is read to its end, so that its checksum is verified (nibabel alone loads a flipped byte in silence).
+Reading trusts nothing: sizes are capped from the header before a voxel is read, what the header says twice
+must agree, and a gzip stream is read to its end, so that its checksum is verified (nibabel alone loads a flipped
+byte in silence).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import gzip
 import io
 import logging
 import os
+import stat
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +30,17 @@ from files import replacing
 WORKING_BYTES_PER_VOXEL = 12
 # Image and label of one case must agree this well, in mm (the KiTS19 pairs agree to 1e-5).
 AFFINE_TOLERANCE_MM = 1e-3
+# Spacing and affine of one header must agree this well, relatively or in mm: programs round one of them, and what is
+# beyond this is an error that resampling would act on (in the real scans at hand they agree to the last bit).
+SPACING_TOLERANCE = 1e-2
+SPACING_TOLERANCE_MM = 1e-2
+# xyzt_units, its lowest three bits: 0 says nothing, which is mm everywhere.
+FOREIGN_UNITS = {1: "metres", 3: "microns"}
 NIFTI_HEADER_BYTES = 348
 # NIfTI-1: after the header 4 bytes that announce extensions; voxels begin here or later.
 FIRST_VOXEL_BYTE = 352
+# Behind the last voxel some programs pad to a block; a stream that goes on for longer may never end.
+MAX_TRAILING_BYTES = 1 << 20
 # nibabel tells on stderr what it finds odd in a header; a UserError says in one line what matters of it.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
@@ -77,8 +88,8 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
         The volume, array (C, D, H, W), axes in the order in which the file stores them.
 
     Raises:
-        UserError: the file is missing, damaged, no NIfTI, has impossible dimensions, or claims more
-            voxels than this machine's free memory holds.
+        UserError: the file is missing, damaged, no NIfTI, has impossible dimensions, contradicts itself, or
+            claims more voxels than this machine's free memory holds.
     """
     image = _parse(path, _read_bytes(path))
     # What is too large for float32 becomes infinity, and that is for preprocessing to refuse.
@@ -152,6 +163,9 @@ def free_memory_bytes() -> int:
 
 def _open(path: Path) -> IO[bytes]:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for its other end
+            raise UserError(f"{path}: a pipe or a device; expected a file")
         opener: Any = gzip.open if path.name.endswith(".gz") else open
         return opener(path, "rb")
     except FileNotFoundError:
@@ -174,18 +188,24 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
         shape = [int(n) for n in parsed.get_data_shape()]
         stored = parsed.get_data_dtype()
         offset = int(parsed["vox_offset"])
-        # As stored: nibabel makes 1 mm of a spacing of 0, and drops a sign.
-        spacing = np.abs(nib.Nifti1Header(header, check=False)["pixdim"][1:4]).tolist()
+        # As stored: nibabel makes 1 mm of a spacing of 0, drops a sign, and corrects bitpix.
+        as_stored = nib.Nifti1Header(header, check=False)
+        spacing = np.abs(as_stored["pixdim"][1:4]).tolist()
+        bits, unit = int(as_stored["bitpix"]), int(as_stored["xyzt_units"]) & 7
         if offset < FIRST_VOXEL_BYTE:
             raise ValueError("the voxels overlap the header")
     except Exception:  # nibabel raises half a dozen types of its own on a bad header
         raise UserError(f"{path}: not a NIfTI-1 file, or its header is damaged; export it again") from None
     if stored.kind not in "iuf":
         raise UserError(f"{path}: stores {stored} values; expected one number a voxel, no colours or complex numbers")
+    if bits != 8 * stored.itemsize:
+        raise UserError(f"{path}: the header says {stored} and {bits} bits a voxel, which differ; export it again")
     if len(shape) not in (3, 4) or min(shape) < 1:
         raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header says {tuple(shape)}")
     if not all(0 < s < 1e4 for s in spacing):
         raise UserError(f"{path}: the header's voxel spacing {spacing} mm is impossible; export it again")
+    if unit in FOREIGN_UNITS:
+        raise UserError(f"{path}: the header's voxel spacing is in {FOREIGN_UNITS[unit]}; export it in mm")
     # Python integers: 32767 cubed would overflow numpy's.
     voxels = 1
     for n in shape:
@@ -210,19 +230,35 @@ def _read_bytes(path: Path) -> bytes:
                 f"{path}: ends after {len(header) + len(rest)} of {claimed} bytes; fetch or export it again"
             )
         # Only at its very end does gzip compare its checksum; what lies behind the last voxel is read for that alone.
-        while _read_up_to(path, stream, 1 << 20):
-            pass
+        if len(_read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+            raise UserError(
+                f"{path}: goes on for more than {MAX_TRAILING_BYTES >> 20} MiB behind the last voxel that its header "
+                "tells of; export it again"
+            )
     return header + rest
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
-        image = nib.Nifti1Image.from_bytes(content)
+        with warnings.catch_warnings(action="ignore"):  # of odd extensions, which nothing here reads
+            image = nib.Nifti1Image.from_bytes(content)
     except Exception as error:  # as above
         raise UserError(f"{path}: not a readable NIfTI-1 file ({error})") from None
     if not np.isfinite(image.affine).all():
         raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
+    _check_spacing(path, geometry_of(image))
     return image
+
+
+def _check_spacing(path: Path, geometry: Geometry) -> None:
+    """Raises UserError, naming the axis, unless the spacing is the length of the affine's steps."""
+    steps = np.linalg.norm(geometry.affine[:3, :3], axis=0)
+    for axis, (spacing, step) in enumerate(zip(geometry.spacing_mm, steps.tolist(), strict=True)):
+        if abs(spacing - step) > max(SPACING_TOLERANCE * spacing, SPACING_TOLERANCE_MM):
+            raise UserError(
+                f"{path}: along axis {axis} the header's voxel spacing is {spacing:g} mm, but {step:g} mm by its "
+                "affine; export it again"
+            )
 
 
 def _check_labels(path: Path, array: NDArray[Any], dtype: type[np.generic]) -> None:

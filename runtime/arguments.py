@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ class RunConfig:
     log_dir: Path
     save_ckpt_path: Path | None
     load_ckpt_path: Path | None
+    resume: bool
+    ckpt_every: str
+    ckpt_keep: int
     loader: str
     local_rank: int
     exec_mode: str
@@ -143,6 +147,8 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError("--cudnn_benchmark picks algorithms by time, --cudnn_deterministic forbids that; choose one")
     if not config.overlap < 1:
         raise UserError(f"--overlap {config.overlap:g}: windows must advance; use a value below 1 (MLPerf: 0.5)")
+    if config.resume and checkpoint_path(config) is None:
+        raise UserError("--resume, but with --ckpt_every never or --benchmark this run keeps no checkpoint")
     path = config.save_ckpt_path
     if path is not None and path.is_dir():
         raise UserError(f"--save_ckpt_path {path} is a folder; give a file, such as {path / 'checkpoint.pth'}")
@@ -159,6 +165,29 @@ def _number(kind: type, low: float, high: float = float("inf"), below: bool = Fa
         return value
 
     return convert
+
+
+def _interval(text: str) -> str:
+    """`10m`, `2e` or `never`, as it stands: the command line is what the log states."""
+    parse_interval(text)
+    return text
+
+
+def parse_interval(text: str) -> tuple[float, int]:
+    """(minutes, epochs) of `--ckpt_every`; the other, or both where it is `never`, 0."""
+    if text == "never":
+        return 0.0, 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([me])", text)
+    if match is None or not float(match[1]) or (match[2] == "e" and "." in match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither minutes (10m) nor epochs (2e) nor never")
+    return (float(match[1]), 0) if match[2] == "m" else (0.0, int(match[1]))
+
+
+def checkpoint_path(config: RunConfig) -> Path | None:
+    """Where this run keeps its checkpoints; None: it makes none."""
+    if config.save_ckpt_path is not None:
+        return config.save_ckpt_path
+    return None if config.ckpt_every == "never" or config.benchmark else config.log_dir / "checkpoint.pth"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -181,8 +210,15 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
         help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)")  # fmt: skip
     add("--log_dir", type=Path, default=os.environ.get("UNET3D_LOG_DIR", "/tmp"),
         help="unet3d.log (MLPerf), log.jsonl, run.json; or UNET3D_LOG_DIR")  # fmt: skip
-    add("--save_ckpt_path", type=Path, help="where to keep the last and the best state, in one file")
+    add("--save_ckpt_path", type=Path,
+        help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)")  # fmt: skip
     add("--load_ckpt_path", type=Path, help="train: go on from its last state; evaluate: score its best")
+    add("--resume", action="store_true",
+        help="go on from this run's newest good checkpoint; where it has none yet, start afresh")  # fmt: skip
+    add("--ckpt_every", type=_interval, default="10m",
+        help="10m: every ten minutes, in the middle of an epoch too; 2e: every two epochs; never: only where "
+        "--save_ckpt_path is given, and then for a new best and at the end")  # fmt: skip
+    add("--ckpt_keep", type=_number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
     add("--loader", default="pytorch",
         help="pytorch (crops read from disk by --num_workers processes), device (all volumes in device memory in 16 "
         "bit, samples made there), or synthetic (random volumes, no disk)")  # fmt: skip

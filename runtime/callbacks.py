@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from errors import UserError
-from runtime.events import EpochStopped, EvaluationStopped, Event, RunStopped, Tracker
-from runtime.training import TrainState
+from errors import DIVERGED_EXIT, Interrupted, warn
+from runtime.distributed import World
+from runtime.events import EvaluationStopped, Event, StepDone, Tracker
+from runtime.training import Stop, TrainState
 
 # Below this the network predicts nothing at all: MLPerf's reference calls the run diverged.
 DIVERGED_DICE = 1e-6
-# Between evaluations (the first is hours away on one GPU) a state is kept at least so often.
-SAVE_INTERVAL_S = 600.0
+# A report is one line.
+NAMED_RANKS = 4
 
 
 class Callback(Protocol):
@@ -38,19 +37,46 @@ class TargetReached:
 
     def on(self, event: Event, state: TrainState) -> None:
         if isinstance(event, EvaluationStopped) and event.mean_dice >= self.threshold:
-            state.stop = ("success", f"mean Dice {event.mean_dice:.4f} reached {self.threshold}")
+            state.stop = Stop("success", f"mean Dice {event.mean_dice:.4f} reached {self.threshold}")
 
 
 @dataclass(frozen=True)
 class Diverged:
-    """Ends the run as aborted when the score has gone to nothing or the loss is no number."""
+    """Ends the run as aborted when the score has gone to nothing, or a step's numbers are none.
+
+    Args:
+        describe: what the batch (of an epoch) holds on this rank, a phrase a sample.
+    """
+
+    world: World
+    describe: Callable[[int, int], Sequence[str]]
 
     def on(self, event: Event, state: TrainState) -> None:
         # "not at least", so that NaN counts too
-        if isinstance(event, EvaluationStopped) and not event.mean_dice >= DIVERGED_DICE:
-            state.stop = ("aborted", f"diverged: mean Dice {event.mean_dice}")
-        if isinstance(event, EpochStopped) and not math.isfinite(event.loss):
-            state.stop = ("aborted", f"diverged: the mean loss of epoch {event.epoch} is {event.loss}")
+        if isinstance(event, EvaluationStopped) and not event.mean_dice >= DIVERGED_DICE and not state.stop:
+            state.stop = Stop("aborted", f"diverged: mean Dice {event.mean_dice}", DIVERGED_EXIT)
+        if isinstance(event, StepDone) and event.fault and not state.stop:
+            state.stop = Stop("aborted", f"diverged: {self._report(event)}", DIVERGED_EXIT)
+
+    def _report(self, event: StepDone) -> str:
+        """Every rank must call it. Names the ranks whose loss is no number; all, where it is the gradients alone."""
+        samples = "; ".join(self.describe(event.epoch, event.batch))
+        told = self.world.gather((event.loss, f"rank {self.world.rank}: loss {event.loss:g} on {samples}"))
+        guilty = [text for loss, text in told if not math.isfinite(loss)] or [text for _, text in told]
+        more = f" | and {len(guilty) - NAMED_RANKS} more ranks" if len(guilty) > NAMED_RANKS else ""
+        return (
+            f"epoch {event.epoch}, batch {event.batch}: gradient norm {event.gradient_norm:g}, loss scale "
+            f"{event.loss_scale:g}, {' | '.join(guilty[:NAMED_RANKS])}{more}"
+        )
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Ends the run at the step at which all ranks heard that a signal asks some rank to leave."""
+
+    def on(self, event: Event, state: TrainState) -> None:
+        if isinstance(event, StepDone) and event.signal and not state.stop:
+            raise Interrupted(event.signal)
 
 
 @dataclass(frozen=True)
@@ -67,43 +93,31 @@ class KeepBest:
             }
 
 
-class SaveCheckpoint:
-    """Saves the last and the best state: after each evaluation, every ten minutes, and at the run's end.
+class Announcer:
+    """Hands every event to the callbacks (all ranks), then to the trackers (rank 0: the others have none).
 
-    Args:
-        save: writes the state's file; called on rank 0 alone. Its OSError (a full disk) is a warning while the run
-            goes on, and a UserError at its end.
+    A tracker that fails is told of once; it only watches, so the run goes on, and it hears of the next event too.
     """
 
-    def __init__(self, save: Callable[[TrainState], None]) -> None:
-        self._save = save
-        self._saved_at = time.monotonic()
-
-    def on(self, event: Event, state: TrainState) -> None:
-        is_due = isinstance(event, EpochStopped) and time.monotonic() - self._saved_at > SAVE_INTERVAL_S
-        if not (is_due or isinstance(event, EvaluationStopped | RunStopped)):
-            return
-        try:
-            self._save(state)
-        except OSError as error:
-            problem = f"the checkpoint could not be saved ({error.strerror or error}); the last good one is untouched"
-            if isinstance(event, RunStopped):
-                raise UserError(f"{problem}; the end of this run is lost") from None
-            print(f"warning: {problem}, training goes on", file=sys.stderr, flush=True)
-        self._saved_at = time.monotonic()
-
-
-class Announcer:
-    """Hands every event to the callbacks (all ranks), then to the trackers (rank 0: the others have none)."""
-
-    def __init__(self, callbacks: Sequence[Callback], trackers: Sequence[Tracker]) -> None:
-        self._callbacks = callbacks
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
-        self.state: TrainState | None = None
+        self._failed: set[int] = set()
+        self._callbacks: Sequence[Callback] = ()
+        self._state: TrainState | None = None
+
+    def govern(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
+        """From now on the callbacks hear of every event, in this order, and may change the state."""
+        self._state, self._callbacks = state, callbacks
 
     def __call__(self, event: Event) -> None:
-        if self.state is not None:
+        if self._state is not None:
             for callback in self._callbacks:
-                callback.on(event, self.state)
+                callback.on(event, self._state)
         for tracker in self._trackers:
-            tracker.on(event)
+            try:
+                tracker.on(event)
+            except Exception as error:
+                if id(tracker) not in self._failed:
+                    self._failed.add(id(tracker))
+                    what = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+                    warn(f"{type(tracker).__name__} failed ({what}); its record may be incomplete, training goes on")

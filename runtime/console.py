@@ -51,6 +51,8 @@ class ConsoleTracker:
         self._cases = CaseBar()
 
     def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Checked) and event.table:
+            self._say(event.table)
         if isinstance(event, ev.InitStopped | ev.DataOpened):
             for note in event.notes:
                 self._say(f"note: {note}")

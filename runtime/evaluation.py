@@ -108,11 +108,17 @@ def evaluate(
     precision: Precision,
     world: World,
     emit: Callable[[Event], None],
+    check: Callable[[], None] = lambda: None,
+    check_waiting: Callable[[], None] = lambda: None,
 ) -> EvaluationStopped:
     """Scores every case once and shares the scores with all ranks.
 
     Each rank fills its own rows of a table of zeros. Adding zeros is exact, so the sum over the ranks is the whole
     table to the bit, and every rank takes the same mean of it: each case weighs 1 / number of cases.
+
+    Args:
+        check: called before each batch of windows; what it raises ends the evaluation; the state stays.
+        check_waiting: called while this rank, its part given, waits for others'; likewise.
 
     Returns:
         The scores; it is the caller who announces them.
@@ -126,13 +132,15 @@ def evaluate(
     table = torch.zeros(len(cases), scoring.classes, dtype=torch.float64, device=world.device)
     mine = plan.of_rank(world.rank)
     loaded = (load_case(cases[index]) for index in mine)
-    for index, row in zip(mine, score_cases(loaded, network, loss, scoring, precision, plan.partners), strict=True):
+    for index, row in zip(
+        mine, score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting), strict=True
+    ):
         if plan.members[index][0] == world.rank:
             table[index] = row
             emit(CaseEvaluated(epoch, cases[index]))
     network.train()
     # The one host sync of an evaluation.
-    table = world.sum(table).cpu()
+    table = world.sum(table, check_waiting).cpu()
     # Column by column in case order, not a tensor reduction: its order of additions may depend on the machine.
     means = [sum(column) / len(cases) for column in table.T.tolist()]
     dice = means[1:]
@@ -154,11 +162,14 @@ def score_cases(
     scoring: Scoring,
     precision: Precision,
     partners: World,
+    check: Callable[[], None] = lambda: None,
+    check_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """The loss of each case's sliding-window logits and its Dice per foreground class: (K,) float64 on the device.
 
     Args:
         partners: the ranks that share these cases' windows; each gets the whole score.
+        check, check_waiting: as in `evaluate`.
     """
     labels: deque[Tensor] = deque()
 
@@ -172,10 +183,11 @@ def score_cases(
             )
 
     def predict(windows: Tensor) -> Tensor:
+        check()
         with precision.autocast():
             logits: Tensor = network(windows)
         return logits
 
     for volume in predict_windows(cut(), predict, scoring.batch_size):
-        label, logits = labels.popleft(), volume.logits(partners.sum)
+        label, logits = labels.popleft(), volume.logits(lambda own: partners.sum(own, check_waiting))
         yield torch.cat((loss(logits, label).double().view(1), dice_score(logits, label)[0]))

@@ -26,6 +26,14 @@ class InitStarted(Event):
 
 
 @dataclass(frozen=True)
+class Checked(Event):
+    """The pre-flight's result: a table for people, and for each check what was looked at, found, and to do."""
+
+    table: str
+    checks: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
 class InitStopped(Event):
     """Network, optimizer and warm-up are ready; no training data has been touched.
 
@@ -110,6 +118,30 @@ class BatchDone(Event):
     epoch: int
     batch: int
     samples: int
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """A step of the optimizer, told when its numbers have reached the host: on a GPU a step later.
+
+    Attributes:
+        batch: of the epoch, the last one of the step, counted from 0.
+        loss: this rank's, the mean of the step's micro-batches.
+        gradient_norm: of the averaged gradients, the loss scale divided out; equal on all ranks.
+        loss_scale: 1 without a loss scaler.
+        signal: the number of one that asks some rank to leave, 0: none. It and what follows are alike on all ranks.
+        save: a checkpoint is due.
+        fault: some rank's loss or gradient is no finite number, or its loss scale has collapsed.
+    """
+
+    epoch: int
+    batch: int
+    loss: float
+    gradient_norm: float
+    loss_scale: float
+    signal: int = 0
+    save: bool = False
+    fault: bool = False
 
 
 @dataclass(frozen=True)

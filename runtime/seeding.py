@@ -43,6 +43,18 @@ def draw_seeds(master: int, world: World) -> Seeds:
     return received
 
 
+def seed_step(seed: int, epoch: int, batch: int) -> None:
+    """Seeds what a network draws in one micro-batch (dropout, say): a function of the place, so no state to save.
+
+    Args:
+        seed: of this rank.
+    """
+    drawn = int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
+
+
 def seed_process(seed: int, deterministic: bool, autotune: bool) -> None:
     """Seeds this process's global generators, and sets cuDNN's two switches."""
     random.seed(seed)

@@ -46,6 +46,13 @@ def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
+class _Handler(logging.FileHandler):
+    """Tells its caller of a disk that is full; logging's own way is a traceback on stderr for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        raise
+
+
 class MLPerfTracker:
     """`LOG_DIR/unet3d.log`: MLPerf's log, keys in the reference's order.
 
@@ -55,7 +62,7 @@ class MLPerfTracker:
 
     def __init__(self, log_dir: Path) -> None:
         logger = logging.Logger("unet3d.mlperf")  # not getLogger: no handler of another run can hang on to it
-        logger.addHandler(logging.FileHandler(log_dir / "unet3d.log", mode="x", encoding="utf-8"))
+        logger.addHandler(_Handler(log_dir / "unet3d.log", mode="x", encoding="utf-8"))
         self._log = MLLogger(logger, root_dir=re.escape(str(Path(__file__).resolve().parents[1])))
         self._samples_per_epoch = 1
         self._handlers: dict[type[ev.Event], Callable[[Any], None]] = {
@@ -155,13 +162,13 @@ def tensor_names(network: torch.nn.Module) -> list[str]:
 
 
 class JsonLinesTracker:
-    """`LOG_DIR/log.jsonl`: every event but single batches, a JSON object a line, flushed at once."""
+    """`LOG_DIR/log.jsonl`: every event but single batches and steps, a JSON object a line, flushed at once."""
 
     def __init__(self, log_dir: Path) -> None:
         self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.CaseEvaluated):
+        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated):
             return
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:

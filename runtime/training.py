@@ -1,6 +1,6 @@
 """The training loop: train is the outline, train_epoch an epoch, train_step one micro-batch.
 
-The host waits for the device once an epoch, when the mean loss is read; nowhere else.
+The host waits for the device once an epoch, when the mean loss is read; what it reads of a step has arrived by then.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from data_loading.loader import Batch, TrainingLoader
-from errors import UserError
+from data_loading.loader import Batch, TrainingLoader, is_of_worker, lost_worker
+from errors import Interrupted, UserError
 from runtime.distributed import World, without_communication
 from runtime.events import (
     BatchDone,
@@ -28,8 +29,11 @@ from runtime.events import (
     Event,
     PhaseDone,
     RunStopped,
+    StepDone,
 )
 from runtime.precision import Precision
+from runtime.pulse import Pulse
+from runtime.seeding import seed_step
 
 # MLPerf's schedule counts in samples of KiTS19's training set: an evaluation from epoch 1000 on, every 20.
 RULE_SAMPLES = 168
@@ -49,6 +53,15 @@ def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
     return network
 
 
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends: "success" or "aborted", the reason, and the program's exit status."""
+
+    status: str
+    reason: str
+    exit_status: int = 0
+
+
 @dataclass
 class TrainState:
     """What training changes; a checkpoint holds all of it.
@@ -56,8 +69,12 @@ class TrainState:
     Attributes:
         network: the bare network; `model` is it, wrapped for gradient averaging.
         epoch: the last one that was completed.
+        batch: micro-batches of the next epoch that are done, up to the last whole step.
+        loss_sum: of those, this rank's losses: a scalar on the device; None where `batch` is 0.
+        evaluated: the last epoch with an evaluation behind it.
+        gradient_norm: of the last step, a scalar on the device; no checkpoint needs it.
         best_epoch, best_dice, best_network: of the best evaluation yet, the weights on the host.
-        stop: why the run must end: a status ("success", "aborted") and a reason; None: go on.
+        stop: why the run must end; None: go on.
     """
 
     network: nn.Module
@@ -65,10 +82,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch: int = 0
+    batch: int = 0
+    loss_sum: Tensor | None = None
+    evaluated: int = 0
+    gradient_norm: Tensor | None = None
     best_epoch: int = 0
     best_dice: float = -1.0
     best_network: dict[str, Tensor] | None = None
-    stop: tuple[str, str] | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)
@@ -129,12 +150,13 @@ def make_schedule(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a micro-batch is computed."""
+    """How a micro-batch is computed; `seed` is this rank's, of whatever the network draws."""
 
     loss: nn.Module
     precision: Precision
     ga_steps: int
     layout: str
+    seed: int = 0
 
 
 Emit = Callable[[Event], None]
@@ -148,23 +170,48 @@ def train(
     settings: StepSettings,
     evaluate: Callable[[int], EvaluationStopped],
     world: World,
+    pulse: Pulse,
     emit: Emit,
-) -> None:
-    """Trains from `state.epoch` on, until the schedule ends or a callback sets `state.stop`."""
+) -> Stop:
+    """Trains on from the state, until the schedule ends, a callback sets `state.stop`, or a signal asks to leave.
+
+    Whatever ends it, the log is closed.
+    """
     started = time.perf_counter()
-    for first, last in schedule.blocks(state.epoch + 1):
-        emit(BlockStarted(first, last - first + 1))
-        for epoch in range(first, last + 1):
-            train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, emit)
+
+    def close(stop: Stop) -> Stop:
+        emit(RunStopped(stop.status, stop.reason, state.epoch, time.perf_counter() - started))
+        return stop
+
+    def score() -> None:
+        if schedule.evaluates(state.epoch) and state.evaluated < state.epoch and not state.stop:
+            event = evaluate(state.epoch)
+            state.evaluated = state.epoch
+            emit(event)
+
+    try:
+        score()  # of an epoch that an earlier process ended with
+        for first, last in schedule.blocks(state.epoch + 1):
             if state.stop:
                 break
-        if schedule.evaluates(state.epoch) and not state.stop:
-            emit(evaluate(state.epoch))
-        emit(BlockStopped(first, state.epoch - first + 1))
-        if state.stop:
-            break
-    status, reason = state.stop or ("aborted", f"the target was not reached in {schedule.epochs} epochs")
-    emit(RunStopped(status, reason, state.epoch, time.perf_counter() - started))
+            emit(BlockStarted(first, last - first + 1))
+            for epoch in range(first, last + 1):
+                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, pulse, emit)
+                if state.stop:
+                    break
+            score()
+            emit(BlockStopped(first, max(1, state.epoch - first + 1)))
+    except Interrupted as leaving:
+        state.stop = Stop("aborted", str(leaving), leaving.exit_status)
+    except BaseException as error:
+        is_lost = isinstance(error, RuntimeError) and world.lost_another(error)
+        # A loader worker's error holds that process's traceback; the cause is its last line.
+        told = " ".join(str(error).splitlines()[-1:])
+        close(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {told}"))
+        if isinstance(error, RuntimeError) and is_of_worker(error):
+            raise UserError(lost_worker(error, "a step was computed")) from error
+        raise
+    return close(state.stop or Stop("aborted", f"the target was not reached in {schedule.epochs} epochs"))
 
 
 def train_epoch(
@@ -174,9 +221,13 @@ def train_epoch(
     rate: float,
     settings: StepSettings,
     world: World,
+    pulse: Pulse,
     emit: Emit,
 ) -> None:
-    """One epoch; micro-batches that no longer fill a step are left out, as the reference discards their gradients."""
+    """The rest of one epoch from `state.batch` on, or up to the step at which a callback sets `state.stop`.
+
+    Micro-batches that no longer fill a step are left out, as the reference discards their gradients.
+    """
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
     for group in state.optimizer.param_groups:
@@ -184,18 +235,43 @@ def train_epoch(
     batches = len(loader) - len(loader) % settings.ga_steps
     emit(EpochStarted(epoch, rate, batches))
     started = time.perf_counter()
-    total = torch.zeros((), device=world.device)
+    total = torch.zeros((), device=world.device) if state.loss_sum is None else state.loss_sum.to(world.device)
+    step_losses: list[Tensor] = []
     samples = 0
-    for index, batch in enumerate(itertools.islice(loader.epoch(epoch), batches)):
+    rest = itertools.islice(loader.epoch(epoch, state.batch), batches - state.batch)
+    for index, batch in enumerate(rest, state.batch):
         is_last = (index + 1) % settings.ga_steps == 0
         emit(PhaseDone("data"))
-        total += train_step(state, batch, settings, is_last, lambda phase: emit(PhaseDone(phase)))
+        seed_step(settings.seed, epoch, index)
+        step_losses.append(train_step(state, batch, settings, is_last, lambda phase: emit(PhaseDone(phase))))
+        total = total + step_losses[-1]
         samples += len(batch["image"])
         emit(BatchDone(epoch, index, len(batch["image"])))
+        if is_last:
+            state.batch, state.loss_sum = index + 1, total
+            for event in _beat(pulse, state, epoch, index, torch.stack(step_losses).mean()):
+                emit(event)
+            step_losses.clear()
+            if state.stop:
+                return
+    for event in pulse.rest():
+        emit(event)
+    if state.stop:
+        return
     # The epoch's one host sync: the mean loss over batches and ranks.
     loss = (world.sum(total) / (batches * world.size)).item()
-    state.epoch = epoch
+    state.epoch, state.batch, state.loss_sum = epoch, 0, None
     emit(EpochStopped(epoch, loss, rate, samples * world.size, time.perf_counter() - started))
+
+
+def _beat(pulse: Pulse, state: TrainState, epoch: int, batch: int, loss: Tensor) -> Iterator[StepDone]:
+    norm = loss if state.gradient_norm is None else state.gradient_norm
+    return pulse.beat(epoch, batch, loss, norm, loss_scale(state.scaler))
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """The scale, a scalar on the device; None without one. `get_scale` would make the host wait."""
+    return scaler._get_scale_async() if scaler.is_enabled() else None
 
 
 def train_step(
@@ -223,6 +299,10 @@ def train_step(
         state.scaler.scale(loss / settings.ga_steps).backward()
     done("forward and backward")
     if is_last:
+        scale = loss_scale(state.scaler)
+        gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        state.gradient_norm = norm if scale is None else norm / scale
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -30,8 +29,9 @@ from data_loading.dataset import (
     is_safe_case_id,
     load_boxes,
     map_array,
-    md5_of,
+    map_case,
     peek,
+    read_case,
     read_index,
     write_json,
 )
@@ -49,13 +49,17 @@ RECORD = CaseRecord(
     {"x": "a" * 32, "y": "b" * 32},
     [[10, 1_700_000_000_123_456_789], [20, 5]],
     {"mean": -0.25, "deviation": 1.5},
+    {"x": [2916, 1_700_000_000_123_456_789], "y": [857, 7]},
 )
 INDEX = DatasetIndex(KITS19, {"train": ["case_1", "case_2"], "evaluation": ["case_0"]}, {})
 INDEX.cases.update({f"case_{number}": RECORD for number in (2, 0, 1)})
 
 
 def changed(**changes: Any) -> str:
-    return json.dumps({**json.loads(json.dumps(INDEX.to_json())), **changes})
+    """An index with other contents, as of the first version: without its own digest."""
+    content = json.loads(json.dumps(INDEX.to_json()))
+    content.pop("digest", None)
+    return json.dumps({**content, **changes})
 
 
 def test_an_index_comes_back_whole(tmp_path: Path) -> None:
@@ -71,6 +75,15 @@ def test_an_index_comes_back_whole(tmp_path: Path) -> None:
         tmp_path / INDEX_NAME, replace(INDEX, cases={"case_1": replace(RECORD, transform=None)}, split={}).to_json()
     )
     assert read_index(tmp_path / INDEX_NAME).cases["case_1"].transform is None
+
+
+def test_an_index_of_an_earlier_version_has_no_stamps(tmp_path: Path) -> None:
+    records = {case: record.to_json() for case, record in INDEX.cases.items()}
+    for record in records.values():
+        del record["stamps"]
+    (tmp_path / INDEX_NAME).write_text(changed(cases=records))
+    read = read_index(tmp_path / INDEX_NAME).cases["case_1"]
+    assert replace(read, transform=None) == replace(RECORD, transform=None, stamps={})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,9 @@ def test_a_spec_comes_back_whole(spec: DatasetSpec) -> None:
         (changed(spec={**KITS19.to_json(), "colour": 1}), r"unknown or missing fields \['colour'\]"),
         (changed(cases={"case_0": {}}), "damaged"),
         (changed(cases=[]), "damaged"),
+        (changed(cases={"case_0": {**RECORD.to_json(), "digests": None}}), "damaged"),
+        (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1]}}}), "damaged"),
+        (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1, "soon"]}}}), "damaged"),
         (changed(split={"train": ["case_1", "case_9"]}), "names a case twice or one that is not there"),
         (changed(split={"train": ["case_1"], "evaluation": ["case_1"]}), "names a case twice"),
         (changed(cases={"../case_0": RECORD.to_json()}, split={}), r"'\.\./case_0' is not a case id"),
@@ -215,6 +231,44 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a_x.npy").mkdir()
+    with pytest.raises(UserError, match=r"a_x\.npy: cannot be read: Is a directory"):
+        map_array(tmp_path / "a_x.npy", np.float32)
+
+
+def test_a_case_is_read_whole(tmp_path: Path) -> None:
+    image = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    label = np.asfortranarray(np.arange(60, dtype=np.uint8).reshape(1, 3, 4, 5))
+    np.save(tmp_path / "a_x.npy", image)
+    np.save(tmp_path / "a_y.npy", label)
+    for read, written in zip(read_case(tmp_path, "a"), (image, label), strict=True):
+        assert not isinstance(read, np.memmap)
+        assert (read.dtype, read.flags.writeable) == (written.dtype, True)
+        np.testing.assert_array_equal(read, written)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 9, 8, 8), (1, 4, 4, 4)])
+def test_a_case_that_changes_while_it_is_read_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] | None
+) -> None:
+    for kind, dtype in (("x", np.float32), ("y", np.uint8)):
+        np.save(file_of(tmp_path, "a", kind), np.zeros((1, 8, 8, 8), dtype))
+
+    def map_and_change(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        mapped = map_case(data_dir, case)
+        if shape is None:
+            os.truncate(file_of(data_dir, case, "y"), 300)
+        else:
+            np.save(tmp_path / "other.npy", np.zeros(shape, np.uint8))
+            os.replace(tmp_path / "other.npy", file_of(data_dir, case, "y"))
+        return mapped
+
+    monkeypatch.setattr(dataset_module, "map_case", map_and_change)
+    with pytest.raises(UserError, match=r"a_y\.npy: vanished or changed while it was read; run "):
+        read_case(tmp_path, "a")
+
+
 def npy_bytes(array: NDArray[Any]) -> bytes:
     with tempfile.TemporaryFile() as stream:
         np.save(stream, array)
@@ -329,12 +383,3 @@ def test_boxes_are_found_where_nothing_can_be_kept(
     monkeypatch.setattr(dataset_module, "write_json", refuse)
     assert load_boxes(folder, ["a"], 2) == [{1: [(0, 0, 0, 4, 4, 4)]}]
     assert not (folder / dataset_module.BOXES_NAME).exists()
-
-
-def test_md5_is_hashlibs_over_any_size(tmp_path: Path) -> None:
-    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
-        content = np.random.default_rng(size).bytes(size)
-        (tmp_path / "a").write_bytes(content)
-        assert md5_of(tmp_path / "a") == hashlib.md5(content).hexdigest()
-    with pytest.raises(UserError, match="none: cannot be read: No such file"):
-        md5_of(tmp_path / "none")

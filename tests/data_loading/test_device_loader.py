@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -104,6 +105,47 @@ def test_an_epoch_can_be_made_again(folder: Path) -> None:
     first, _, again = list(loader.epoch(3)), list(loader.epoch(4)), list(loader.epoch(3))
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one["image"], other["image"])
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_an_epoch_can_be_begun_in_its_middle(folder: Path, start: int) -> None:
+    loader = make("device", folder)
+    whole, rest = list(loader.epoch(3)), list(loader.epoch(3, start))
+    assert (len(whole), len(rest)) == (3, 3 - start)
+    for one, other in zip(rest, whole[start:], strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["label"], other["label"])
+
+
+def plainly(rng: np.random.Generator) -> Augmentation:
+    """Nothing is changed but the crop's place."""
+    return Augmentation((False, False, False), 1.0, 0.0, int(rng.integers(2**63)))
+
+
+def test_a_batch_is_described_by_where_its_crops_are(folder: Path) -> None:
+    """Cut out there by hand, with the volume's edges repeated up to the patch."""
+    loader = make("device", folder, replace(SETTINGS, augment=plainly))
+    for epoch in (1, 2):
+        for index, batch in enumerate(loader.epoch(epoch)):
+            told = loader.describe(epoch, index)
+            assert len(told) == len(batch["image"]) == 2
+            for image, phrase in zip(batch["image"], told, strict=True):
+                match = re.fullmatch(r"(case_\d{5}) at \((\d+), (\d+), (\d+)\), brightness 1, noise 0", phrase)
+                assert match is not None, phrase
+                volume = made_up(CASES.index(match[1]), SHAPES[CASES.index(match[1])])[0]
+                lacks = [max(0, 8 - n) for n in volume.shape[1:]]
+                padded = np.pad(volume, [(0, 0), *((n // 2, n - n // 2) for n in lacks)], "edge").astype(np.float16)
+                d, h, w = (slice(int(first), int(first) + 8) for first in match.groups()[1:])
+                assert np.array_equal(image.numpy(), padded[:, d, h, w])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_is_described_as_the_pytorch_loader_does(folder: Path, rank: int) -> None:
+    settings = replace(SETTINGS, batch_size=1, rank=rank, ranks=2)
+    ours, theirs = (make(name, folder, settings) for name in ("device", "pytorch"))
+    phrases = [(ours.describe(4, batch), theirs.describe(4, batch)) for batch in range(len(ours))]
+    assert all(one == other for one, other in phrases)
+    assert len({phrase for (phrase,), _ in phrases}) == len(ours) == 3
 
 
 def test_volumes_are_kept_in_16_and_8_bit(folder: Path) -> None:

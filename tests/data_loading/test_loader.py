@@ -237,6 +237,85 @@ def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch
         batches(folder, [1], num_workers=num_workers)
 
 
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, 200)
+
+
+def overwrite(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "num_workers"),
+    [
+        (vanish, "x", 0),
+        (vanish, "y", 0),
+        (cut_off, "x", 0),
+        (cut_off, "y", 1),
+        (overwrite, "x", 0),
+        (overwrite, "y", 0),
+    ],
+)
+def test_a_file_that_changes_under_way_is_one_clear_line(
+    tmp_path: Path,
+    write_preprocessed: WritePreprocessed,
+    change: Callable[[Path], None],
+    kind: str,
+    num_workers: int,
+) -> None:
+    folder = write_preprocessed(tmp_path, VOLUMES)
+    settings = replace(SETTINGS, batch_size=1, num_workers=num_workers)
+    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, settings)
+    for epoch in (1, 2):
+        assert len(list(loader.epoch(epoch))) == len(CASES), "all of them are mapped by now"
+    path = file_of(folder, CASES[0], kind)
+    change(path)
+    with pytest.raises(UserError) as caught:
+        list(loader.epoch(3))
+    assert str(caught.value).startswith(f"{path}: {'vanished' if change is vanish else 'changed'} while training")
+
+
+def test_a_file_that_changes_while_it_is_mapped_is_noticed(
+    tmp_path: Path, write_preprocessed: WritePreprocessed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_preprocessed(tmp_path, VOLUMES)
+    dataset = CropDataset(folder, CASES, load_boxes(folder, CASES, 3), SETTINGS)
+
+    def map_and_cut(data_dir: Path, case: str) -> Arrays:
+        arrays = map_case(data_dir, case)
+        cut_off(file_of(data_dir, case, "x"))
+        return arrays
+
+    monkeypatch.setattr(loader_module, "map_case", map_and_cut)
+    with pytest.raises(UserError, match=rf"{CASES[0]}_x\.npy: changed while training"):
+        _ = dataset[1, 0]
+
+
+def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
+    tmp_path: Path, write_preprocessed: WritePreprocessed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SIGBUS, of which torch says that /dev/shm is full.
+    folder = write_preprocessed(tmp_path, {case: made_up((40, 40, 40), 1) for case in CASES})
+    path = file_of(folder, CASES[3], "x")
+    read = loader_module._read_crop
+
+    def cut_and_read(*arguments: Any) -> NDArray[Any]:
+        cut_off(path)
+        return read(*arguments)
+
+    monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
+    settings = replace(SETTINGS, batch_size=1, num_workers=1)
+    loader, _ = make_training_loader("pytorch", folder, CASES[3:4], SPEC, settings)
+    with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot be of the same"):
+        list(loader.epoch(1))
+
+
 def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = [CASES[index] for index in EpochOrder(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
     named = ", ".join(second)
@@ -304,7 +383,7 @@ def test_an_evaluation_case_is_whole(folder: Path) -> None:
     assert (case.image.dtype, case.label.dtype) == (torch.float32, torch.uint8)
     np.testing.assert_array_equal(case.image.numpy(), VOLUMES[CASES[2]][0][np.newaxis])
     np.testing.assert_array_equal(case.label.numpy(), VOLUMES[CASES[2]][1][np.newaxis])
-    case.image.add_(1)  # its own memory, not the file's
+    (case.image.add_(1), case.label.add_(1))  # its own memory, not the file's
     np.testing.assert_array_equal(np.load(file_of(folder, CASES[2], "x")), VOLUMES[CASES[2]][0])
 
 
@@ -317,4 +396,7 @@ def test_an_evaluation_case_that_does_not_fit_is_one_clear_line(
     with pytest.raises(UserError, match=r"a_x\.npy: missing"):
         load_evaluation_case(folder, "a")
     with pytest.raises(UserError, match=r"b: image \(1, 4, 5, 6\) and label \(1, 3, 5, 6\) differ"):
+        load_evaluation_case(folder, "b")
+    os.truncate(file_of(folder, "b", "y"), 130)
+    with pytest.raises(UserError, match=r"b_y\.npy: damaged"):
         load_evaluation_case(folder, "b")

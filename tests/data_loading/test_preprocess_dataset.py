@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 import preprocess_dataset
 from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
+from data_loading.integrity import VERIFIED_NAME, check_files
 from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
 from data_loading.raw_layouts import read_kits19, read_msd
 from data_loading.spec import KITS19
@@ -50,7 +52,13 @@ def verify(out: Path, *more: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file, an index without its stamps, which hold the time of writing, and without the digest over them."""
+    dated = re.compile(rb'"stamps": {.*?}|"digest": "\w+"', re.DOTALL)
+    return {path.name: dated.sub(b"", path.read_bytes()) for path in folder.iterdir()}
+
+
+def to_hash(folder: Path) -> list[str]:
+    return check_files(folder, [f"case_{number:05d}" for number in IDS]).changed
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -136,6 +144,9 @@ def test_the_index_tells_all_that_training_must_know(raw: Path, done: Path) -> N
             [(status := (raw / case / name).stat()).st_size, status.st_mtime_ns]
             for name in ("imaging.nii.gz", "segmentation.nii.gz")
         ]
+        assert record.stamps == {
+            kind: [(status := (done / f"{case}_{kind}.npy").stat()).st_size, status.st_mtime_ns] for kind in "xy"
+        }
         transform = record.transform
         assert transform is not None
         np.testing.assert_array_equal(transform.source.affine, image.geometry.affine)
@@ -204,6 +215,38 @@ def test_a_changed_source_is_preprocessed_again(copy: tuple[Path, Path], write_s
     preprocess(raw, out)
     assert redone(out, before) == {"case_00001_x.npy", "case_00001_y.npy"}
     assert sorted(read_index(out / INDEX_NAME).cases["case_00001"].boxes) == [2]
+
+
+def test_what_was_copied_or_is_of_an_earlier_version_gets_its_stamps(copy: tuple[Path, Path]) -> None:
+    raw, out = copy
+    assert to_hash(out) == []
+    os.utime(out / "case_00001_y.npy")
+    content = json.loads((out / INDEX_NAME).read_text())
+    content.pop("digest", None)
+    del content["cases"]["case_00002"]["stamps"]
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    assert to_hash(out) == ["case_00001_y.npy", "case_00002_x.npy", "case_00002_y.npy"]
+    before = times(out)
+    preprocess(raw, out)
+    assert redone(out, before) == set()
+    assert to_hash(out) == []
+
+
+def test_a_former_content_that_was_good_does_not_vouch_for_the_new(
+    copy: tuple[Path, Path], tmp_path: Path, write_scan: Callable[..., None]
+) -> None:
+    raw, out = copy
+    os.utime(out / "case_00001_y.npy")
+    assert verify(out) == 0
+    assert (out / VERIFIED_NAME).exists()
+    assert to_hash(out) == []
+    shutil.copy2(out / "case_00001_y.npy", tmp_path)
+    write_scan(raw / "case_00001" / "segmentation.nii.gz", np.ones((10, 12, 14), np.uint8), (3.0, 1.5, 2.0))
+    preprocess(raw, out)
+    assert not (out / VERIFIED_NAME).exists()
+    assert to_hash(out) == []
+    shutil.copy2(tmp_path / "case_00001_y.npy", out)
+    assert to_hash(out) == ["case_00001_y.npy"]
 
 
 @pytest.mark.parametrize("index", [b"", b'{"format": 1'])
@@ -330,19 +373,29 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     return condition()
 
 
+# Python runs a module of this name in every process: who opens the third scan waits for ever.
+HANGING_SCAN = """
+import gzip, signal
+whole = gzip.open
+def hang(path, *how):
+    if "case_00002" in str(path):
+        signal.pause()
+    return whole(path, *how)
+gzip.open = hang
+"""
+
+
 @pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes by Linux's /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_with_workers_none_of_them_stays(raw: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    shutil.copytree(raw, tmp_path / "raw")
-    (tmp_path / "raw" / "case_00002" / "imaging.nii.gz").unlink()
-    os.mkfifo(tmp_path / "raw" / "case_00002" / "imaging.nii.gz")  # who reads it waits for ever
+    (tmp_path / "sitecustomize.py").write_text(HANGING_SCAN)
     out = tmp_path / "out"
-    command = [PROGRAM, "--data_dir", tmp_path / "raw", "--results_dir", out, "--num_workers", "2"]
+    command = [PROGRAM, "--data_dir", raw, "--results_dir", out, "--num_workers", "2"]
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -454,6 +507,17 @@ def test_verify_agrees_with_what_was_written(done: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "dataset.json: 6 identical, 0 different, 0 missing"
     assert "not compared" in lines[1]
+    assert not (done / VERIFIED_NAME).exists(), "the index has their stamps"
+
+
+def test_what_verify_found_good_need_not_be_hashed_by_the_next_run(copy: tuple[Path, Path]) -> None:
+    _, out = copy
+    for number in (0, 1):
+        os.utime(out / f"case_{number:05d}_x.npy")
+    flip_byte(out / "case_00001_x.npy", 5000)
+    assert to_hash(out) == ["case_00000_x.npy", "case_00001_x.npy"]
+    assert verify(out) == 1
+    assert to_hash(out) == ["case_00001_x.npy"]
 
 
 def test_verify_names_what_differs_and_what_is_missing(

@@ -155,6 +155,18 @@ def test_a_wrong_decathlon_folder_names_the_one_that_was_meant(tmp_path: Path, w
         read_msd(tmp_path / "empty", [], seed=0)
 
 
+@pytest.mark.parametrize(("read", "looks"), [(read_kits19, "iterdir"), (read_msd, "glob")])
+def test_a_folder_that_may_not_be_looked_into_gets_no_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[..., RawDataset], looks: str
+) -> None:
+    def refuse(self: Path, *arguments: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, looks, refuse)  # root, who runs the tests in a container, may look into every folder
+    with pytest.raises(UserError, match="in it; give the folder"):
+        read(tmp_path, [], seed=0)
+
+
 GOOD = {"image": "imagesTr/scan_0.nii.gz", "label": "labelsTr/scan_0.nii.gz"}
 
 
@@ -168,10 +180,16 @@ GOOD = {"image": "imagesTr/scan_0.nii.gz", "label": "labelsTr/scan_0.nii.gz"}
         ({"labels": {"zero": "background"}}, "not a Decathlon dataset.json"),
         ({"labels": {"0": "background", "2": "organ"}}, r"labels must be numbered 0, 1, …, found \[0, 2\]"),
         ({"labels": {"0": "background"}}, "labels must be numbered"),
+        ({"labels": {"0": "background", "1": ["organ"]}}, r"not a Decathlon dataset.json .*\['organ'\] in place of a"),
+        ({"modality": {}}, "dataset.json: names no modality"),
+        ({"modality": "CT"}, "not a Decathlon dataset.json"),
+        ({"name": 5}, "not a Decathlon dataset.json .*5 in place of a text"),
         ({"training": ["imagesTr/scan_0.nii.gz"]}, "not a Decathlon dataset.json"),
-        ({"training": []}, "a split needs at least 2 cases, found 0"),
+        ({"training": []}, "dataset.json: a split needs at least 2 cases, found 0"),
         ({"training": [GOOD]}, "a split needs at least 2 cases, found 1"),
         ({"training": [GOOD, GOOD]}, "lists a case twice"),
+        ({"training": [{**GOOD, "image": 5}]}, "not a Decathlon dataset.json .*5 in place of a text"),
+        ({"training": [{**GOOD, "image": f"imagesTr/{'x' * 5000}.nii.gz"}]}, "cannot be looked up: File name too long"),
         ({"training": [{**GOOD, "image": "../outside.nii.gz"}]}, r"'\.\./outside\.nii\.gz' leaves the data folder"),
         ({"training": [{**GOOD, "label": "labelsTr/../../x.nii.gz"}]}, "leaves the data folder"),
         ({"training": [{**GOOD, "image": "{tmp}/outside.nii.gz"}]}, "leaves the data folder"),
@@ -191,10 +209,20 @@ def test_a_bad_decathlon_list_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"labels": 1}'])
+NESTED = [b"[" * 100_000, b'{"a":' * 100_000, b'{"labels": ' + b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"labels": 1}', *NESTED])
 def test_a_damaged_decathlon_list_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match=r"dataset\.json: not a Decathlon dataset\.json"):
+        read_msd(tmp_path, [], seed=0)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_a_decathlon_list_that_is_no_file_is_one_clear_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "dataset.json")
+    with pytest.raises(UserError, match=r"dataset\.json: not a Decathlon dataset\.json .*a folder, a pipe or a device"):
         read_msd(tmp_path, [], seed=0)
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data_loading import volume as volume_module
 from data_loading.volume import (
     FIRST_VOXEL_BYTE,
+    MAX_TRAILING_BYTES,
     WORKING_BYTES_PER_VOXEL,
     Geometry,
     Volume,
@@ -38,7 +39,8 @@ SPACING_MM = (3.0, 0.8125, 1.5)
 GEOMETRY = Geometry(AFFINE, SHAPE, SPACING_MM)
 
 # Byte offsets in a NIfTI-1 header.
-DIM, DATATYPE, PIXDIM, VOX_OFFSET, SCL_SLOPE, QFORM_CODE, SROW_X, MAGIC = 40, 70, 76, 108, 112, 252, 280, 344
+DIM, DATATYPE, BITPIX, PIXDIM, VOX_OFFSET, SCL_SLOPE, UNITS = 40, 70, 72, 76, 108, 112, 123
+QFORM_CODE, SROW_X, MAGIC = 252, 280, 344
 
 
 def noise(dtype: type[np.generic]) -> NDArray[Any]:
@@ -86,11 +88,50 @@ def test_axes_are_those_of_the_file_and_other_programs_read_ours(tmp_path: Path)
 
 
 def test_spacing_is_the_headers_pixdim_and_not_the_affines(tmp_path: Path) -> None:
-    (tmp_path / "a.nii").write_bytes(nifti_bytes(at_80=("<3f", 2.5, 1.0, 0.5)))
-    assert read_nifti(tmp_path / "a.nii", np.int16).geometry.spacing_mm == (2.5, 1.0, 0.5)
-    written = Geometry(AFFINE, SHAPE, (2.5, 1.0, 0.5))
-    write_nifti(tmp_path / "b.nii", Volume(noise(np.int16)[np.newaxis], written))
-    assert read_geometry(tmp_path / "b.nii").spacing_mm == (2.5, 1.0, 0.5)
+    rounded = (2.984375, 0.8203125, 1.5)  # within the tolerance of the affine's, and exact in float32
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", *rounded)}))
+    assert read_nifti(tmp_path / "a.nii", np.int16).geometry.spacing_mm == rounded
+    write_nifti(tmp_path / "b.nii", Volume(noise(np.int16)[np.newaxis], Geometry(AFFINE, SHAPE, rounded)))
+    assert read_geometry(tmp_path / "b.nii").spacing_mm == rounded
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.int16), read_geometry])
+def test_spacing_and_affine_must_agree(tmp_path: Path, axis: int, read: Callable[[Path], object]) -> None:
+    # 0.01 of 3.0 and of 1.5 mm; of 0.8125 mm it would be less than 0.01 mm.
+    tolerance = (0.03, 0.01, 0.015)[axis]
+    for difference, is_same in ((0.95, True), (-0.95, True), (1.05, False), (-1.05, False)):
+        spacing = SPACING_MM[axis] + difference * tolerance
+        (tmp_path / "a.nii").write_bytes(nifti_bytes(**{f"at_{PIXDIM + 4 + 4 * axis}": ("<f", spacing)}))
+        if is_same:
+            read(tmp_path / "a.nii")
+        else:
+            said = (
+                rf"a\.nii: along axis {axis} the header's voxel spacing is {spacing:g} mm, but {SPACING_MM[axis]:g} mm"
+            )
+            with pytest.raises(UserError, match=said):
+                read(tmp_path / "a.nii")
+
+
+def test_the_affine_that_counts_is_the_one_that_is_compared(tmp_path: Path) -> None:
+    # Without a code there is no affine, and nibabel makes one of the spacing.
+    content = bytearray(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", 2.5, 1.0, 0.5)}))
+    struct.pack_into("<2h", content, QFORM_CODE, 0, 0)
+    (tmp_path / "none.nii").write_bytes(content)
+    assert read_geometry(tmp_path / "none.nii").spacing_mm == (2.5, 1.0, 0.5)
+    # A quaternion turns and does not stretch: its affine has the header's spacing.
+    struct.pack_into("<2h", content, QFORM_CODE, 1, 0)
+    (tmp_path / "turned.nii").write_bytes(content)
+    assert read_geometry(tmp_path / "turned.nii").spacing_mm == (2.5, 1.0, 0.5)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("folder", ["kits19_segmentations", "hippocampus", "abdomen_ct"])
+def test_the_real_scans_agree_with_themselves(real_data: Callable[[str], Path], folder: str) -> None:
+    scans = sorted(real_data(folder).rglob("*.nii.gz"))
+    assert scans
+    for path in scans:
+        read_geometry(path)
 
 
 def test_channels_last_become_channels_first(tmp_path: Path) -> None:
@@ -180,6 +221,11 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "zero spacing": ("a.nii", nifti_bytes(at_84=("<f", 0.0)), r"spacing \[3.0, 0.0, 1.5\] mm is impossible"),
     "NaN spacing": ("a.nii", nifti_bytes(at_84=("<f", np.nan)), "spacing .*impossible|not a NIfTI"),
     "kilometre spacing": ("a.nii", nifti_bytes(at_84=("<f", 1e6)), "spacing .*impossible"),
+    "a metre's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 1)}), "voxel spacing is in metres"),
+    "micron's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 3 + 8)}), "voxel spacing is in microns"),
+    "8 bits of int16": ("a.nii", nifti_bytes(**{f"at_{BITPIX}": ("<h", 8)}), "int16 and 8 bits a voxel"),
+    "another type": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<h", 2)}), "uint8 and 16 bits a voxel"),
+    "steps of 9 mm": ("a.nii", nifti_bytes(**{f"at_{SROW_X + 8}": ("<f", 9.0)}), "along axis 2 .* 1.5 mm, but 9 mm"),
     "colours": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<2h", 128, 24)}) + bytes(999), "no colours"),
     "complex": ("a.nii", nifti_bytes(np.zeros(SHAPE, np.complex64)), "no colours or complex numbers"),
     "voxels in the header": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 0.0)}), "not a NIfTI-1 file"),
@@ -209,6 +255,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, fault: str, caplog: py
 
 
 HEADER_FAULTS = ["empty", "text", "32767 cubed", "2-D", "zero spacing", "colours", "NaN affine", "no rotation"]
+HEADER_FAULTS += ["a metre's spacing", "8 bits of int16", "steps of 9 mm"]
 
 
 @pytest.mark.parametrize("fault", [*HEADER_FAULTS, "NaN intercept", "voxels beyond any file"])
@@ -217,6 +264,38 @@ def test_a_damaged_header_has_no_geometry(tmp_path: Path, fault: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_geometry(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_lies_behind_the_last_voxel_is_read_and_bounded(tmp_path: Path, name: str) -> None:
+    def write(extra: int, end: bytes = b"") -> None:
+        content = nifti_bytes() + bytes(extra)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) + end if name.endswith(".gz") else content)
+
+    write(MAX_TRAILING_BYTES)
+    np.testing.assert_array_equal(read_nifti(tmp_path / name, np.float32).array[0], noise(np.int16))
+    # Had it been read on, what comes behind would have been "no gzip file".
+    write(MAX_TRAILING_BYTES + 1, end=b"junk")
+    with pytest.raises(UserError, match="goes on for more than 1 MiB behind the last voxel"):
+        read_nifti(tmp_path / name, np.float32)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"a\.nii(\.gz)?: a pipe or a device; expected a file"):
+        read(tmp_path / name)
+
+
+def test_an_odd_extension_is_passed_over_without_a_word(tmp_path: Path) -> None:
+    # 17 bytes, which is no multiple of 16, before voxels that begin 32 bytes later.
+    content = nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", FIRST_VOXEL_BYTE + 32.0)})
+    extension = struct.pack("<4B2i", 1, 0, 0, 0, 17, 6) + bytes(24)
+    (tmp_path / "a.nii").write_bytes(content[: FIRST_VOXEL_BYTE - 4] + extension + content[FIRST_VOXEL_BYTE:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii", np.float32).array[0], noise(np.int16))
 
 
 @pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])

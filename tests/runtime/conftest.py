@@ -1,9 +1,17 @@
-"""What the tests of this room share: a configuration, a world of one, a tiny network, and made-up batches."""
+"""What the tests of this room share: a configuration, worlds of one and of processes, a tiny network, batches."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
+import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +26,9 @@ from runtime.precision import Precision
 from runtime.training import TrainState
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+# Before the code of each rank of `run_ranks`.
+JOIN = "from runtime.distributed import World\nworld = World.join(0)\n"
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +46,47 @@ def world() -> World:
 @pytest.fixture
 def fp32() -> Precision:
     return Precision(CPU, None)
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file may grow beyond the size; Python has the signal ignored, so that writing fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[str]]:
+    """`run_ranks("print(world.rank)")`: what each of two processes prints that have joined a world with gloo."""
+
+    def run(code: str, ranks: int = 2) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        # Without its GPU a machine has gloo, and two ranks need not share one.
+        shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        program = JOIN + textwrap.dedent(code) + "\nworld.leave()\n"
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **shared, "RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        try:
+            told = [process.communicate(timeout=120) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == [0] * ranks, "\n".join(err for _, err in told)
+        return [out for out, _ in told]
+
+    return run
 
 
 @pytest.fixture
@@ -66,6 +118,7 @@ class Batches:
 
     def __init__(self, batches: int, batch_size: int, shape: tuple[int, int, int] = (4, 4, 8)) -> None:
         self.epochs: list[int] = []
+        self.starts: list[int] = []
         generator = torch.Generator().manual_seed(12)
         self._batches = []
         for _ in range(batches):
@@ -76,9 +129,13 @@ class Batches:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def epoch(self, epoch: int) -> Iterator[dict[str, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.epochs.append(epoch)
-        yield from self._batches
+        self.starts.append(start)
+        yield from self._batches[start:]
+
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        return [f"sample {sample} of batch {batch}" for sample in range(len(self._batches[batch]["image"]))]
 
 
 @pytest.fixture

@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 
 from errors import UserError
-from runtime.arguments import NETWORK_FLAGS, RunConfig, make_parser, parse_arguments, with_checkpoint_network
+from runtime.arguments import (
+    NETWORK_FLAGS,
+    RunConfig,
+    checkpoint_path,
+    make_parser,
+    parse_arguments,
+    parse_interval,
+    with_checkpoint_network,
+)
 
 DEFAULTS: dict[str, Any] = {
     "data_dir": Path("DATA"),
     "log_dir": Path("/tmp"),
     "save_ckpt_path": None,
     "load_ckpt_path": None,
+    "resume": False,
+    "ckpt_every": "10m",
+    "ckpt_keep": 2,
     "loader": "pytorch",
     "local_rank": 0,
     "exec_mode": "train",
@@ -98,6 +109,11 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--log_dir", "LOGS"], "log_dir", Path("LOGS")),
     (["--save_ckpt_path", "last.pth"], "save_ckpt_path", Path("last.pth")),
     (["--load_ckpt_path", "a/b.pth"], "load_ckpt_path", Path("a/b.pth")),
+    (["--resume"], "resume", True),
+    (["--ckpt_every", "0.5m"], "ckpt_every", "0.5m"),
+    (["--ckpt_every", "2e"], "ckpt_every", "2e"),
+    (["--ckpt_every", "never"], "ckpt_every", "never"),
+    (["--ckpt_keep", "3"], "ckpt_keep", 3),
     (["--loader", "synthetic"], "loader", "synthetic"),
     (["--local_rank", "3"], "local_rank", 3),
     (["--batch_size", "7"], "batch_size", 7),
@@ -268,6 +284,14 @@ def test_a_missing_argument_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (["--ckpt_every", "10"], "'10' is neither minutes (10m) nor epochs (2e) nor never"),
+        (["--ckpt_every", "0m"], "'0m' is neither"),
+        (["--ckpt_every", "0e"], "'0e' is neither"),
+        (["--ckpt_every", "1.5e"], "'1.5e' is neither"),
+        (["--ckpt_every", "-1m"], "expected one argument"),
+        (["--ckpt_every", "10 m"], "'10 m' is neither"),
+        (["--ckpt_every", "10s"], "'10s' is neither"),
+        (["--ckpt_keep", "0"], "0 is outside 1 to inf"),
         (["--batch_size", "0"], "0 is outside 1 to inf"),
         (["--batch_size", "-1"], "-1 is outside"),
         (["--batch_size", "two"], "'two' is not a number of this kind (int)"),
@@ -335,6 +359,8 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], told: str
         (["--cudnn_benchmark", "--cudnn_deterministic"], "choose one"),
         (["--overlap", "1"], "--overlap 1: windows must advance"),
         (["--save_ckpt_path", "."], "is a folder; give a file"),
+        (["--resume", "--ckpt_every", "never"], "--resume, but with --ckpt_every never or"),
+        (["--resume", "--benchmark"], "--resume, but with"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -359,6 +385,26 @@ def test_a_checkpoint_path_in_a_folder_that_exists(tmp_path: Path) -> None:
     assert parse("--save_ckpt_path", str(path)).save_ckpt_path == path
     with pytest.raises(UserError, match=r"is a folder; give a file, such as .*checkpoint\.pth"):
         parse("--save_ckpt_path", str(tmp_path))
+
+
+# Where and when to save
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [("10m", (10.0, 0)), ("0.5m", (0.5, 0)), ("2e", (0.0, 2)), ("10e", (0.0, 10)), ("never", (0.0, 0))],
+)
+def test_an_interval_is_minutes_or_epochs(text: str, interval: tuple[float, int]) -> None:
+    assert parse_interval(text) == interval
+
+
+def test_a_run_keeps_its_checkpoints_beside_its_logs_unless_told_otherwise() -> None:
+    own = Path("elsewhere/c.pth")
+    assert checkpoint_path(parse("--log_dir", "LOGS")) == Path("LOGS/checkpoint.pth")
+    assert checkpoint_path(parse("--ckpt_every", "never")) is None
+    assert checkpoint_path(parse("--benchmark")) is None, "writing would be timed"
+    for flags in ((), ("--ckpt_every", "never"), ("--benchmark",), ("--resume", "--ckpt_every", "never")):
+        assert checkpoint_path(parse("--save_ckpt_path", str(own), *flags)) == own
 
 
 # A checkpoint's configuration

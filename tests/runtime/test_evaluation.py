@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loading.loader import EvaluationCase
+from errors import Interrupted
 from model.losses import DiceCELoss, dice_score
 from runtime.distributed import World
 from runtime.evaluation import Plan, Scoring, deal, evaluate, score_cases
@@ -163,14 +165,14 @@ class Thread(World):
     table: Table = field(default_factory=lambda: Table(1))
     tables: dict[tuple[int, ...], Table] = field(default_factory=dict)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, while_waiting: Callable[[], None] | None = None) -> Tensor:
         return self.table.sum(self.rank, tensor)
 
     def split(self, parts: Sequence[Sequence[int]]) -> World:
         for part in parts:
             if self.rank in part:
                 table = self.tables.setdefault(tuple(part), Table(len(part)))
-                return Thread(list(part).index(self.rank), len(part), self.device, None, table)
+                return Thread(list(part).index(self.rank), len(part), self.device, table=table)
         return World(0, 1, self.device)
 
     def broadcast_buffers(self, model: nn.Module) -> None:
@@ -187,7 +189,9 @@ def test_the_same_on_any_number_of_ranks(ranks: int, count: int, world: World) -
     with ThreadPoolExecutor(ranks) as threads:
         together = list(
             threads.map(
-                lambda rank: score_all(cases, Thread(rank, ranks, world.device, None, table, tables), logs[rank]),
+                lambda rank: score_all(
+                    cases, Thread(rank, ranks, world.device, table=table, tables=tables), logs[rank]
+                ),
                 range(ranks),
             )
         )
@@ -257,7 +261,7 @@ def test_a_table_is_shared_once_with_zeros_for_the_other_ranks_cases(world: Worl
     tables: list[Tensor] = []
 
     class Spy(Thread):
-        def sum(self, tensor: Tensor) -> Tensor:
+        def sum(self, tensor: Tensor, while_waiting: Callable[[], None] | None = None) -> Tensor:
             tables.append(tensor.clone())
             return tensor
 
@@ -305,3 +309,69 @@ def test_a_network_that_yields_nan_scores_as_a_nan_loss(world: World, fp32: Prec
     stopped = evaluate(1, Broken(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
     assert stopped.loss != stopped.loss
     assert 0 <= stopped.mean_dice <= 1
+
+
+# Leaving
+
+
+def test_a_check_is_made_before_every_batch_of_windows(world: World, fp32: Precision) -> None:
+    """So that a signal is heard in the middle of the longest case."""
+    log: list[str] = []
+
+    class Spy(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            log.append("batch")
+            return super().forward(image)
+
+    evaluate(
+        1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None,
+        lambda: log.append("check"),
+    )  # fmt: skip
+    windows = sum(SCORING.windows(made_up(case).image.shape[2:]) for case in CASES)
+    assert log == ["check", "batch"] * -(-windows // SCORING.batch_size)
+
+
+def test_what_a_check_raises_ends_the_evaluation_at_once(world: World, fp32: Precision) -> None:
+    batches: list[int] = []
+    events: list[Event] = []
+
+    class Spy(Thresholds):
+        def forward(self, image: Tensor) -> Tensor:
+            batches.append(len(image))
+            return super().forward(image)
+
+    def check() -> None:
+        if len(batches) == 2:
+            raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        evaluate(
+            1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, events.append, check
+        )  # fmt: skip
+    assert len(batches) == 2
+    assert not any(isinstance(event, CaseEvaluated) for event in events[1:])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_rank_that_waits_for_others_checks_too(shared: bool, fp32: Precision) -> None:
+    """Both for the table of scores and, where a case's windows are shared, for its partners' logits."""
+    checks: list[object] = []
+
+    class Spy(Thread):
+        def sum(self, tensor: Tensor, while_waiting: Callable[[], None] | None = None) -> Tensor:
+            checks.append(while_waiting)
+            return tensor
+
+        def split(self, parts: Sequence[Sequence[int]]) -> World:
+            return Spy(0, 2, self.device)
+
+    def check() -> None:
+        """Nothing to say."""
+
+    ranks = Spy(0, 2, torch.device("cpu"))
+    cases = CASES[:1] if shared else CASES[:2]
+    evaluate(
+        1, Thresholds(), DiceCELoss(), plan(cases, ranks), made_up, SCORING, fp32, ranks, lambda event: None,
+        check_waiting=check,
+    )  # fmt: skip
+    assert checks == [check] * (2 if shared else 1)

@@ -15,7 +15,7 @@ import torch
 
 from runtime.arguments import SEED_LIMIT
 from runtime.distributed import World
-from runtime.seeding import Seeds, draw_seeds, seed_process
+from runtime.seeding import Seeds, draw_seeds, seed_process, seed_step
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def _switches() -> Iterator[None]:
 
 def test_every_rank_has_the_same_seeds() -> None:
     box: list[Any] = []
-    seeds = [draw_seeds(-1, Wire(rank, 4, CPU, None, box)) for rank in range(4)]
+    seeds = [draw_seeds(-1, Wire(rank, 4, CPU, box=box)) for rank in range(4)]
     assert all(each == seeds[0] for each in seeds)
     assert len(box) == 1
     assert len(seeds[0].ranks) == 4
@@ -113,6 +113,24 @@ def test_a_process_draws_the_same_again_in_all_three_libraries() -> None:
     assert all(a != b for a, b in zip(first, second, strict=True))
     seed_process(6, False, False)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_what_a_step_draws_follows_from_its_place_alone() -> None:
+    """So a resumed run draws on, with nothing of the generators saved."""
+    seed_step(5, 3, 7)
+    expected = draws()
+    for others in ((6, 3, 7), (5, 4, 7), (5, 3, 8), (5, 7, 3)):
+        seed_step(*others)
+        assert all(a != b for a, b in zip(draws(), expected, strict=True)), others
+    seed_step(5, 3, 7)
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_any_ranks_seed_is_taken(seed: int) -> None:
+    """A rank's seed is any number of 32 bits, and numpy's generator takes no more than those."""
+    seed_step(seed, 100_000, 100_000)
+    assert 0 <= torch.initial_seed() < 2**32
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 5])

@@ -28,6 +28,7 @@ from runtime.trackers import (
     rotate_logs,
     tensor_names,
 )
+from tests.runtime.conftest import disk_of
 
 MakeConfig = Callable[..., RunConfig]
 SAMPLES_PER_EPOCH = 168
@@ -58,8 +59,9 @@ def blocks(scores: dict[int, float]) -> Iterator[ev.Event]:
         yield ev.BlockStarted(first, last - first + 1)
         for epoch in range(first, last + 1):
             yield ev.EpochStarted(epoch, 0.1, 2)
-            yield ev.BatchDone(epoch, 0, 84)
-            yield ev.BatchDone(epoch, 1, 84)
+            for batch in (0, 1):
+                yield from (ev.PhaseDone("data"), ev.PhaseDone("forward and backward"), ev.BatchDone(epoch, batch, 84))
+                yield ev.StepDone(epoch, batch, 0.5, 1.0, 1.0)
             yield ev.EpochStopped(epoch, 0.5, 0.1, 168, 1.0)
         yield ev.EvaluationStarted(last, 42)
         yield ev.CaseEvaluated(last, "case_00000")
@@ -270,14 +272,15 @@ def test_tensor_names_of_other_networks() -> None:
 # JSON lines and run.json
 
 
-def test_json_lines_hold_every_event_but_batches_and_cases(
+def test_json_lines_hold_every_event_but_batches_steps_and_cases(
     tmp_path: Path, make_config: MakeConfig, tensors: list[str]
 ) -> None:
     events = whole_run(make_config(save_ckpt_path=Path("c.pth")), tensors, {2: 0.5, 3: 0.91})
     before = time.time()
     tell(JsonLinesTracker(tmp_path), events)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    kept = [event for event in events if not isinstance(event, ev.BatchDone | ev.CaseEvaluated)]
+    left_out = ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated
+    kept = [event for event in events if not isinstance(event, left_out)]
     assert [record["event"] for record in records] == [type(event).__name__ for event in kept]
     assert all(before <= record["time_s"] <= time.time() for record in records)
     for record, event in zip(records, kept, strict=True):
@@ -364,6 +367,16 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trackers.os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(UserError, match=r"cannot be written: permission denied$"):
         rotate_logs(tmp_path)
+
+
+def test_a_full_disk_is_told_to_who_announces(
+    tmp_path: Path, make_config: MakeConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who warns once; logging's own way is a traceback on stderr for every line."""
+    for tracker in (MLPerfTracker(tmp_path), JsonLinesTracker(tmp_path)):
+        with disk_of(100), pytest.raises(OSError, match="File too large"):
+            tell(tracker, initialisation(make_config(), ["x"]))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_lost_loss_is_still_a_line(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
-"""The loop: accumulation, the schedule, the order of events, golden losses, one wait for the device an epoch."""
+"""The loop: accumulation, the schedule, the order of events, golden losses, one wait for the device an epoch, every end
+of a run and going on from any place.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import DIVERGED_EXIT, Interrupted, UserError
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
+from runtime import pulse as pulses
 from runtime import training
-from runtime.callbacks import Announcer, Diverged, TargetReached
+from runtime.callbacks import Announcer, Diverged, Leave, TargetReached
 from runtime.distributed import World
 from runtime.events import (
     BatchDone,
@@ -29,12 +34,15 @@ from runtime.events import (
     Event,
     PhaseDone,
     RunStopped,
+    StepDone,
 )
 from runtime.optim import learning_rate, make_optimizer
 from runtime.precision import Precision
+from runtime.pulse import Pulse, Wishes
 from runtime.training import (
     Schedule,
     StepSettings,
+    Stop,
     TrainState,
     make_schedule,
     place,
@@ -50,18 +58,30 @@ SameWeights = Callable[[nn.Module, nn.Module], bool]
 
 CPU = torch.device("cpu")
 FP32 = Precision(CPU, None)
+ALONE = World(0, 1, CPU)
 
 
-def settings_of(ga_steps: int = 1, layout: str = "NCDHW", precision: Precision = FP32) -> StepSettings:
-    return StepSettings(DiceCELoss(), precision, ga_steps, layout)
+def settings_of(ga_steps: int = 1, layout: str = "NCDHW", precision: Precision = FP32, seed: int = 0) -> StepSettings:
+    return StepSettings(DiceCELoss(), precision, ga_steps, layout, seed)
 
 
 def run_epoch(
-    state: TrainState, loader: training.TrainingLoader, rate: float = 0.1, epoch: int = 1, ga_steps: int = 1
-) -> list[Event]:
+    state: TrainState, loader: training.TrainingLoader, rate: float = 0.1, epoch: int = 1, ga_steps: int = 1,
+    world: World = ALONE, lag: int = 0, emit: Callable[[Event], None] = lambda event: None,
+) -> list[Event]:  # fmt: skip
+    """One epoch; its events, each of which `emit` hears as it comes."""
     events: list[Event] = []
-    train_epoch(state, epoch, loader, rate, settings_of(ga_steps), World(0, 1, CPU), events.append)
+
+    def announce(event: Event) -> None:
+        events.append(event)
+        emit(event)
+
+    train_epoch(state, epoch, loader, rate, settings_of(ga_steps), world, Pulse(world, lag=lag), announce)
     return events
+
+
+def steps_of(events: list[Event]) -> list[StepDone]:
+    return [event for event in events if isinstance(event, StepDone)]
 
 
 def assert_close_weights(a: nn.Module, b: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -172,7 +192,7 @@ def test_channels_last_trains_to_the_same_numbers(make_state: MakeState, make_ba
         events: list[Event] = []
         for epoch in (1, 2):
             train_epoch(
-                state, epoch, make_batches(3, 2), 0.1, settings_of(layout=layout), World(0, 1, CPU), events.append
+                state, epoch, make_batches(3, 2), 0.1, settings_of(layout=layout), ALONE, Pulse(ALONE), events.append
             )
         losses.append([event.loss for event in events if isinstance(event, EpochStopped)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -199,6 +219,9 @@ def test_a_loss_scaler_skips_a_step_that_overflows(
     assert same_weights(state.network, start.network)
     assert state.scaler.get_scale() == 512
     assert math.isfinite(events[-1].loss), "a skipped step is normal, and no reason to stop"
+    (step,) = steps_of(events)
+    assert (step.fault, step.loss_scale) == (False, 512.0)
+    assert not math.isfinite(step.gradient_norm)
 
 
 def test_the_loss_is_fp32_whatever_the_network_computes_in(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -211,6 +234,31 @@ def test_the_loss_is_fp32_whatever_the_network_computes_in(make_state: MakeState
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(train_step(make_state(), batch, settings_of(), True).item(), rel=0.05)
     assert {p.dtype for p in state.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("ga_steps", [1, 2])
+def test_a_step_tells_its_mean_loss_and_the_norm_of_its_gradients(
+    ga_steps: int, scale: float | None, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """The norm is of what the optimizer takes: averaged over the micro-batches, the loss scale divided out."""
+    state, other, loader = make_state(rate=0.0), make_state(), make_batches(4, 1)
+    if scale is not None:
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+    steps = steps_of(run_epoch(state, loader, rate=0.0, ga_steps=ga_steps))
+    losses = []
+    for batch in loader.epoch(1):
+        loss = DiceCELoss()(other.network(batch["image"]), batch["label"])
+        (loss / ga_steps).backward()
+        losses.append(loss.item())
+        if len(losses) % ga_steps == 0:
+            norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in other.network.parameters()))
+            step = steps.pop(0)
+            assert step.loss == pytest.approx(sum(losses[-ga_steps:]) / ga_steps, rel=1e-6)
+            assert step.gradient_norm == pytest.approx(norm, rel=1e-5)
+            assert step.loss_scale == (scale or 1.0)
+            other.network.zero_grad()
+    assert steps == []
 
 
 # An epoch
@@ -234,7 +282,17 @@ def test_events_of_an_epoch(make_state: MakeState, make_batches: MakeBatches) ->
     expected: list[Event] = [EpochStarted(4, 0.25, 3)]
     for index in range(3):
         expected += [PhaseDone("data"), PhaseDone("forward and backward"), BatchDone(4, index, 2)]
-    assert events[:-1] == expected
+        expected += [StepDone(4, index, 0.0, 0.0, 1.0)]
+    # The numbers have a test of their own.
+    without = [replace(e, loss=0.0, gradient_norm=0.0) if isinstance(e, StepDone) else e for e in events]
+    assert without[:-1] == expected
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_every_step_is_told_before_its_epoch_ends(lag: int, make_state: MakeState, make_batches: MakeBatches) -> None:
+    events = run_epoch(make_state(), make_batches(5, 1), epoch=4, ga_steps=2, lag=lag)
+    assert [(event.epoch, event.batch) for event in steps_of(events)] == [(4, 1), (4, 3)]
+    assert isinstance(events[-1], EpochStopped)
 
 
 def test_the_loader_is_asked_for_its_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -281,29 +339,71 @@ def test_an_epoch_sets_its_rate_and_train_mode(make_state: MakeState, make_batch
 class TwoRanks(World):
     """The other rank's sum of losses is this one's plus 3."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, while_waiting: Callable[[], None] | None = None) -> Tensor:
         return 2 * tensor + 3
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 def test_the_mean_loss_is_over_all_ranks(make_state: MakeState, make_batches: MakeBatches) -> None:
     alone = run_epoch(make_state(), make_batches(3, 2))[-1]
-    events: list[Event] = []
-    train_epoch(make_state(), 1, make_batches(3, 2), 0.1, settings_of(), TwoRanks(0, 2, CPU), events.append)
-    both = events[-1]
+    both = run_epoch(make_state(), make_batches(3, 2), world=TwoRanks(0, 2, CPU))[-1]
     assert isinstance(alone, EpochStopped)
     assert isinstance(both, EpochStopped)
     assert both.loss == pytest.approx(alone.loss + 3 / 6, rel=1e-6)
     assert both.samples == 2 * alone.samples
 
 
-def test_the_host_reads_the_device_once_an_epoch(
-    make_state: MakeState, make_batches: MakeBatches, forbid_reading: Callable[[], list[str]]
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_reads_nothing(
+    scaled: bool, make_state: MakeState, make_batches: MakeBatches, forbid_reading: Callable[[], list[str]]
 ) -> None:
+    state, loader = make_state(momentum=0.9), make_batches(4, 1)
+    if scaled:
+        state.scaler = Unread("cpu", enabled=True)
+    run_epoch(state, loader)  # momentum's buffers and the scale exist from now on
+    reads = forbid_reading()
+    for index, batch in enumerate(loader.epoch(1)):
+        train_step(state, batch, settings_of(2), is_last=index % 2 == 1)
+    assert reads == []
+
+
+class Unread(torch.amp.GradScaler):
+    """Steps as on a GPU with a fused optimizer, which looks for infinities itself: torch's own reads them on a CPU."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+
+    def update(self, new_scale: float | None = None) -> None:
+        """Nothing was found that would change it."""
+
+
+def test_the_host_reads_a_step_with_the_next_one_and_one_loss_an_epoch(
+    make_state: MakeState, make_batches: MakeBatches, forbid_reading: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All that is read of a step is the pulse's vector, once it has arrived; as on a GPU, where the lag is 1."""
     state, loader = make_state(momentum=0.9), make_batches(6, 1)
     run_epoch(state, loader)  # momentum's buffers exist from now on
-    reads = forbid_reading()
-    run_epoch(state, loader, ga_steps=2)
-    assert reads == ["item"]
+    log = forbid_reading()
+
+    def copied(vector: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        log.append("sent")
+        return vector, lambda: log.append("arrived")
+
+    def emit(event: Event) -> None:
+        if isinstance(event, BatchDone | StepDone):
+            log.append(f"{type(event).__name__} {event.batch}")
+
+    monkeypatch.setattr(pulses, "_start_copy", copied)
+    run_epoch(state, loader, ga_steps=2, lag=1, emit=emit)
+    assert log == [
+        *("BatchDone 0", "BatchDone 1", "sent"),
+        *("BatchDone 2", "BatchDone 3", "sent", "arrived", "tolist", "StepDone 1"),
+        *("BatchDone 4", "BatchDone 5", "sent", "arrived", "tolist", "StepDone 3"),
+        *("arrived", "tolist", "StepDone 5", "item"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -330,6 +430,128 @@ def test_a_step_runs_where_no_value_can_be_read(optimizer: str, make_batches: Ma
         assert loss.device == meta
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()
+
+
+# The middle of an epoch
+
+
+class Dropping(nn.Module):
+    """Draws in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 4, 3, padding=1)
+        self.second = nn.Conv3d(4, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.second(nn.functional.dropout(self.first(image).relu(), 0.4, self.training))
+
+
+def dropping_state() -> TrainState:
+    torch.manual_seed(5)
+    network = Dropping()
+    optimizer = make_optimizer("sgd", network.parameters(), 0.1, momentum=0.9)
+    return TrainState(network, network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("ga_steps", [1, 2])
+def test_at_a_steps_end_the_state_says_where_it_is(
+    ga_steps: int, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    state, found = make_state(), []
+
+    def emit(event: Event) -> None:
+        place = state.epoch, state.batch, None if state.loss_sum is None else state.loss_sum.item()
+        if isinstance(event, StepDone):
+            found.append(place)
+        elif isinstance(event, BatchDone) and found:
+            assert place == found[-1], "what is done of the next step does not count yet"
+
+    state.epoch = 6
+    steps = steps_of(run_epoch(state, make_batches(5, 1), epoch=7, ga_steps=ga_steps, emit=emit))
+    assert [told[:2] for told in found] == [(6, step.batch + 1) for step in steps]
+    sums = [ga_steps * sum(step.loss for step in steps[: count + 1]) for count in range(len(steps))]
+    assert [told[2] for told in found] == pytest.approx(sums, rel=1e-6)
+    assert (state.epoch, state.batch, state.loss_sum) == (7, 0, None)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("ga_steps", [1, 2])
+def test_the_rest_of_an_epoch_is_the_whole_epochs_bit_for_bit(
+    ga_steps: int, lag: int, make_batches: MakeBatches, same_weights: SameWeights
+) -> None:
+    """With a network that draws in each step: from any step on, whatever was drawn in between."""
+    whole, states = dropping_state(), []
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepDone):
+            states.append(copy.deepcopy(whole))
+
+    stopped = run_epoch(whole, make_batches(5, 2), epoch=3, ga_steps=ga_steps, emit=emit)[-1]
+    assert isinstance(stopped, EpochStopped)
+    places = [state.batch for state in states]
+    assert places == list(range(ga_steps, 6, ga_steps))
+    for count, (state, done) in enumerate(zip(states, places, strict=True), start=1):
+        torch.manual_seed(1000 + done)
+        rest = run_epoch(state, make_batches(5, 2), epoch=3, ga_steps=ga_steps, lag=lag)
+        assert [event.batch for event in rest if isinstance(event, BatchDone)] == list(range(done, places[-1]))
+        assert [event.batch + 1 for event in steps_of(rest)] == places[count:]
+        assert same_weights(state.network, whole.network)
+        assert (rest[-1].loss, state.epoch, state.batch) == (stopped.loss, 3, 0)
+
+
+def test_a_loader_is_asked_for_the_rest_alone(make_state: MakeState, make_batches: MakeBatches) -> None:
+    """Those before are not read again: a late step of a long epoch begins at once."""
+    state, loader = make_state(), make_batches(5, 1)
+    state.batch, state.loss_sum = 2, torch.tensor(1.0)
+    run_epoch(state, loader, epoch=3)
+    assert (loader.epochs, loader.starts) == ([3], [2])
+
+
+def test_what_a_step_draws_is_of_the_ranks_seed_the_epoch_and_the_batch(make_batches: MakeBatches) -> None:
+    def loss(seed: int = 1, epoch: int = 1, before: int = 0) -> float:
+        state = dropping_state()
+        torch.manual_seed(before)
+        events: list[Event] = []
+        train_epoch(state, epoch, make_batches(2, 1), 0.0, settings_of(seed=seed), ALONE, Pulse(ALONE), events.append)
+        return steps_of(events)[0].loss
+
+    assert loss(before=9) == loss()
+    assert loss(seed=2) != loss()
+    assert loss(epoch=2) != loss()
+    same = make_batches(3, 1)
+    same._batches[1:] = [same._batches[0]] * 2
+    assert len({step.loss for step in steps_of(run_epoch(dropping_state(), same, rate=0.0))}) == 3
+
+
+def test_a_stop_at_a_step_leaves_the_rest_of_the_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
+    state = make_state()
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepDone) and event.batch == 1:
+            state.stop = Stop("aborted", "enough")
+
+    events = run_epoch(state, make_batches(4, 1), emit=emit)
+    assert sum(isinstance(event, BatchDone) for event in events) == 2
+    assert isinstance(events[-1], StepDone), "an epoch that was not completed has no mean loss"
+    assert (state.epoch, state.batch) == (0, 2)
+
+
+def test_a_stop_at_an_epochs_last_step_is_no_whole_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
+    """With a lag, the last step is heard when no other one follows."""
+    state = make_state()
+
+    def emit(event: Event) -> None:
+        if isinstance(event, StepDone) and event.batch == 3:
+            state.stop = Stop("aborted", "enough")
+
+    events = run_epoch(state, make_batches(4, 1), lag=1, emit=emit)
+    assert isinstance(events[-1], StepDone)
+    assert (state.epoch, state.batch) == (0, 4)
+    state.stop = None
+    (started, stopped) = run_epoch(state, make_batches(4, 1))
+    assert (type(started), type(stopped)) == (EpochStarted, EpochStopped), "all that is left is to say so"
+    assert (state.epoch, state.batch) == (1, 0)
 
 
 # The schedule
@@ -415,10 +637,17 @@ def test_note_speaks_up_where_nothing_will_be_evaluated() -> None:
 class Run:
     """`train` with a made-up evaluation: events are recorded, each evaluation's score is looked up."""
 
-    def __init__(self, scores: dict[int, float], threshold: float = 0.908) -> None:
+    world = ALONE
+
+    def __init__(
+        self, scores: dict[int, float], threshold: float = 0.908, signals: dict[int, int] | None = None
+    ) -> None:
+        """`signals`: the number of one, by how many beats were made before."""
         self.events: list[Event] = []
         self.scores = scores
-        self.announce = Announcer([TargetReached(threshold), Diverged()], [self])
+        self.signals = signals or {}
+        self.threshold = threshold
+        self.announce = Announcer([self])
 
     def on(self, event: Event) -> None:
         self.events.append(event)
@@ -428,22 +657,32 @@ class Run:
         score = self.scores.get(epoch, 0.5)
         return EvaluationStopped(epoch, score, [score], 0.1, 0.0)
 
+    def wish(self) -> Wishes:
+        return Wishes(self.signals.get(sum(isinstance(event, StepDone) for event in self.events), 0))
+
     def start(
         self, state: TrainState, loader: training.TrainingLoader, schedule: Schedule,
         rate: Callable[[int], float] = lambda epoch: 0.1,
     ) -> RunStopped:  # fmt: skip
-        self.announce.state = state
-        train(state, loader, schedule, rate, settings_of(), self.evaluate, World(0, 1, CPU), self.announce)
-        stopped = self.events[-1]
-        assert isinstance(stopped, RunStopped)
+        """How the log ends; the run itself ends in the same words, and ends the log but once."""
+        self.announce.govern(state, [TargetReached(self.threshold), Diverged(self.world, loader.describe), Leave()])
+        pulse = Pulse(self.world, self.wish)
+        self.stop = train(state, loader, schedule, rate, settings_of(), self.evaluate, self.world, pulse, self.announce)
+        stopped = self.last()
+        assert (stopped.status, stopped.reason) == (self.stop.status, self.stop.reason)
+        return stopped
+
+    def last(self) -> RunStopped:
+        (stopped,) = [event for event in self.events if isinstance(event, RunStopped)]
+        assert stopped is self.events[-1]
         return stopped
 
     def names(self) -> list[str]:
-        """Class names with the epoch, but for single batches."""
+        """Class names with the epoch, but for single batches and steps."""
         return [
             f"{type(event).__name__} {getattr(event, 'epoch', getattr(event, 'first_epoch', ''))}"
             for event in self.events
-            if not isinstance(event, PhaseDone | BatchDone)
+            if not isinstance(event, PhaseDone | BatchDone | StepDone)
         ]
 
     def losses(self) -> list[float]:
@@ -487,35 +726,50 @@ def test_a_run_that_reaches_its_target_stops_at_once_with_success(
     stopped = run.start(make_state(), make_batches(1, 1), Schedule(50, 2, 2))
     assert (stopped.status, stopped.epoch) == ("success", 4)
     assert "0.9080 reached 0.908" in stopped.reason
+    assert run.stop.exit_status == 0
     assert run.names()[-3:] == ["EvaluationStopped 4", "BlockStopped 3", "RunStopped 4"]
 
 
 def test_a_run_without_its_target_is_aborted_at_its_last_epoch(
     make_state: MakeState, make_batches: MakeBatches
 ) -> None:
-    stopped = Run({}).start(make_state(), make_batches(1, 1), Schedule(3, 1, 1))
+    run = Run({})
+    stopped = run.start(make_state(), make_batches(1, 1), Schedule(3, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 3)
     assert "not reached in 3 epochs" in stopped.reason
+    assert run.stop.exit_status == 0, "a whole run: to start it again would train no further"
 
 
 def test_a_score_of_nothing_is_aborted(make_state: MakeState, make_batches: MakeBatches) -> None:
-    stopped = Run({2: 1e-7}).start(make_state(), make_batches(1, 1), Schedule(9, 1, 1))
+    run = Run({2: 1e-7})
+    stopped = run.start(make_state(), make_batches(1, 1), Schedule(9, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 2)
     assert "diverged" in stopped.reason
+    assert run.stop.exit_status == DIVERGED_EXIT
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_any_evaluation(
-    make_state: MakeState, make_batches: MakeBatches
-) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_at_its_step(make_state: MakeState, make_batches: MakeBatches) -> None:
     state = make_state()
     with torch.no_grad():
         state.network.output.conv.bias.fill_(float("nan"))
     run = Run({})
-    stopped = run.start(state, make_batches(1, 1), Schedule(9, 1, 1))
-    assert (stopped.status, stopped.epoch) == ("aborted", 1)
-    assert "epoch 1 is nan" in stopped.reason
-    assert run.names() == ["BlockStarted 1", "EpochStarted 1", "EpochStopped 1", "BlockStopped 1", "RunStopped 1"]
+    stopped = run.start(state, make_batches(3, 1), Schedule(9, 1, 1))
+    assert (stopped.status, stopped.epoch) == ("aborted", 0)
+    assert stopped.reason.startswith("diverged: epoch 1, batch 0: ")
+    assert stopped.reason.endswith("rank 0: loss nan on sample 0 of batch 0")
+    assert run.stop.exit_status == DIVERGED_EXIT
+    assert run.names() == ["BlockStarted 1", "EpochStarted 1", "BlockStopped 1", "RunStopped 0"]
+    assert [event.batch for event in run.events if isinstance(event, BatchDone)] == [0]
     assert [event.epochs for event in run.events if isinstance(event, BlockStopped)] == [1]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_while_the_loss_is_one(
+    make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    state = make_state()
+    state.network.output.conv.bias.register_hook(lambda gradient: gradient * math.inf)
+    stopped = Run({}).start(state, make_batches(3, 1), Schedule(9, 1, 1))
+    assert stopped.reason.startswith("diverged: epoch 1, batch 0: gradient norm inf, loss scale 1, rank 0: loss 0.9")
 
 
 def test_a_run_goes_on_from_the_states_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -533,6 +787,177 @@ def test_every_epoch_takes_its_own_rate(make_state: MakeState, make_batches: Mak
     run.start(make_state(), make_batches(1, 1), Schedule(4, None, 1), rate=lambda epoch: 0.1 / epoch)
     rates = [event.learning_rate for event in run.events if isinstance(event, EpochStarted | EpochStopped)]
     assert rates == pytest.approx([0.1 / epoch for epoch in (1, 1, 2, 2, 3, 3, 4, 4)])
+
+
+def test_a_run_that_is_stopped_at_an_epochs_end_is_not_evaluated(
+    make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    state = make_state()
+
+    class Stopping(Run):
+        def on(self, event: Event) -> None:
+            super().on(event)
+            if isinstance(event, EpochStopped):
+                state.stop = Stop("aborted", "enough")
+
+    run = Stopping({})
+    assert run.start(state, make_batches(1, 1), Schedule(3, 1, 1)).reason == "enough"
+    assert run.names() == ["BlockStarted 1", "EpochStarted 1", "EpochStopped 1", "BlockStopped 1", "RunStopped 1"]
+
+
+# Leaving, and going on
+
+
+def test_a_signal_is_followed_at_a_steps_end(make_state: MakeState, make_batches: MakeBatches) -> None:
+    state, run = make_state(), Run({}, signals={4: signal.SIGTERM})
+    stopped = run.start(state, make_batches(3, 1), Schedule(9, 9, 1))
+    assert run.stop == Stop("aborted", "interrupted by SIGTERM", 143)
+    assert (stopped.epoch, state.epoch, state.batch) == (1, 1, 2), "the second step of epoch 2"
+    assert run.names()[-2:] == ["EpochStarted 2", "RunStopped 1"]
+
+
+def test_a_signal_is_followed_in_an_evaluation(make_state: MakeState, make_batches: MakeBatches) -> None:
+    class Left(Run):
+        def evaluate(self, epoch: int) -> EvaluationStopped:
+            super().evaluate(epoch)
+            raise Interrupted(signal.SIGINT)
+
+    state, run = make_state(), Left({})
+    run.start(state, make_batches(1, 1), Schedule(9, 2, 2))
+    assert run.stop == Stop("aborted", "interrupted by SIGINT", 130)
+    assert (state.epoch, state.batch, state.evaluated) == (2, 0, 0), "the evaluation is still to be made"
+    assert run.names()[-2:] == ["EvaluationStarted 2", "RunStopped 2"]
+
+
+def test_a_run_that_left_goes_on_as_if_it_had_not(
+    make_state: MakeState, make_batches: MakeBatches, same_weights: SameWeights
+) -> None:
+    """At any step of two epochs, but for what a checkpoint does between."""
+    whole, straight = make_state(momentum=0.9), Run({})
+    straight.start(whole, make_batches(3, 1), Schedule(2, 1, 1))
+    for beats in range(6):
+        state = make_state(momentum=0.9)
+        first, second = Run({}, signals={beats: signal.SIGTERM}), Run({})
+        first.start(state, make_batches(3, 1), Schedule(2, 1, 1))
+        assert first.stop.exit_status == 143
+        state.stop = None
+        second.start(state, make_batches(3, 1), Schedule(2, 1, 1))
+        assert same_weights(state.network, whole.network)
+        assert first.losses() + second.losses() == straight.losses()
+        scored = [event.epoch for event in first.events + second.events if isinstance(event, EvaluationStopped)]
+        assert scored == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "epochs", "names"),
+    [
+        (0, 4, ["EvaluationStarted 2", "EvaluationStopped 2", "BlockStarted 3"]),
+        (1, 4, ["EvaluationStarted 2", "EvaluationStopped 2", "BlockStarted 3"]),
+        (2, 4, ["BlockStarted 3"]),
+        (0, 2, ["EvaluationStarted 2", "EvaluationStopped 2", "RunStopped 2"]),
+    ],
+)
+def test_an_evaluation_that_an_earlier_process_owes_comes_first_and_once(
+    evaluated: int, epochs: int, names: list[str], make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    state, run = make_state(), Run({})
+    state.epoch, state.evaluated = 2, evaluated
+    run.start(state, make_batches(1, 1), Schedule(epochs, 2, 2))
+    assert run.names()[: len(names)] == names
+    assert run.names().count("EvaluationStopped 2") == (evaluated < 2)
+    assert run.names().count("EvaluationStopped 4") == (epochs == 4)
+    assert state.evaluated == epochs
+
+
+def test_nothing_is_owed_for_an_epoch_without_an_evaluation(make_state: MakeState, make_batches: MakeBatches) -> None:
+    state, run = make_state(), Run({})
+    state.epoch, state.evaluated = 3, 2
+    run.start(state, make_batches(1, 1), Schedule(4, 2, 2))
+    assert run.names()[0] == "BlockStarted 4"
+
+
+def test_an_evaluation_owed_may_end_the_run(make_state: MakeState, make_batches: MakeBatches) -> None:
+    state, run = make_state(), Run({2: 0.95})
+    state.epoch = 2
+    assert run.start(state, make_batches(1, 1), Schedule(9, 2, 2)).status == "success"
+    assert run.names() == ["EvaluationStarted 2", "EvaluationStopped 2", "RunStopped 2"]
+
+
+def test_who_hears_of_a_score_finds_it_in_the_state(make_state: MakeState, make_batches: MakeBatches) -> None:
+    """Else a checkpoint of a new best, made on this event, would have the evaluation made again."""
+    state, found = make_state(), []
+
+    class Looking(Run):
+        def on(self, event: Event) -> None:
+            super().on(event)
+            if isinstance(event, EvaluationStopped):
+                found.append(state.evaluated)
+
+    Looking({}).start(state, make_batches(1, 1), Schedule(3, 1, 1))
+    assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("a bug of ours"), "ValueError: a bug of ours"),
+        (UserError("case_00001: damaged"), "UserError: case_00001: damaged"),
+        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        # Of an error in a worker process of the loader, which comes with that process's traceback.
+        (UserError("Caught UserError in worker 0.\nTraceback:\ncase_00001: gone"), "UserError: case_00001: gone"),
+    ],
+)
+def test_whatever_is_raised_closes_the_log_and_is_raised_again(
+    error: BaseException, reason: str, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    class Failing(Run):
+        def evaluate(self, epoch: int) -> EvaluationStopped:
+            raise error
+
+    run = Failing({})
+    with pytest.raises(type(error)) as caught:
+        run.start(make_state(), make_batches(1, 1), Schedule(9, 2, 2))
+    assert caught.value is error
+    assert (run.last().status, run.last().reason, run.last().epoch) == ("aborted", reason, 2)
+
+
+@pytest.mark.parametrize(
+    ("world", "reason"),
+    [
+        (TwoRanks(0, 2, CPU), "another rank was lost"),
+        (ALONE, "RuntimeError: gloo: Connection closed by peer"),
+    ],
+)
+def test_a_log_does_not_guess_which_rank_was_lost(
+    world: World, reason: str, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """The last line on stderr tells, once all that is known has come together."""
+
+    class Failing(Run):
+        def evaluate(self, epoch: int) -> EvaluationStopped:
+            raise RuntimeError("gloo: Connection closed by peer")
+
+    run = Failing({})
+    run.world = world
+    with pytest.raises(RuntimeError, match=r"^gloo"):
+        run.start(make_state(), make_batches(1, 1), Schedule(9, 2, 2))
+    assert run.last().reason == reason
+
+
+def test_a_worker_of_the_loader_that_was_killed_is_no_bug_of_ours(
+    make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """torch says so wherever the main thread happens to be, in the middle of a step too."""
+    state, killed = make_state(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore of it")
+
+    def interrupt(*_: object) -> None:
+        raise killed
+
+    state.network.register_forward_pre_hook(interrupt)
+    run = Run({})
+    with pytest.raises(UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed\. .*--resume$"):
+        run.start(state, make_batches(1, 1), Schedule(9, 2, 2))
+    assert (run.last().status, run.last().epoch) == ("aborted", 0)
 
 
 # Mean loss of each epoch, measured once (torch 2.13, the same to 1e-6 with one and two threads, with and without

@@ -1,0 +1,326 @@
+"""The pre-flight: each check tells a machine that has room from one that has not, and the table tells both."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from data_loading.dataset import INDEX_NAME, file_of, load_boxes, read_index, write_json
+from data_loading.integrity import md5_of
+from data_loading.loader import CropDataset, EvaluationCase, LoaderSettings
+from data_loading.preprocessing import Transform
+from data_loading.volume import Geometry, free_memory_bytes
+from model.losses import DiceCELoss
+from model.unet3d import Unet3d
+from runtime import preflight
+from runtime.checks import (
+    Check,
+    check_data,
+    check_disk,
+    check_evaluation,
+    check_open_files,
+    check_page_cache,
+    check_restarts,
+    check_shared_memory,
+    checkpoint_bytes,
+    evaluation_bytes,
+    free_bytes,
+)
+from runtime.distributed import World
+from runtime.evaluation import Scoring, score_cases
+from runtime.optim import make_optimizer
+from runtime.precision import Precision
+from runtime.preflight import Samples, failures, format_table, run_checks
+
+CPU = torch.device("cpu")
+GIB = 2**30
+CASES = ["a", "b", "c"]
+SHAPE = (20, 24, 16)
+SCORING = Scoring((16, 16, 16), 0.5, 1, 3, None, False)
+SAMPLES = Samples("pytorch", 2, 2, (8, 8, 8), 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
+    """Three cases, the first for evaluation, with their digests and no stamps."""
+    cases = {case: (np.zeros((1, *SHAPE)), np.zeros((1, *SHAPE))) for case in CASES}
+    folder = write_preprocessed(tmp_path / "data", cases)
+    index = read_index(folder / INDEX_NAME)
+    for case, record in index.cases.items():
+        digests = {kind: md5_of(file_of(folder, case, kind)) for kind in "xy"}
+        index.cases[case] = replace(record, digests=digests)
+    write_json(folder / INDEX_NAME, index.to_json())
+    return folder
+
+
+def stamp(folder: Path) -> None:
+    """Records every file's stamp, as preprocessing does."""
+    index = read_index(folder / INDEX_NAME)
+    for case, record in index.cases.items():
+        statuses = {kind: file_of(folder, case, kind).stat() for kind in "xy"}
+        stamps = {kind: [status.st_size, status.st_mtime_ns] for kind, status in statuses.items()}
+        index.cases[case] = replace(record, stamps=stamps)
+    write_json(folder / INDEX_NAME, index.to_json())
+
+
+# Each check.
+
+
+def test_data_tells_how_much_must_be_hashed(folder: Path) -> None:
+    check, files = check_data(folder, CASES)
+    assert (check.verdict, files is not None) == ("warn", True)
+    assert "3 cases, 113 KiB; 6 file(s) copied or changed since preprocessing, 113 KiB to hash" in check.found
+    assert "--mode verify" in check.remedy
+    stamp(folder)
+    check, _ = check_data(folder, CASES)
+    assert check == Check("data", "3 cases, 113 KiB, unchanged since preprocessing")
+    os.utime(folder / "b_y.npy")
+    check, _ = check_data(folder, CASES)
+    assert (check.verdict, "; 1 file(s) copied or changed since preprocessing, 8 KiB to" in check.found) == (
+        "warn",
+        True,
+    )
+
+
+def test_data_of_the_reference_has_no_digests(folder: Path) -> None:
+    (folder / INDEX_NAME).unlink()
+    check, _ = check_data(folder, CASES)
+    assert check == Check("data", "3 cases, 113 KiB; no MD5 is known of 6 file(s)")
+
+
+def test_data_that_is_incomplete_fails_with_what_to_do(folder: Path) -> None:
+    (folder / "c_y.npy").unlink()
+    check, files = check_data(folder, CASES)
+    assert files is None
+    assert (check.verdict, check.found) == ("fail", f"{folder / 'c_y.npy'}: missing")
+    assert check.remedy.startswith("run preprocess_dataset.py again")
+
+
+def test_the_page_cache_is_told_and_never_a_fault() -> None:
+    assert check_page_cache(10 * GIB, 10 * GIB) == Check(
+        "page cache", "the volumes' 10.0 GiB stay in memory after the first epoch; 10.0 GiB are free"
+    )
+    check = check_page_cache(10 * GIB + 1, 10 * GIB)
+    assert (check.verdict, "are read from the disk in each epoch" in check.found) == ("ok", True)
+
+
+def test_the_largest_case_must_fit() -> None:
+    shapes = [(8, 8, 8), (40, 20, 30), (20, 20, 20)]
+    needed = evaluation_bytes((40, 20, 30), 1, SCORING)
+    assert check_evaluation(shapes, 1, SCORING, needed).verdict == "ok"
+    check = check_evaluation(shapes, 1, SCORING, needed - 1)
+    assert (check.verdict, "(40, 20, 30)" in check.found) == ("fail", True)
+    both = needed + evaluation_bytes((20, 20, 20), 1, SCORING)
+    assert check_evaluation(shapes, 1, SCORING, both, sharing=2).verdict == "ok"
+    check = check_evaluation(shapes, 1, SCORING, both - 1, sharing=2)
+    assert (check.verdict, "fewer ranks" in check.remedy) == ("warn", True)
+    assert check_evaluation(shapes[1:2], 1, SCORING, needed, sharing=2).verdict == "ok", "the other rank has no case"
+
+
+class _Copies(nn.Module):
+    """Logits that cost nothing: the image's first channel for every class."""
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return windows[:, :1].expand(-1, 3, -1, -1, -1)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "padding_value", "crops"),
+    [((34, 43, 46), -2.2, True), ((34, 43, 46), -2.2, False), ((34, 43, 46), None, False), ((9, 43, 46), None, False)],
+)
+def test_what_a_case_takes_is_what_torch_holds_at_once(
+    fp32: Precision, world: World, shape: tuple[int, int, int], padding_value: float | None, crops: bool, channels: int
+) -> None:
+    scoring = replace(SCORING, padding_value=padding_value, crops_remainder=crops)
+    gc.collect()  # what the profiler sees given back must have been taken under its eyes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
+        image, label = torch.zeros(1, channels, *shape), torch.zeros(1, 1, *shape, dtype=torch.uint8)
+        cases = [EvaluationCase("a", image, label)]
+        list(score_cases(cases, _Copies(), DiceCELoss(), scoring, fp32, world, lambda: None))
+    events = watched.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(changes))
+    # The windows in the network are not counted.
+    assert 0.96 * peak < evaluation_bytes(shape, channels, scoring) < 1.01 * peak
+
+
+def test_a_cpus_free_memory_is_the_machines() -> None:
+    assert abs(free_bytes(CPU) - free_memory_bytes()) < GIB
+
+
+def test_the_disk_must_have_room_for_one_checkpoint_and_should_for_all(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    assert check_disk(tmp_path, 3, free // 8).verdict == "ok"
+    assert check_disk(tmp_path, 3, free // 3).verdict == "warn"
+    assert check_disk(tmp_path, 1, free // 3).verdict == "ok"
+    check = check_disk(tmp_path / "to" / "be made", 1, 2 * free)
+    assert (check.verdict, "make room for" in check.remedy) == ("fail", True)
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(("name", "settings"), [("sgd", {}), ("sgd", {"momentum": 0.0}), ("adam", {}), ("lamb", {})])
+def test_a_checkpoints_size_is_known_before_the_first_step(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    network = Unet3d(1, 3, filters=(16, 32))
+    network.register_buffer("statistics", torch.zeros(100_000))
+    optimizer = make_optimizer(name, network.parameters(), 0.1, **settings)
+    expected = checkpoint_bytes(network, optimizer)
+    network(torch.randn(1, 1, 4, 4, 4)).sum().backward()
+    optimizer.step()
+    state = network.state_dict()
+    best = {key: tensor.clone() for key, tensor in state.items()}
+    torch.save([state, best, optimizer.state_dict()], tmp_path / "checkpoint")
+    assert expected <= (tmp_path / "checkpoint").stat().st_size < 1.1 * expected + 60_000
+    assert checkpoint_bytes(network, optimizer) == expected
+
+
+def test_shared_memory_must_hold_what_the_workers_have_ready(tmp_path: Path) -> None:
+    # A folder on a disk stands for /dev/shm, which is one as well.
+    free = shutil.disk_usage(tmp_path).free
+    batch = free // 40
+    assert check_shared_memory(2, 4, batch, tmp_path).verdict == "ok"  # 2 * (2 * 4 + 1) = 18
+    check = check_shared_memory(2, 12, batch, tmp_path)  # 50
+    assert check.verdict == "fail"
+    assert "--ipc=host or --shm-size, or --num_workers 9" in check.remedy
+    assert "2 x 12 workers" in check.found
+    assert check_shared_memory(1, 1, 2 * free, tmp_path).remedy.endswith("--num_workers 0")
+    assert check_shared_memory(8, 8, free, tmp_path / "none").verdict == "ok"
+
+
+def test_the_limit_of_open_files_counts_maps_and_queue() -> None:
+    # Two files of 168 cases; 2 tensors of 2 * 8 + 1 batches and 8 of each worker; 256 of the rest.
+    assert check_open_files(168, 8, 336 + 98 + 256).verdict == "ok"
+    check = check_open_files(168, 8, 336 + 98 + 255)
+    assert (check.verdict, check.remedy) == ("warn", "run `ulimit -n 690` first")
+    assert check_open_files(168, 8, 336).verdict == "warn"
+    assert check_open_files(168, 8, 335).verdict == "fail"
+    assert check_open_files(3, 8, 97).verdict == "fail"
+    assert check_open_files(168, 0, 336 + 256).verdict == "ok"
+    assert "no limit" in check_open_files(168, 8, -1).found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by Linux's /proc")
+def test_a_kept_map_does_hold_a_file_open(folder: Path) -> None:
+    settings = LoaderSettings((8, 8, 8), 0.4, 1, 0, 0, 1, 1, 2)
+    dataset = CropDataset(folder, CASES, load_boxes(folder, CASES, 3), settings)
+    before = len(os.listdir("/proc/self/fd"))
+    for epoch in (1, 2):
+        for index in range(len(CASES)):
+            assert len(dataset[epoch, index]) == 2
+    assert len(os.listdir("/proc/self/fd")) == before + 2 * len(CASES)
+
+
+def test_restarts_on_several_machines_are_warned_of_where_they_meet_the_store_of_the_dead() -> None:
+    machines = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
+    (check,) = check_restarts(machines | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
+    assert check.verdict == "ok"
+    (check,) = check_restarts(machines | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert check.verdict == "warn"
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in check.remedy
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_MAX_RESTARTS": "many"}, {"GROUP_WORLD_SIZE": "1"}],
+)
+def test_where_no_restart_can_fail_nothing_is_said(changed: dict[str, str]) -> None:
+    several = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert check_restarts({}) == []
+    assert check_restarts(several | changed) == []
+
+
+# All of them.
+
+
+def fly(
+    folder: Path | None, samples: Samples = SAMPLES, evaluation: list[str] | None = None, ranks: int = 1
+) -> dict[str, Check]:
+    there = CASES[:1] if evaluation is None else evaluation
+    checks = run_checks(folder, CASES[1:], there, samples, SCORING, Path("/nowhere/yet"), 1, 1000, CPU, ranks, {})
+    found = {check.what: check for check in checks}
+    assert len(found) == len(checks)
+    return found
+
+
+def test_a_run_from_the_disk_is_asked_everything(folder: Path) -> None:
+    stamp(folder)
+    checks = fly(folder)
+    assert list(checks) == ["data", "page cache", "evaluation", "disk", "open files", "shared memory"]
+    assert {check.verdict for check in checks.values()} == {"ok"}
+    assert checks["data"].found.startswith("3 cases")
+    assert "up to 286 a process" in checks["open files"].found  # 2 * 2 + 2 * 5 + 2 * 8 + 256
+    batch = 2 * 8**3 * 5
+    assert f"{5 * batch / 1024:.0f} KiB for the batches of 1 x 2 workers" in checks["shared memory"].found
+    assert "shared memory" not in fly(folder, replace(SAMPLES, workers=0))
+    assert "evaluation" not in fly(folder, evaluation=[])
+
+
+def test_what_does_not_read_from_the_disk_is_not_asked_about_it(folder: Path) -> None:
+    assert list(fly(None, replace(SAMPLES, loader="synthetic"))) == ["disk"]
+    assert list(fly(folder, replace(SAMPLES, loader="device"))) == ["data", "page cache", "evaluation", "disk"]
+
+
+def test_volumes_that_do_not_fit_on_the_device_will_be_read_from_the_disk(folder: Path) -> None:
+    assert "shared memory" in fly(folder, replace(SAMPLES, loader="device", channels=2**40))
+
+
+def test_ranks_on_one_cpu_share_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = int(1.5 * evaluation_bytes(SHAPE, 1, SCORING))
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: free)
+    assert fly(folder, evaluation=CASES[:2])["evaluation"].verdict == "ok"
+    assert fly(folder, evaluation=CASES[:2], ranks=2)["evaluation"].verdict == "warn"
+
+
+def test_the_shape_is_the_indexs_or_a_cube_of_as_many_voxels(folder: Path) -> None:
+    assert "(20, 20, 20)" in fly(folder)["evaluation"].found
+    index = read_index(folder / INDEX_NAME)
+    transform = Transform(Geometry(np.eye(4), (4, 5, 6), (1.0, 1.0, 1.0)), (4, 5, 6), (0, 0, 0), SHAPE)
+    index.cases["a"] = replace(index.cases["a"], transform=transform)
+    write_json(folder / INDEX_NAME, index.to_json())
+    assert str(SHAPE) in fly(folder)["evaluation"].found
+
+
+def test_incomplete_data_fails_without_a_traceback(folder: Path) -> None:
+    (folder / "a_x.npy").unlink()
+    checks = fly(folder)
+    assert list(checks) == ["data", "disk", "open files", "shared memory"]
+    assert failures(list(checks.values())).startswith(f"data: {folder / 'a_x.npy'}: missing; run preprocess_dataset.py")
+
+
+def test_the_table_is_aligned_and_no_wider_than_100() -> None:
+    checks = [
+        Check("data", "210 cases"),
+        Check("shared memory", "word " * 30, "fail", "give it --ipc=host"),
+        Check("disk", "little", "warn", "make room"),
+    ]
+    lines = format_table(checks).splitlines()
+    assert lines[0] == "ok    data           210 cases"
+    assert lines[1].startswith("fail  shared memory  word word")
+    assert lines[2].startswith(" " * 21 + "word")
+    assert lines[-2].endswith("--ipc=host")
+    assert lines[-1] == "warn  disk           little; make room"
+    assert max(map(len, lines)) <= 100
+    assert format_table([]) == ""
+
+
+def test_every_failure_is_in_the_one_line() -> None:
+    checks = [
+        Check("a", "1"),
+        Check("b", "2", "fail", "do 3"),
+        Check("c", "4", "warn", "do 5"),
+        Check("d", "6", "fail", "7"),
+    ]
+    assert failures(checks) == "b: 2; do 3 | d: 6; 7"
+    assert failures(checks[::2]) == ""
