@@ -26,7 +26,7 @@ $(VENV)/core: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/dev: $(VENV)/core requirements-dev.txt
+$(VENV)/dev: $(VENV)/core requirements-dev.txt pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -1,8 +1,10 @@
-"""MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, or evaluates a checkpoint.
+"""MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, evaluates, predicts, reports.
 
     python3 main.py --data_dir DATA --amp --epochs 4000 --log_dir LOGS --save_ckpt_path LOGS/checkpoint.pth
     torchrun --nproc_per_node 8 main.py @recipes/kits19_8xgpu.args --data_dir DATA --log_dir LOGS
     python3 main.py --exec_mode evaluate --data_dir DATA --load_ckpt_path LOGS/checkpoint.pth
+    python3 main.py --exec_mode predict --load_ckpt_path LOGS/checkpoint.pth --scan SCAN.nii.gz --output MASK.nii.gz
+    python3 main.py --exec_mode report --log_dir LOGS
 
 This file wires the rooms; what happens in a run reads from top to bottom in `train_network`.
 """
@@ -13,12 +15,14 @@ import dataclasses
 import faulthandler
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+import plugins
 from data_loading.augmentation import make_augmentation
 from data_loading.dataset import peek
 from data_loading.integrity import check_files, split_digest, verify_changed
@@ -26,13 +30,13 @@ from data_loading.loader import LoaderSettings, shape_of, synthetic_cases
 from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.sampling import batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
-from errors import UserError, run_program
+from errors import DIVERGED_EXIT, UserError, run_program, warn
 from model import kernels
 from model.losses import DiceCELoss
 from model.networks import build_network, check_window
 from runtime import checkpoint as checkpoints
 from runtime import events, resume, trackers
-from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, parse_interval, with_checkpoint_network
+from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, with_checkpoint_network
 from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, Leave, TargetReached
 from runtime.checkpoint import Checkpoint
 from runtime.checks import checkpoint_bytes
@@ -41,12 +45,13 @@ from runtime.distributed import World
 from runtime.division import choose_division, departures
 from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
+from runtime.flags import parse_interval
 from runtime.interruption import Interruption
 from runtime.optim import learning_rate, make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.preflight import Samples, failures, format_table, run_checks
 from runtime.pulse import Pulse, Wishes
-from runtime.saving import SaveCheckpoint
+from runtime.saving import PATIENCE_S, SaveCheckpoint
 from runtime.seeding import Seeds, draw_seeds, seed_process
 from runtime.throughput import ThroughputTracker
 from runtime.training import Schedule, StepSettings, TrainState, make_schedule, place, train
@@ -56,6 +61,13 @@ from runtime.watchdog import Watchdog
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
+# Programs of their own, imported when `--exec_mode` names one: (config, flags given, world) -> exit status.
+Program = Callable[[RunConfig, frozenset[str], World], int]
+MODES = {"predict": "runtime.extras.predict:main", "report": "runtime.extras.report:report"}
+# The page that a run leaves.
+REPORT = "runtime.extras.report:write_report"
+# Beside its scores `--exec_mode evaluate` writes a table of the cases, where the extras are there.
+CASE_TABLE = "runtime.extras.case_table:CaseTable"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,9 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     config, given = parse_arguments(argv)
     world = World.join(config.local_rank)
     try:
-        if config.exec_mode == "evaluate" and config.load_ckpt_path:
-            evaluate_checkpoint(config.load_ckpt_path, config, given, world)
+        if config.exec_mode == "evaluate":
+            evaluate_checkpoint(config.load_ckpt_path[0], config, given, world)
             return 0
+        if config.exec_mode in MODES:
+            program: Program = plugins.load(MODES[config.exec_mode], f"--exec_mode {config.exec_mode}", "")
+            return program(config, given, world)
         return train_network(config, world)
     finally:
         world.leave()
@@ -96,7 +111,7 @@ def train_network(config: RunConfig, world: World) -> int:
 
     interruption = Interruption(world.board)
     watchdog = Watchdog(world, interruption)
-    saver = make_saver(config, seeds, data, world)
+    saver = make_saver(config, spec, seeds, data, world)
     announce = make_announcer(config, loaded, world)
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
     announce(events.InitStarted(config, describe_environment(world.device, world.size), were_cleared))
@@ -139,15 +154,32 @@ def train_network(config: RunConfig, world: World) -> int:
         emit=announce, check=interruption.check, check_waiting=interruption.check_waiting,
     )  # fmt: skip
     pulse = Pulse(world, lambda: Wishes(interruption.number, saver is not None and saver.is_due()))
-    with interruption, watchdog:
-        state.stop = train(state, loader, schedule, rate, settings, score, world, pulse, announce)
-        if saver:
-            saver.finish(state)
+    try:
+        with interruption, watchdog:
+            state.stop = train(state, loader, schedule, rate, settings, score, world, pulse, announce)
+            if saver:
+                saver.finish(state)
+        if state.stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
+            report_run(config, world)
+    finally:
+        announce(events.Closed(trackers.left_behind(config.log_dir, checkpoint_path(config))))
+    # A launcher ends all as soon as one leaves with an exit status; rank 0, which may hold the board, may have left.
+    with suppress(RuntimeError):
+        world.wait_for_main("closed", PATIENCE_S)
     return state.stop.exit_status
 
 
+def report_run(config: RunConfig, world: World) -> None:
+    """Writes the run's page; what goes wrong there costs the page, not the run."""
+    try:
+        write = plugins.load(REPORT, "report.html", "report")
+        print(f"report {write(config.log_dir, None, None, world.device)}", flush=True)
+    except Exception as error:
+        warn(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
+
+
 def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], world: World) -> None:
-    """Scores a checkpoint's best network and prints a `name value` line each."""
+    """Scores a checkpoint's network, prints a `name value` line each and writes a table of the cases."""
     loaded = checkpoints.load(path)
     config = with_checkpoint_network(config, given, loaded.config)
     spec, split = open_split(config)
@@ -157,15 +189,21 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, spec)
     check_window(network, config.val_input_shape, "--val_input_shape")
-    checkpoints.load_network(network, loaded.best, loaded.path)
+    weights, epoch = loaded.state(config.checkpoint)
+    checkpoints.load_network(network, weights, loaded.path)
     place(network, world.device, config.layout)
     emit = Announcer([EvaluationTracker(config.verbose)] if world.is_main else [])
     scoring = make_scoring(config, spec)
-    emit(evaluate(
-        loaded.best_epoch, network, DiceCELoss(config.include_background),
-        make_plan(config, split["evaluation"], scoring, world), EvaluationCases(config.data_dir, world.device), scoring,
-        precision, world, emit,
-    ))  # fmt: skip
+    table = None
+    with suppress(UserError):  # without its extras the benchmark evaluates all the same
+        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec)
+    result = evaluate(
+        epoch, network, DiceCELoss(config.include_background), make_plan(config, split["evaluation"], scoring, world),
+        EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,
+    )  # fmt: skip
+    emit(result)
+    if table and world.is_main:
+        print(table.write(config.log_dir, result), file=sys.stderr, flush=True)
 
 
 def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
@@ -241,7 +279,7 @@ def make_plan(config: RunConfig, cases: Sequence[str], scoring: Scoring, world: 
 def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, if any, and what the user is to know of it."""
     own = checkpoint_path(config) if config.resume else None
-    loaded = resume.find(own, config.load_ckpt_path, world)
+    loaded = resume.find(own, next(iter(config.load_ckpt_path), None), world)
     if loaded is None:
         return None, [f"--resume: {own} is not there yet, starting from the beginning"] if config.resume else []
     return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
@@ -256,12 +294,12 @@ def finished(config: RunConfig, loaded: Checkpoint, done: str, world: World) -> 
     return 0
 
 
-def make_saver(config: RunConfig, seeds: Seeds, data: str, world: World) -> SaveCheckpoint | None:
+def make_saver(config: RunConfig, spec: DatasetSpec, seeds: Seeds, data: str, world: World) -> SaveCheckpoint | None:
     """What saves this run's checkpoints; None where it makes none."""
     path = checkpoint_path(config)
     if path is None:
         return None
-    take = partial(checkpoints.snapshot, config=config.to_json(), seed=seeds.master, data=data)
+    take = partial(checkpoints.snapshot, config=config.to_json(), seed=seeds.master, data=data, spec=spec.to_json())
     write = partial(checkpoints.save, path, keep=config.ckpt_keep)
     return SaveCheckpoint(world, *parse_interval(config.ckpt_every), take, write)
 
@@ -270,20 +308,19 @@ def make_announcer(config: RunConfig, loaded: Checkpoint | None, world: World) -
     """Who hears of this run's events: trackers on rank 0 alone."""
     if not world.is_main:
         return Announcer([])
-    path = checkpoint_path(config)
-    if path is not None:
-        checkpoints.prepare(path)
-        if not (config.resume and loaded):
-            checkpoints.set_aside(path)
     trackers.rotate_logs(config.log_dir)
-    watching: list[events.Tracker] = [
-        trackers.MLPerfTracker(config.log_dir),
-        trackers.JsonLinesTracker(config.log_dir),
+    watching = [
+        *trackers.make_trackers(config.trackers, config.log_dir),
         trackers.RunFileTracker(config.log_dir),
         ConsoleTracker(config.verbose, config.epochs),
     ]
     if config.benchmark:
         watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+    path = checkpoint_path(config)
+    if path is not None:
+        checkpoints.prepare(path)
+        if not (config.resume and loaded):
+            checkpoints.set_aside(path)
     return Announcer(watching)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_loading.orientation import common_orientation
 from data_loading.preprocessing import Boxes, Transform, foreground_boxes
-from data_loading.spec import KITS19, DatasetSpec
+from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from errors import UserError
 from files import replacing
 
@@ -136,7 +137,7 @@ def is_safe_case_id(case: str) -> bool:
 
 
 def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """Spec and split of a preprocessed folder, from its index or its file names: no volume is touched.
+    """Spec (its orientation found in the cases) and split of a preprocessed folder: no volume is touched.
 
     Args:
         data_dir: the preprocessed folder.
@@ -149,7 +150,8 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
         raise UserError(f"--data_dir {data_dir}: no such folder")
     if (data_dir / INDEX_NAME).is_file():
         index = read_index(data_dir / INDEX_NAME)
-        return index.spec, index.split
+        ways = [record.transform.source for record in index.cases.values() if record.transform]
+        return replace(index.spec, orientation=common_orientation(ways)), index.split
     if (data_dir / PARTIAL_INDEX_NAME).is_file():
         raise UserError(f"--data_dir {data_dir}: its preprocessing has not ended; run preprocess_dataset.py again")
     cases = sorted(path.name.removesuffix("_x.npy") for path in data_dir.glob("case_*_x.npy"))
@@ -160,7 +162,7 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
         "train": [case for case in cases if case not in held_out],
         "evaluation": [case for case in cases if case in held_out],
     }
-    return KITS19, split
+    return replace(KITS19, orientation=KITS19_ORIENTATION), split
 
 
 def _hint(data_dir: Path) -> str:

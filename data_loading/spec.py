@@ -23,6 +23,8 @@ class DatasetSpec:
         padding_value: what a sliding window sees outside the volume, after normalisation; None repeats the edge.
         crops_remainder: score as the MLPerf reference does, which cuts a small remainder off the edges
             before it scores (a quirk that the target was calibrated with); False scores whole volumes.
+        orientation: which way the scans' axes run (see `orientation.py`), where all run alike: preprocessing leaves
+            them as stored, so that a network knows its scans in this one; None: not known.
     """
 
     name: str
@@ -35,6 +37,7 @@ class DatasetSpec:
     min_shape: tuple[int, int, int] | None = None
     padding_value: float | None = None
     crops_remainder: bool = False
+    orientation: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,3 +67,5 @@ KITS19 = DatasetSpec(
     padding_value=-2.2,
     crops_remainder=True,
 )
+# The axes of its scans: slices from head to foot, rows from front to back, columns from right to left.
+KITS19_ORIENTATION = "IPL"

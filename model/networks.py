@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,8 @@ def build_network(spec: str, channels: int, classes: int, normalization: str, ac
     Raises:
         UserError: unknown name or arguments.
     """
-    room = {"channels": channels, "classes": classes, "normalization": normalization, "activation": activation}
+    room: dict[str, Any] = {"channels": channels, "classes": classes}
+    room |= {"normalization": normalization, "activation": activation}
     return plugins.build(spec, NETWORKS, "--model", **room)
 
 

@@ -4,5 +4,6 @@ What lives here: arguments, the ranks (`World`), seeds, optimizer and schedule, 
 evaluation, events and those who listen to them (callbacks may stop a run, trackers only watch), checkpoints.
 May import: torch, numpy, mlperf-logging, tqdm, `errors`, `data_loading/`, `model/`. Only `distributed.py` touches
 `torch.distributed`.
-To add a tracker or callback: a class with `on(event)` or `on(event, state)` and its line in `main.py`.
+To add a tracker: a class with `on(event)` and its line in `TRACKERS` of `trackers.py`; a callback: a class with
+`on(event, state)` and its line in `main.py`.
 """

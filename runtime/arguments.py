@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,18 +12,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import UserError
+from runtime.flags import axes, interval, number
 
 SEED_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Every flag of `main.py`, under its own name; what each means stands in `make_parser`."""
+    """Every flag of `main.py`, under its own name; what each means stands in `make_parser`.
+
+    `compare` has none: it is what `--log_dir` names beside the first folder.
+    """
 
     data_dir: Path
     log_dir: Path
+    compare: tuple[Path, ...]
     save_ckpt_path: Path | None
-    load_ckpt_path: Path | None
+    load_ckpt_path: tuple[Path, ...]
     resume: bool
     ckpt_every: str
     ckpt_keep: int
@@ -63,6 +67,8 @@ class RunConfig:
     activation: str
     include_background: bool
     verbose: bool
+    no_report: bool
+    trackers: tuple[str, ...]
     augment: str
     oversampling: float
     overlap: float
@@ -72,12 +78,26 @@ class RunConfig:
     submission_org: str
     submission_platform: str | None
     submission_status: str
+    scan: Path | None
+    output: Path | None
+    series: str | None
+    checkpoint: str
+    test_time_flips: str
+    save_probabilities: bool
+    max_memory_gb: float | None
 
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return str(value) if isinstance(value, Path) else value
+
+
+PREDICT_FLAGS = ("scan", "output", "series", "test_time_flips", "save_probabilities", "max_memory_gb")
 # What belongs to a trained network rather than to a run: `--exec_mode evaluate` takes these from the checkpoint
 # unless they are given, so that the score is the one that training saw.
 NETWORK_FLAGS = (
@@ -120,12 +140,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     for action in parser._actions:  # the second pass: without defaults, only what was given remains
         action.default = argparse.SUPPRESS
     given = frozenset(vars(parser.parse_args(arguments)))
-    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas"):
+    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "load_ckpt_path"):
         values[name] = tuple(values[name])
+    folders = values["log_dir"] if isinstance(values["log_dir"], list) else [values["log_dir"]]
+    values["log_dir"], values["compare"] = folders[0], tuple(folders[1:])
     if values["data_dir"] is None:
-        if values["loader"] != "synthetic" or values["exec_mode"] == "evaluate":
+        trains_without = values["exec_mode"] == "train" and values["loader"] == "synthetic"
+        if not trains_without and values["exec_mode"] in ("train", "evaluate"):
             raise UserError("--data_dir is required: the folder that preprocess_dataset.py wrote")
-        values["data_dir"] = Path("synthetic")
+        values["data_dir"] = Path("synthetic") if trains_without else Path("none")
     config = RunConfig(**values)
     _check(config, given)
     return config, given
@@ -133,10 +156,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
 
 def _check(config: RunConfig, given: frozenset[str]) -> None:
     """Refuses flags that contradict each other."""
-    if config.exec_mode == "evaluate" and config.load_ckpt_path is None:
-        raise UserError("--exec_mode evaluate needs --load_ckpt_path, the checkpoint to evaluate")
-    if config.exec_mode == "evaluate" and config.benchmark:
-        raise UserError("--benchmark times training; it does not go with --exec_mode evaluate")
+    if config.exec_mode in ("evaluate", "predict") and not config.load_ckpt_path:
+        raise UserError(f"--exec_mode {config.exec_mode} needs --load_ckpt_path, the checkpoint to {config.exec_mode}")
+    if config.exec_mode != "train" and config.benchmark:
+        raise UserError(f"--benchmark times training; it does not go with --exec_mode {config.exec_mode}")
+    if config.exec_mode != "predict" and len(config.load_ckpt_path) > 1:
+        raise UserError("--load_ckpt_path: several checkpoints are for --exec_mode predict, which averages them")
+    if config.exec_mode != "report" and config.compare:
+        raise UserError("--log_dir: several folders are for --exec_mode report, which compares their runs")
+    for name in PREDICT_FLAGS:
+        if config.exec_mode != "predict" and name in given:
+            raise UserError(f"--{name} is of --exec_mode predict, not of {config.exec_mode}")
+        if config.exec_mode == "predict" and name in ("scan", "output") and getattr(config, name) is None:
+            raise UserError(f"--exec_mode predict needs --{name}")
     if "amp_dtype" in given and config.amp_dtype != "auto" and not config.amp:
         raise UserError(f"--amp_dtype {config.amp_dtype} does nothing without --amp; add --amp or drop it")
     if "lamb_betas" in given and config.optimizer != "lamb":
@@ -149,38 +181,11 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError(f"--overlap {config.overlap:g}: windows must advance; use a value below 1 (MLPerf: 0.5)")
     if config.resume and checkpoint_path(config) is None:
         raise UserError("--resume, but with --ckpt_every never or --benchmark this run keeps no checkpoint")
+    if twice := [spec for spec in config.trackers if config.trackers.count(spec) > 1]:
+        raise UserError(f"--trackers names {twice[0]} twice")
     path = config.save_ckpt_path
     if path is not None and path.is_dir():
         raise UserError(f"--save_ckpt_path {path} is a folder; give a file, such as {path / 'checkpoint.pth'}")
-
-
-def _number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Any:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind ({kind.__name__})") from None
-        if not low <= value <= high or value == float("inf") or (below and value == high):
-            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {'below ' * below}{high:g}")
-        return value
-
-    return convert
-
-
-def _interval(text: str) -> str:
-    """`10m`, `2e` or `never`, as it stands: the command line is what the log states."""
-    parse_interval(text)
-    return text
-
-
-def parse_interval(text: str) -> tuple[float, int]:
-    """(minutes, epochs) of `--ckpt_every`; the other, or both where it is `never`, 0."""
-    if text == "never":
-        return 0.0, 0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([me])", text)
-    if match is None or not float(match[1]) or (match[2] == "e" and "." in match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither minutes (10m) nor epochs (2e) nor never")
-    return (float(match[1]), 0) if match[2] == "m" else (0.0, int(match[1]))
 
 
 def checkpoint_path(config: RunConfig) -> Path | None:
@@ -200,6 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(parser.add_argument_group("run"))
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_network(parser.add_argument_group("network and the rest"))
+    _add_prediction(parser.add_argument_group("prediction"))
     return parser
 
 
@@ -208,48 +214,50 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
     # The two variables are how the Docker image says where its volumes are mounted.
     add("--data_dir", type=Path, default=os.environ.get("UNET3D_DATA_DIR") or None,
         help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)")  # fmt: skip
-    add("--log_dir", type=Path, default=os.environ.get("UNET3D_LOG_DIR", "/tmp"),
-        help="unet3d.log (MLPerf), log.jsonl, run.json; or UNET3D_LOG_DIR")  # fmt: skip
+    add("--log_dir", type=Path, nargs="+", default=os.environ.get("UNET3D_LOG_DIR", "/tmp"), metavar="LOG_DIR",
+        help="unet3d.log (MLPerf), log.jsonl, run.json, report.html; or UNET3D_LOG_DIR; several to compare their runs, "
+        "with --exec_mode report")  # fmt: skip
     add("--save_ckpt_path", type=Path,
         help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)")  # fmt: skip
-    add("--load_ckpt_path", type=Path, help="train: go on from its last state; evaluate: score its best")
+    add("--load_ckpt_path", type=Path, nargs="+", default=(), metavar="FILE",
+        help="train: go on from its last state; evaluate: score it; predict: the mean of all")  # fmt: skip
     add("--resume", action="store_true",
         help="go on from this run's newest good checkpoint; where it has none yet, start afresh")  # fmt: skip
-    add("--ckpt_every", type=_interval, default="10m",
+    add("--ckpt_every", type=interval, default="10m",
         help="10m: every ten minutes, in the middle of an epoch too; 2e: every two epochs; never: only where "
         "--save_ckpt_path is given, and then for a new best and at the end")  # fmt: skip
-    add("--ckpt_keep", type=_number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
+    add("--ckpt_keep", type=number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
     add("--loader", default="pytorch",
         help="pytorch (crops read from disk by --num_workers processes), device (all volumes in device memory in 16 "
         "bit, samples made there), or synthetic (random volumes, no disk)")  # fmt: skip
     add(
-        "--local_rank", type=_number(int, 0), default=os.environ.get("LOCAL_RANK", "0"),
+        "--local_rank", type=number(int, 0), default=os.environ.get("LOCAL_RANK", "0"),
         help="this process's GPU on its machine (torchrun sets LOCAL_RANK)",
     )  # fmt: skip
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--exec_mode", choices=("train", "evaluate"), default="train", help="what to do")
-    add("--batch_size", type=_number(int, 1), default=2, help="samples a rank and micro-batch")
-    add("--ga_steps", type=_number(int, 1), default=1, help="micro-batches accumulated to one step")
-    add("--epochs", type=_number(int, 1), default=1, help="at most so many epochs")
+    add("--exec_mode", choices=("train", "evaluate", "predict", "report"), default="train", help="what to do")
+    add("--batch_size", type=number(int, 1), default=2, help="samples a rank and micro-batch")
+    add("--ga_steps", type=number(int, 1), default=1, help="micro-batches accumulated to one step")
+    add("--epochs", type=number(int, 1), default=1, help="at most so many epochs")
     add(
-        "--evaluate_every", "--eval_every", type=_number(int, 1),
+        "--evaluate_every", "--eval_every", type=number(int, 1),
         help="epochs from one evaluation to the next (None: 20 of 168 samples, by MLPerf's rule)",
     )  # fmt: skip
-    add("--start_eval_at", type=_number(int, 1), help="first epoch with an evaluation (None: 1000 of 168 samples)")
-    add("--quality_threshold", type=_number(float, 0, 1), default=0.908, help="mean Dice that ends the run")
+    add("--start_eval_at", type=number(int, 1), help="first epoch with an evaluation (None: 1000 of 168 samples)")
+    add("--quality_threshold", type=number(float, 0, 1), default=0.908, help="mean Dice that ends the run")
     add("--layout", choices=("NCDHW", "NDHWC"), default="NCDHW", help="NDHWC: channels-last memory, same numbers")
-    shape = {"type": _number(int, 1), "nargs": 3, "metavar": ("D", "H", "W"), "default": (128, 128, 128)}
+    shape = {"type": number(int, 1), "nargs": 3, "metavar": ("D", "H", "W"), "default": (128, 128, 128)}
     add("--input_shape", **shape, help="voxels of a training crop")
     add("--val_input_shape", **shape, help="voxels of an evaluation window")
-    add("--val_batch_size", type=_number(int, 1), default=4, help="evaluation windows computed at once")
-    add("--seed", type=_number(int, -1, SEED_LIMIT - 1), default=-1, help="master seed; -1: from the operating system")
-    add("--num_workers", type=_number(int, 0), default=8, help="loader processes a rank")
+    add("--val_batch_size", type=number(int, 1), default=4, help="evaluation windows computed at once")
+    add("--seed", type=number(int, -1, SEED_LIMIT - 1), default=-1, help="master seed; -1: from the operating system")
+    add("--num_workers", type=number(int, 0), default=8, help="loader processes a rank")
     add("--benchmark", action="store_true", help="time every iteration, evaluate nothing, report samples/s and latency")
-    add("--warmup_steps", type=_number(int, 0), default=200, help="iterations before --benchmark's clock starts")
-    add("--untimed_steps", type=_number(int, 0), default=1,
+    add("--warmup_steps", type=number(int, 0), default=200, help="iterations before --benchmark's clock starts")
+    add("--untimed_steps", type=number(int, 0), default=1,
         help="steps on made-up data before the clock starts, that leave no trace: compiling and tuning")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network (minutes, before the clock starts)")
     add("--amp", action="store_true", help="16-bit arithmetic where it is safe, loss and statistics in fp32")
@@ -262,14 +270,14 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--optimizer", choices=("sgd", "adam", "lamb"), default="sgd", help="sgd is Nesterov's")
-    add("--learning_rate", type=_number(float, 0), default=1.0, help="after warm-up")
-    add("--momentum", type=_number(float, 0, 1), default=0.9, help="of sgd")
-    add("--init_learning_rate", type=_number(float, 0), default=1e-4, help="where warm-up starts")
-    add("--lr_warmup_epochs", type=_number(int, 0), default=0, help="epochs of linear warm-up")
-    add("--lr_decay_epochs", type=_number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
-    add("--lr_decay_factor", type=_number(float, 0), default=1.0, help="what each decay multiplies the rate with")
-    add("--lamb_betas", type=_number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="of lamb")
-    add("--weight_decay", type=_number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
+    add("--learning_rate", type=number(float, 0), default=1.0, help="after warm-up")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    add("--init_learning_rate", type=number(float, 0), default=1e-4, help="where warm-up starts")
+    add("--lr_warmup_epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
+    add("--lr_decay_epochs", type=number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
+    add("--lr_decay_factor", type=number(float, 0), default=1.0, help="what each decay multiplies the rate with")
+    add("--lamb_betas", type=number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="of lamb")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -282,10 +290,14 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--verbose", "-v", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
         help="progress bars and a line an epoch (default: on a terminal)",
     )  # fmt: skip
+    add("--no_report", action="store_true", help="write no LOG_DIR/report.html at the end of the run")
+    add("--trackers", nargs="*", default=("mlperf", "jsonl"), metavar="TRACKER",
+        help="who records the run beside run.json: mlperf, jsonl, tensorboard, wandb, mlflow, each with its arguments, "
+        "such as 'wandb(project=\"kits\", mode=\"offline\")', or one's own package.module:name")  # fmt: skip
     add("--augment", default="mlperf",
         help="augmentation spec, such as \"mlperf(flips='HW')\" where a class has a direction along D")  # fmt: skip
-    add("--oversampling", type=_number(float, 0, 1), default=0.4, help="share of crops around the foreground")
-    add("--overlap", type=_number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
+    add("--oversampling", type=number(float, 0, 1), default=0.4, help="share of crops around the foreground")
+    add("--overlap", type=number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
     add("--cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")
     add("--cudnn_deterministic", action="store_true", help="the same bits from the same run on a GPU")
     add(
@@ -295,3 +307,20 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--submission_org", default="SUBMISSION_ORG_PLACEHOLDER", help="who submits")
     add("--submission_platform", help="on what (None: the devices' own name)")
     add("--submission_status", choices=("onprem", "cloud", "preview", "research"), default="onprem", help="MLPerf's")
+
+
+def _add_prediction(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--scan", type=Path, help="what to segment: a NIfTI file, a folder of them, or a folder of DICOM series")
+    add("--output", type=Path,
+        help="the mask: a .nii.gz file, a .dcm file (DICOM-SEG, of a DICOM series), or a folder, in which masks have "
+        "their scans' names")  # fmt: skip
+    add("--series", metavar="NAME", help="the DICOM series, by number, UID or description; all: each one")
+    add("--checkpoint", choices=("best", "last"), default="best", help="which state evaluate and predict take")
+    add("--test_time_flips", type=axes, default="", metavar="AXES",
+        help="average over all flips of these axes, such as HW; of none along which a class has a way")  # fmt: skip
+    add(
+        "--save_probabilities", action="store_true", help="each class's probabilities too, in MASK_probabilities.nii.gz"
+    )
+    add("--max_memory_gb", type=number(float, 0.1),
+        help="of the host and of the GPU, at most, in GiB (None: what is free)")  # fmt: skip

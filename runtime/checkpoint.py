@@ -43,6 +43,7 @@ class Checkpoint:
         config: the run's flags, {} where a foreign file holds none.
         seed: the run's master seed, None where the file holds none.
         data: digest of the data set and its split, "" where the file holds none.
+        spec: the data set's constants (a `DatasetSpec` as JSON), None where the file holds none.
         best, last: networks' state dicts; a file that holds a single one has it as both.
         best_epoch, last_epoch: 0 where the file does not say.
         best_dice: -1.0 where nothing was evaluated.
@@ -55,6 +56,7 @@ class Checkpoint:
     config: dict[str, Any]
     seed: int | None
     data: str
+    spec: dict[str, Any] | None
     best: dict[str, Tensor]
     last: dict[str, Tensor]
     best_epoch: int
@@ -65,6 +67,10 @@ class Checkpoint:
     loss_sums: list[float]
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any] | None
+
+    def state(self, which: str) -> tuple[dict[str, Tensor], int]:
+        """The network of the "best" or the "last" state, and its epoch."""
+        return (self.last, self.last_epoch) if which == "last" else (self.best, self.best_epoch)
 
 
 def prepare(path: Path) -> None:
@@ -102,13 +108,17 @@ def set_aside(path: Path) -> None:
         file.rename(kept) if index == 0 else file.unlink()
 
 
-def snapshot(state: TrainState, loss_sums: list[float], config: dict[str, Any], seed: int, data: str) -> dict[str, Any]:
+def snapshot(
+    state: TrainState, loss_sums: list[float], config: dict[str, Any], seed: int, data: str,
+    spec: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint holds, copied to the host: training may go on while it is written.
 
     Args:
         loss_sums: every rank's.
         config: plain Python only (str, numbers, lists), so that reading needs no unpickling of classes.
         data: digest of the data set and its split.
+        spec: the data set's constants, plain like `config`: what prediction must do to a scan.
     """
     last = {
         "epoch": state.epoch,
@@ -121,7 +131,8 @@ def snapshot(state: TrainState, loss_sums: list[float], config: dict[str, Any], 
     }
     # The best network is a copy on the host already.
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}
-    return {"format": FORMAT, "config": config, "seed": seed, "data": data, "last": _on_host(last), "best": best}
+    run = {"format": FORMAT, "config": config, "seed": seed, "data": data, "spec": spec}
+    return {**run, "last": _on_host(last), "best": best}
 
 
 def _on_host(value: Any) -> Any:
@@ -229,7 +240,7 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
         last, best = content["last"], content["best"]
         trained = best["network"] is not None
         return Checkpoint(
-            path, content["config"], content["seed"], content["data"],
+            path, content["config"], content["seed"], content["data"], content.get("spec"),
             best["network"] if trained else last["network"], last["network"],
             best["epoch"] if trained else last["epoch"], last["epoch"], best["mean_dice"],
             last["batch"], last["evaluated"], last["loss_sums"], last["optimizer"], last["scaler"],
@@ -274,7 +285,7 @@ def _foreign(path: Path, content: Any, flag: str) -> Checkpoint:
         raise UserError(f"{flag} {path}: holds no network ({', '.join(map(str, list(content)[:5]))})")
     best, last = plain[0], plain[1] if len(plain) > 1 else plain[0]
     epoch = int(content.get("epoch") or 0) if not isinstance(content.get("epoch"), Tensor) else 0
-    return Checkpoint(path, {}, None, "", best, last, epoch, epoch, -1.0, 0, epoch, [], None, None)
+    return Checkpoint(path, {}, None, "", None, best, last, epoch, epoch, -1.0, 0, epoch, [], None, None)
 
 
 def load_network(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -37,8 +37,8 @@ class CaseBar:
             self._bar = tqdm(total=event.cases, desc="evaluate", unit="case", leave=False, dynamic_ncols=True)
         elif isinstance(event, ev.CaseEvaluated):
             self._bar.update()
-        elif isinstance(event, ev.EvaluationStopped):
-            self._bar.close()
+        elif isinstance(event, ev.EvaluationStopped | ev.RunStopped) and self._bar is not None:
+            self._bar.close()  # a run may end within an evaluation
 
 
 class ConsoleTracker:
@@ -49,6 +49,9 @@ class ConsoleTracker:
         self._epochs = epochs
         self._bar: Any = None
         self._cases = CaseBar()
+        self._first_epoch = 1
+        self._batches = 1
+        self._told: dict[str, str] = {}
 
     def on(self, event: ev.Event) -> None:
         if isinstance(event, ev.Checked) and event.table:
@@ -76,12 +79,25 @@ class ConsoleTracker:
         self._cases.on(event)
         if isinstance(event, ev.EpochStarted):
             if self._bar is None:
+                self._first_epoch, self._batches = event.epoch, event.batches
                 remaining = self._epochs - event.epoch + 1
                 self._bar = tqdm(total=remaining * event.batches, desc="train", unit="batch", dynamic_ncols=True)
-            self._bar.set_description(f"epoch {event.epoch} rate {event.learning_rate:.3g}")
+            self._bar.set_description(f"epoch {event.epoch}/{self._epochs} rate {event.learning_rate:.3g}")
         elif isinstance(event, ev.BatchDone):
-            self._bar.update()
+            # Not one more each time: a resumed run may begin in the middle of an epoch.
+            done = (event.epoch - self._first_epoch) * self._batches + event.batch + 1
+            self._bar.update(done - self._bar.n)
+        elif isinstance(event, ev.StepDone):
+            self._tell("loss", event.loss)  # drawn with the next batch: a step must not cost a line on the terminal
         elif isinstance(event, ev.EpochStopped):
-            self._bar.set_postfix_str(f"loss {event.loss:.4f}")
+            self._tell("loss", event.loss, refresh=True)
+        elif isinstance(event, ev.EvaluationStopped):
+            self._tell("Dice", event.mean_dice, refresh=True)
         elif isinstance(event, ev.RunStopped) and self._bar is not None:
             self._bar.close()
+
+    def _tell(self, name: str, value: float, refresh: bool = False) -> None:
+        """Puts a number beside the bar; there may be none, in an evaluation before the first epoch."""
+        self._told[name] = f"{name} {value:.4f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._told.values()), refresh=refresh)

@@ -22,7 +22,7 @@ CLOSED_FLAGS = {
     "normalization": "instancenorm",
     "activation": "relu",
     "include_background": False,
-    "load_ckpt_path": None,
+    "load_ckpt_path": (),
     "benchmark": False,
 }
 
@@ -53,7 +53,7 @@ def departures(
 
 
 def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def choose_division(asked: str, reasons: Sequence[str]) -> str:

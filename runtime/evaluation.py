@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,24 @@ def deal(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, members))
 
 
+class Measure(Protocol):
+    """What else is to be known of each case.
+
+    Attributes:
+        size: figures a case.
+    """
+
+    size: int
+
+    def __call__(self, case: str, logits: Tensor, label: Tensor) -> Tensor:
+        """(size,) float64 on the logits' device; logits (1, K, D, H, W), label (1, 1, D, H, W)."""
+        ...
+
+    def keep(self, figures: dict[str, list[float]]) -> None:
+        """Takes every case's figures, once they are known on all ranks."""
+        ...
+
+
 def evaluate(
     epoch: int,
     network: nn.Module,
@@ -110,6 +129,7 @@ def evaluate(
     emit: Callable[[Event], None],
     check: Callable[[], None] = lambda: None,
     check_waiting: Callable[[], None] = lambda: None,
+    measure: Measure | None = None,
 ) -> EvaluationStopped:
     """Scores every case once and shares the scores with all ranks.
 
@@ -119,6 +139,7 @@ def evaluate(
     Args:
         check: called before each batch of windows; what it raises ends the evaluation; the state stays.
         check_waiting: called while this rank, its part given, waits for others'; likewise.
+        measure: what else to find out about each case.
 
     Returns:
         The scores; it is the caller who announces them.
@@ -129,11 +150,12 @@ def evaluate(
     network.eval()
     world.broadcast_buffers(network)
     # The table stays on the device, so that the host can load the next case while this one is computed.
-    table = torch.zeros(len(cases), scoring.classes, dtype=torch.float64, device=world.device)
+    width = scoring.classes + (measure.size if measure else 0)
+    table = torch.zeros(len(cases), width, dtype=torch.float64, device=world.device)
     mine = plan.of_rank(world.rank)
     loaded = (load_case(cases[index]) for index in mine)
     for index, row in zip(
-        mine, score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting), strict=True
+        mine, score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting, measure), strict=True
     ):
         if plan.members[index][0] == world.rank:
             table[index] = row
@@ -141,6 +163,9 @@ def evaluate(
     network.train()
     # The one host sync of an evaluation.
     table = world.sum(table, check_waiting).cpu()
+    if measure:
+        measure.keep({case: row[scoring.classes :] for case, row in zip(cases, table.tolist(), strict=True)})
+    table = table[:, : scoring.classes]
     # Column by column in case order, not a tensor reduction: its order of additions may depend on the machine.
     means = [sum(column) / len(cases) for column in table.T.tolist()]
     dice = means[1:]
@@ -164,19 +189,22 @@ def score_cases(
     partners: World,
     check: Callable[[], None] = lambda: None,
     check_waiting: Callable[[], None] = lambda: None,
+    measure: Measure | None = None,
 ) -> Iterator[Tensor]:
     """The loss of each case's sliding-window logits and its Dice per foreground class: (K,) float64 on the device.
 
+    Behind them come the figures of `measure`, where it is given.
+
     Args:
         partners: the ranks that share these cases' windows; each gets the whole score.
-        check, check_waiting: as in `evaluate`.
+        check, check_waiting, measure: as in `evaluate`.
     """
-    labels: deque[Tensor] = deque()
+    labels: deque[tuple[str, Tensor]] = deque()
 
     def cut() -> Iterator[WindowedVolume]:
         for case in cases:
             kept = scoring.kept(case.image.shape[2:])
-            labels.append(case.label[..., *kept].to(precision.device, non_blocking=True))
+            labels.append((case.case, case.label[..., *kept].to(precision.device, non_blocking=True)))
             image = case.image[..., *kept].to(precision.device, non_blocking=True)
             yield WindowedVolume(
                 image, scoring.window, scoring.overlap, scoring.padding_value, partners.rank, partners.size
@@ -189,5 +217,6 @@ def score_cases(
         return logits
 
     for volume in predict_windows(cut(), predict, scoring.batch_size):
-        label, logits = labels.popleft(), volume.logits(lambda own: partners.sum(own, check_waiting))
-        yield torch.cat((loss(logits, label).double().view(1), dice_score(logits, label)[0]))
+        (name, label), logits = labels.popleft(), volume.logits(lambda own: partners.sum(own, check_waiting))
+        figures = [loss(logits, label).double().view(1), dice_score(logits, label)[0]]
+        yield torch.cat([*figures, measure(name, logits, label)] if measure else figures)

@@ -204,6 +204,16 @@ class RunStopped(Event):
     seconds: float
 
 
+@dataclass(frozen=True)
+class Closed(Event):
+    """The last event, however a run ended that had started training: nothing of it is written any more.
+
+    `files` are what it leaves behind: checkpoint, logs, report and pictures.
+    """
+
+    files: list[str]
+
+
 class Tracker(Protocol):
     """Watches a run, on rank 0 alone. Returns nothing, so no tracker can change a run."""
 

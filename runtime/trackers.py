@@ -1,4 +1,4 @@
-"""Trackers only watch: the MLPerf log, JSON lines, throughput, and the console. Rank 0 alone has any."""
+"""Trackers only watch: the MLPerf log, JSON lines, run.json, and the table of `--trackers`. Rank 0 alone has any."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from mlperf_logging.mllog.mllog import MLLogger
 
+import plugins
 from errors import UserError
 from runtime import events as ev
 
-LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json")
+LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "tensorboard")
 
 
 def rotate_logs(log_dir: Path) -> None:
@@ -50,7 +52,7 @@ class _Handler(logging.FileHandler):
     """Tells its caller of a disk that is full; logging's own way is a traceback on stderr for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        raise
+        raise  # logging calls it while it handles the error
 
 
 class MLPerfTracker:
@@ -168,7 +170,7 @@ class JsonLinesTracker:
         self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated):
+        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated | ev.Closed):
             return
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:
@@ -200,3 +202,42 @@ class RunFileTracker:
             self._content |= {"seeds": event.seeds, "division": event.division, "departures": event.reasons}
             self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
             self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+
+
+TRACKERS: plugins.Table[ev.Tracker] = {
+    "mlperf": MLPerfTracker,
+    "jsonl": JsonLinesTracker,
+    "tensorboard": "runtime.extras.tensorboard:TensorBoard",
+    "wandb": "runtime.extras.wandb:WeightsAndBiases",
+    "mlflow": "runtime.extras.mlflow:MLflow",
+}
+
+
+def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
+    """What `--trackers` names; each gets the log folder.
+
+    Raises:
+        UserError: an unknown name or argument, a missing package, or whatever a tracker cannot begin with.
+    """
+    made: list[ev.Tracker] = []
+    for spec in specs:
+        try:
+            made.append(plugins.build(spec, TRACKERS, "--trackers", importable=True, log_dir=log_dir))
+        except UserError:
+            raise
+        except Exception as error:  # what other people's constructors raise is anything
+            raise UserError(f"--trackers {spec!r}: {type(error).__name__}: {error}") from error
+    return made
+
+
+def left_behind(log_dir: Path, checkpoint: Path | None) -> list[str]:
+    """What a run has written, for those who keep it elsewhere: checkpoint, logs, report and pictures."""
+    logs = [log_dir / name for name in (*LOG_NAMES[:4], "report.html")]
+    files = [*([checkpoint] if checkpoint else []), *logs, *sorted(log_dir.glob("report/*.png"))]
+    written_at = {}
+    for file in files:
+        with suppress(OSError):  # not there, or a checkpoint that is being replaced as the run breaks off
+            written_at[file] = file.stat().st_mtime
+    # An earlier run's report or checkpoint may lie there still; run.json is this one's first file.
+    began_at = written_at.get(log_dir / "run.json", math.inf)
+    return [str(file) for file, time_s in written_at.items() if time_s >= began_at]

@@ -139,3 +139,78 @@ def test_other_errors_of_the_thing_itself_are_not_hidden() -> None:
 
     with pytest.raises(ZeroDivisionError):
         plugins.build("broken", {"broken": broken}, "--model")
+
+
+# Imported when asked for
+
+
+LAZY: plugins.Table[Thing] = {"thing": Thing, "lazy": "tests.test_plugins:Thing", "lost": "nowhere_at_all:Thing"}
+
+
+def build(spec: str, table: plugins.Table[Any] = LAZY) -> Any:
+    return plugins.build(spec, table, "--trackers", importable=True, channels=1)
+
+
+def test_a_table_s_entry_may_be_imported_when_it_is_named() -> None:
+    thing = build("lazy(size=4)")
+    assert (type(thing).__name__, thing.channels, thing.size) == ("Thing", 1, 4)
+    assert build("thing").size == 1, "the lost one is not looked for"
+
+
+@pytest.mark.parametrize("spec", ["tests.test_plugins:Thing", "  tests.test_plugins:Thing  ", "{}()", "{}(size=1)"])
+def test_one_s_own_is_imported_by_its_path(spec: str) -> None:
+    assert build(spec.format("tests.test_plugins:Thing")).size == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("lost", r"^--trackers lost: there is no module nowhere_at_all$"),
+        ("nowhere_at_all:Thing", r"^--trackers nowhere_at_all:Thing: there is no module nowhere_at_all$"),
+        ("tests.nowhere:Thing", r"there is no module tests\.nowhere$"),
+        ("tests.test_plugins:Nothing", r"tests\.test_plugins has no Nothing to call$"),
+        ("tests.test_plugins:TABLE", r"has no TABLE to call$"),
+        ("builtins:dict", r"has no dict to call$"),
+        ("tests.test_plugins:Thing(sise=4)", r"unknown argument 'sise'; it takes size, names$"),
+        ("tests.test_plugins:Thing(channels=4)", r"unknown argument 'channels'"),
+        ("tests.test_plugins:_nothing", r"unexpected keyword argument 'channels'"),
+        ("tests.test_plugins:Thing.size", r"expected a name"),
+        ("tests.test_plugins:Thing(4)", r"expected a name"),
+        ("tests.test_plugins:Thing(size=len('a'))", r"expected a name"),
+        ("tests/test_plugins:Thing", r"expected a name"),
+        (".test_plugins:Thing", r"expected a name"),
+        ("lambda:thing", r"there is no module lambda$"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_line(spec: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build(spec)
+
+
+@pytest.mark.parametrize(
+    "spec", ["tests.test_plugins:Thing", "tests.test_plugins:Thing(size=4)", "os:system(command='true')"]
+)
+def test_a_flag_that_checkpoints_set_imports_nothing(spec: str) -> None:
+    with pytest.raises(UserError, match="expected a name"):
+        plugins.build(spec, LAZY, "--model", channels=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import not_installed_at_all", r"^--trackers lazy: needs not_installed_at_all, which is not installed; "),
+        ("from json import nothing", r"^--trackers lazy: cannot import name 'nothing' from 'json' .*; "),
+    ],
+)
+def test_a_missing_package_is_told_with_what_to_install(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"lazy_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=said + r"pip install '\.\[lazy\]'$"):
+        build("lazy", {"lazy": f"{name}:Thing"})
+
+
+def test_what_takes_anything_gets_it() -> None:
+    assert build("any(size=3, other='x')", {"any": lambda **given: given}) == {"channels": 1, "size": 3, "other": "x"}

@@ -153,7 +153,16 @@ def test_case_ids_that_leave_the_folder(case: str) -> None:
 
 def test_peek_reads_the_index_and_no_volume(tmp_path: Path) -> None:
     write_json(tmp_path / INDEX_NAME, INDEX.to_json())
-    assert peek(tmp_path, ["00007"]) == (KITS19, INDEX.split)
+    assert peek(tmp_path, ["00007"]) == (replace(KITS19, orientation="RAS"), INDEX.split)
+
+
+def test_peek_finds_the_orientation_that_all_cases_have(tmp_path: Path) -> None:
+    turned = replace(TRANSFORM, source=replace(TRANSFORM.source, affine=np.diag([-1.0, -1.0, 1.0, 1.0])))
+    for case, orientation in (("case_0", None), ("case_1", None), ("case_2", "LPS")):
+        INDEX.cases[case] = replace(RECORD, transform=turned)
+        write_json(tmp_path / INDEX_NAME, INDEX.to_json())
+        assert peek(tmp_path, [])[0].orientation == orientation
+    INDEX.cases.update({f"case_{number}": RECORD for number in (2, 0, 1)})
 
 
 def test_peek_opens_a_folder_of_the_reference_by_its_file_names(tmp_path: Path) -> None:
@@ -162,7 +171,7 @@ def test_peek_opens_a_folder_of_the_reference_by_its_file_names(tmp_path: Path) 
             file_of(tmp_path, f"case_{number:05d}", kind).touch()
     (tmp_path / "checksum.json").touch()
     spec, split = peek(tmp_path, ["00000", "00005", "00206"])
-    assert spec == KITS19
+    assert spec == replace(KITS19, orientation="IPL")
     assert split == {"train": ["case_00003", "case_00007"], "evaluation": ["case_00000", "case_00005"]}
 
 

@@ -22,6 +22,7 @@ TINY = (
     *("--model", "unet3d(filters=(4,8))"),
     *("--input_shape", "16", "16", "16", "--val_input_shape", "16", "16", "16"),
     *("--num_workers", "0", "--seed", "7", "--learning_rate", "0.3"),
+    "--no_report",  # seconds each, as long as the run; test_report.py looks at it
 )
 
 

@@ -16,15 +16,16 @@ from runtime.arguments import (
     checkpoint_path,
     make_parser,
     parse_arguments,
-    parse_interval,
     with_checkpoint_network,
 )
+from runtime.flags import parse_interval
 
 DEFAULTS: dict[str, Any] = {
     "data_dir": Path("DATA"),
     "log_dir": Path("/tmp"),
+    "compare": (),
     "save_ckpt_path": None,
-    "load_ckpt_path": None,
+    "load_ckpt_path": (),
     "resume": False,
     "ckpt_every": "10m",
     "ckpt_keep": 2,
@@ -63,6 +64,8 @@ DEFAULTS: dict[str, Any] = {
     "activation": "relu",
     "include_background": False,
     "verbose": False,
+    "no_report": False,
+    "trackers": ("mlperf", "jsonl"),
     "augment": "mlperf",
     "oversampling": 0.4,
     "overlap": 0.5,
@@ -72,7 +75,19 @@ DEFAULTS: dict[str, Any] = {
     "submission_org": "SUBMISSION_ORG_PLACEHOLDER",
     "submission_platform": None,
     "submission_status": "onprem",
+    "scan": None,
+    "output": None,
+    "series": None,
+    "checkpoint": "best",
+    "test_time_flips": "",
+    "save_probabilities": False,
+    "max_memory_gb": None,
 }
+
+FLAGS = set(DEFAULTS) - {"compare"}  # that is what --log_dir names beside the first folder
+
+
+PREDICT = ["--exec_mode", "predict", "--load_ckpt_path", "c", "d", "--scan", "s", "--output", "o"]
 
 
 def parse(*flags: str) -> RunConfig:
@@ -92,7 +107,7 @@ def test_every_flag_has_its_default() -> None:
 
 def test_the_command_line_has_these_flags_and_no_others() -> None:
     flags = {flag for action in make_parser()._actions for flag in action.option_strings}
-    expected = {f"--{name}" for name in DEFAULTS} | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
+    expected = {f"--{name}" for name in FLAGS} | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
     assert flags == expected
 
 
@@ -101,14 +116,15 @@ def test_every_flag_says_what_it_means(capsys: pytest.CaptureFixture[str]) -> No
         parse_arguments(["--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    assert all(f"--{name}" in told for name in DEFAULTS)
+    assert all(f"--{name}" in told for name in FLAGS)
     assert all(action.help for action in make_parser()._actions)
 
 
 GIVEN: list[tuple[list[str], str, Any]] = [
     (["--log_dir", "LOGS"], "log_dir", Path("LOGS")),
     (["--save_ckpt_path", "last.pth"], "save_ckpt_path", Path("last.pth")),
-    (["--load_ckpt_path", "a/b.pth"], "load_ckpt_path", Path("a/b.pth")),
+    (["--load_ckpt_path", "a/b.pth"], "load_ckpt_path", (Path("a/b.pth"),)),
+    (["--checkpoint", "last"], "checkpoint", "last"),
     (["--resume"], "resume", True),
     (["--ckpt_every", "0.5m"], "ckpt_every", "0.5m"),
     (["--ckpt_every", "2e"], "ckpt_every", "2e"),
@@ -150,7 +166,10 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--include_background"], "include_background", True),
     (["--verbose"], "verbose", True),
     (["-v"], "verbose", True),
+    (["--trackers", "jsonl", "wandb(project='kits')"], "trackers", ("jsonl", "wandb(project='kits')")),
+    (["--trackers"], "trackers", ()),
     (["-v", "--no-verbose"], "verbose", False),
+    (["--no_report"], "no_report", True),
     (["--oversampling", "1"], "oversampling", 1.0),
     (["--overlap", "0"], "overlap", 0.0),
     (["--cudnn_benchmark"], "cudnn_benchmark", True),
@@ -351,6 +370,13 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], told: str
     [
         (["--exec_mode", "evaluate"], "--exec_mode evaluate needs --load_ckpt_path"),
         (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--benchmark"], "--benchmark times training"),
+        (["--exec_mode", "predict"], "--exec_mode predict needs --load_ckpt_path"),
+        (["--exec_mode", "predict", "--load_ckpt_path", "c", "--output", "o"], "--exec_mode predict needs --scan"),
+        (["--exec_mode", "predict", "--load_ckpt_path", "c", "--scan", "s"], "--exec_mode predict needs --output"),
+        ([*PREDICT, "--benchmark"], "--benchmark times training"),
+        (["--load_ckpt_path", "c", "d"], "several checkpoints are for --exec_mode predict"),
+        (["--scan", "s"], "--scan is of --exec_mode predict, not of train"),
+        (["--test_time_flips", "H"], "--test_time_flips is of --exec_mode predict"),
         (["--amp_dtype", "bf16"], "--amp_dtype bf16 does nothing without --amp"),
         (["--lamb_betas", "0.9", "0.99"], "--lamb_betas is of --optimizer lamb, not of sgd"),
         (["--optimizer", "adam", "--lamb_betas", "0.9", "0.99"], "not of adam"),
@@ -370,8 +396,30 @@ def test_contradictions_are_refused(flags: list[str], told: str) -> None:
     assert told in one_line(caught.value)
 
 
+def test_prediction_needs_no_data_and_takes_several_checkpoints() -> None:
+    config, given = parse_arguments([*PREDICT, "--test_time_flips", "HW", "--max_memory_gb", "0.5", "--series", "4"])
+    assert config.load_ckpt_path == (Path("c"), Path("d"))
+    assert (config.scan, config.output, config.series) == (Path("s"), Path("o"), "4")
+    assert (config.test_time_flips, config.max_memory_gb) == ("HW", 0.5)
+    assert "data_dir" not in given
+    assert config.to_json()["load_ckpt_path"] == ("c", "d")
+
+
+@pytest.mark.parametrize("axes", ["DD", "X", "d"])
+def test_flips_are_of_axes(axes: str) -> None:
+    with pytest.raises(UserError, match="--test_time_flips: .*expected some of D, H and W"):
+        parse(*PREDICT, "--test_time_flips", axes)
+
+
 def test_amp_dtype_auto_is_no_contradiction() -> None:
     assert parse("--amp_dtype", "auto").amp is False
+
+
+def test_a_report_takes_several_log_folders_and_needs_no_data() -> None:
+    config, _ = parse_arguments(["--exec_mode", "report", "--log_dir", "L1", "L2", "L3"])
+    assert (config.log_dir, config.compare) == (Path("L1"), (Path("L2"), Path("L3")))
+    with pytest.raises(UserError, match=r"^--log_dir: several folders are for --exec_mode report"):
+        parse("--log_dir", "L1", "L2")
 
 
 @pytest.mark.parametrize("flags", [[], ["--exec_mode", "evaluate", "--loader", "synthetic", "--load_ckpt_path", "c"]])
@@ -449,5 +497,5 @@ def test_a_foreign_checkpoint_stores_nothing() -> None:
 def test_to_json_is_plain_python() -> None:
     record = parse("--save_ckpt_path", "c.pth").to_json()
     assert set(record) == set(DEFAULTS)
-    assert (record["data_dir"], record["save_ckpt_path"], record["load_ckpt_path"]) == ("DATA", "c.pth", None)
+    assert (record["data_dir"], record["save_ckpt_path"], record["load_ckpt_path"]) == ("DATA", "c.pth", ())
     assert {type(value) for value in record.values()} <= {str, int, float, bool, tuple, type(None)}

@@ -48,7 +48,7 @@ SameWeights = Callable[[nn.Module, nn.Module], bool]
 Weights = dict[str, Tensor]
 
 CONFIG: dict[str, Any] = {"model": "unet3d(filters=(3,4))", "val_input_shape": (4, 4, 8), "lr_decay_epochs": ()}
-
+SPEC: dict[str, Any] = {"name": "own", "classes": ("background", "one"), "spacing_mm": (1.5, 1.0, 1.0), "mean": None}
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ def train_epochs(
 def keep_state(
     path: Path, state: TrainState, seed: int = 1, keep: int = 1, loss_sums: list[float] | None = None
 ) -> None:
-    save(path, snapshot(state, loss_sums or [0.0], CONFIG, seed, "d1635"), keep)
+    save(path, snapshot(state, loss_sums or [0.0], CONFIG, seed, "d1635", SPEC), keep)
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -153,7 +153,7 @@ def test_every_field_comes_back_bit_for_bit(
     sums = [state.loss_sum.item(), 1 / 3]
     keep_state(path, state, seed=2**31 - 1, loss_sums=sums)
     expected = Checkpoint(
-        path, CONFIG, 2**31 - 1, "d1635", best, dict(state.network.state_dict()), 1, 2, 0.1 + 0.2, 2, 1, sums,
+        path, CONFIG, 2**31 - 1, "d1635", SPEC, best, dict(state.network.state_dict()), 1, 2, 0.1 + 0.2, 2, 1, sums,
         state.optimizer.state_dict(), state.scaler.state_dict(),
     )  # fmt: skip
     loaded = load(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 from tqdm import tqdm
@@ -76,7 +76,7 @@ def test_a_verbose_run_has_the_same_lines_and_bars_on_stderr(config: RunConfig, 
     tell(ConsoleTracker(verbose=True, epochs=1), run(config))
     out, err = capsys.readouterr()
     assert out == quiet
-    assert "epoch 1 rate 0.125" in err
+    assert "epoch 1/1 rate 0.125" in err
     assert "2/2" in err
     assert "loss 0.5000" in err
     assert "evaluate" in err
@@ -95,6 +95,37 @@ def test_a_bar_of_a_resumed_run_counts_what_remains(config: RunConfig, capsys: C
     tracker = ConsoleTracker(verbose=True, epochs=10)
     tell(tracker, [ev.EpochStarted(8, 0.1, 5), ev.RunStopped("aborted", "stopped by hand", 8, 1.0)])
     assert "0/15" in capsys.readouterr().err
+
+
+def test_a_bar_of_a_run_resumed_within_an_epoch_is_where_the_run_is(config: RunConfig, capsys: Captured) -> None:
+    stopped = ev.RunStopped("aborted", "stopped by hand", 8, 1.0)
+    tell(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.BatchDone(8, 3, 2), stopped])
+    assert "4/15" in capsys.readouterr().err
+
+
+class Eager(tqdm):  # type: ignore[type-arg]
+    """Draws every update."""
+
+    __init__ = partialmethod(tqdm.__init__, mininterval=0)  # type: ignore[assignment]
+
+
+def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "tqdm", Eager)
+    tracker = ConsoleTracker(verbose=True, epochs=3)
+    tell(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
+    tell(
+        tracker, [ev.StepDone(2, 0, 0.75, 1.0, 1.0), ev.BatchDone(2, 1, 2), ev.RunStopped("aborted", "by hand", 2, 1.0)]
+    )
+    drawn = capsys.readouterr().err
+    assert "Dice 0.6500, loss 0.7500" in drawn
+    assert "2/4" in drawn
+
+
+def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
+    tell(ConsoleTracker(verbose=True, epochs=3), [*evaluation(1)[:2], ev.RunStopped("aborted", "by hand", 1, 1.0)])
+    assert capsys.readouterr().err.endswith("\r")
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -71,7 +71,7 @@ def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config:
         ({"normalization": "batchnorm"}, "--normalization batchnorm, not instancenorm"),
         ({"activation": "leaky_relu"}, "--activation leaky_relu, not relu"),
         ({"include_background": True}, "--include_background True, not False"),
-        ({"load_ckpt_path": Path("c.pth")}, "--load_ckpt_path c.pth, not None"),
+        ({"load_ckpt_path": (Path("c.pth"),)}, "--load_ckpt_path c.pth, not none"),
         ({"benchmark": True}, "--benchmark True, not False"),
     ],
     ids=str,

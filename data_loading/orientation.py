@@ -1,0 +1,76 @@
+"""Which way a scan's axes run in the patient, and turning a scan whole quarters and mirrors to run another way.
+
+An orientation is NIfTI's three letters: "RAS" when the axes run to the patient's right, anterior and superior side.
+Nothing is interpolated: axes change places and voxels their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from data_loading.volume import Geometry, Volume
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A change of the three axes.
+
+    Attributes:
+        axes: of each new axis, the old one that it was.
+        flipped: of each new axis, whether its voxels are in the reverse order.
+    """
+
+    axes: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+
+    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
+        """(C, D, H, W) -> (C, the new axes); a view."""
+        turned = array.transpose(0, *(axis + 1 for axis in self.axes))
+        return np.flip(turned, tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip))
+
+    def undo(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The way back of `apply`; a view."""
+        back = np.flip(array, tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip))
+        return back.transpose(0, *(self.axes.index(axis) + 1 for axis in range(3)))
+
+
+def orientation_of(affine: NDArray[np.float64]) -> str:
+    """Three letters, for an oblique scan those of the nearest directions."""
+    return "".join(nib.aff2axcodes(affine))
+
+
+def common_orientation(geometries: Iterable[Geometry]) -> str | None:
+    """The orientation that all of them have; None where they differ or there are none."""
+    found = {orientation_of(geometry.affine) for geometry in geometries}
+    return found.pop() if len(found) == 1 else None
+
+
+def turn_to(affine: NDArray[np.float64], orientation: str) -> Turn:
+    """The turn that makes a scan with this affine run that way."""
+    own = nib.io_orientation(affine)
+    change = nib.orientations.ornt_transform(own, nib.orientations.axcodes2ornt(tuple(orientation)))
+    # `change` has for each old axis the new one and its sense.
+    old_of = {int(new): (old, sense < 0) for old, (new, sense) in enumerate(change)}
+    (a, flip_a), (b, flip_b), (c, flip_c) = (old_of[axis] for axis in range(3))
+    return Turn((a, b, c), (flip_a, flip_b, flip_c))
+
+
+def turned(volume: Volume, turn: Turn) -> Volume:
+    """The scan with its axes turned; each voxel keeps its place in space, and `turn.undo` gives the old array."""
+    source = volume.geometry
+    affine = source.affine.copy()
+    for new, (old, flip) in enumerate(zip(turn.axes, turn.flipped, strict=True)):
+        step = source.affine[:3, old]
+        affine[:3, new] = -step if flip else step
+        if flip:  # the new axis begins where the old one ends
+            affine[:3, 3] += (source.shape[old] - 1) * step
+    a, b, c = turn.axes
+    shape = (source.shape[a], source.shape[b], source.shape[c])
+    spacing = (source.spacing_mm[a], source.spacing_mm[b], source.spacing_mm[c])
+    return Volume(np.ascontiguousarray(turn.apply(volume.array)), Geometry(affine, shape, spacing))
