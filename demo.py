@@ -46,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             *("main.py", f"@{arguments.recipe}", "--data_dir", data),
             *("--log_dir", logs, "--save_ckpt_path", checkpoint),
         ],
-        "evaluation": ["main.py", "--exec_mode", "evaluate", "--data_dir", data, "--load_ckpt_path", checkpoint],
+        "evaluation": [
+            *("main.py", "--exec_mode", "evaluate", "--data_dir", data),
+            *("--load_ckpt_path", checkpoint, "--log_dir", logs),
+        ],
         "compliance": [
             *("-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "4.0.0"),
             *("--log_output", logs / "compliance.log", logs / "unet3d.log"),

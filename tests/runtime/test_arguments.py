@@ -407,7 +407,7 @@ def test_prediction_needs_no_data_and_takes_several_checkpoints() -> None:
 
 @pytest.mark.parametrize("axes", ["DD", "X", "d"])
 def test_flips_are_of_axes(axes: str) -> None:
-    with pytest.raises(UserError, match="--test_time_flips: .*expected some of D, H and W"):
+    with pytest.raises(UserError, match=r"--test_time_flips: .*expected some of D, H and W"):
         parse(*PREDICT, "--test_time_flips", axes)
 
 
