@@ -154,9 +154,8 @@ def evaluate(
     table = torch.zeros(len(cases), width, dtype=torch.float64, device=world.device)
     mine = plan.of_rank(world.rank)
     loaded = (load_case(cases[index]) for index in mine)
-    for index, row in zip(
-        mine, score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting, measure), strict=True
-    ):
+    scores = score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting, measure)
+    for index, row in zip(mine, scores, strict=True):
         if plan.members[index][0] == world.rank:
             table[index] = row
             emit(CaseEvaluated(epoch, cases[index]))
