@@ -169,7 +169,7 @@ def test_a_snapshot_does_not_change_with_what_it_is_of(make_state: MakeState, ma
     """It is written while training goes on."""
     state = make_state("adam")
     train_epochs(state, make_batches(2, 1), 1, 1)
-    taken = snapshot(state, [0.0], CONFIG, 1, "")
+    taken = snapshot(state, [0.0], CONFIG, 1, "", SPEC)
     copied = pickle.loads(pickle.dumps(taken))
     train_epochs(state, make_batches(2, 1), 2, 2)
     assert equal(taken["last"], copied["last"])
@@ -414,7 +414,7 @@ def test_a_disk_that_is_full_is_an_os_error_and_every_older_file_is_untouched(
     share: float, path: Path, make_state: MakeState
 ) -> None:
     """torch's writer turns most of them into a RuntimeError about a position, where a tensor is no small one."""
-    content = snapshot(make_state(), [0.0], CONFIG, 1, "") | {"more": torch.rand(20_000)}
+    content = snapshot(make_state(), [0.0], CONFIG, 1, "", SPEC) | {"more": torch.rand(20_000)}
     for seed in (1, 2, 3):
         save(path, content | {"seed": seed}, keep=3)
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
@@ -817,7 +817,7 @@ def test_our_format_without_its_checksum_is_damaged(path: Path, kept: bytes) -> 
 
 @pytest.mark.parametrize("version", [1, FORMAT + 1, "2", None])
 def test_another_format_is_refused(version: object, path: Path, make_state: MakeState) -> None:
-    content = snapshot(make_state(), [0.0], CONFIG, 1, "")
+    content = snapshot(make_state(), [0.0], CONFIG, 1, "", SPEC)
     assert content["format"] == 2
     save(path, content | {"format": version})
     with pytest.raises(UserError, match=re.escape(f"format {version!r}, not 2")):

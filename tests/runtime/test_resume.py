@@ -31,7 +31,7 @@ MakeState = Callable[..., TrainState]
 MakeConfig = Callable[..., RunConfig]
 
 LOADED = Checkpoint(
-    Path("c.pth"), {}, 7, "d1635", {}, {}, best_epoch=3, last_epoch=4, best_dice=0.5, batch=0, evaluated=4,
+    Path("c.pth"), {}, 7, "d1635", None, {}, {}, best_epoch=3, last_epoch=4, best_dice=0.5, batch=0, evaluated=4,
     loss_sums=[0.0], optimizer={}, scaler={},
 )  # fmt: skip
 
@@ -51,7 +51,7 @@ def three(path: Path, make_state: MakeState) -> list[Path]:
     state = make_state()
     for epoch in (1, 2, 3):
         state.epoch = epoch
-        save(path, snapshot(state, [0.0], {}, 1, ""), keep=3)
+        save(path, snapshot(state, [0.0], {}, 1, "", {}), keep=3)
     return [path, path.with_name("checkpoint.pth.1"), path.with_name("checkpoint.pth.2")]
 
 
