@@ -34,7 +34,6 @@ from benchmarks.harness import Options, Table
 from data_loading.dataset import CaseRecord, load_boxes
 from data_loading.loader import Batch, CropDataset, LoaderSettings, PytorchLoader, TrainingLoader
 from data_loading.preprocessing import Box, Shape
-from data_loading.sampling import EpochOrder
 from data_loading.spec import KITS19
 from data_loading.volume import free_memory_bytes
 from errors import UserError
@@ -206,10 +205,10 @@ def feed(
     with ThreadPoolExecutor(1) as dropper, ThreadPoolExecutor(len(loaders)) as accelerators:
 
         def accelerate(loader: TrainingLoader, shard: LoaderSettings) -> Emulated:
-            order = EpochOrder(len(repeated), shard.batch_size, shard.rank, shard.ranks, shard.order_seed).batches(2)
+            order = shard.order(len(repeated)).batches(2)
 
             def forget(step: int) -> None:
-                dropper.submit(drop_caches, files_of(folder, [repeated[index] for index in order[step]]))
+                dropper.submit(drop_caches, files_of(folder, [repeated[index] for _, index in order[step]]))
 
             return emulate(loader.epoch(2), step_s, forget if is_cold else lambda step: None)
 

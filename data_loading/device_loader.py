@@ -17,7 +17,6 @@ from data_loading.augmentation import Augmentation
 from data_loading.dataset import map_case
 from data_loading.loader import Batch, LoaderSettings, describe_sample, draw_sample
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampling import EpochOrder
 from data_loading.volume import free_memory_bytes
 
 # The rest is for weights, activations and the evaluation's volumes.
@@ -52,10 +51,7 @@ class DeviceLoader:
         self._volumes = volumes
         self._boxes = boxes
         self._settings = settings
-        self._order = EpochOrder(
-            len(volumes), settings.batch_size, settings.rank, settings.ranks, settings.order_seed
-        )  # fmt: skip
-        len(self._order)  # raises when an epoch has no batch
+        self._order = settings.order(len(volumes))
         self._generator = torch.Generator(settings.device)
 
     def __len__(self) -> int:
@@ -65,26 +61,26 @@ class DeviceLoader:
         """The batches of `epoch` from batch `start` on, on the device."""
         settings = self._settings
         channels = self._volumes[0][0].shape[0]
-        for indices in self._order.batches(epoch)[start:]:
-            image = torch.empty(len(indices), channels, *settings.patch, device=settings.device)
-            label = torch.empty(len(indices), 1, *settings.patch, dtype=torch.uint8, device=settings.device)
-            for place, index in enumerate(indices):
-                self._fill(image[place], label[place], epoch, index)
+        for keys in self._order.batches(epoch)[start:]:
+            image = torch.empty(len(keys), channels, *settings.patch, device=settings.device)
+            label = torch.empty(len(keys), 1, *settings.patch, dtype=torch.uint8, device=settings.device)
+            for place, key in enumerate(keys):
+                self._fill(image[place], label[place], *key)
             yield {"image": image, "label": label}
 
     def describe(self, epoch: int, batch: int) -> list[str]:
         return [
-            describe_sample(self._cases[index], *self._draw(epoch, index))
-            for index in self._order.batches(epoch)[batch]
+            describe_sample(self._cases[index], *self._draw(permutation, index))
+            for permutation, index in self._order.batches(epoch)[batch]
         ]
 
-    def _draw(self, epoch: int, index: int) -> tuple[Shape, Augmentation]:
+    def _draw(self, permutation: int, index: int) -> tuple[Shape, Augmentation]:
         shape = as_shape(self._volumes[index][0].shape[1:])
-        return draw_sample(epoch, index, shape, self._boxes[index], self._settings)
+        return draw_sample(permutation, index, shape, self._boxes[index], self._settings)
 
-    def _fill(self, image: Tensor, label: Tensor, epoch: int, index: int) -> None:
+    def _fill(self, image: Tensor, label: Tensor, permutation: int, index: int) -> None:
         volume, mask = self._volumes[index]
-        start, drawn = self._draw(epoch, index)
+        start, drawn = self._draw(permutation, index)
         d, h, w = (slice(first, first + length) for first, length in zip(start, self._settings.patch, strict=True))
         axes = [axis for axis, flip in enumerate(drawn.flips, start=1) if flip]
         image.copy_(volume[:, d, h, w].flip(axes))

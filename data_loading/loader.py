@@ -24,7 +24,7 @@ from data_loading.augmentation import Augmentation, DrawAugmentation, augment, d
 from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng
+from data_loading.sampling import EpochOrder, sample_rng
 from data_loading.volume import free_memory_bytes
 from errors import UserError
 
@@ -57,7 +57,13 @@ class TrainingLoader(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What every training loader is made with; `patch` is the crop's shape, `device` where the network computes."""
+    """What every training loader is made with.
+
+    Attributes:
+        patch: the crop's shape.
+        device: where the network computes.
+        steps: of `EpochOrder`.
+    """
 
     patch: Shape
     oversampling: float
@@ -69,6 +75,13 @@ class LoaderSettings:
     sample_seed: int
     device: torch.device = CPU
     augment: DrawAugmentation = draw_augmentation
+    steps: int | None = None
+
+    def order(self, cases: int) -> EpochOrder:
+        """In which order so many cases come to this rank. Raises UserError when an epoch has no batch."""
+        order = EpochOrder(cases, self.batch_size, self.rank, self.ranks, self.order_seed, self.steps)
+        len(order)
+        return order
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,9 @@ class EvaluationCase:
 
 
 class CropDataset(Dataset[dict[str, NDArray[Any]]]):
-    """Random crops of memory-mapped volumes; an item is asked for by (epoch, case index).
+    """Random crops of memory-mapped volumes; an item is asked for by (permutation, case index), see `EpochOrder`.
 
-    A crop reads its own voxels alone. Which crop it is follows from (seed, epoch, case), whichever process asks.
+    A crop reads its own voxels alone. Which crop it is follows from the seed and that pair, whichever process asks.
     """
 
     def __init__(self, data_dir: Path, cases: Sequence[str], boxes: Sequence[Boxes], settings: LoaderSettings) -> None:
@@ -120,10 +133,10 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         return edge_padding(as_shape(image.shape[1:]), self.settings.patch)
 
     def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Augmentation]:
-        epoch, index = key
+        permutation, index = key
         padded = [n + sum(both) for n, both in zip(image.shape[1:], self._padding(image), strict=True)]
         # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
-        return draw_sample(epoch, index, as_shape(padded), self.boxes[index], self.settings)
+        return draw_sample(permutation, index, as_shape(padded), self.boxes[index], self.settings)
 
     def describe(self, key: tuple[int, int]) -> str:
         """Which case the sample is of, and where its crop begins."""
@@ -136,7 +149,7 @@ def describe_sample(case: str, start: Shape, drawn: Augmentation) -> str:
 
 
 def draw_sample(
-    epoch: int, index: int, shape: Shape, boxes: Boxes, settings: LoaderSettings
+    permutation: int, index: int, shape: Shape, boxes: Boxes, settings: LoaderSettings
 ) -> tuple[Shape, Augmentation]:
     """The first voxel of a sample's crop and its augmentation: the same whichever loader or process asks.
 
@@ -144,7 +157,7 @@ def draw_sample(
         shape: of the volume (D, H, W), at least the patch in each axis.
         boxes: of its foreground.
     """
-    rng = sample_rng(settings.sample_seed, epoch, index)
+    rng = sample_rng(settings.sample_seed, permutation, index)
     start = draw_crop(rng, shape, settings.patch, boxes, settings.oversampling)
     return start, settings.augment(rng)
 
@@ -160,7 +173,7 @@ def _read_crop(array: NDArray[Any], start: Shape, patch: Shape, padding: list[tu
 
 
 class _EpochSampler:
-    """Hands a DataLoader its batches of (epoch, case index); the epoch is set before each pass."""
+    """Hands a DataLoader its batches of (permutation, case index); the epoch is set before each pass."""
 
     def __init__(self, order: EpochOrder) -> None:
         self.order = order
@@ -171,19 +184,16 @@ class _EpochSampler:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.order.batches(self.current)[self.start :]:
-            yield [(self.current, index) for index in batch]
+        yield from self.order.batches(self.current)[self.start :]
 
 
 class PytorchLoader:
     """`--loader pytorch`: crops made by a torch DataLoader's worker processes."""
 
     def __init__(self, dataset: CropDataset, settings: LoaderSettings) -> None:
-        cases = len(dataset.cases)
-        order = EpochOrder(cases, settings.batch_size, settings.rank, settings.ranks, settings.order_seed)
+        order = settings.order(len(dataset.cases))
         self._dataset = dataset
         self._sampler = _EpochSampler(order)
-        len(order)  # raises when an epoch has no batch
         # More workers than batches would only idle.
         workers = min(settings.num_workers, len(order))
         self._loader: DataLoader[Any] = DataLoader(
@@ -220,11 +230,11 @@ class PytorchLoader:
             else:
                 # It may be that a file was cut off in the middle of a read: raises if one was.
                 check_files(self._dataset.data_dir, self._dataset.cases)
-            cases = ", ".join(self._dataset.cases[index] for index in next(awaited, []))
+            cases = ", ".join(self._dataset.cases[index] for _, index in next(awaited, []))
             raise UserError(lost_worker(error, f"{cases} was awaited")) from error
 
     def describe(self, epoch: int, batch: int) -> list[str]:
-        return [self._dataset.describe((epoch, index)) for index in self._sampler.order.batches(epoch)[batch]]
+        return [self._dataset.describe(key) for key in self._sampler.order.batches(epoch)[batch]]
 
 
 def is_of_worker(error: RuntimeError) -> bool:
@@ -250,7 +260,7 @@ class SyntheticLoader:
         self._images = torch.rand(SYNTHETIC_VOLUMES, channels, *shape, generator=generator)
         self._labels = torch.randint(classes, (SYNTHETIC_VOLUMES, 1, *shape), generator=generator, dtype=torch.uint8)
         self._batch_size = settings.batch_size
-        self._batches = batches_per_epoch(samples, settings.batch_size, settings.ranks)
+        self._batches = len(settings.order(samples))
 
     def __len__(self) -> int:
         return self._batches

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from errors import UserError
 
@@ -51,8 +52,13 @@ def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:
 class EpochOrder:
     """The seeded order of every epoch, dealt out over the ranks.
 
-    All ranks draw the same permutation of an epoch and take every `ranks`-th case of it: the shards are
-    disjoint, and together they are the permutation (less the incomplete last batches).
+    The cases come in one permutation after the other, and all ranks draw the same ones. An epoch takes its samples from
+    a permutation of its own, less the incomplete last batches; or, with `steps`, from where the epoch before it ended,
+    so that of any two cases one is at most one sample ahead. Every rank takes every `ranks`-th sample: the shards are
+    disjoint.
+
+    Attributes:
+        steps: batches of a rank in an epoch; None: as many as one permutation gives.
     """
 
     cases: int
@@ -60,18 +66,30 @@ class EpochOrder:
     rank: int
     ranks: int
     seed: int
+    steps: int | None = None
 
     def __len__(self) -> int:
-        return batches_per_epoch(self.cases, self.batch_size, self.ranks)
+        return self.steps or batches_per_epoch(self.cases, self.batch_size, self.ranks)
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """This rank's batches of case indices in `epoch` (counted from 1)."""
-        rng = np.random.default_rng([ORDER_STREAM, self.seed, epoch])
-        used = rng.permutation(self.cases)[: len(self) * self.batch_size * self.ranks]
-        mine = used[self.rank :: self.ranks].tolist()
+    def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """This rank's batches in `epoch` (counted from 1): a sample is (permutation counted from 1, case index).
+
+        The pair, and not the case alone, is what a sample's own draws follow from: an epoch may meet a case twice.
+        """
+        count = len(self) * self.batch_size * self.ranks
+        first = (epoch - 1) * (count if self.steps else self.cases)
+        places = np.arange(first, first + count)
+        used = np.concatenate(
+            [self._permutation(number + 1)[places[places // self.cases == number] % self.cases]
+             for number in range(first // self.cases, (first + count - 1) // self.cases + 1)]
+        )  # fmt: skip
+        mine = list(zip((places // self.cases + 1).tolist(), used.tolist(), strict=True))[self.rank :: self.ranks]
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
+    def _permutation(self, number: int) -> NDArray[np.int64]:
+        return np.random.default_rng([ORDER_STREAM, self.seed, number]).permutation(self.cases)
 
-def sample_rng(seed: int, epoch: int, case: int) -> np.random.Generator:
-    """All randomness of one sample, whichever rank or loader worker makes it."""
-    return np.random.default_rng([SAMPLE_STREAM, seed, epoch, case])
+
+def sample_rng(seed: int, permutation: int, case: int) -> np.random.Generator:
+    """All randomness of one sample of `EpochOrder`, whichever rank or loader worker makes it."""
+    return np.random.default_rng([SAMPLE_STREAM, seed, permutation, case])

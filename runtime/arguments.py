@@ -29,6 +29,8 @@ class RunConfig:
     compare: tuple[Path, ...]
     save_ckpt_path: Path | None
     load_ckpt_path: tuple[Path, ...]
+    init_from: Path | None
+    freeze: tuple[str, ...]
     resume: bool
     ckpt_every: str
     ckpt_keep: int
@@ -38,6 +40,7 @@ class RunConfig:
     batch_size: int
     ga_steps: int
     epochs: int
+    steps_per_epoch: int | None
     evaluate_every: int | None
     start_eval_at: int | None
     quality_threshold: float
@@ -60,6 +63,7 @@ class RunConfig:
     lr_warmup_epochs: int
     lr_decay_epochs: tuple[int, ...]
     lr_decay_factor: float
+    lr_schedule: str
     lamb_betas: tuple[float, float]
     weight_decay: float
     model: str
@@ -69,6 +73,7 @@ class RunConfig:
     verbose: bool
     no_report: bool
     trackers: tuple[str, ...]
+    callbacks: tuple[str, ...]
     augment: str
     oversampling: float
     overlap: float
@@ -140,7 +145,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     for action in parser._actions:  # the second pass: without defaults, only what was given remains
         action.default = argparse.SUPPRESS
     given = frozenset(vars(parser.parse_args(arguments)))
-    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "load_ckpt_path"):
+    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "callbacks", "freeze",
+                 "load_ckpt_path"):  # fmt: skip
         values[name] = tuple(values[name])
     folders = values["log_dir"] if isinstance(values["log_dir"], list) else [values["log_dir"]]
     values["log_dir"], values["compare"] = folders[0], tuple(folders[1:])
@@ -181,8 +187,11 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError(f"--overlap {config.overlap:g}: windows must advance; use a value below 1 (MLPerf: 0.5)")
     if config.resume and checkpoint_path(config) is None:
         raise UserError("--resume, but with --ckpt_every never or --benchmark this run keeps no checkpoint")
-    if twice := [spec for spec in config.trackers if config.trackers.count(spec) > 1]:
-        raise UserError(f"--trackers names {twice[0]} twice")
+    if config.init_from is not None and config.load_ckpt_path:
+        raise UserError("--init_from takes weights alone, --load_ckpt_path a run's whole state; give one of them")
+    for flag, specs in (("trackers", config.trackers), ("callbacks", config.callbacks)):
+        if twice := [spec for spec in specs if specs.count(spec) > 1]:
+            raise UserError(f"--{flag} names {twice[0]} twice")
     path = config.save_ckpt_path
     if path is not None and path.is_dir():
         raise UserError(f"--save_ckpt_path {path} is a folder; give a file, such as {path / 'checkpoint.pth'}")
@@ -221,6 +230,11 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
         help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)")  # fmt: skip
     add("--load_ckpt_path", type=Path, nargs="+", default=(), metavar="FILE",
         help="train: go on from its last state; evaluate: score it; predict: the mean of all")  # fmt: skip
+    add("--init_from", type=Path, metavar="FILE",
+        help="start from these weights alone, where the run has no state of its own to go on from; the output layer "
+        "may be of other classes")  # fmt: skip
+    add("--freeze", nargs="+", default=(), metavar="REGEX",
+        help="parameters that are not trained, by expressions that match a whole name; or all_but_output")  # fmt: skip
     add("--resume", action="store_true",
         help="go on from this run's newest good checkpoint; where it has none yet, start afresh")  # fmt: skip
     add("--ckpt_every", type=interval, default="10m",
@@ -242,6 +256,8 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--batch_size", type=number(int, 1), default=2, help="samples a rank and micro-batch")
     add("--ga_steps", type=number(int, 1), default=1, help="micro-batches accumulated to one step")
     add("--epochs", type=number(int, 1), default=1, help="at most so many epochs")
+    add("--steps_per_epoch", type=number(int, 1),
+        help="an epoch is so many steps, whatever the data set's size (None: each case once)")  # fmt: skip
     add(
         "--evaluate_every", "--eval_every", type=number(int, 1),
         help="epochs from one evaluation to the next (None: 20 of 168 samples, by MLPerf's rule)",
@@ -276,6 +292,9 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--lr_warmup_epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
     add("--lr_decay_epochs", type=number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
     add("--lr_decay_factor", type=number(float, 0), default=1.0, help="what each decay multiplies the rate with")
+    add("--lr_schedule", default="multistep",
+        help="after warm-up: multistep (--lr_decay_epochs), 'cosine', 'polynomial(power=0.9)', 'plateau(factor=0.5, "
+        "patience=5)'")  # fmt: skip
     add("--lamb_betas", type=number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="of lamb")
     add("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
 
@@ -294,6 +313,9 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--trackers", nargs="*", default=("mlperf", "jsonl"), metavar="TRACKER",
         help="who records the run beside run.json: mlperf, jsonl, tensorboard, wandb, mlflow, each with its arguments, "
         "such as 'wandb(project=\"kits\", mode=\"offline\")', or one's own package.module:name")  # fmt: skip
+    add("--callbacks", nargs="*", default=(), metavar="CALLBACK",
+        help="who may end the run or keep something of it: 'early_stopping(patience=20)', 'top_k(k=3)', rate_monitor, "
+        "training_dice, or one's own package.module:name")  # fmt: skip
     add("--augment", default="mlperf",
         help="augmentation spec, such as \"mlperf(flips='HW')\" where a class has a direction along D")  # fmt: skip
     add("--oversampling", type=number(float, 0, 1), default=0.4, help="share of crops around the foreground")

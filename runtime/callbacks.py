@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+import plugins
 from errors import DIVERGED_EXIT, Interrupted, warn
 from runtime.distributed import World
 from runtime.events import EvaluationStopped, Event, StepDone, Tracker
@@ -23,6 +25,7 @@ DIVERGED_DICE = 1e-6
 NAMED_RANKS = 4
 
 
+@runtime_checkable
 class Callback(Protocol):
     """May change the state, alike on every rank."""
 
@@ -91,6 +94,40 @@ class KeepBest:
                 name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
                 for name, tensor in state.network.state_dict().items()
             }
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a callback of `--callbacks` is made with, as `run`. What it must know again after a resume, plain Python,
+    it keeps in `state.records` under a name of its own.
+
+    Attributes:
+        training: the training cases' ids.
+        scorer: makes, of case ids and of who hears of each case, a function of the epoch that scores them; every rank
+            must call both.
+        announce: tells all of an event.
+        snapshot: a checkpoint's content, of a state and every rank's losses (0 at an epoch's end).
+    """
+
+    log_dir: Path
+    world: World
+    training: Sequence[str]
+    scorer: Callable[[Sequence[str], Callable[[Event], None]], Callable[[int], EvaluationStopped]]
+    announce: Callable[[Event], None]
+    snapshot: Callable[[TrainState, list[float]], dict[str, Any]]
+
+
+CALLBACKS: plugins.Table[Callback] = {
+    "early_stopping": "runtime.extras.early_stopping:EarlyStopping",
+    "top_k": "runtime.extras.top_k:TopK",
+    "rate_monitor": "runtime.extras.rate_monitor:RateMonitor",
+    "training_dice": "runtime.extras.training_dice:TrainingDice",
+}
+
+
+def build_callbacks(specs: Sequence[str], context: RunContext) -> list[Callback]:
+    """What `--callbacks` names. Raises UserError for an unknown name or argument, or a missing package."""
+    return [plugins.build(spec, CALLBACKS, "--callbacks", importable=True, run=context) for spec in specs]
 
 
 class Announcer:

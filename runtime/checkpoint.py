@@ -6,6 +6,7 @@ comment is the SHA-256 of all bytes before it: any program reads it, and a cut o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -14,7 +15,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +51,7 @@ class Checkpoint:
         batch, evaluated: of the last state, as in `TrainState`.
         loss_sums: of the last state, one a rank of the run.
         optimizer, scaler: state dicts of the last state, None where the file holds none.
+        records: of the last state, {} where the file holds none.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Checkpoint:
     loss_sums: list[float]
     optimizer: dict[str, Any] | None
     scaler: dict[str, Any] | None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def state(self, which: str) -> tuple[dict[str, Tensor], int]:
         """The network of the "best" or the "last" state, and its epoch."""
@@ -128,6 +131,7 @@ def snapshot(
         "network": state.network.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "records": copy.deepcopy(state.records),
     }
     # The best network is a copy on the host already.
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}
@@ -244,6 +248,7 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
             best["network"] if trained else last["network"], last["network"],
             best["epoch"] if trained else last["epoch"], last["epoch"], best["mean_dice"],
             last["batch"], last["evaluated"], last["loss_sums"], last["optimizer"], last["scaler"],
+            last.get("records", {}),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag} {path}: damaged or of another version ({error})") from None
@@ -330,3 +335,5 @@ def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
     state.loss_sum = torch.tensor(sums[rank]) if checkpoint.batch and rank < len(sums) else None
     state.best_epoch, state.best_dice = checkpoint.best_epoch, checkpoint.best_dice
     state.best_network = checkpoint.best if checkpoint.best_dice >= 0 else None
+    state.records.clear()
+    state.records.update(copy.deepcopy(checkpoint.records))

@@ -23,6 +23,11 @@ CLOSED_FLAGS = {
     "activation": "relu",
     "include_background": False,
     "load_ckpt_path": (),
+    "init_from": None,
+    "freeze": (),
+    "lr_schedule": "multistep",
+    "steps_per_epoch": None,
+    "callbacks": (),
     "benchmark": False,
 }
 

@@ -189,6 +189,17 @@ class EvaluationStopped(Event):
 
 
 @dataclass(frozen=True)
+class TrainingScored(Event):
+    """Scores of training cases, found as an evaluation finds its own; nothing is decided by them."""
+
+    epoch: int
+    mean_dice: float
+    dice: list[float]
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class BlockStopped(Event):
     first_epoch: int
     epochs: int

@@ -1,13 +1,17 @@
-"""Optimizers by name, and the learning rate as a pure function of the epoch."""
+"""Optimizers by name, and the learning rate as a function of the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+import plugins
 
 # Where every PyTorch build has fused optimizers.
 FUSED_DEVICES = ("cpu", "cuda")
@@ -31,8 +35,51 @@ def learning_rate(
     epoch inside the warm-up counts from the warm-up's end (the MLPerf reference silently loses it).
     """
     if epoch <= warmup_epochs:
-        return initial + (base - initial) * epoch / warmup_epochs
+        return warm_up_rate(epoch, base, initial, warmup_epochs)
     return base * decay_factor ** sum(decay < epoch for decay in decay_epochs)
+
+
+def warm_up_rate(epoch: int, base: float, initial: float, warmup_epochs: int) -> float:
+    """initial + (base - initial) * epoch / warmup_epochs, for an epoch up to and including `warmup_epochs`."""
+    return initial + (base - initial) * epoch / warmup_epochs
+
+
+Rate = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """What a schedule is made with: the flags of the same names, and the run's records (see `TrainState`)."""
+
+    learning_rate: float
+    init_learning_rate: float
+    lr_warmup_epochs: int
+    lr_decay_epochs: tuple[int, ...]
+    lr_decay_factor: float
+    epochs: int
+    records: dict[str, dict[str, Any]]
+
+
+def multistep(run: RateSettings) -> Rate:
+    """MLPerf's: constant after the warm-up, times `--lr_decay_factor` after each of `--lr_decay_epochs`."""
+    return partial(
+        learning_rate, base=run.learning_rate, initial=run.init_learning_rate, warmup_epochs=run.lr_warmup_epochs,
+        decay_epochs=run.lr_decay_epochs, decay_factor=run.lr_decay_factor,
+    )  # fmt: skip
+
+
+# One that follows the run's scores is a callback too.
+SCHEDULES: plugins.Table[Rate] = {
+    "multistep": multistep,
+    "cosine": "runtime.extras.schedules:Cosine",
+    "polynomial": "runtime.extras.schedules:Polynomial",
+    "plateau": "runtime.extras.schedules:Plateau",
+}
+
+
+def build_rate(spec: str, settings: RateSettings) -> Rate:
+    """What `--lr_schedule` names: the rate of each epoch, counted from 1. Raises UserError for an unknown one."""
+    return plugins.build(spec, SCHEDULES, "--lr_schedule", importable=True, run=settings)
 
 
 def make_optimizer(

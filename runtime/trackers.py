@@ -21,7 +21,7 @@ import plugins
 from errors import UserError
 from runtime import events as ev
 
-LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "tensorboard")
+LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "rates.csv", "tensorboard")
 
 
 def rotate_logs(log_dir: Path) -> None:
@@ -232,7 +232,7 @@ def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
 
 def left_behind(log_dir: Path, checkpoint: Path | None) -> list[str]:
     """What a run has written, for those who keep it elsewhere: checkpoint, logs, report and pictures."""
-    logs = [log_dir / name for name in (*LOG_NAMES[:4], "report.html")]
+    logs = [log_dir / name for name in (*LOG_NAMES[:5], "report.html")]
     files = [*([checkpoint] if checkpoint else []), *logs, *sorted(log_dir.glob("report/*.png"))]
     written_at = {}
     for file in files:

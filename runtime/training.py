@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,8 @@ class TrainState:
         gradient_norm: of the last step, a scalar on the device; no checkpoint needs it.
         best_epoch, best_dice, best_network: of the best evaluation yet, the weights on the host.
         stop: why the run must end; None: go on.
+        records: what callbacks and schedules must know again after a resume, by their names: plain Python, and alike
+            on all ranks as far as decisions follow from it.
     """
 
     network: nn.Module
@@ -90,6 +93,7 @@ class TrainState:
     best_dice: float = -1.0
     best_network: dict[str, Tensor] | None = None
     stop: Stop | None = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,9 +200,9 @@ def train(
                 break
             emit(BlockStarted(first, last - first + 1))
             for epoch in range(first, last + 1):
-                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, pulse, emit)
                 if state.stop:
                     break
+                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, pulse, emit)
             score()
             emit(BlockStopped(first, max(1, state.epoch - first + 1)))
     except Interrupted as leaving:

@@ -48,6 +48,9 @@ class Recorder(ABC):
             dice = {f"evaluation/dice_{name}": value for name, value in zip(self._classes, event.dice, strict=True)}
             rest = {"evaluation/mean_dice": event.mean_dice, "evaluation/loss": event.loss}
             self.numbers("epoch", event.epoch, rest | dice | {"evaluation/seconds": event.seconds})
+        elif isinstance(event, ev.TrainingScored):
+            dice = {f"train/dice_{name}": value for name, value in zip(self._classes, event.dice, strict=True)}
+            self.numbers("epoch", event.epoch, {"train/mean_dice": event.mean_dice} | dice)
         elif isinstance(event, ev.RunStopped):
             self.end(event)
         elif isinstance(event, ev.Closed):

@@ -85,7 +85,7 @@ def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def expected_sample(case: str, epoch: int, settings: LoaderSettings) -> Arrays:
+def expected_sample(case: str, permutation: int, settings: LoaderSettings) -> Arrays:
     """A sample from the whole arrays, padded whole: what the loader makes from a window alone."""
     image, label = VOLUMES[case]
     missing = [max(0, length - size) for length, size in zip(settings.patch, image.shape[1:], strict=True)]
@@ -96,20 +96,22 @@ def expected_sample(case: str, epoch: int, settings: LoaderSettings) -> Arrays:
         value: [tuple(edge + before[axis % 3] for axis, edge in enumerate(box)) for box in found]  # type: ignore[misc]
         for value, found in foreground_boxes(VOLUMES[case][1], 3).items()
     }
-    rng = sample_rng(settings.sample_seed, epoch, CASES.index(case))
+    rng = sample_rng(settings.sample_seed, permutation, CASES.index(case))
     d, h, w = draw_crop(rng, image.shape[1:], settings.patch, boxes, settings.oversampling)  # type: ignore[arg-type]
     window = (slice(None), *(slice(n, n + length) for n, length in zip((d, h, w), settings.patch, strict=True)))
     return augment(image[window].copy(), label[window].copy(), draw_augmentation(rng))
 
 
-@pytest.mark.parametrize("changes", [{}, {"oversampling": 1.0}, {"patch": (4, 6, 5), "batch_size": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"oversampling": 1.0}, {"patch": (4, 6, 5), "batch_size": 3}, {"steps": 5}, {"steps": 1}]
+)
 def test_a_sample_is_its_window_of_the_volume_augmented(folder: Path, changes: dict[str, Any]) -> None:
     settings = replace(SETTINGS, **changes)
-    order = EpochOrder(len(CASES), settings.batch_size, 0, 1, settings.order_seed)
+    order = settings.order(len(CASES))
     epochs = range(1, 9)
     for epoch, made in zip(epochs, batches(folder, epochs, **changes), strict=True):
-        for indices, batch in zip(order.batches(epoch), made, strict=True):
-            samples = [expected_sample(CASES[index], epoch, settings) for index in indices]
+        for keys, batch in zip(order.batches(epoch), made, strict=True):
+            samples = [expected_sample(CASES[index], permutation, settings) for permutation, index in keys]
             np.testing.assert_array_equal(batch["image"].numpy(), np.stack([image for image, _ in samples]))
             np.testing.assert_array_equal(batch["label"].numpy(), np.stack([label for _, label in samples]))
 
@@ -317,7 +319,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
 
 
 def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = [CASES[index] for index in EpochOrder(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
+    second = [CASES[index] for _, index in EpochOrder(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
     named = ", ".join(second)
 
     def killed(data_dir: Path, case: str) -> Arrays:

@@ -31,19 +31,48 @@ def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int
     shards = [order.batches(epoch) for order in orders]
     assert all(len(order) == len(shard) == rounds for order, shard in zip(orders, shards, strict=True))
     assert all(len(batch) == batch_size for shard in shards for batch in shard)
-    met = [case for shard in shards for batch in shard for case in batch]
+    assert {number for shard in shards for batch in shard for number, _ in batch} == {epoch}
+    met = [case for shard in shards for batch in shard for _, case in batch]
     assert len(set(met)) == len(met) == rounds * batch_size * ranks
     assert set(met) <= set(range(cases))
     # Dealt out in turn: together they are what a single rank meets first.
-    alone = [batch[0] for batch in EpochOrder(cases, 1, 0, 1, seed).batches(epoch)]
-    flat = [[case for batch in shard for case in batch] for shard in shards]
+    alone = [batch[0][1] for batch in EpochOrder(cases, 1, 0, 1, seed).batches(epoch)]
+    flat = [[case for batch in shard for _, case in batch] for shard in shards]
     assert [case for turn in zip(*flat, strict=True) for case in turn] == alone[: len(met)]
     assert shards == [order.batches(epoch) for order in orders]
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    cases=st.integers(1, 20),
+    batch_size=st.integers(1, 4),
+    ranks=st.integers(1, 3),
+    steps=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+    epochs=st.integers(1, 6),
+)
+def test_with_steps_the_epochs_are_one_endless_stream(
+    cases: int, batch_size: int, ranks: int, steps: int, seed: int, epochs: int
+) -> None:
+    orders = [EpochOrder(cases, batch_size, rank, ranks, seed, steps) for rank in range(ranks)]
+    shards = [[batch for epoch in range(1, epochs + 1) for batch in order.batches(epoch)] for order in orders]
+    assert all(len(shard) == epochs * steps for shard in shards)
+    turns = zip(*([key for batch in shard for key in batch] for shard in shards), strict=True)
+    stream = [key for turn in turns for key in turn]
+    assert len(set(stream)) == len(stream) == epochs * steps * batch_size * ranks, "no sample twice, on any rank"
+    # Pass by pass each case once: so at no moment is a case two samples ahead of another.
+    assert [number for number, _ in stream] == [place // cases + 1 for place in range(len(stream))]
+    for number in range(1, len(stream) // cases + 1):
+        assert sorted(case for at, case in stream if at == number) == list(range(cases))
+    # The permutations are those of epochs without steps.
+    if batch_size * ranks <= cases:
+        (first, *_) = EpochOrder(cases, batch_size, 0, ranks, seed).batches(1)
+        assert first[: len(shards[0][0])] == shards[0][0]
+
+
 def test_epochs_and_seeds_have_their_own_orders() -> None:
     orders = {
-        (seed, epoch): tuple(map(tuple, EpochOrder(168, 2, 0, 1, seed).batches(epoch)))
+        (seed, epoch): tuple(case for batch in EpochOrder(168, 2, 0, 1, seed).batches(epoch) for _, case in batch)
         for seed in (0, 1, 2)
         for epoch in (1, 2, 3)
     }
@@ -53,7 +82,7 @@ def test_epochs_and_seeds_have_their_own_orders() -> None:
 def test_every_case_is_left_out_alike() -> None:
     # 7 cases in batches of 2: one a epoch is dropped, and not always the same.
     dropped = [
-        (set(range(7)) - {case for batch in EpochOrder(7, 2, 0, 1, 0).batches(epoch) for case in batch}).pop()
+        (set(range(7)) - {case for batch in EpochOrder(7, 2, 0, 1, 0).batches(epoch) for _, case in batch}).pop()
         for epoch in range(1, 701)
     ]
     counts = np.bincount(dropped, minlength=7)
@@ -124,8 +153,8 @@ def test_every_sample_has_its_own_randomness() -> None:
 
 
 def test_order_split_and_samples_of_one_seed_have_nothing_in_common() -> None:
-    permutation = EpochOrder(50, 50, 0, 1, 3).batches(1)[0]
+    permutation = [case for _, case in EpochOrder(50, 50, 0, 1, 3).batches(1)[0]]
     assert permutation != sample_rng(3, 1, 0).permutation(50).tolist()
     assert permutation != np.random.default_rng(3).permutation(50).tolist()
     held_out = split_cases([f"{number:02d}" for number in range(50)], 0.2, 3)[1]
-    assert held_out != sorted(f"{number:02d}" for number in EpochOrder(50, 50, 0, 1, 3).batches(1)[0][:10])
+    assert held_out != sorted(f"{number:02d}" for number in permutation[:10])

@@ -194,6 +194,7 @@ def test_changed_flags_are_listed_with_what_they_were(make_config: MakeConfig) -
 
 OTHERS = {
     "model": "unet3d(filters=(4,8))", "normalization": "batchnorm", "activation": "leaky_relu", "optimizer": "adam",
+    "freeze": ("input_block.*",),
 }  # fmt: skip
 
 

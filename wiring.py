@@ -1,0 +1,327 @@
+"""What a run is made of: each part from the command line and the data set. `main.py` puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from data_loading.augmentation import make_augmentation
+from data_loading.dataset import peek
+from data_loading.integrity import check_files, split_digest, verify_changed
+from data_loading.loader import LoaderSettings, TrainingLoader, shape_of, synthetic_cases
+from data_loading.loaders import EvaluationCases, make_training_loader
+from data_loading.sampling import batches_per_epoch
+from data_loading.spec import KITS19, DatasetSpec
+from errors import UserError
+from model import kernels
+from model.losses import DiceCELoss
+from model.networks import build_network, check_window
+from model.transfer import freeze, load_part, output_layer
+from runtime import checkpoint as checkpoints
+from runtime import events, resume, trackers
+from runtime.arguments import RunConfig, checkpoint_path
+from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, Leave, RunContext, TargetReached, build_callbacks
+from runtime.checkpoint import Checkpoint
+from runtime.checks import checkpoint_bytes
+from runtime.console import ConsoleTracker
+from runtime.distributed import World
+from runtime.division import choose_division, departures
+from runtime.environment import describe_environment, platform_name
+from runtime.evaluation import Plan, Scoring, evaluate
+from runtime.flags import parse_interval
+from runtime.interruption import Interruption
+from runtime.optim import Rate, RateSettings, build_rate, make_optimizer
+from runtime.precision import Precision, choose_precision
+from runtime.preflight import Samples, failures, format_table, run_checks
+from runtime.saving import SaveCheckpoint
+from runtime.seeding import Seeds, draw_seeds, seed_process
+from runtime.throughput import ThroughputTracker
+from runtime.training import Schedule, StepSettings, TrainState, make_schedule, place
+from runtime.warmup import calibrate, made_up_batch, warm_up
+from runtime.watchdog import Watchdog
+
+EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
+# run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
+CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before anything is built or any volume is touched.
+
+    Attributes:
+        split: case ids by subset.
+        data: digest of the data set and its split.
+        loaded: the checkpoint to go on from, if any.
+        done: why nothing is left to train, "" where something is.
+        reasons: what makes it an open one.
+        notes: what the user may not expect, a line each; parts that are built later add theirs.
+    """
+
+    spec: DatasetSpec
+    split: dict[str, list[str]]
+    data: str
+    loaded: Checkpoint | None
+    done: str
+    schedule: Schedule
+    samples_per_epoch: int
+    reasons: list[str]
+    division: str
+    seeds: Seeds
+    precision: Precision
+    notes: list[str]
+
+
+def plan_run(config: RunConfig, world: World) -> RunPlan:
+    """Raises UserError where the flags, the data set and a checkpoint do not go together."""
+    spec, split = open_split(config)
+    data = split_digest(config.data_dir, split)
+    loaded, notes = find_state(config, data, world)
+    batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else batches_per_epoch(
+        len(split["train"]), config.batch_size, world.size
+    )  # fmt: skip
+    samples_per_epoch = batches * config.batch_size * world.size
+    schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
+    if config.benchmark or not split["evaluation"]:
+        schedule = dataclasses.replace(schedule, first_evaluation=None)
+    done = resume.is_done(loaded, schedule, config.quality_threshold) if loaded else ""
+    if not done:
+        schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
+    reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
+    reasons += ["the run was resumed"] if loaded and config.resume else []
+    division = choose_division("auto" if done else config.division, reasons)
+    seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
+    precision = choose_precision(config.amp, config.amp_dtype, world.device)
+    return RunPlan(spec, split, data, loaded, done, schedule, samples_per_epoch, reasons, division, seeds, precision,
+                   notes)  # fmt: skip
+
+
+def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
+    """The data set's constants and case ids; volumes stay closed until the clock runs."""
+    if config.loader == "synthetic" and config.exec_mode == "train":
+        return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
+    return peek(config.data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split())
+
+
+def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if any, and what the user is to know of it."""
+    own = checkpoint_path(config) if config.resume else None
+    loaded = resume.find(own, next(iter(config.load_ckpt_path), None), world)
+    if loaded is None:
+        return None, [f"--resume: {own} is not there yet, starting from the beginning"] if config.resume else []
+    return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
+
+
+def leave_done(config: RunConfig, plan: RunPlan, world: World) -> int:
+    """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
+    assert plan.loaded is not None
+    told = f"{plan.loaded.path} {plan.done}"
+    if not config.resume:
+        raise UserError(f"--load_ckpt_path {told}; use larger --epochs or another --quality_threshold")
+    if world.is_main:
+        print(f"nothing left to do: {told}", flush=True)
+    return 0
+
+
+def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
+    return build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+
+
+def make_loss(config: RunConfig) -> nn.Module:
+    return DiceCELoss(config.include_background)
+
+
+def build_state(config: RunConfig, plan: RunPlan, world: World) -> TrainState:
+    """Network, optimizer and scaler, as they stand before the first step: new, or as the checkpoint has them."""
+    seed_process(plan.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
+    network = make_network(config, plan.spec)
+    check_window(network, config.input_shape, "--input_shape")
+    check_window(network, config.val_input_shape, "--val_input_shape")
+    plan.notes.extend(_transfer(config, plan, network))
+    place(network, world.device, config.layout)
+    if config.compile:
+        network.compile()  # in place: names, state and everyone's references stay
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = make_optimizer(
+        config.optimizer, trained, config.learning_rate, config.momentum, config.lamb_betas, config.weight_decay
+    )
+    state = TrainState(network, world.wrap(network), optimizer, plan.precision.make_scaler())
+    if plan.loaded:
+        checkpoints.restore(state, plan.loaded, world.rank)
+        plan.notes.extend(
+            resume.to_boundary(state, plan.loaded, config.to_json(), world.size, plan.seeds.master)
+        )  # fmt: skip
+    return state
+
+
+def _transfer(config: RunConfig, plan: RunPlan, network: nn.Module) -> list[str]:
+    """`--init_from`, where the run does not go on from a state of its own, and `--freeze`; a line for each."""
+    if config.init_from is None and not config.freeze:
+        return []
+    output = output_layer(network, plan.spec.channels, config.input_shape)
+    notes = []
+    if config.init_from is not None and plan.loaded is None:
+        loaded = checkpoints.load(config.init_from, "--init_from")
+        weights, epoch = loaded.state(config.checkpoint)
+        taken = load_part(network, weights, output, f"--init_from {loaded.path}")
+        notes.append(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {taken}")
+    if config.freeze:
+        notes.append(f"--freeze: {freeze(network, config.freeze, output)}")
+    return notes
+
+
+def pre_flight(config: RunConfig, plan: RunPlan, state: TrainState, world: World, announce: Announcer) -> None:
+    """Looks, on each machine, for what would end the run later. Raises UserError, naming all of it."""
+    if config.local_rank != 0:
+        return
+    path = checkpoint_path(config)
+    checks = run_checks(
+        None if config.loader == "synthetic" else config.data_dir, plan.split["train"],
+        plan.split["evaluation"] if plan.schedule.first_evaluation else [],
+        Samples(config.loader, config.num_workers, config.batch_size, config.input_shape, plan.spec.channels),
+        make_scoring(config, plan.spec), path.parent if path else None, config.ckpt_keep,
+        checkpoint_bytes(state.network, state.optimizer), world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )  # fmt: skip
+    announce(events.Checked(format_table(checks), [dataclasses.asdict(check) for check in checks]))
+    if problem := failures(checks):
+        raise UserError(problem)
+
+
+def prepare_device(
+    config: RunConfig, plan: RunPlan, state: TrainState, settings: StepSettings, world: World, announce: Announcer
+) -> None:
+    """Compiles, tunes and measures on made-up data, before the clock; the state is afterwards what it was."""
+    spec = plan.spec
+    batch = made_up_batch(config.batch_size, spec.channels, len(spec.classes), config.input_shape, world.device)
+    windows = made_up_batch(config.val_batch_size, spec.channels, 1, config.val_input_shape, world.device)
+    warm_up(state, batch, windows, settings, config.untimed_steps)
+    if config.benchmark:
+        announce(calibrate(state, partial(make_network, config, spec), batch, settings, world))
+
+
+def describe_start(config: RunConfig, world: World) -> events.InitStarted:
+    were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
+    return events.InitStarted(config, describe_environment(world.device, world.size), were_cleared)
+
+
+def describe_run(config: RunConfig, plan: RunPlan, state: TrainState, world: World) -> events.InitStopped:
+    """All that can be told of a run before its clock starts."""
+    platform = config.submission_platform or platform_name(world.device, world.size)
+    others = (plan.precision.note, kernels.note(world.device), "" if config.benchmark else plan.schedule.note())
+    return events.InitStopped(
+        config, dataclasses.asdict(plan.seeds), plan.division, plan.reasons, platform,
+        trackers.tensor_names(state.network), plan.samples_per_epoch, [note for note in (*plan.notes, *others) if note],
+    )  # fmt: skip
+
+
+def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingLoader, events.DataOpened]:
+    """The training loader, the first to look at the volumes; and what to tell of the data."""
+    training, evaluation = plan.split["train"], plan.split["evaluation"]
+    if config.loader != "synthetic" and config.local_rank == 0:
+        verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
+    settings = LoaderSettings(
+        config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank, world.size,
+        plan.seeds.order, plan.seeds.samples, world.device, make_augmentation(config.augment),
+        config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None,
+    )  # fmt: skip
+    loader, note = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
+    return loader, events.DataOpened(
+        len(training), len(evaluation), plan.samples_per_epoch, config.batch_size * world.size * config.ga_steps,
+        config.ga_steps, list(plan.spec.classes), [note] if note else [],
+    )  # fmt: skip
+
+
+def make_scoring(config: RunConfig, spec: DatasetSpec) -> Scoring:
+    return Scoring(
+        config.val_input_shape, config.overlap, config.val_batch_size, len(spec.classes), spec.padding_value,
+        spec.crops_remainder,
+    )  # fmt: skip
+
+
+def deal_cases(config: RunConfig, cases: Sequence[str], scoring: Scoring, world: World) -> Plan:
+    """Who scores which case; reads the volumes' headers, so not before the clock runs."""
+    return Plan.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
+
+
+Score = Callable[[int], events.EvaluationStopped]
+
+
+def make_scorer(
+    config: RunConfig, plan: RunPlan, state: TrainState, loss: nn.Module, interruption: Interruption, world: World
+) -> Callable[[Sequence[str], Callable[[events.Event], None]], Score]:
+    """What makes, of cases and of who hears of each, a function that scores them after an epoch."""
+    scoring = make_scoring(config, plan.spec)
+
+    def make(cases: Sequence[str], emit: Callable[[events.Event], None]) -> Score:
+        return partial(
+            evaluate, network=state.network, loss=loss, plan=deal_cases(config, cases, scoring, world),
+            load_case=EvaluationCases(config.data_dir, world.device), scoring=scoring, precision=plan.precision,
+            world=world, emit=emit, check=interruption.check, check_waiting=interruption.check_waiting,
+        )  # fmt: skip
+
+    return make
+
+
+def make_rate(config: RunConfig, state: TrainState) -> Rate:
+    """The learning rate of each epoch."""
+    settings = RateSettings(
+        config.learning_rate, config.init_learning_rate, config.lr_warmup_epochs, config.lr_decay_epochs,
+        config.lr_decay_factor, config.epochs, state.records,
+    )  # fmt: skip
+    return build_rate(config.lr_schedule, settings)
+
+
+def make_callbacks(
+    config: RunConfig, rate: Rate, loader: TrainingLoader, saver: SaveCheckpoint | None, watchdog: Watchdog,
+    context: RunContext,
+) -> list[Callback]:  # fmt: skip
+    """Who may change the run, in the order in which they hear of an event; what they keep is there when it is saved."""
+    own = build_callbacks(config.callbacks, context)
+    schedule: object = rate
+    if isinstance(schedule, Callback):
+        own.insert(0, schedule)
+    saving = [saver] if saver else []
+    diverged = Diverged(context.world, loader.describe)
+    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, *saving, Leave()]
+
+
+def make_snapshot(config: RunConfig, plan: RunPlan) -> Callable[[TrainState, list[float]], dict[str, object]]:
+    """What makes a checkpoint's content of a state and every rank's losses."""
+    return partial(
+        checkpoints.snapshot, config=config.to_json(), seed=plan.seeds.master, data=plan.data, spec=plan.spec.to_json()
+    )
+
+
+def make_saver(config: RunConfig, plan: RunPlan, world: World) -> SaveCheckpoint | None:
+    """What saves this run's checkpoints; None where it makes none."""
+    path = checkpoint_path(config)
+    if path is None:
+        return None
+    write = partial(checkpoints.save, path, keep=config.ckpt_keep)
+    return SaveCheckpoint(world, *parse_interval(config.ckpt_every), make_snapshot(config, plan), write)
+
+
+def make_announcer(config: RunConfig, plan: RunPlan, world: World) -> Announcer:
+    """Who hears of this run's events: trackers on rank 0 alone."""
+    if not world.is_main:
+        return Announcer([])
+    trackers.rotate_logs(config.log_dir)
+    watching = [
+        *trackers.make_trackers(config.trackers, config.log_dir),
+        trackers.RunFileTracker(config.log_dir),
+        ConsoleTracker(config.verbose, config.epochs),
+    ]
+    if config.benchmark:
+        watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+    path = checkpoint_path(config)
+    if path is not None:
+        checkpoints.prepare(path)
+        if not (config.resume and plan.loaded):
+            checkpoints.set_aside(path)
+    return Announcer(watching)
