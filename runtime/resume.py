@@ -105,7 +105,7 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def to_boundary(state: TrainState, loaded: Checkpoint, config: dict[str, Any], ranks: int, seed: int) -> list[str]:
