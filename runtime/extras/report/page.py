@@ -212,7 +212,7 @@ def _pictures(shown: Sequence[Shown], left_out: str) -> Html:
 
 def _settings(run: Run) -> Html:
     defaults = {action.dest: plain(action.default) for action in make_parser()._actions}
-    flags = {name: plain(value) for name, value in run.config.items()}
+    flags = {name: plain(value) for name, value in run.config.items() if name in defaults}
     changed = {name: value for name, value in flags.items() if value != defaults.get(name)}
     rest = {name: value for name, value in flags.items() if name not in changed}
     return tag(
