@@ -87,7 +87,7 @@ def train_network(config: RunConfig, world: World) -> int:
     context = RunContext(
         config.log_dir, world, plan.split["train"], scorer, announce, wiring.make_snapshot(config, plan)
     )
-    announce.govern(state, wiring.make_callbacks(config, rate, loader, saver, watchdog, context))
+    announce.govern(state, wiring.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
     announce(opened)
     score = scorer(plan.split["evaluation"], announce)
     pulse = Pulse(world, lambda: Wishes(interruption.number, saver is not None and saver.is_due()))

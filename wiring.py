@@ -278,8 +278,8 @@ def make_rate(config: RunConfig, state: TrainState) -> Rate:
 
 
 def make_callbacks(
-    config: RunConfig, rate: Rate, loader: TrainingLoader, saver: SaveCheckpoint | None, watchdog: Watchdog,
-    context: RunContext,
+    config: RunConfig, plan: RunPlan, rate: Rate, loader: TrainingLoader, saver: SaveCheckpoint | None,
+    watchdog: Watchdog, context: RunContext,
 ) -> list[Callback]:  # fmt: skip
     """Who may change the run, in the order in which they hear of an event; what they keep is there when it is saved."""
     own = build_callbacks(config.callbacks, context)
@@ -287,7 +287,8 @@ def make_callbacks(
     if isinstance(schedule, Callback):
         own.insert(0, schedule)
     saving = [saver] if saver else []
-    diverged = Diverged(context.world, loader.describe)
+    rule = make_schedule(config.epochs, plan.samples_per_epoch, None, None)
+    diverged = Diverged(context.world, loader.describe, rule.first_evaluation or 1)
     return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, *saving, Leave()]
 
 

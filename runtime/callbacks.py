@@ -49,15 +49,20 @@ class Diverged:
 
     Args:
         describe: what the batch (of an epoch) holds on this rank, a phrase a sample.
+        first_epoch: with an evaluation by MLPerf's rule. Before it a network that has not found anything yet may still
+            do so.
     """
 
     world: World
     describe: Callable[[int, int], Sequence[str]]
+    first_epoch: int
 
     def on(self, event: Event, state: TrainState) -> None:
         # "not at least", so that NaN counts too
         if isinstance(event, EvaluationStopped) and not event.mean_dice >= DIVERGED_DICE and not state.stop:
-            state.stop = Stop("aborted", f"diverged: mean Dice {event.mean_dice}", DIVERGED_EXIT)
+            had_begun = state.best_dice >= DIVERGED_DICE or event.epoch >= self.first_epoch
+            if had_begun or not math.isfinite(event.mean_dice):
+                state.stop = Stop("aborted", f"diverged: mean Dice {event.mean_dice}", DIVERGED_EXIT)
         if isinstance(event, StepDone) and event.fault and not state.stop:
             state.stop = Stop("aborted", f"diverged: {self._report(event)}", DIVERGED_EXIT)
 

@@ -50,7 +50,7 @@ def describe(epoch: int, batch: int) -> list[str]:
 
 
 def diverged(losses: list[float] | None = None, rank: int = 0) -> Diverged:
-    return Diverged(Gathering(rank, len(losses or [0.5]), CPU, losses=losses or [0.5]), describe)
+    return Diverged(Gathering(rank, len(losses or [0.5]), CPU, losses=losses or [0.5]), describe, first_epoch=4)
 
 
 def test_a_score_of_nothing_does_not_change_why_a_run_has_ended(make_state: MakeState) -> None:
@@ -81,6 +81,19 @@ def test_diverged_scores(mean_dice: float, make_state: MakeState) -> None:
     state = make_state()
     diverged().on(scored(mean_dice), state)
     assert state.stop == Stop("aborted", f"diverged: mean Dice {mean_dice}", DIVERGED_EXIT)
+
+
+@pytest.mark.parametrize(
+    ("dice", "epoch", "best", "ends"),
+    [(0.0, 3, -1.0, False), (0.0, 3, 0.0, False), (0.0, 3, 0.2, True), (0.0, 4, -1.0, True), (math.nan, 3, -1.0, True)],
+)
+def test_before_mlperfs_first_evaluation_a_network_may_have_found_nothing_yet(
+    dice: float, epoch: int, best: float, ends: bool, make_state: MakeState
+) -> None:
+    state = make_state()
+    state.best_dice = best
+    diverged().on(scored(dice, epoch), state)
+    assert (state.stop is not None) is ends
 
 
 NUMBERS = "diverged: epoch 4, batch 7: gradient norm 1, loss scale 1, "

@@ -665,7 +665,7 @@ class Run:
         rate: Callable[[int], float] = lambda epoch: 0.1,
     ) -> RunStopped:  # fmt: skip
         """How the log ends; the run itself ends in the same words, and ends the log but once."""
-        self.announce.govern(state, [TargetReached(self.threshold), Diverged(self.world, loader.describe), Leave()])
+        self.announce.govern(state, [TargetReached(self.threshold), Diverged(self.world, loader.describe, 1), Leave()])
         pulse = Pulse(self.world, self.wish)
         self.stop = train(state, loader, schedule, rate, settings_of(), self.evaluate, self.world, pulse, self.announce)
         stopped = self.last()

@@ -143,15 +143,11 @@ def _dice(run: Run, folder: Path) -> Chart | None:
         names = run.class_names(len(found[0].dice))
         for index, name in enumerate(names):
             draw_line(axes, epochs, [evaluation.dice[index] for evaluation in found], index, name)
-        axes.plot(
-            epochs,
-            [e.mean_dice for e in found],
-            color=INKS["ink"],
-            marker=".",
-            markersize=7,
-            linewidth=2.2,
-            label="mean",
-        )
+        means = [evaluation.mean_dice for evaluation in found]
+        axes.plot(epochs, means, color=INKS["ink"], marker=".", markersize=7, linewidth=2.2, label="mean")
+        if run.training_dice:
+            axes.plot(list(run.training_dice), list(run.training_dice.values()), ":", color=INKS["soft"], marker=".",
+                      label="mean, training")  # fmt: skip
         _target(axes, run.target)
         finish(axes, "epoch")
         first = f"{found[0].mean_dice:.3f} after epoch {epochs[0]}, " if found[0] is not run.best else ""

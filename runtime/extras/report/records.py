@@ -50,6 +50,7 @@ class Run:
         clock_s, init_s: on the clock and before it, over all parts of a resumed run.
         parts: how many logs it is told by.
         status, reason: of its end; "" where the log has none.
+        training_dice: mean Dice of training cases by epoch, where `--callbacks training_dice` found it.
         benchmark: what `--benchmark` measured, {} without.
     """
 
@@ -73,6 +74,7 @@ class Run:
     reason: str = ""
     epochs: dict[int, Epoch] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    training_dice: dict[int, float] = field(default_factory=dict)
     benchmark: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -218,6 +220,8 @@ def _add_part(run: Run, events: list[Event]) -> None:
         elif kind == "EvaluationStopped":
             clock_s = before_s + event["time_s"] - (opened_s or event["time_s"])
             run.evaluations[event["epoch"]] = _evaluation(event, clock_s)
+        elif kind == "TrainingScored":
+            run.training_dice[event["epoch"]] = _number(event["mean_dice"])
         elif kind == "RunStopped":
             run.status, run.reason, ended_s = str(event["status"]), str(event["reason"]), event["time_s"]
     if opened_s is not None:
@@ -228,6 +232,7 @@ def _forget(run: Run, epoch: int) -> None:
     """What an earlier part did from this epoch on was lost with its process: the checkpoint is older."""
     run.epochs = {number: found for number, found in run.epochs.items() if number < epoch}
     run.evaluations = {number: found for number, found in run.evaluations.items() if number < epoch}
+    run.training_dice = {number: found for number, found in run.training_dice.items() if number < epoch}
 
 
 def _epoch(event: Event) -> Epoch:
