@@ -33,7 +33,7 @@ from data_loading.spec import KITS19, DatasetSpec
 from errors import DIVERGED_EXIT, UserError, run_program, warn
 from model import kernels
 from model.losses import DiceCELoss
-from model.networks import build_network, check_window
+from model.networks import build_network, check_window, freeze_unused
 from runtime import checkpoint as checkpoints
 from runtime import events, resume, trackers
 from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, with_checkpoint_network
@@ -188,7 +188,7 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, spec)
-    check_window(network, config.val_input_shape, "--val_input_shape")
+    check_window(network, config.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     place(network, world.device, config.layout)
@@ -216,8 +216,9 @@ def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
 def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, world: World) -> TrainState:
     """Network, optimizer and scaler, as they stand before the first step."""
     network = make_network(config, spec)
-    check_window(network, config.input_shape, "--input_shape")
-    check_window(network, config.val_input_shape, "--val_input_shape")
+    for flag in ("input_shape", "val_input_shape"):
+        check_window(network, getattr(config, flag), f"--{flag}", spec.channels, len(spec.classes))
+    freeze_unused(network, spec.channels, config.input_shape)
     place(network, world.device, config.layout)
     if config.compile:
         network.compile()  # in place: names, state and everyone's references stay
