@@ -32,7 +32,7 @@ from data_loading.sampling import batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import DIVERGED_EXIT, UserError, run_program, warn
 from model import kernels
-from model.losses import DiceCELoss
+from model.losses import build_loss
 from model.networks import build_network, check_window, freeze_unused
 from runtime import checkpoint as checkpoints
 from runtime import events, resume, trackers
@@ -47,6 +47,7 @@ from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
 from runtime.flags import parse_interval
 from runtime.interruption import Interruption
+from runtime.objective import make_objective, split_specs
 from runtime.optim import learning_rate, make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.preflight import Samples, failures, format_table, run_checks
@@ -105,9 +106,11 @@ def train_network(config: RunConfig, world: World) -> int:
     division = choose_division(config.division, reasons)
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
-    augment = make_augmentation(config.augment)
-    loss = DiceCELoss(config.include_background)
-    settings = StepSettings(loss, precision, config.ga_steps, config.layout, seeds.ranks[world.rank])
+    sample_specs, step_specs = split_specs(config.augment)
+    augment = make_augmentation(sample_specs)
+    objective, objective_note = make_objective(step_specs, config.batch_size, config.compile)
+    loss = build_loss(config.loss, config.include_background, len(spec.classes)).to(world.device)
+    settings = StepSettings(loss, precision, config.ga_steps, config.layout, seeds.ranks[world.rank], objective)
 
     interruption = Interruption(world.board)
     watchdog = Watchdog(world, interruption)
@@ -124,7 +127,7 @@ def train_network(config: RunConfig, world: World) -> int:
     prepare_device(config, spec, state, settings, world, announce)
     platform = config.submission_platform or platform_name(world.device, world.size)
     tensors = trackers.tensor_names(state.network)
-    possible = (precision.note, kernels.note(world.device), "" if config.benchmark else schedule.note())
+    possible = (precision.note, objective_note, kernels.note(world.device), "" if config.benchmark else schedule.note())
     notes += [note for note in possible if note]
     announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
                                 samples_per_epoch, notes))  # fmt: skip
@@ -173,7 +176,7 @@ def report_run(config: RunConfig, world: World) -> None:
     """Writes the run's page; what goes wrong there costs the page, not the run."""
     try:
         write = plugins.load(REPORT, "report.html", "report")
-        print(f"report {write(config.log_dir, None, None, world.device)}", flush=True)
+        print(f"report {write(config.log_dir, None, None, world.device, config.model)}", flush=True)
     except Exception as error:
         warn(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -187,6 +190,7 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
         raise UserError(f"--data_dir {config.data_dir}: its split has no evaluation cases")
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
+    loss = build_loss(config.loss, config.include_background, len(spec.classes)).to(world.device)
     network = make_network(config, spec)
     check_window(network, config.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
     weights, epoch = loaded.state(config.checkpoint)
@@ -198,7 +202,7 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
         table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec)
     result = evaluate(
-        epoch, network, DiceCELoss(config.include_background), make_plan(config, split["evaluation"], scoring, world),
+        epoch, network, loss, make_plan(config, split["evaluation"], scoring, world),
         EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,
     )  # fmt: skip
     emit(result)

@@ -123,6 +123,8 @@ def parse(spec: str, flag: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: anything but a name and keyword arguments with literal values.
     """
+    if not isinstance(spec, str):  # a damaged file may hold anything
+        raise UserError(f"{flag} {spec!r}: expected a text")
     path = IMPORTABLE.fullmatch(spec)
     try:
         node = ast.parse(f"name{path[2]}" if path else spec.strip(), mode="eval").body

@@ -161,5 +161,3 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     for name in unused:
         network.get_parameter(name).requires_grad_(False)
     return unused
-
-

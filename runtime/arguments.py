@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import UserError
+from plugins import Typed
 from runtime.flags import axes, interval, number
 
 SEED_LIMIT = 2**31
@@ -65,11 +66,12 @@ class RunConfig:
     model: str
     normalization: str
     activation: str
+    loss: str
     include_background: bool
     verbose: bool
     no_report: bool
     trackers: tuple[str, ...]
-    augment: str
+    augment: tuple[str, ...]
     oversampling: float
     overlap: float
     cudnn_benchmark: bool
@@ -94,20 +96,23 @@ class RunConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | str) else value  # a `Typed` spec is saved as plain text
 
 
 PREDICT_FLAGS = ("scan", "output", "series", "test_time_flips", "save_probabilities", "max_memory_gb")
 # What belongs to a trained network rather than to a run: `--exec_mode evaluate` takes these from the checkpoint
 # unless they are given, so that the score is the one that training saw.
 NETWORK_FLAGS = (
-    "model", "normalization", "activation", "include_background", "layout", "val_input_shape", "overlap", "amp",
-    "amp_dtype",
+    "model", "normalization", "activation", "loss", "include_background", "layout", "val_input_shape", "overlap",
+    "amp", "amp_dtype",
 )  # fmt: skip
 
 
 def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: dict[str, Any]) -> RunConfig:
-    """The configuration with a checkpoint's `NETWORK_FLAGS`, but for those given on the command line."""
+    """The configuration with a checkpoint's `NETWORK_FLAGS`, but for those given on the command line.
+
+    Specs among them are plain text, not `plugins.Typed`: they may not import what they like.
+    """
     taken: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
     return replace(config, **taken)
 
@@ -140,7 +145,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     for action in parser._actions:  # the second pass: without defaults, only what was given remains
         action.default = argparse.SUPPRESS
     given = frozenset(vars(parser.parse_args(arguments)))
-    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "load_ckpt_path"):
+    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "augment",
+                 "load_ckpt_path"):  # fmt: skip
         values[name] = tuple(values[name])
     folders = values["log_dir"] if isinstance(values["log_dir"], list) else [values["log_dir"]]
     values["log_dir"], values["compare"] = folders[0], tuple(folders[1:])
@@ -282,9 +288,13 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", default="unet3d", help="network spec, such as 'unet3d(filters=(16,32,64,128))'")
+    add("--model", type=Typed, default="unet3d",
+        help="network: 'unet3d(filters=(16,32,64,128))', 'monai.networks.nets:SegResNet(init_filters=16)', "
+        "'slicewise(network=\"package.module:Net2d\", context=3)', or one's own package.module:name")  # fmt: skip
     add("--normalization", choices=("instancenorm", "batchnorm"), default="instancenorm", help="of unet3d")
     add("--activation", choices=("relu", "leaky_relu"), default="relu", help="of unet3d; leaky_relu: slope 0.01")
+    add("--loss", type=Typed, default="dice_ce",
+        help="dice_ce (MLPerf's), dice, 'monai.losses:GeneralizedDiceLoss' or one's own")  # fmt: skip
     add("--include_background", action="store_true", help="class 0 counts in the Dice term of the loss")
     add(
         "--verbose", "-v", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
@@ -294,8 +304,10 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--trackers", nargs="*", default=("mlperf", "jsonl"), metavar="TRACKER",
         help="who records the run beside run.json: mlperf, jsonl, tensorboard, wandb, mlflow, each with its arguments, "
         "such as 'wandb(project=\"kits\", mode=\"offline\")', or one's own package.module:name")  # fmt: skip
-    add("--augment", default="mlperf",
-        help="augmentation spec, such as \"mlperf(flips='HW')\" where a class has a direction along D")  # fmt: skip
+    add("--augment", type=Typed, nargs="*", default=("mlperf",), metavar="SPEC",
+        help="augmentations, one after the other: \"mlperf(flips='HW')\" where a class has a direction along D, "
+        "'flips(p=0.5)', 'rot90', 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "
+        "'mixup(alpha=0.2)', 'manifold_mixup(alpha=0.2)', or one's own package.module:name")  # fmt: skip
     add("--oversampling", type=number(float, 0, 1), default=0.4, help="share of crops around the foreground")
     add("--overlap", type=number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
     add("--cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")

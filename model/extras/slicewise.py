@@ -1,6 +1,6 @@
 """A 2-D network, slice by slice, with neighbouring slices as channels (2.5-D) where asked.
 
-    --model 'slicewise(network="monai.networks.nets:FlexibleUNet(backbone=\"efficientnet-b0\")", context=3)'
+--model 'slicewise(network="monai.networks.nets:FlexibleUNet(backbone=\"efficientnet-b0\")", context=3)'
 """
 
 from __future__ import annotations
