@@ -87,8 +87,12 @@ class Named(Generic[T]):
         """Whether there is a **kwargs."""
         return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
 
-    def call(self, fixed: Mapping[str, Any]) -> T:
+    def call(self, fixed: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> T:
         """Makes it of the spec's arguments and the room's own.
+
+        Args:
+            fixed: what the spec may not say.
+            defaults: what it gets where it has the parameter and the spec does not say otherwise.
 
         Raises:
             UserError: an unknown or missing argument, or one of the wrong kind; the signature is shown.
@@ -98,8 +102,9 @@ class Named(Generic[T]):
             raise UserError(f"{self.flag} {self.name}: {twice[0]!r} is filled in, leave it out; it takes {taken}")
         if (unknown := sorted(set(self.arguments) - set(self.parameters))) and not self.takes_any:
             raise UserError(f"{self.flag} {self.name}: unknown argument {unknown[0]!r}; it takes {taken}")
+        filled = {name: value for name, value in (defaults or {}).items() if name in self.parameters}
         try:
-            return self.make(**fixed, **self.arguments)
+            return self.make(**{**filled, **fixed, **self.arguments})
         except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.flag} {str(self.spec)!r}: {told}; it takes {taken}") from None
@@ -238,10 +243,10 @@ def load(path: str, who: str, group: str) -> Any:
     try:
         inspect.signature(found)
     except (TypeError, ValueError):  # no function or class, or one that does not say what it takes
-        near = ", ".join(difflib.get_close_matches(name, _public(imported), n=3))
+        near = ", ".join(difflib.get_close_matches(name, _classes(imported, name), n=3))
         raise UserError(f"{who}: {module} has no {name} to call{near and f'; there is {near}'}") from None
     return found
 
 
-def _public(module: Any) -> Sequence[str]:
-    return [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name, None))]
+def _classes(module: Any, but: str) -> Sequence[str]:
+    return [name for name, found in vars(module).items() if inspect.isclass(found) and name[0] != "_" and name != but]

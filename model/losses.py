@@ -184,12 +184,10 @@ def build_loss(spec: str, include_background: bool, classes: int) -> nn.Module:
         UserError: unknown name or arguments, a spec that may not import, or no loss of logits and labels.
     """
     found = plugins.find(spec, LOSSES, "--loss", KNOWN)
-    room: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
+    defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
     if not set(PROBABILITIES) & set(found.arguments):
-        room |= {"softmax": True, "use_softmax": True}
-    loss = found.call(
-        {name: value for name, value in room.items() if name in found.parameters and name not in found.arguments}
-    )
+        defaults |= {"softmax": True, "use_softmax": True}
+    loss = found.call({}, defaults)
     if isinstance(loss, DiceLoss | DiceCELoss):
         return loss
     adapted = Adapted(loss)

@@ -49,7 +49,7 @@ def build_network(
         UserError: unknown name or arguments, a spec that may not import, or a network that takes no channels.
     """
     found = plugins.find(spec, NETWORKS, "--model", KNOWN)
-    network = found.call(_filled_in(found, channels, classes, normalization, activation, dimensions))
+    network = found.call(_filled_in(found, channels, classes, normalization, activation, dimensions), NO_DOWNLOAD)
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {found.name} makes a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -72,7 +72,6 @@ def _filled_in(
     room |= {"normalization": normalization, "activation": activation}
     # For a network of networks: what it is given comes out of the same spec, with the same rights.
     room["build"] = partial(_build_inner, type(found.spec), normalization, activation)
-    room |= {name: value for name, value in NO_DOWNLOAD.items() if name not in found.arguments}
     return {name: value for name, value in room.items() if name in parameters}
 
 
