@@ -33,7 +33,7 @@ from runtime.precision import choose_precision
 from runtime.pulse import Pulse, Wishes
 from runtime.saving import PATIENCE_S
 from runtime.seeding import seed_process
-from runtime.training import StepSettings, place, train
+from runtime.training import place, train
 from runtime.watchdog import Watchdog
 
 # Programs of their own, imported when `--exec_mode` names one: (config, flags given, world) -> exit status.
@@ -66,8 +66,7 @@ def train_network(config: RunConfig, world: World) -> int:
     plan = wiring.plan_run(config, world)
     if plan.done:
         return wiring.leave_done(config, plan, world)
-    loss = wiring.make_loss(config)
-    settings = StepSettings(loss, plan.precision, config.ga_steps, config.layout, plan.seeds.ranks[world.rank])
+    settings = wiring.make_step(config, plan, world)
 
     interruption = Interruption(world.board)
     watchdog = Watchdog(world, interruption)
@@ -82,7 +81,7 @@ def train_network(config: RunConfig, world: World) -> int:
     announce(events.RunStarted())
 
     loader, opened = wiring.open_data(config, plan, world)
-    scorer = wiring.make_scorer(config, plan, state, loss, interruption, world)
+    scorer = wiring.make_scorer(config, plan, state, settings.loss, interruption, world)
     rate = wiring.make_rate(config, state)
     context = RunContext(
         config.log_dir, world, plan.split["train"], scorer, announce, wiring.make_snapshot(config, plan)
@@ -110,7 +109,7 @@ def report_run(config: RunConfig, world: World) -> None:
     """Writes the run's page; what goes wrong there costs the page, not the run."""
     try:
         write = plugins.load(REPORT, "report.html", "report")
-        print(f"report {write(config.log_dir, None, None, world.device)}", flush=True)
+        print(f"report {write(config.log_dir, None, None, world.device, config.model)}", flush=True)
     except Exception as error:
         warn(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -125,7 +124,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
     network = wiring.make_network(config, spec)
-    check_window(network, config.val_input_shape, "--val_input_shape")
+    check_window(network, config.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     place(network, world.device, config.layout)
@@ -134,8 +133,9 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     table = None
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
         table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec)
+    dealt = wiring.deal_cases(config, split["evaluation"], scoring, world)
     result = evaluate(
-        epoch, network, wiring.make_loss(config), wiring.deal_cases(config, split["evaluation"], scoring, world),
+        epoch, network, wiring.make_loss(config, spec, world), dealt,
         EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,
     )  # fmt: skip
     emit(result)

@@ -20,8 +20,8 @@ from data_loading.sampling import batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
 from model import kernels
-from model.losses import DiceCELoss
-from model.networks import build_network, check_window
+from model.losses import build_loss
+from model.networks import build_network, check_window, freeze_unused
 from model.transfer import freeze, load_part, output_layer
 from runtime import checkpoint as checkpoints
 from runtime import events, resume, trackers
@@ -36,6 +36,7 @@ from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
 from runtime.flags import parse_interval
 from runtime.interruption import Interruption
+from runtime.objective import make_objective, split_specs
 from runtime.optim import Rate, RateSettings, build_rate, make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.preflight import Samples, failures, format_table, run_checks
@@ -133,16 +134,28 @@ def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
     return build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
 
 
-def make_loss(config: RunConfig) -> nn.Module:
-    return DiceCELoss(config.include_background)
+def make_loss(config: RunConfig, spec: DatasetSpec, world: World) -> nn.Module:
+    return build_loss(config.loss, config.include_background, len(spec.classes)).to(world.device)
+
+
+def make_step(config: RunConfig, plan: RunPlan, world: World) -> StepSettings:
+    """How a micro-batch becomes a loss."""
+    _, specs = split_specs(config.augment)
+    objective, note = make_objective(specs, config.batch_size, config.compile)
+    plan.notes.extend([note] if note else [])
+    return StepSettings(
+        make_loss(config, plan.spec, world), plan.precision, config.ga_steps, config.layout,
+        plan.seeds.ranks[world.rank], objective,
+    )  # fmt: skip
 
 
 def build_state(config: RunConfig, plan: RunPlan, world: World) -> TrainState:
     """Network, optimizer and scaler, as they stand before the first step: new, or as the checkpoint has them."""
     seed_process(plan.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, plan.spec)
-    check_window(network, config.input_shape, "--input_shape")
-    check_window(network, config.val_input_shape, "--val_input_shape")
+    for flag in ("input_shape", "val_input_shape"):
+        check_window(network, getattr(config, flag), f"--{flag}", plan.spec.channels, len(plan.spec.classes))
+    freeze_unused(network, plan.spec.channels, config.input_shape)
     plan.notes.extend(_transfer(config, plan, network))
     place(network, world.device, config.layout)
     if config.compile:
@@ -227,7 +240,7 @@ def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingL
         verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
     settings = LoaderSettings(
         config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank, world.size,
-        plan.seeds.order, plan.seeds.samples, world.device, make_augmentation(config.augment),
+        plan.seeds.order, plan.seeds.samples, world.device, make_augmentation(split_specs(config.augment)[0]),
         config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None,
     )  # fmt: skip
     loader, note = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)

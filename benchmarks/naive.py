@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from data_loading.augmentation import augment
 from data_loading.dataset import file_of
 from data_loading.loader import LoaderSettings
 from data_loading.preprocessing import Shape
@@ -38,7 +37,7 @@ class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):
         d, h, w = naive_crop(rng, label[0], settings.patch, settings.oversampling)
         window = (slice(None), *(slice(n, n + length) for n, length in zip((d, h, w), settings.patch, strict=True)))
         crop, mask = (np.ascontiguousarray(array[window]) for array in (image, label))
-        crop, mask = augment(crop, mask, settings.augment(rng))
+        crop, mask = settings.augment(rng).apply(crop, mask)
         return {"image": crop, "label": mask}
 
 

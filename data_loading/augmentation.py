@@ -1,14 +1,14 @@
-"""The reference recipe's crop and augmentation: draw the parameters first, then apply them.
+"""The biased crop and the augmentations: draw the parameters first, then apply them.
 
 All randomness of a sample comes from one generator, which the loader seeds with (seed, epoch, case).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,17 +27,71 @@ NOISE_PROBABILITY = 0.1
 MAX_NOISE_DEVIATION = 0.1
 
 
+Image = NDArray[np.float32]
+Label = NDArray[np.uint8]
+
+
+class Drawn(Protocol):
+    """An augmentation whose parameters are drawn; as text it says in a phrase what changes the intensities."""
+
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        """Image (C, D, H, W) and label (1, D, H, W), which may change in place, to contiguous ones of these shapes."""
+        ...
+
+
+# All that is random comes from the sample's own generator.
+Draw = Callable[[np.random.Generator], Drawn]
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """One drawn augmentation: which axes (D, H, W) to flip, the image's factor, the noise's deviation and seed."""
+    """The reference's, drawn: which axes (D, H, W) to flip, the image's factor, the noise's deviation and seed."""
 
     flips: tuple[bool, bool, bool]
     factor: float = 1.0
     noise_deviation: float = 0.0
     noise_seed: int = 0
 
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        """Flips both; factor and noise are for the image alone."""
+        image, label = flip(image, self.flips), flip(label, self.flips)
+        if self.factor != 1.0:
+            image *= np.float32(self.factor)
+        if self.noise_deviation > 0.0:
+            # torch draws normal numbers six times as fast as numpy.
+            generator = torch.Generator().manual_seed(self.noise_seed)
+            noise = torch.empty(image.shape).normal_(std=self.noise_deviation, generator=generator)
+            image += noise.numpy()
+        return image, label
 
-DrawAugmentation = Callable[[np.random.Generator], Augmentation]
+    def __str__(self) -> str:
+        return f"brightness {self.factor:.3g}, noise {self.noise_deviation:.3g}"
+
+
+@dataclass(frozen=True)
+class Several:
+    """Drawn augmentations, one after the other."""
+
+    drawn: tuple[Drawn, ...]
+
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        """As each of them, in their order."""
+        for one in self.drawn:
+            image, label = one.apply(image, label)
+        return image, label
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.drawn)) or "as it is"
+
+
+@dataclass(frozen=True)
+class DrawSeveral:
+    """Draws several, in order, from one generator."""
+
+    draws: tuple[Draw, ...]
+
+    def __call__(self, rng: np.random.Generator) -> Several:
+        return Several(tuple(draw(rng) for draw in self.draws))
 
 
 def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, boxes: Boxes, oversampling: float) -> Shape:
@@ -85,7 +139,7 @@ def draw_augmentation(rng: np.random.Generator, flips: str = AXES) -> Augmentati
     return Augmentation((flip_d, flip_h, flip_w), float(factor), float(deviation), int(rng.integers(2**63)))
 
 
-def mlperf(flips: str = AXES) -> DrawAugmentation:
+def mlperf(flips: str = AXES) -> Draw:
     """The reference's augmentation; MLPerf's own with every axis.
 
     Args:
@@ -95,42 +149,47 @@ def mlperf(flips: str = AXES) -> DrawAugmentation:
     Raises:
         UserError: anything but a part of "DHW".
     """
-    if not isinstance(flips, str) or not set(flips) <= set(AXES) or len(set(flips)) != len(flips):
-        raise UserError(f"--augment mlperf(flips={flips!r}): expected axes of 'DHW', such as 'HW', or '' for none")
+    check_axes(flips, "mlperf(flips=…)")
     return partial(draw_augmentation, flips=flips)
 
 
-AUGMENTATIONS: dict[str, Callable[..., DrawAugmentation]] = {"mlperf": mlperf}
+def check_axes(axes: str, who: str) -> None:
+    """Raises UserError for anything but a part of "DHW"."""
+    if not isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) != len(axes):
+        raise UserError(f"--augment {who}: {axes!r}, expected axes of 'DHW', such as 'HW', or '' for none")
 
 
-def make_augmentation(spec: str) -> DrawAugmentation:
-    """What `--augment` names: a function that draws a sample's augmentation. Raises UserError for an unknown one."""
-    return plugins.build(spec, AUGMENTATIONS, "--augment")
+AUGMENTATIONS: plugins.Table[Draw] = {
+    "mlperf": mlperf,
+    "flips": "data_loading.extras.augmentation:flips",
+    "rot90": "data_loading.extras.augmentation:rot90",
+}
+# Whose transforms are made a `Draw` of, by whom; anything else that a spec imports must be one.
+ADAPTERS = {
+    "torchio": "data_loading.extras.torchio_transforms:adapt",
+    "monai": "data_loading.extras.monai_transforms:adapt",
+}
 
 
-def augment(
-    image: NDArray[np.float32], label: NDArray[np.uint8], drawn: Augmentation
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Applies a drawn augmentation: flips to both, factor and noise to the image alone.
-
-    Args:
-        image: (C, D, H, W) float32, changed in place where that saves a copy.
-        label: (1, D, H, W) uint8.
-
-    Returns:
-        image and label of the same shapes, contiguous.
-    """
-    image, label = _flip(image, drawn.flips), _flip(label, drawn.flips)
-    if drawn.factor != 1.0:
-        image *= np.float32(drawn.factor)
-    if drawn.noise_deviation > 0.0:
-        # torch draws normal numbers six times as fast as numpy.
-        generator = torch.Generator().manual_seed(drawn.noise_seed)
-        noise = torch.empty(image.shape).normal_(std=drawn.noise_deviation, generator=generator)
-        image += noise.numpy()
-    return image, label
+def make_augmentation(specs: Sequence[str]) -> Draw:
+    """What `--augment` names, in its order: draws a sample's augmentation. Raises UserError for one that is unknown."""
+    draws = [_make_draw(spec) for spec in specs]
+    return draws[0] if len(draws) == 1 else DrawSeveral(tuple(draws))
 
 
-def _flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
-    axes = tuple(axis for axis, flip in enumerate(flips, start=1) if flip)
+def _make_draw(spec: str) -> Draw:
+    found = plugins.find(spec, AUGMENTATIONS, "--augment")
+    package = found.name.partition(":")[0].partition(".")[0]
+    if ":" in found.name and package in ADAPTERS:
+        adapted: Draw = plugins.load(ADAPTERS[package], f"--augment {found.name}", package)(found)
+        return adapted
+    draw = found.call({})
+    if not callable(draw):
+        raise UserError(f"--augment {found.name} makes a {type(draw).__name__}, not a function that draws")
+    return draw
+
+
+def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
+    """(C, D, H, W), contiguous, turned around along the chosen of the axes D, H and W."""
+    axes = tuple(axis for axis, is_flipped in enumerate(flips, start=1) if is_flipped)
     return np.ascontiguousarray(np.flip(array, axes)) if axes else array

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loading.augmentation import Augmentation
+from data_loading.augmentation import Augmentation, Drawn
 from data_loading.dataset import map_case
 from data_loading.loader import Batch, LoaderSettings, describe_sample, draw_sample
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
@@ -74,7 +74,7 @@ class DeviceLoader:
             for permutation, index in self._order.batches(epoch)[batch]
         ]
 
-    def _draw(self, permutation: int, index: int) -> tuple[Shape, Augmentation]:
+    def _draw(self, permutation: int, index: int) -> tuple[Shape, Drawn]:
         shape = as_shape(self._volumes[index][0].shape[1:])
         return draw_sample(permutation, index, shape, self._boxes[index], self._settings)
 
@@ -82,6 +82,12 @@ class DeviceLoader:
         volume, mask = self._volumes[index]
         start, drawn = self._draw(permutation, index)
         d, h, w = (slice(first, first + length) for first, length in zip(start, self._settings.patch, strict=True))
+        if not isinstance(drawn, Augmentation):  # made by the host, which a CPU is (see `loaders`)
+            crop, cut = (array[:, d, h, w].cpu().numpy() for array in (volume, mask))
+            crop, cut = drawn.apply(crop.astype("float32"), cut.copy())
+            image.copy_(torch.from_numpy(crop))
+            label.copy_(torch.from_numpy(cut))
+            return
         axes = [axis for axis, flip in enumerate(drawn.flips, start=1) if flip]
         image.copy_(volume[:, d, h, w].flip(axes))
         label.copy_(mask[:, d, h, w].flip(axes))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_loading.augmentation import Augmentation, DrawAugmentation, augment, draw_augmentation, draw_crop
+from data_loading.augmentation import Draw, Drawn, draw_augmentation, draw_crop
 from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
@@ -74,7 +74,7 @@ class LoaderSettings:
     order_seed: int
     sample_seed: int
     device: torch.device = CPU
-    augment: DrawAugmentation = draw_augmentation
+    augment: Draw = draw_augmentation
     steps: int | None = None
 
     def order(self, cases: int) -> EpochOrder:
@@ -126,13 +126,13 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         padding = self._padding(image)
         start, drawn = self._draw(key, image)
         crop, mask = (_read_crop(array, start, self.settings.patch, padding) for array in (image, label))
-        crop, mask = augment(crop, mask, drawn)
+        crop, mask = drawn.apply(crop, mask)
         return {"image": crop, "label": mask}
 
     def _padding(self, image: NDArray[Any]) -> list[tuple[int, int]]:
         return edge_padding(as_shape(image.shape[1:]), self.settings.patch)
 
-    def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Augmentation]:
+    def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Drawn]:
         permutation, index = key
         padded = [n + sum(both) for n, both in zip(image.shape[1:], self._padding(image), strict=True)]
         # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
@@ -143,14 +143,14 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         return describe_sample(self.cases[key[1]], *self._draw(key, self.open_case(key[1])[0]))
 
 
-def describe_sample(case: str, start: Shape, drawn: Augmentation) -> str:
+def describe_sample(case: str, start: Shape, drawn: Drawn) -> str:
     """A sample in a phrase, for a report: the crop's first voxel (D, H, W) and what changed its intensities."""
-    return f"{case} at {start}, brightness {drawn.factor:.3g}, noise {drawn.noise_deviation:.3g}"
+    return f"{case} at {start}, {drawn}"
 
 
 def draw_sample(
     permutation: int, index: int, shape: Shape, boxes: Boxes, settings: LoaderSettings
-) -> tuple[Shape, Augmentation]:
+) -> tuple[Shape, Drawn]:
     """The first voxel of a sample's crop and its augmentation: the same whichever loader or process asks.
 
     Args:

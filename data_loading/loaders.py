@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_loading.augmentation import Augmentation
 from data_loading.dataset import file_of, load_boxes, map_array
 from data_loading.device_loader import DeviceLoader, bytes_needed, load_volumes, memory_budget
 from data_loading.loader import (
@@ -44,6 +45,11 @@ def _pytorch(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: 
 
 
 def _device(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> Made:
+    drawn = settings.augment(np.random.default_rng(0))
+    if settings.device.type == "cuda" and not isinstance(drawn, Augmentation):
+        raise UserError(
+            "--loader device augments on the GPU by mlperf alone; use --loader pytorch for another --augment"
+        )
     shapes = [map_array(file_of(data_dir, case, "x"), np.float32).shape for case in cases]
     needed, budget = bytes_needed(shapes), memory_budget(settings.device)
     if needed > budget:

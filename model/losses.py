@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import plugins
+from errors import UserError
 from model.kernels import triton_for
 
 # Keeps the ratio finite: a class absent from truth and prediction alike counts as 1.0.
@@ -144,6 +146,61 @@ class DiceCELoss(nn.Module):
         sums = overlap_sums(logits, labels)
         cross_entropy = sums.cross_entropy.sum() / labels.numel()
         return (cross_entropy + self.dice.of_sums(sums)) / 2
+
+
+class Adapted(nn.Module):
+    """A loss of another library, with our arguments: logits in fp32, and the truth as that loss wants it.
+
+    MONAI's Dice on 16-bit logits saturates, hence fp32. Torch's own losses take class indices (N, D, H, W) int64, all
+    others the labels as they are, (N, 1, D, H, W) uint8.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.takes_indices = type(loss).__module__.startswith("torch.nn.")
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
+        return self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
+
+
+LOSSES: plugins.Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
+# A checkpoint may name these: a loss that takes labels, not one that fetches a network to compare with.
+KNOWN = plugins.Known(("monai.losses", "torch.nn"), nn.Module, (("to_onehot_y", "label_smoothing"),))
+# How a loss makes probabilities of logits: where the user says none, softmax.
+PROBABILITIES = ("softmax", "use_softmax", "sigmoid", "other_act")
+
+
+def build_loss(spec: str, include_background: bool, classes: int) -> nn.Module:
+    """The loss that `--loss` names: (logits (N, K, D, H, W), labels (N, 1, D, H, W) uint8) -> scalar, in fp32.
+
+    Where a loss has the parameters and the spec leaves them out, it gets softmax, one-hot labels and the flag.
+
+    Args:
+        spec: may import what is not in the table where it is `plugins.Typed`, else the `KNOWN` alone.
+
+    Raises:
+        UserError: unknown name or arguments, a spec that may not import, or no loss of logits and labels.
+    """
+    found = plugins.find(spec, LOSSES, "--loss", KNOWN)
+    defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
+    if not set(PROBABILITIES) & set(found.arguments):
+        defaults |= {"softmax": True, "use_softmax": True}
+    loss = found.call({}, defaults)
+    if isinstance(loss, DiceLoss | DiceCELoss):
+        return loss
+    adapted = Adapted(loss)
+    logits = torch.zeros(1, classes, 8, 8, 8)
+    try:
+        value = adapted(logits, torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8))
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"--loss {str(spec)!r} cannot compare {classes} classes' logits and labels: {told}") from None
+    if not isinstance(value, Tensor) or value.dim():
+        made = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserError(f"--loss {str(spec)!r} makes {made}, not a single number; does it need a reduction?")
+    return adapted
 
 
 def dice_score(logits: Tensor, labels: Tensor) -> Tensor:

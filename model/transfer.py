@@ -6,7 +6,6 @@ dropout) stays as in an evaluation, whatever `train()` is called.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from types import MethodType
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from model.networks import shadow_of
 
 # Of `--freeze`: everything but the layer that gives the logits.
 ALL_BUT_OUTPUT = "all_but_output"
@@ -28,7 +28,7 @@ def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> st
         channels: of the image.
         window: (D, H, W) that the network takes.
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    shadow = shadow_of(network).eval()
     called: list[str] = []
     for name, module in shadow.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
@@ -80,7 +80,7 @@ def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
     Raises:
         UserError: no regular expression, one that matches nothing, or nothing is left to train.
     """
-    parameters = dict(network.named_parameters())
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     frozen: set[str] = set()
     for pattern in patterns:
         expression = rf"(?!{re.escape(output)}\.).*" if pattern == ALL_BUT_OUTPUT else pattern

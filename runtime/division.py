@@ -12,7 +12,7 @@ CLOSED_CASES = {"train": 168, "evaluation": 42}
 # What the rules fix, by flag; batch size, rates, momentum, warm-up, decay and weight decay are free.
 CLOSED_FLAGS = {
     "optimizer": "sgd",
-    "augment": "mlperf",
+    "augment": ("mlperf",),
     "oversampling": 0.4,
     "input_shape": (128, 128, 128),
     "val_input_shape": (128, 128, 128),
@@ -21,6 +21,7 @@ CLOSED_FLAGS = {
     "model": "unet3d",
     "normalization": "instancenorm",
     "activation": "relu",
+    "loss": "dice_ce",
     "include_background": False,
     "load_ckpt_path": (),
     "init_from": None,

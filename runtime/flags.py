@@ -6,6 +6,9 @@ import argparse
 import re
 from typing import Any
 
+# A master seed is below this.
+SEED_LIMIT = 2**31
+
 
 def number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Any:
     """A number from `low` to `high`, or `below` it."""

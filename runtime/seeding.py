@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.arguments import SEED_LIMIT
 from runtime.distributed import World
+from runtime.flags import SEED_LIMIT
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from runtime.events import (
     RunStopped,
     StepDone,
 )
+from runtime.objective import Objective, plain
 from runtime.precision import Precision
 from runtime.pulse import Pulse
 from runtime.seeding import seed_step
@@ -154,13 +155,14 @@ def make_schedule(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a micro-batch is computed; `seed` is this rank's, of whatever the network draws."""
+    """How a micro-batch is computed; `seed` is this rank's, of whatever network and objective draw."""
 
     loss: nn.Module
     precision: Precision
     ga_steps: int
     layout: str
     seed: int = 0
+    objective: Objective = plain
 
 
 Emit = Callable[[Event], None]
@@ -296,10 +298,14 @@ def train_step(
     device = settings.precision.device
     image = batch["image"].to(device, non_blocking=True, memory_format=MEMORY_FORMATS[settings.layout])
     label = batch["label"].to(device, non_blocking=True)
-    with nullcontext() if is_last else without_communication(state.model):
+
+    def predict(images: Tensor) -> Tensor:
         with settings.precision.autocast():
-            logits = state.model(image)
-        loss: Tensor = settings.loss(logits, label)
+            logits: Tensor = state.model(images)
+        return logits
+
+    with nullcontext() if is_last else without_communication(state.model):
+        loss = settings.objective(state.network, predict, settings.loss, image, label)
         state.scaler.scale(loss / settings.ga_steps).backward()
     done("forward and backward")
     if is_last:

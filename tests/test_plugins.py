@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,12 @@ def test_an_unknown_name_near_to_none_lists_all() -> None:
 
 
 def test_an_unknown_argument_shows_what_the_name_takes() -> None:
-    with pytest.raises(UserError, match=r"^--loss thing: unknown argument 'sise'; it takes size, names$"):
+    with pytest.raises(UserError, match=r"^--loss thing: unknown argument 'sise'; it takes size=1, names=\(\)$"):
         plugins.build("thing(sise=4)", TABLE, "--loss", channels=1)
 
 
 def test_a_spec_cannot_override_what_the_room_sets() -> None:
-    with pytest.raises(UserError, match=r"unknown argument 'channels'; it takes size, names"):
+    with pytest.raises(UserError, match=r"'channels' is filled in, leave it out; it takes size=1, names=\(\)$"):
         plugins.build("thing(channels=4)", TABLE, "--model", channels=1)
 
 
@@ -168,11 +169,11 @@ def test_one_s_own_is_imported_by_its_path(spec: str) -> None:
         ("lost", r"^--trackers lost: there is no module nowhere_at_all$"),
         ("nowhere_at_all:Thing", r"^--trackers nowhere_at_all:Thing: there is no module nowhere_at_all$"),
         ("tests.nowhere:Thing", r"there is no module tests\.nowhere$"),
-        ("tests.test_plugins:Nothing", r"tests\.test_plugins has no Nothing to call$"),
+        ("tests.test_plugins:Nothing", r"tests\.test_plugins has no Nothing to call; there is Thing, Fetching$"),
         ("tests.test_plugins:TABLE", r"has no TABLE to call$"),
         ("builtins:dict", r"has no dict to call$"),
-        ("tests.test_plugins:Thing(sise=4)", r"unknown argument 'sise'; it takes size, names$"),
-        ("tests.test_plugins:Thing(channels=4)", r"unknown argument 'channels'"),
+        ("tests.test_plugins:Thing(sise=4)", r"unknown argument 'sise'; it takes size=1, names=\(\)$"),
+        ("tests.test_plugins:Thing(channels=4)", r"'channels' is filled in"),
         ("tests.test_plugins:_nothing", r"unexpected keyword argument 'channels'"),
         ("tests.test_plugins:Thing.size", r"expected a name"),
         ("tests.test_plugins:Thing(4)", r"expected a name"),
@@ -187,12 +188,110 @@ def test_what_cannot_be_imported_is_one_line(spec: str, said: str) -> None:
         build(spec)
 
 
+# Who wrote the spec
+
+
+KNOWN = plugins.Known(("tests.test_plugins",), Thing, (("channels", "in_channels"),), {"size": 1}, ("path",))
+
+
+class Fetching(Thing):
+    def __init__(self, channels: int, path: str = "") -> None:
+        super().__init__(channels)
+
+
+class Narrow(Thing):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+def make_thing(channels: int) -> Thing:
+    return Thing(channels)
+
+
 @pytest.mark.parametrize(
-    "spec", ["tests.test_plugins:Thing", "tests.test_plugins:Thing(size=4)", "os:system(command='true')"]
+    "spec",
+    [
+        "os:system(command='touch {path}')",
+        "subprocess:run(args='touch {path}', shell=True)",
+        "pathlib:Path",  # a class, of a module that the room does not know
+        "tests.test_plugins:Path",  # known module, but of another package
+        "tests.test_plugins:make_thing",  # a function
+        "tests.test_plugins:TABLE",
+        "tests.test_plugins:Fetching",  # has a parameter that it may never have
+        "tests.test_plugins:Narrow",  # takes none of what the room fills in
+        "tests.test_plugins:Thing(names=('a/b',))",  # a path
+        "tests.test_plugins:Thing(names={{'k': ['hub:x']}})",  # an address
+        "tests.test_plugins:Thing(names=b'a')",
+        "tests:Thing",
+    ],
 )
-def test_a_flag_that_checkpoints_set_imports_nothing(spec: str) -> None:
-    with pytest.raises(UserError, match="expected a name"):
-        plugins.build(spec, LAZY, "--model", channels=1)
+def test_a_spec_that_nobody_typed_imports_nothing_but_the_known(spec: str, tmp_path: Path) -> None:
+    witness = tmp_path / "executed"
+    text = spec.format(path=witness)
+    with pytest.raises(UserError, match=r"out of a file|has no TABLE") as told:
+        plugins.build(text, LAZY, "--model", known=KNOWN, channels=1)
+    assert not witness.exists()
+    if "out of a file" in str(told.value):
+        assert "thing, lazy, lost, tests.test_plugins:…" in str(told.value)
+        assert "give --model on the command line" in str(told.value)
+    with pytest.raises(UserError, match="out of a file"):
+        plugins.build(text, LAZY, "--model", channels=1)  # a room that knows no module
+    assert not witness.exists()
+
+
+def test_a_spec_that_nobody_typed_may_name_the_table_and_the_known() -> None:
+    assert plugins.build("lazy(size=3)", LAZY, "--model", known=KNOWN, channels=1).size == 3
+    spec = "tests.test_plugins:Thing(size=9, names=('a-b.c',))"
+    thing = plugins.build(spec, LAZY, "--model", known=KNOWN, channels=1)
+    assert (thing.size, thing.names) == (1, ("a-b.c",)), "size is what the room says instead"
+
+
+@pytest.mark.parametrize("name", ["Thing", "make_thing", "Fetching"])
+def test_a_typed_spec_may_import_what_it_names(name: str) -> None:
+    typed = plugins.Typed(f"tests.test_plugins:{name}")
+    assert plugins.build(typed, LAZY, "--model", known=KNOWN, channels=5).channels == 5
+
+
+def test_whatever_is_not_typed_is_not_trusted() -> None:
+    typed = plugins.Typed("tests.test_plugins:make_thing")
+    for text in (str(typed), f"{typed}", typed.strip() + "", json.loads(json.dumps(typed))):
+        assert type(text) is str
+        with pytest.raises(UserError, match="out of a file"):
+            plugins.build(text, LAZY, "--model", known=KNOWN, channels=1)
+    with pytest.raises(UserError, match="expected a text"):
+        plugins.build(["unet3d"], LAZY, "--model", channels=1)  # type: ignore[arg-type]
+
+
+def test_a_near_name_in_a_module_is_listed() -> None:
+    with pytest.raises(UserError, match=r"tests\.test_plugins has no Fethcing to call; there is Fetching"):
+        build("tests.test_plugins:Fethcing")
+
+
+def test_a_missing_argument_shows_the_signature_without_what_is_filled_in() -> None:
+    def network(channels: int, strides: tuple[int, ...], kernel: int = 3, norm: Any = len, **rest: Any) -> int:
+        return 1
+
+    with pytest.raises(UserError, match=r"'strides'; it takes strides, kernel=3, norm, \*\*rest$"):
+        plugins.build("network", {"network": network}, "--model", channels=1)
+
+
+@pytest.mark.parametrize(("package", "pip"), [("monai", r"'\.\[monai\]'"), ("torchio", r"'\.\[torchio\]'")])
+def test_a_known_package_that_is_missing_says_what_to_install(
+    package: str, pip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(plugins.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=rf"needs {package}, which is not installed; pip install {pip}$"):
+        plugins.build(plugins.Typed(f"{package}.nets:Net"), LAZY, "--model")
+
+
+def test_a_module_that_breaks_when_it_is_imported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaking.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"breaking cannot be imported \(RuntimeError: operator torchvision::nms"):
+        build("breaking:Net")
 
 
 @pytest.mark.parametrize(

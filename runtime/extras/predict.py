@@ -40,6 +40,8 @@ from runtime.seeding import seed_process
 from runtime.training import place as place_network
 
 VOLUMES_NAME = "volumes.csv"
+# Which augmentations flip, and by which argument they say along what axes: all of them where it is left out.
+FLIPPED_BY = {"mlperf": "flips", "flips": "axes"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def make_predictor(config: RunConfig, given: frozenset[str], world: World) -> tu
         spec, note = spec_of(loaded, config.data_dir if "data_dir" in given else None)
         own = with_checkpoint_network(config, given, loaded.config)
         network = build_network(own.model, spec.channels, len(spec.classes), own.normalization, own.activation)
-        check_window(network, own.val_input_shape, "--val_input_shape")
+        check_window(network, own.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
         checkpoints.load_network(network, loaded.state(config.checkpoint)[0], path)
         place_network(network.eval(), world.device, own.layout)
         members.append(Member(network, own.val_input_shape, own.overlap, own.amp, own.amp_dtype, own.layout))
@@ -141,10 +143,15 @@ def make_predictor(config: RunConfig, given: frozenset[str], world: World) -> tu
 
 def flips_note(flips: str, loaded: Checkpoint) -> list[str]:
     """A line where a network is shown flips that its training never made: it scores worse on them than without."""
-    augment = loaded.config.get("augment", "mlperf")
-    trained = plugins.parse(augment, "--augment")[1].get("flips", "DHW")
+    stored = loaded.config.get("augment", "mlperf")
+    specs = [stored] if isinstance(stored, str) else stored
+    trained = ""
+    for name, arguments in (plugins.parse(spec, "--augment") for spec in specs):
+        if name in FLIPPED_BY:
+            trained += arguments.get(FLIPPED_BY[name], "DHW")
     strange = "".join(axis for axis in flips if axis not in trained)
-    return [f"--test_time_flips {strange}: {loaded.path} was trained without ({augment})"] if strange else []
+    told = " ".join(specs) or "no augmentation"
+    return [f"--test_time_flips {strange}: {loaded.path} was trained without ({told})"] if strange else []
 
 
 def spec_of(loaded: Checkpoint, data_dir: Path | None) -> tuple[DatasetSpec, str]:

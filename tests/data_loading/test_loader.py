@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_loading import loader as loader_module
-from data_loading.augmentation import augment, draw_augmentation, draw_crop
+from data_loading.augmentation import draw_augmentation, draw_crop
 from data_loading.dataset import file_of, load_boxes, map_case
 from data_loading.loader import (
     Batch,
@@ -99,7 +99,7 @@ def expected_sample(case: str, permutation: int, settings: LoaderSettings) -> Ar
     rng = sample_rng(settings.sample_seed, permutation, CASES.index(case))
     d, h, w = draw_crop(rng, image.shape[1:], settings.patch, boxes, settings.oversampling)  # type: ignore[arg-type]
     window = (slice(None), *(slice(n, n + length) for n, length in zip((d, h, w), settings.patch, strict=True)))
-    return augment(image[window].copy(), label[window].copy(), draw_augmentation(rng))
+    return draw_augmentation(rng).apply(image[window].copy(), label[window].copy())
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from errors import UserError
+from plugins import Typed
 from runtime.arguments import (
     NETWORK_FLAGS,
     RunConfig,
     checkpoint_path,
-    make_parser,
     parse_arguments,
     with_checkpoint_network,
 )
+from runtime.command_line import make_parser
 from runtime.flags import parse_interval
 
 DEFAULTS: dict[str, Any] = {
@@ -71,7 +72,8 @@ DEFAULTS: dict[str, Any] = {
     "no_report": False,
     "trackers": ("mlperf", "jsonl"),
     "callbacks": (),
-    "augment": "mlperf",
+    "augment": ("mlperf",),
+    "loss": "dice_ce",
     "oversampling": 0.4,
     "overlap": 0.5,
     "cudnn_benchmark": False,
@@ -165,7 +167,10 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--optimizer", "lamb", "--lamb_betas", "0.85", "0.9"], "lamb_betas", (0.85, 0.9)),
     (["--optimizer", "lamb", "--lamb_betas", "0", "0"], "lamb_betas", (0.0, 0.0)),
     (["--weight_decay", "0.01"], "weight_decay", 0.01),
-    (["--model", "unet3d(filters=(4, 8))"], "model", "unet3d(filters=(4, 8))"),
+    (["--model", "unet3d(filters=(4, 8))"], "model", Typed("unet3d(filters=(4, 8))")),
+    (["--loss", "dice"], "loss", Typed("dice")),
+    (["--augment", "mlperf", "rot90(p=1)"], "augment", ("mlperf", "rot90(p=1)")),
+    (["--augment"], "augment", ()),
     (["--normalization", "batchnorm"], "normalization", "batchnorm"),
     (["--activation", "leaky_relu"], "activation", "leaky_relu"),
     (["--include_background"], "include_background", True),
@@ -472,6 +477,7 @@ STORED: dict[str, Any] = {
     "model": "unet3d(filters=(4,8))",
     "normalization": "batchnorm",
     "activation": "leaky_relu",
+    "loss": "dice",
     "include_background": True,
     "layout": "NDHWC",
     "val_input_shape": (16, 16, 32),
@@ -487,6 +493,7 @@ def test_evaluation_takes_the_network_from_the_checkpoint() -> None:
     config, given = parse_arguments(["--data_dir", "DATA", "--exec_mode", "evaluate", "--load_ckpt_path", "c"])
     taken = with_checkpoint_network(config, given, {**STORED, **run})
     assert {name: getattr(taken, name) for name in STORED} == STORED
+    assert type(taken.model) is type(taken.loss) is str, "not Typed: what a checkpoint names may not import"
     assert {name: getattr(taken, name) for name in run} == {name: getattr(config, name) for name in run}
 
 
@@ -505,7 +512,8 @@ def test_a_foreign_checkpoint_stores_nothing() -> None:
 
 
 def test_to_json_is_plain_python() -> None:
-    record = parse("--save_ckpt_path", "c.pth").to_json()
+    record = parse("--save_ckpt_path", "c.pth", "--model", "unet3d(filters=(4,8))").to_json()
     assert set(record) == set(DEFAULTS)
     assert (record["data_dir"], record["save_ckpt_path"], record["load_ckpt_path"]) == ("DATA", "c.pth", ())
+    assert type(record["augment"][0]) is str
     assert {type(value) for value in record.values()} <= {str, int, float, bool, tuple, type(None)}

@@ -61,7 +61,9 @@ def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config:
     [
         ({"loader": "synthetic"}, "--loader synthetic, not the data set's volumes"),
         ({"optimizer": "lamb"}, "--optimizer lamb, not sgd"),
-        ({"augment": "mlperf(flips='')"}, "--augment mlperf(flips=''), not mlperf"),
+        ({"augment": ("mlperf(flips='')",)}, "--augment mlperf(flips=''), not mlperf"),
+        ({"augment": ("mlperf", "rot90")}, "--augment mlperf rot90, not mlperf"),
+        ({"loss": "dice"}, "--loss dice, not dice_ce"),
         ({"oversampling": 0.5}, "--oversampling 0.5, not 0.4"),
         ({"input_shape": (128, 128, 64)}, "--input_shape 128 128 64, not 128 128 128"),
         ({"val_input_shape": (64, 128, 128)}, "--val_input_shape 64 128 128, not 128 128 128"),

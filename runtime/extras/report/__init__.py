@@ -34,16 +34,20 @@ def report(config: RunConfig, given: frozenset[str], world: World) -> int:
     else:
         checkpoint = next(iter(config.load_ckpt_path), None)
         data_dir = config.data_dir if "data_dir" in given else None
-        written = write_report(config.log_dir, checkpoint, data_dir, world.device)
+        model = config.model if "model" in given else None
+        written = write_report(config.log_dir, checkpoint, data_dir, world.device, model)
     print(written, flush=True)
     return 0
 
 
-def write_report(log_dir: Path, checkpoint: Path | None, data_dir: Path | None, device: torch.device) -> Path:
+def write_report(
+    log_dir: Path, checkpoint: Path | None, data_dir: Path | None, device: torch.device, model: str | None = None
+) -> Path:
     """Writes the page of a log folder's newest run.
 
     Args:
         checkpoint, data_dir: for the pictures of cases; None: where the run had them.
+        model: the network's spec, where it was given here; None: the checkpoint's.
 
     Raises:
         UserError: no log there, a folder that cannot be written, or no matplotlib.
@@ -56,7 +60,7 @@ def write_report(log_dir: Path, checkpoint: Path | None, data_dir: Path | None, 
     with _written(log_dir) as folder:
         charts = figures.draw_run(run, folder)
         try:
-            shown = cases.draw_cases(run, checkpoint, data_dir, device, folder)
+            shown = cases.draw_cases(run, checkpoint, data_dir, device, folder, model)
         except UserError as error:
             left_out = str(error)
         except torch.OutOfMemoryError:

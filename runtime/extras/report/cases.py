@@ -98,12 +98,18 @@ def chosen(per_case: Mapping[str, Sequence[float]]) -> dict[str, str]:
 
 
 def draw_cases(
-    run: Run, checkpoint: Path | None, data_dir: Path | None, device: torch.device, folder: Path
+    run: Run,
+    checkpoint: Path | None,
+    data_dir: Path | None,
+    device: torch.device,
+    folder: Path,
+    model: str | None = None,
 ) -> list[Shown]:
     """Predicts and draws the chosen cases of the best evaluation, each picture as FOLDER/ROLE_PLANE.png too.
 
     Args:
         checkpoint, data_dir: None: where the run had them.
+        model: the network's spec, where the user gave it; None: the checkpoint's.
 
     Raises:
         UserError: nothing to draw, or data or checkpoint are gone or of another run.
@@ -119,7 +125,7 @@ def draw_cases(
         raise UserError(f"{path} is of another run")
     if loaded.config and loaded.best_epoch != best.epoch:
         raise UserError(f"the best state in {path} is of epoch {loaded.best_epoch}, not of {best.epoch}")
-    config = loaded.config or run.config
+    config = {**(loaded.config or run.config), **({"model": model} if model else {})}
     network = _network(config, spec, loaded, device)
     scoring = Scoring(
         _shape(config["val_input_shape"]), float(config["overlap"]), int(config["val_batch_size"]), len(spec.classes),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.arguments import make_parser
+from runtime.command_line import make_parser
 from runtime.extras.report.cases import PREDICTION, TRUTH, Shown, mean_of, worst_first
 from runtime.extras.report.compliance import Compliance
 from runtime.extras.report.figures import Chart, phases_ms

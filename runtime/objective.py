@@ -1,0 +1,62 @@
+"""How a micro-batch's loss is formed: the plain way, or as one of `--augment` that mixes whole samples says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+import plugins
+from errors import UserError
+
+Predict = Callable[[Tensor], Tensor]
+
+
+class Objective(Protocol):
+    """A loss to go back from. What it draws comes from torch's generator, which `seed_step` has set."""
+
+    def __call__(self, network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """The loss of one micro-batch, a scalar.
+
+        Args:
+            network: the bare network, to look into; it is `predict` that computes, in the run's precision.
+            image: (N, C, D, H, W).
+            label: (N, 1, D, H, W) uint8.
+        """
+        ...
+
+
+def plain(network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    """The loss of the logits."""
+    value: Tensor = loss(predict(image), label)
+    return value
+
+
+OBJECTIVES: plugins.Table[Objective] = {
+    "mixup": "runtime.extras.mixup:Mixup",
+    "manifold_mixup": "runtime.extras.mixup:ManifoldMixup",
+}
+
+
+def split_specs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What of `--augment` changes a sample on its own, and what mixes those of a batch."""
+    mixing = [spec for spec in specs if plugins.parse(spec, "--augment")[0] in OBJECTIVES]
+    return [spec for spec in specs if spec not in mixing], mixing
+
+
+def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> tuple[Objective, str]:
+    """The objective that `--augment` names, and a line for the user, or "".
+
+    Raises:
+        UserError: several, unknown arguments, or one that `--compile` would leave out.
+    """
+    if not specs:
+        return plain, ""
+    if len(specs) > 1:
+        raise UserError(f"--augment {' '.join(specs)}: samples can be mixed in one way alone")
+    objective = plugins.build(specs[0], OBJECTIVES, "--augment")
+    if is_compiled and getattr(objective, "looks_inside", False):
+        raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")
+    alone = f"--augment {specs[0]} does nothing with a --batch_size of 1: there is no sample to mix with"
+    return objective, alone if batch_size == 1 else ""
