@@ -11,7 +11,7 @@ so that mixed labels would be another loss. Evaluation is untouched.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class ManifoldMixup(Mixup):
     ) -> Tensor:
         """Of the network with a cut somewhere."""
         if self._cuts is None:
-            self._cuts = count_cuts(network, image.shape)
+            self._cuts = count_cuts(network, image)
         return self.cut_at(int(torch.randint(self._cuts, ())), network, predict, image, mix_tensor)
 
     def cut_at(
@@ -119,7 +119,7 @@ def leaves(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if next(module.children(), None) is None]
 
 
-def count_cuts(network: nn.Module, shape: Sequence[int]) -> int:
+def count_cuts(network: nn.Module, image: Tensor) -> int:
     """Places for a cut: the input, and behind each call of a leaf module in a forward but the last.
 
     Raises:
@@ -131,7 +131,7 @@ def count_cuts(network: nn.Module, shape: Sequence[int]) -> int:
         module.register_forward_hook(lambda *_: calls.append(None))
     try:
         with torch.no_grad():
-            shadow(torch.empty(*shape, device="meta"))
+            shadow(image.to("meta"))
     except Exception as error:
         told = " ".join(str(error).split())
         raise UserError(f"--augment manifold_mixup: this network cannot be looked into ({told}); use mixup") from None

@@ -1,4 +1,4 @@
-"""A checkpoint that names `os:system` runs nothing, whoever opens it; to be trusted it must be named again."""
+"""A checkpoint that names `os:system` runs nothing, whoever opens it; to be trusted, it must be named again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
     def write(**flags: Any) -> Path:
         state = make_state()
         state.best_epoch, state.best_dice, state.best_network = 1, 0.5, state.network.state_dict()
-        config = parse_arguments(["--data_dir", "DATA", *SMALL])[0].to_json() | flags
+        config = (
+            parse_arguments(["--data_dir", "DATA", "--model", "unet3d(filters=(3,4))", *SMALL])[0].to_json() | flags
+        )
         spec = DatasetSpec("made_up", CLASSES).to_json()
         path = tmp_path / "checkpoint.pth"
         checkpoints.save(path, checkpoints.snapshot(state, [0.0], config, 1, "", spec))
