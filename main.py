@@ -183,8 +183,10 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     loaded = checkpoints.load(path)
     config = with_checkpoint_network(config, given, loaded.config)
     spec, split = open_split(config)
-    if not split["evaluation"]:
-        raise UserError(f"--data_dir {config.data_dir}: its split has no evaluation cases")
+    cases = split.get(config.subset)
+    if not cases:
+        there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
+        raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, spec)
@@ -196,9 +198,9 @@ def evaluate_checkpoint(path: Path, config: RunConfig, given: frozenset[str], wo
     scoring = make_scoring(config, spec)
     table = None
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
-        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec)
+        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec, config.subset)
     result = evaluate(
-        epoch, network, DiceCELoss(config.include_background), make_plan(config, split["evaluation"], scoring, world),
+        epoch, network, DiceCELoss(config.include_background), make_plan(config, cases, scoring, world),
         EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,
     )  # fmt: skip
     emit(result)

@@ -35,6 +35,7 @@ class RunConfig:
     loader: str
     local_rank: int
     exec_mode: str
+    subset: str
     batch_size: int
     ga_steps: int
     epochs: int
@@ -164,6 +165,8 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError("--load_ckpt_path: several checkpoints are for --exec_mode predict, which averages them")
     if config.exec_mode != "report" and config.compare:
         raise UserError("--log_dir: several folders are for --exec_mode report, which compares their runs")
+    if config.exec_mode != "evaluate" and "subset" in given:
+        raise UserError(f"--subset is of --exec_mode evaluate, not of {config.exec_mode}")
     for name in PREDICT_FLAGS:
         if config.exec_mode != "predict" and name in given:
             raise UserError(f"--{name} is of --exec_mode predict, not of {config.exec_mode}")
@@ -239,6 +242,8 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--exec_mode", choices=("train", "evaluate", "predict", "report"), default="train", help="what to do")
+    add("--subset", choices=("train", "evaluation", "test"), default="evaluation",
+        help="which part of the data set's split --exec_mode evaluate scores")  # fmt: skip
     add("--batch_size", type=number(int, 1), default=2, help="samples a rank and micro-batch")
     add("--ga_steps", type=number(int, 1), default=1, help="micro-batches accumulated to one step")
     add("--epochs", type=number(int, 1), default=1, help="at most so many epochs")
