@@ -19,12 +19,20 @@ from data_loading.spec import INTENSITIES, DatasetSpec
 from data_loading.volume import Volume, check_same_geometry, read_nifti
 from errors import UserError
 
+# Where neither the data set nor `--split` has another.
+OWN_SPLIT = (0.8, 0.2)
 
-class VolumeFlags(TypedDict, total=False):
-    """How volumes are made of scans: every data set of scans takes these flags; see `with_flags`."""
+
+class IntensityFlags(TypedDict, total=False):
+    """What becomes of the values: every data set takes these flags; see `with_flags`."""
 
     window: tuple[float, float]
     intensity: str
+
+
+class VolumeFlags(IntensityFlags, total=False):
+    """How volumes are made of scans: every data set of scans takes these flags."""
+
     spacing: tuple[float, float, float]
     orientation: str
     foreground_crop: bool

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from data_loading.dataset import is_safe_case_id
-from data_loading.raw_dataset import RawCase, RawDataset, VolumeFlags, split_of, with_classes, with_flags
+from data_loading.raw_dataset import OWN_SPLIT, RawCase, RawDataset, VolumeFlags, split_of, with_classes, with_flags
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
 
 # KiTS19 publishes masks for 210 patients; later ids have none.
 LABELLED_KITS19_CASES = 210
-# The Decathlon has no split of its own.
-OWN_SPLIT = (0.8, 0.2)
 
 
 def read_kits19(

@@ -50,6 +50,9 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
         told = " ".join(f"{share:g}" for share in shares)
         raise UserError(f"--split {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2")
     ordered = sorted(set(patients.values()))
+    if len(ordered) < 2 <= sum(share > 0 for share in shares):
+        raise UserError(f"a split needs at least 2 cases, found {len(ordered)}" if len(patients) == len(ordered) else
+                        f"all {len(patients)} cases are of one patient; --split 1 0 trains on all of them")  # fmt: skip
     if len(shares) == 2:
         counts = (
             [len(split_cases(ordered, shares[1], seed)[1])] if min(shares) > 0 else [len(ordered) * (shares[0] == 0)]
