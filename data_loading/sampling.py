@@ -46,17 +46,16 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
     Raises:
         UserError: shares that are no shares, or too few patients for a part.
     """
-    if len(shares) not in (2, 3) or min(shares) < 0 or abs(sum(shares) - 1) > SHARE_TOLERANCE:
+    if len(shares) not in (2, 3) or not min(shares) >= 0 or not abs(sum(shares) - 1) <= SHARE_TOLERANCE:
         told = " ".join(f"{share:g}" for share in shares)
         raise UserError(f"--split {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2")
     ordered = sorted(set(patients.values()))
     if len(ordered) < 2 <= sum(share > 0 for share in shares):
-        raise UserError(f"a split needs at least 2 cases, found {len(ordered)}" if len(patients) == len(ordered) else
-                        f"all {len(patients)} cases are of one patient; --split 1 0 trains on all of them")  # fmt: skip
+        whose = ", all of one patient" if len(patients) > len(ordered) else ""
+        raise UserError(f"a split needs at least 2 cases, found {len(patients)}{whose}; --split 1 0 trains on all")
     if len(shares) == 2:
-        counts = (
-            [len(split_cases(ordered, shares[1], seed)[1])] if min(shares) > 0 else [len(ordered) * (shares[0] == 0)]
-        )
+        held_out = split_cases(ordered, shares[1], seed)[1] if min(shares) > 0 else ordered if shares[1] else []
+        counts = [len(held_out)]
     else:
         counts = [int(len(ordered) * share + SHARE_TOLERANCE) for share in shares[1:]]
         counts[-1] = len(ordered) - counts[0] if shares[0] == 0 else counts[-1]
