@@ -119,8 +119,10 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
     spec, split = wiring.open_split(config)
-    if not split["evaluation"]:
-        raise UserError(f"--data_dir {config.data_dir}: its split has no evaluation cases")
+    cases = split.get(config.subset)
+    if not cases:
+        there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
+        raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
     network = wiring.make_network(config, spec)
@@ -132,8 +134,8 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     scoring = wiring.make_scoring(config, spec)
     table = None
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
-        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec)
-    dealt = wiring.deal_cases(config, split["evaluation"], scoring, world)
+        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec, config.subset)
+    dealt = wiring.deal_cases(config, cases, scoring, world)
     result = evaluate(
         epoch, network, wiring.make_loss(config, spec, world), dealt,
         EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,

@@ -32,7 +32,7 @@ PROGRAM = """
 import json, re, resource, sys, time
 from pathlib import Path
 from data_loading.raw_layouts import read_kits19
-from preprocess_dataset import preprocess
+from data_loading.writing import preprocess
 
 def peak():
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ PARTIAL_INDEX_NAME = "dataset.partial.json"
 BOXES_NAME = "foreground_boxes.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
-INDEX_KEYS = {"format", "spec", "split", "cases"}
+INDEX_KEYS = {"format", "spec", "split", "split_hash", "made", "cases"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class CaseRecord:
         statistics: mean and deviation of the preprocessed image.
         stamps: [bytes, time of the last change in ns] of the files "x" and "y" as preprocessing left them; {} in a
             folder of an earlier version.
+        patient: whose scan it is, "" where each case is a patient of its own.
     """
 
     transform: Transform | None
@@ -53,6 +54,7 @@ class CaseRecord:
     source_stamp: list[list[int]]
     statistics: dict[str, float]
     stamps: dict[str, list[int]] = field(default_factory=dict)
+    patient: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -62,6 +64,7 @@ class CaseRecord:
             "source_stamp": self.source_stamp,
             "statistics": self.statistics,
             "stamps": self.stamps,
+            "patient": self.patient,
         }
 
     @classmethod
@@ -73,22 +76,30 @@ class CaseRecord:
             record["source_stamp"],
             record["statistics"],
             {str(kind): [int(size), int(changed)] for kind, (size, changed) in record.get("stamps", {}).items()},
+            str(record.get("patient", "")),
         )
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """A preprocessed folder's contents: spec, split by subset name, and a record per case."""
+    """A preprocessed folder's contents: spec, split by subset name, and a record per case.
+
+    Attributes:
+        made: what else its volumes and split follow from: the options of preprocessing, and the cases that it dropped.
+    """
 
     spec: DatasetSpec
     split: dict[str, list[str]]
     cases: dict[str, CaseRecord]
+    made: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         content = {
             "format": INDEX_FORMAT,
             "spec": self.spec.to_json(),
             "split": self.split,
+            "split_hash": split_hash(self.split),
+            "made": self.made,
             "cases": {case: record.to_json() for case, record in sorted(self.cases.items())},
         }
         return content | {"digest": _digest(content)}
@@ -97,6 +108,11 @@ class DatasetIndex:
 def _digest(content: dict[str, Any]) -> str:
     """SHA-256 of an index: a flipped digit in it would change a run in silence."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def split_hash(split: Mapping[str, Sequence[str]]) -> str:
+    """SHA-256 of a split: of two folders, or a folder and a checkpoint's, whether they keep the same cases apart."""
+    return hashlib.sha256(json.dumps({name: sorted(split[name]) for name in sorted(split)}).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -117,6 +133,7 @@ def read_index(path: Path) -> DatasetIndex:
         spec = DatasetSpec.from_json(content["spec"])
         split = {str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()}
         cases = {case: CaseRecord.from_json(record) for case, record in content["cases"].items()}
+        made = dict(content.get("made", {}))
     except UserError:
         raise
     except OSError as error:
@@ -128,7 +145,22 @@ def read_index(path: Path) -> DatasetIndex:
         raise UserError(f"{path}: the split names a case twice or one that is not there; preprocess again")
     if unsafe := [case for case in cases if not is_safe_case_id(case)]:
         raise UserError(f"{path}: {unsafe[0]!r} is not a case id; preprocess again")
-    return DatasetIndex(spec, split, cases)
+    if content.get("split_hash") not in (None, split_hash(split)):
+        raise UserError(f"{path}: its split is not the one that preprocess_dataset.py wrote; preprocess again")
+    _check_patients(path, split, cases)
+    return DatasetIndex(spec, split, cases, made)
+
+
+def _check_patients(path: Path, split: dict[str, list[str]], cases: dict[str, CaseRecord]) -> None:
+    """Refuses a split that has a patient on both sides: its scores would be too good."""
+    subset_of: dict[str, str] = {}
+    for subset, names in split.items():
+        for case in names:
+            patient = cases[case].patient
+            if patient and subset_of.setdefault(patient, subset) != subset:
+                raise UserError(
+                    f"{path}: patient {patient} is in {subset_of[patient]} and in {subset}; preprocess again"
+                )
 
 
 def is_safe_case_id(case: str) -> bool:
@@ -151,7 +183,7 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
     if (data_dir / INDEX_NAME).is_file():
         index = read_index(data_dir / INDEX_NAME)
         ways = [record.transform.source for record in index.cases.values() if record.transform]
-        return replace(index.spec, orientation=common_orientation(ways)), index.split
+        return replace(index.spec, orientation=index.spec.orientation or common_orientation(ways)), index.split
     if (data_dir / PARTIAL_INDEX_NAME).is_file():
         raise UserError(f"--data_dir {data_dir}: its preprocessing has not ended; run preprocess_dataset.py again")
     cases = sorted(path.name.removesuffix("_x.npy") for path in data_dir.glob("case_*_x.npy"))

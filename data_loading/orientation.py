@@ -15,6 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_loading.volume import Geometry, Volume
+from errors import UserError
+
+# Either way of each direction; an orientation has one letter of each pair.
+DIRECTIONS = ("RL", "AP", "SI")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Turn:
         return back.transpose(0, *(self.axes.index(axis) + 1 for axis in range(3)))
 
 
+def is_orientation(text: str) -> bool:
+    """Whether these are three letters such as "RAS"."""
+    return len(text) == 3 and all(sum(letter in pair for letter in text) == 1 for pair in DIRECTIONS)
+
+
 def orientation_of(affine: NDArray[np.float64]) -> str:
     """Three letters, for an oblique scan those of the nearest directions."""
     return "".join(nib.aff2axcodes(affine))
@@ -52,7 +61,9 @@ def common_orientation(geometries: Iterable[Geometry]) -> str | None:
 
 
 def turn_to(affine: NDArray[np.float64], orientation: str) -> Turn:
-    """The turn that makes a scan with this affine run that way."""
+    """The turn that makes a scan with this affine run that way. Raises UserError where it is no orientation."""
+    if not is_orientation(orientation):
+        raise UserError(f"{orientation!r} is no orientation; give three letters such as RAS: R or L, A or P, S or I")
     own = nib.io_orientation(affine)
     change = nib.orientations.ornt_transform(own, nib.orientations.axcodes2ornt(tuple(orientation)))
     # `change` has for each old axis the new one and its sense.
@@ -63,7 +74,11 @@ def turn_to(affine: NDArray[np.float64], orientation: str) -> Turn:
 
 def turned(volume: Volume, turn: Turn) -> Volume:
     """The scan with its axes turned; each voxel keeps its place in space, and `turn.undo` gives the old array."""
-    source = volume.geometry
+    return Volume(np.ascontiguousarray(turn.apply(volume.array)), turned_geometry(volume.geometry, turn))
+
+
+def turned_geometry(source: Geometry, turn: Turn) -> Geometry:
+    """The geometry of a scan whose axes are turned."""
     affine = source.affine.copy()
     for new, (old, flip) in enumerate(zip(turn.axes, turn.flipped, strict=True)):
         step = source.affine[:3, old]
@@ -73,4 +88,4 @@ def turned(volume: Volume, turn: Turn) -> Volume:
     a, b, c = turn.axes
     shape = (source.shape[a], source.shape[b], source.shape[c])
     spacing = (source.spacing_mm[a], source.spacing_mm[b], source.spacing_mm[c])
-    return Volume(np.ascontiguousarray(turn.apply(volume.array)), Geometry(affine, shape, spacing))
+    return Geometry(affine, shape, spacing)

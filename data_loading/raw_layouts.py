@@ -1,49 +1,40 @@
-"""Raw layouts: how a data set lies on disk before preprocessing, and which of its cases are for evaluation."""
+"""Raw layouts: how a data set lies on disk before preprocessing, and which of its cases are for evaluation.
+
+A reader takes the folder, MLPerf's evaluation ids, the seed, and as keywords the flags of `preprocess_dataset.py` that
+mean something for its data set, under the flags' own names.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from data_loading.dataset import is_safe_case_id
-from data_loading.sampling import split_cases
+from data_loading.raw_dataset import OWN_SPLIT, RawCase, RawDataset, VolumeFlags, split_of, with_classes, with_flags
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
 
 # KiTS19 publishes masks for 210 patients; later ids have none.
 LABELLED_KITS19_CASES = 210
-# The Decathlon has no split of its own.
-MSD_EVALUATION_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class RawCase:
-    """One patient's files before preprocessing."""
+def read_kits19(
+    data_dir: Path,
+    evaluation_ids: Sequence[str],
+    seed: int,
+    *,
+    split: Sequence[float] | None = None,
+    labels: Sequence[str] = (),
+    drop_empty: bool = False,
+    **volumes: Unpack[VolumeFlags],
+) -> RawDataset:
+    """`DATA_DIR/case_00000/{imaging,segmentation}.nii.gz`; the split is MLPerf's list, unless shares are given.
 
-    case: str
-    image: Path
-    label: Path
-
-    def stamp(self) -> list[list[int]]:
-        """Size and modification time (ns) of both files, to notice a changed source."""
-        return [[status.st_size, status.st_mtime_ns] for status in (self.image.stat(), self.label.stat())]
-
-
-@dataclass(frozen=True)
-class RawDataset:
-    """A raw data set, ready to be preprocessed; `split` maps "train" and "evaluation" to case ids."""
-
-    spec: DatasetSpec
-    cases: list[RawCase]
-    split: dict[str, list[str]]
-
-
-def read_kits19(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDataset:
-    """`DATA_DIR/case_00000/{imaging,segmentation}.nii.gz`; the split is MLPerf's list, so `seed` changes nothing.
+    Whatever is not MLPerf's has another name than kits19, so that no run on it counts as closed.
 
     Raises:
         UserError: no such folder, no cases in it, or an image without its mask.
@@ -57,11 +48,19 @@ def read_kits19(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> Raw
     if not cases:
         raise UserError(f"--data_dir {data_dir}: no case_00000 … in it{_kits19_hint(data_dir)}")
     held_out = {f"case_{case_id}" for case_id in evaluation_ids}
-    split = {
+    parts = {
         "train": [raw.case for raw in cases if raw.case not in held_out],
         "evaluation": [raw.case for raw in cases if raw.case in held_out],
     }
-    return RawDataset(KITS19, cases, split)
+    spec = with_flags(KITS19, **volumes)
+    if labels:
+        spec, cases = with_classes(spec, cases, labels)
+    if split is not None:
+        parts = split_of(cases, split, seed, f"--data_dir {data_dir}")
+    changes = [*volumes, *(["labels"] if labels else []), *(["split"] if split is not None else [])]
+    if changes:
+        spec = replace(spec, name=f"kits19 with other {', '.join(changes)}")
+    return RawDataset(spec, cases, parts, drop_empty)
 
 
 def _kits19_hint(data_dir: Path) -> str:
@@ -76,10 +75,20 @@ def _kits19_hint(data_dir: Path) -> str:
     return "; give the folder that holds case_00000/imaging.nii.gz and case_00000/segmentation.nii.gz"
 
 
-def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDataset:
+def read_msd(
+    data_dir: Path,
+    evaluation_ids: Sequence[str],
+    seed: int,
+    *,
+    split: Sequence[float] = OWN_SPLIT,
+    labels: Sequence[str] = (),
+    drop_empty: bool = False,
+    **volumes: Unpack[VolumeFlags],
+) -> RawDataset:
     """The Medical Segmentation Decathlon: `imagesTr`, `labelsTr` and a `dataset.json` that lists them.
 
-    Normalised per scan, kept at its own spacing, split 80/20 by `seed`, scored on whole volumes.
+    Any task; several modalities are channels. Unless the flags say otherwise: normalised per scan, kept at its own
+    spacing, split 80/20 by `seed`, scored on whole volumes.
 
     Raises:
         UserError: no or a damaged `dataset.json`, no cases, files missing, or paths that leave the folder.
@@ -89,7 +98,7 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
         if index.exists() and not index.is_file():  # to read a pipe would wait for its other end
             raise TypeError("a folder, a pipe or a device")
         content = json.loads(index.read_text(encoding="utf-8"))
-        labels = {int(value): _text(name) for value, name in content["labels"].items()}
+        classes = {int(value): _text(name) for value, name in content["labels"].items()}
         pairs = [(_text(entry["image"]), _text(entry["label"])) for entry in content["training"]]
         modalities = len(content["modality"].values())
         name = _text(content.get("name", data_dir.name)).lower()
@@ -98,8 +107,8 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
     # RecursionError: nested by the thousand.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a Decathlon dataset.json ({error!r})") from None
-    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
-        raise UserError(f"{index}: labels must be numbered 0, 1, …, found {sorted(labels)}")
+    if sorted(classes) != list(range(len(classes))) or len(classes) < 2:
+        raise UserError(f"{index}: labels must be numbered 0, 1, …, found {sorted(classes)}")
     if not modalities:
         raise UserError(f"{index}: names no modality")
     cases = []
@@ -112,12 +121,12 @@ def read_msd(data_dir: Path, evaluation_ids: Sequence[str], seed: int) -> RawDat
     names = [raw.case for raw in cases]
     if len(set(names)) != len(names):
         raise UserError(f"{index}: lists a case twice")
-    try:
-        training, evaluation = split_cases(names, MSD_EVALUATION_SHARE, seed)
-    except UserError as error:
-        raise UserError(f"{index}: {error}") from None
-    spec = DatasetSpec(name=name, classes=tuple(labels[value] for value in range(len(labels))), channels=modalities)
-    return RawDataset(spec, cases, {"train": training, "evaluation": evaluation})
+    parts = split_of(cases, split, seed, str(index))
+    own = DatasetSpec(name=name, classes=tuple(classes[value] for value in range(len(classes))), channels=modalities)
+    spec = with_flags(own, **volumes)
+    if labels:
+        spec, cases = with_classes(spec, cases, labels)
+    return RawDataset(spec, cases, parts, drop_empty)
 
 
 def _text(value: Any) -> str:
@@ -151,5 +160,12 @@ def _pair(case: str, image: Path, label: Path) -> RawCase:
     return RawCase(case, image, label)
 
 
-RawReader = Callable[[Path, Sequence[str], int], RawDataset]
-RAW_LAYOUTS: dict[str, RawReader] = {"kits19": read_kits19, "msd": read_msd}
+RawReader = Callable[..., RawDataset]
+# Extras by name: imported when `--dataset` names them.
+RAW_LAYOUTS: dict[str, RawReader | str] = {
+    "kits19": read_kits19,
+    "msd": read_msd,
+    "dicom": "data_loading.extras.dicom_scans:read_dicom",
+    "images": "data_loading.extras.pictures:read_images",
+    "nifti": "data_loading.extras.scans:read_folders",
+}

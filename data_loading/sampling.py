@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from errors import UserError
 ORDER_STREAM = 0
 SAMPLE_STREAM = 1
 SPLIT_STREAM = 2
+SUBSETS = ("train", "evaluation", "test")
+# Shares are decimal numbers, which floats are not.
+SHARE_TOLERANCE = 1e-9
 
 
 def split_cases(cases: Sequence[str], evaluation_share: float, seed: int) -> tuple[list[str], list[str]]:
@@ -29,6 +32,48 @@ def split_cases(cases: Sequence[str], evaluation_share: float, seed: int) -> tup
     permutation = np.random.default_rng([SPLIT_STREAM, seed]).permutation(len(ordered))
     evaluation = {ordered[i] for i in permutation[:held_out]}
     return [case for case in ordered if case not in evaluation], sorted(evaluation)
+
+
+def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: int) -> dict[str, list[str]]:
+    """A seeded split by patient into "train", "evaluation" and, of three shares, "test"; cases sorted.
+
+    Of two shares the evaluation's is rounded to the nearest number of patients, at least one on either side, as
+    `split_cases` does. Of three each held-out part is rounded down and the rest trains: 128 patients at 0.6, 0.2 and
+    0.2 are 78, 25 and 25. A share of 0 has no patients.
+
+    Args:
+        patients: whose each case is.
+
+    Raises:
+        UserError: shares that are no shares, or too few patients for a part.
+    """
+    if len(shares) not in (2, 3) or not min(shares) >= 0 or not abs(sum(shares) - 1) <= SHARE_TOLERANCE:
+        told = " ".join(f"{share:g}" for share in shares)
+        raise UserError(f"--split {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2")
+    ordered = sorted(set(patients.values()))
+    if len(ordered) < 2 <= sum(share > 0 for share in shares):
+        whose = ", all of one patient" if len(patients) > len(ordered) else ""
+        raise UserError(f"a split needs at least 2 cases, found {len(patients)}{whose}; --split 1 0 trains on all")
+    if len(shares) == 2:
+        held_out = split_cases(ordered, shares[1], seed)[1] if min(shares) > 0 else ordered if shares[1] else []
+        counts = [len(held_out)]
+    else:
+        counts = [int(len(ordered) * share + SHARE_TOLERANCE) for share in shares[1:]]
+        counts[-1] = len(ordered) - counts[0] if shares[0] == 0 else counts[-1]
+    counts = [len(ordered) - sum(counts), *counts]
+    for part, share, count in zip(SUBSETS, shares, counts, strict=False):
+        if share > 0 and count == 0:
+            raise UserError(f"--split: {len(ordered)} patient(s) leave none for {part} at a share of {share:g}; give "
+                            "other shares (0 leaves a part out)")  # fmt: skip
+    permutation = np.random.default_rng([SPLIT_STREAM, seed]).permutation(len(ordered))
+    # The first of the permutation are evaluation's, as in `split_cases`, then come test's.
+    ends = np.cumsum([*counts[1:], counts[0]])
+    parts = dict(zip((*SUBSETS[1 : len(shares)], SUBSETS[0]), np.split(permutation, ends[:-1]), strict=True))
+    part_of = {ordered[i]: part for part, members in parts.items() for i in members}
+    return {
+        part: sorted(case for case, patient in patients.items() if part_of[patient] == part)
+        for part in SUBSETS[: len(shares)]
+    }
 
 
 def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from errors import UserError
 
+INTENSITIES = ("zscore", "unit", "none")
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
@@ -19,12 +21,17 @@ class DatasetSpec:
         spacing_mm: every scan is resampled to this; None keeps each scan's own.
         intensity_window: values are clipped to this, in HU for CT; None clips nothing.
         mean, deviation: subtracted, then divided by; None: of each scan and channel itself.
+        intensity: "zscore": by mean and deviation; "unit": to 0 to 1, of the window, without one of each scan and
+            channel; "none": the (clipped) values as they are.
         min_shape: volumes are padded with their edge values to at least this.
         padding_value: what a sliding window sees outside the volume, after normalisation; None repeats the edge.
         crops_remainder: score as the MLPerf reference does, which cuts a small remainder off the edges
             before it scores (a quirk that the target was calibrated with); False scores whole volumes.
-        orientation: which way the scans' axes run (see `orientation.py`), where all run alike: preprocessing leaves
-            them as stored, so that a network knows its scans in this one; None: not known.
+        orientation: which way the axes run (see `orientation.py`): scans are turned to it. None: preprocessing leaves
+            them as stored; `peek` then fills in the one that all of them have, so that a new scan is turned to what
+            the network knows.
+        foreground_crop: scans are cut to the box of what is no background (`preprocessing.foreground_box`).
+        size: pictures are resized to this (H, W), each slice for itself; None: not.
     """
 
     name: str
@@ -38,6 +45,9 @@ class DatasetSpec:
     padding_value: float | None = None
     crops_remainder: bool = False
     orientation: str | None = None
+    intensity: str = "zscore"
+    foreground_crop: bool = False
+    size: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +62,10 @@ class DatasetSpec:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
         }
+        if values.get("intensity", "zscore") not in INTENSITIES:
+            raise UserError(
+                f"dataset.json: the spec has an unknown intensity {values['intensity']!r}; preprocess again"
+            )
         return cls(**values)
 
 

@@ -68,6 +68,12 @@ class Geometry:
         sd, sh, sw = (float(s) for s in record["spacing_mm"])
         return cls(np.asarray(record["affine"], dtype=np.float64), (d, h, w), (sd, sh, sw))
 
+    def part(self, start: tuple[int, int, int], shape: tuple[int, int, int]) -> Geometry:
+        """The geometry of so many voxels from `start` on: the origin moves, the voxels stay in their places."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.affine[:3, :3] @ start + self.affine[:3, 3]
+        return Geometry(affine, shape, self.spacing_mm)
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -103,10 +109,20 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
 
 def read_geometry(path: Path) -> Geometry:
     """The geometry alone, from the header; checks what `read_nifti` checks before it reads voxels."""
+    return geometry_of(_read_header(path))
+
+
+def read_channels(path: Path) -> int:
+    """How many channels `read_nifti` finds in the file, from the header alone."""
+    shape = _read_header(path).shape
+    return 1 if len(shape) == 3 else int(shape[3])
+
+
+def _read_header(path: Path) -> nib.Nifti1Image:
     with _open(path) as stream:
         header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
     _claimed_bytes(path, header)
-    return geometry_of(_parse(path, header))
+    return _parse(path, header)
 
 
 def geometry_of(image: nib.Nifti1Image) -> Geometry:

@@ -33,6 +33,7 @@ class RunConfig:
     loader: str
     local_rank: int
     exec_mode: str
+    subset: str
     batch_size: int
     ga_steps: int
     epochs: int
@@ -157,6 +158,8 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError("--load_ckpt_path: several checkpoints are for --exec_mode predict, which averages them")
     if config.exec_mode != "report" and config.compare:
         raise UserError("--log_dir: several folders are for --exec_mode report, which compares their runs")
+    if config.exec_mode != "evaluate" and "subset" in given:
+        raise UserError(f"--subset is of --exec_mode evaluate, not of {config.exec_mode}")
     for name in PREDICT_FLAGS:
         if config.exec_mode != "predict" and name in given:
             raise UserError(f"--{name} is of --exec_mode predict, not of {config.exec_mode}")

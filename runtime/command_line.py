@@ -76,6 +76,8 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--exec_mode", choices=("train", "evaluate", "predict", "report"), default="train", help="what to do")
+    add("--subset", choices=("train", "evaluation", "test"), default="evaluation",
+        help="which part of the data set's split --exec_mode evaluate scores")  # fmt: skip
     add("--batch_size", type=number(int, 1), default=2, help="samples a rank and micro-batch")
     add("--ga_steps", type=number(int, 1), default=1, help="micro-batches accumulated to one step")
     add("--epochs", type=number(int, 1), default=1, help="at most so many epochs")

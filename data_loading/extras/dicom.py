@@ -28,7 +28,8 @@ COSINE_TOLERANCE = 1e-3
 # DICOM's axes run to the patient's left, posterior, superior; NIfTI's to the right, anterior, superior.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LISTED = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "Rows",
-          "Columns", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"]  # fmt: skip
+          "Columns", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+          "PatientID"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Series:
 
     Attributes:
         name: what `--series` calls it: its number, or its UID where the number is missing or another's too.
+        patient: the PatientID, "" where an anonymiser emptied it.
     """
 
     name: str
     uid: str
     description: str
     files: tuple[Path, ...]
+    patient: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.description or 'no description'}, {len(self.files)} slices)"
@@ -57,13 +60,17 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def find_series(folder: Path) -> list[Series]:
+def find_series(folder: Path, flag: str = "--scan") -> list[Series]:
     """The series of slices below a folder, by name; other objects (reports, segmentations) are passed over.
+
+    Args:
+        flag: which one names the folder.
 
     Raises:
         UserError: there is none, or a file is damaged.
     """
-    groups: dict[tuple[str, str, str], list[Path]] = {}
+    groups: dict[tuple[str, str, str, str], list[Path]] = {}
+    patients: dict[Path, str] = {}
     enhanced = 0
     for path in sorted(file for file in folder.rglob("*") if file.is_file() and is_dicom(file)):
         header = _header(path, LISTED)
@@ -71,18 +78,21 @@ def find_series(folder: Path) -> list[Series]:
             enhanced += 1
         elif header.get("ImagePositionPatient") and header.get("PixelSpacing") and header.get("Rows"):
             number = header.get("SeriesNumber")
-            # Some anonymisers empty the UID; number and description then tell series apart.
-            key = (str(header.get("SeriesInstanceUID") or ""), "" if number is None else str(number),
-                   str(header.get("SeriesDescription") or ""))  # fmt: skip
+            # Some anonymisers empty the UID; folder, number and description then tell series apart.
+            uid = str(header.get("SeriesInstanceUID") or "")
+            key = (uid, "" if number is None else str(number), str(header.get("SeriesDescription") or ""),
+                   "" if uid else str(path.parent))  # fmt: skip
             groups.setdefault(key, []).append(path)
+            patients[path] = str(header.get("PatientID") or "").strip()
     if not groups:
         why = f"{enhanced} multi-frame file(s), which are not read; convert them to NIfTI" if enhanced else "none in it"
-        raise UserError(f"--scan {folder}: no DICOM series of single slices ({why})")
-    numbers = [number for _, number, _ in groups]
+        raise UserError(f"{flag} {folder}: no DICOM series of single slices ({why})")
+    numbers = [number for _, number, _, _ in groups]
     return [
-        Series(number if number and numbers.count(number) == 1 else uid or "unnamed", uid, description, tuple(files))
-        for (uid, number, description), files in sorted(groups.items(), key=lambda group: group[0][1:])
-    ]
+        Series(number if number and numbers.count(number) == 1 else uid or "unnamed", uid, description, tuple(files),
+               patients[files[0]])
+        for (uid, number, description, _), files in sorted(groups.items(), key=lambda group: group[0][1:])
+    ]  # fmt: skip
 
 
 def choose_series(found: Sequence[Series], wanted: str | None, folder: Path) -> list[Series]:

@@ -1,4 +1,4 @@
-"""A mask as DICOM-SEG, one segment a class, each frame referring to the slice that it lies on.
+"""A mask as DICOM-SEG, one segment a class, each frame referring to the slice that it lies on: written, and read.
 
 Needs `pip install '.[dicom]'`.
 """
@@ -6,17 +6,20 @@ Needs `pip install '.[dicom]'`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import highdicom as hd
 import numpy as np
+import pydicom
 from highdicom.seg import Segmentation, SegmentDescription
 from highdicom.sr.coding import CodedConcept
 from numpy.typing import NDArray
 
-from data_loading.extras.dicom import Series, sorted_headers, with_identifiers
+from data_loading.extras.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, sorted_headers, with_identifiers
+from data_loading.volume import Geometry
 from errors import UserError
 from files import replacing
 
@@ -24,6 +27,9 @@ from files import replacing
 CATEGORY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 PROPERTY = CodedConcept("85756007", "SCT", "Tissue")
 MAKER = "unet3d-benchmark"
+SEGMENTATION_CLASS = "1.2.840.10008.5.1.4.1.1.66.4"
+# A frame lies on a slice when its origin is so near, in voxels.
+PLACE_TOLERANCE = 0.05
 
 
 def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, classes: Sequence[str]) -> list[str]:
@@ -74,3 +80,99 @@ def _free_number(header: Any) -> int:
     """A series number that the source's own is not."""
     number = header.get("SeriesNumber")
     return 1000 + int(number or 0) if 0 <= int(number or 0) < 10**8 else 1000
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A DICOM-SEG file's header.
+
+    Attributes:
+        names: of the segments, by number.
+        series: UIDs of the series that it says it belongs to.
+        header: the file without its pixels.
+    """
+
+    path: Path
+    names: dict[int, str]
+    series: frozenset[str]
+    header: Any
+
+    def slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
+        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not."""
+        columns, rows, count = geometry.shape
+        if (self.header.Columns, self.header.Rows) != (columns, rows):
+            return None
+        to_voxels = np.linalg.inv(LPS_TO_RAS @ geometry.affine)
+        across, down = ((LPS_TO_RAS @ geometry.affine)[:3, axis] / geometry.spacing_mm[axis] for axis in (0, 1))
+        found = []
+        for group in self.header.PerFrameFunctionalGroupsSequence:
+            position = _item(group, self.header, "PlanePositionSequence").ImagePositionPatient
+            cosines = np.asarray(_item(group, self.header, "PlaneOrientationSequence").ImageOrientationPatient, float)
+            spacing = np.asarray(_item(group, self.header, "PixelMeasuresSequence").PixelSpacing, float)
+            if np.abs(cosines - np.concatenate([across, down])).max() > COSINE_TOLERANCE:
+                return None
+            if not np.allclose(spacing, geometry.spacing_mm[1::-1], rtol=1e-3):
+                return None
+            place = (to_voxels @ [*map(float, position), 1.0])[:3]
+            index = round(float(place[2]))
+            if np.abs(place - [0, 0, index]).max() > PLACE_TOLERANCE or not 0 <= index < count:
+                return None
+            segment = _item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber
+            found.append((int(segment), index))
+        return found
+
+
+def _item(group: Any, header: Any, keyword: str) -> Any:
+    """The first item of a frame's sequence, of all frames' where it is shared."""
+    own = group.get(keyword) or header.SharedFunctionalGroupsSequence[0].get(keyword)
+    if not own:
+        raise AttributeError(f"no {keyword}")
+    return own[0]
+
+
+def open_segments(path: Path) -> Segments | None:
+    """The header of a DICOM-SEG file; None of another DICOM object. Raises UserError where it is damaged."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            header: Any = pydicom.dcmread(path, stop_before_pixels=True)
+        if header.get("SOPClassUID") != SEGMENTATION_CLASS:
+            return None
+        names = {int(one.SegmentNumber): str(one.SegmentLabel) for one in header.SegmentSequence}
+        series = {str(one.SeriesInstanceUID) for one in header.get("ReferencedSeriesSequence", [])}
+        found = Segments(path, names, frozenset(series), header)
+        if header.SegmentationType not in ("BINARY", "FRACTIONAL"):
+            raise UserError(f"{path}: a segmentation of type {header.SegmentationType}; export it as BINARY")
+        len(header.PerFrameFunctionalGroupsSequence)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as the format has parts
+        raise UserError(f"{path}: not a readable DICOM-SEG file ({error})") from None
+    return found
+
+
+def read_segments(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
+    """A DICOM-SEG file as classes on the grid of its series, (1, columns, rows, slices).
+
+    Where segments overlap the higher class counts. Of fractions, half and above is inside.
+
+    Args:
+        class_of: of a segment's name.
+
+    Raises:
+        UserError: it is damaged, or lies on another grid.
+    """
+    segments = open_segments(path)
+    slices = segments.slices(geometry) if segments else None
+    if segments is None or slices is None:
+        raise UserError(f"{path}: does not lie on its series' grid")
+    try:
+        dataset: Any = pydicom.dcmread(path)
+        frames = dataset.pixel_array.reshape(len(slices), *dataset.pixel_array.shape[-2:])
+        limit = float(dataset.get("MaximumFractionalValue", 1)) / 2
+    except Exception as error:  # as above
+        raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
+    mask = np.zeros((1, *geometry.shape), np.uint8)
+    for frame, (segment, index) in zip(frames, slices, strict=True):
+        classes = np.where(limit <= frame.T, np.uint8(class_of(segments.names[segment])), np.uint8(0))
+        np.maximum(mask[0, :, :, index], classes, out=mask[0, :, :, index])
+    return mask

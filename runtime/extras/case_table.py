@@ -41,9 +41,11 @@ class CaseTable:
 
     Args:
         data_dir: the preprocessed folder; distances and volumes are those on its grid.
+        subset: which part of the split the cases are.
     """
 
-    def __init__(self, data_dir: Path, spec: DatasetSpec) -> None:
+    def __init__(self, data_dir: Path, spec: DatasetSpec, subset: str) -> None:
+        self._subset = subset
         self._classes = spec.classes[1:]
         self._spacing_mm = spec.spacing_mm
         self._records: dict[str, CaseRecord] = {}
@@ -73,9 +75,7 @@ class CaseTable:
         transform = self._records[case].transform if case in self._records else None
         if transform is None:
             return self._spacing_mm or (1.0, 1.0, 1.0)
-        lengths = zip(transform.source.shape, transform.source.spacing_mm, transform.resampled_shape, strict=True)
-        d, h, w = ((n - 1) * mm / (resampled - 1) if min(n, resampled) > 1 else mm for n, mm, resampled in lengths)
-        return d, h, w
+        return transform.spacing_mm
 
     def keep(self, figures: dict[str, list[float]]) -> None:
         self._figures = figures
@@ -87,7 +87,7 @@ class CaseTable:
             UserError: the folder cannot be written.
         """
         path = log_dir / NAME
-        header = ["case", "mean_dice", *(f"{name}_dice" for name in self._classes), *self._columns]
+        header = ["case", "subset", "mean_dice", *(f"{name}_dice" for name in self._classes), *self._columns]
         rows = [[case, sum(dice) / len(dice), *dice, *self._figures[case]] for case, dice in result.per_case.items()]
         rows.sort(key=lambda row: (row[1], row[0]))
         try:
@@ -95,7 +95,7 @@ class CaseTable:
             with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
                 writer = csv.writer(stream, lineterminator="\n")
                 writer.writerow(header)
-                writer.writerows([case, *map(_number, figures)] for case, *figures in rows)
+                writer.writerows([case, self._subset, *map(_number, figures)] for case, *figures in rows)
         except OSError as error:
             raise UserError(f"--log_dir {log_dir}: {NAME} cannot be written: {error.strerror or error}") from None
         lacks = "" if self._has_distances else " (without surface Dice and Hausdorff distance: pip install '.[monai]')"

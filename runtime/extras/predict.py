@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import plugins
 from data_loading.dataset import peek
 from data_loading.extras.sources import Source, find_sources, is_file_name, probabilities_file, stem
-from data_loading.orientation import orientation_of, turn_to, turned
 from data_loading.preprocessing import Transform, preprocess_image, to_source_grid
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from data_loading.volume import Geometry, Volume
@@ -189,12 +188,11 @@ def predict_scan(source: Source, predictor: Predictor, save_probabilities: bool)
     geometry = scan.geometry
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
-    turn = turn_to(geometry.affine, spec.orientation or orientation_of(geometry.affine))
-    image, transform = preprocess_image(turned(scan, turn), spec)
+    image, transform = preprocess_image(scan, spec)
     del scan  # not needed again, and a scan may be half of the memory
     path = source.output.with_name(f"{stem(source.output)}_probabilities.nii.gz")
     probabilities = predict_image(image, transform, predictor, source.name)
-    classes = (turn.undo(values)[0] for values in classes_on_source_grid(probabilities, transform))
+    classes = (values[0] for values in classes_on_source_grid(probabilities, transform))
     if save_probabilities:
         with probabilities_file(path, geometry, len(spec.classes)) as add:
             mask = arg_max(_each(classes, add), geometry)
@@ -218,7 +216,7 @@ def classes_on_source_grid(probabilities: NDArray[np.float32], transform: Transf
     One at a time: all together would be the largest thing in memory, and the numbers are the same.
     """
     for value in range(len(probabilities)):
-        yield to_source_grid(probabilities[value : value + 1], transform)
+        yield to_source_grid(probabilities[value : value + 1], transform, first=value)
 
 
 def arg_max(classes: Iterator[NDArray[np.float32]], geometry: Geometry) -> NDArray[np.uint8]:

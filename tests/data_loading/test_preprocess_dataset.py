@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 
 import preprocess_dataset
+from data_loading import verification, writing
 from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
-from data_loading.integrity import VERIFIED_NAME, check_files
+from data_loading.integrity import VERIFIED_NAME, check_files, fingerprint
 from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
 from data_loading.raw_layouts import read_kits19, read_msd
 from data_loading.spec import KITS19
 from data_loading.volume import read_nifti
 from errors import UserError, run_program
-from preprocess_dataset import fingerprint, main
+from preprocess_dataset import main
 
 ROOT = Path(preprocess_dataset.__file__).resolve().parent
 PROGRAM = "preprocess_dataset.py"
@@ -285,13 +286,13 @@ def test_no_complete_index_lies_about_while_cases_are_missing(
 ) -> None:
     raw, out = copy
     (out / "case_00001_x.npy").unlink()
-    real, seen = preprocess_dataset.preprocess_case, []
+    real, seen = writing.preprocess_case, []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         seen.append(((out / INDEX_NAME).exists(), (out / PARTIAL_INDEX_NAME).exists()))
         return real(*arguments, **more)
 
-    monkeypatch.setattr(preprocess_dataset, "preprocess_case", watched)
+    monkeypatch.setattr(writing, "preprocess_case", watched)
     preprocess(raw, out)
     assert seen == [(False, True)]
     assert not (out / PARTIAL_INDEX_NAME).exists()
@@ -426,7 +427,7 @@ def die(*_: Any, **__: Any) -> None:
 
 @pytest.mark.integration
 def test_a_killed_worker_is_one_clear_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess_dataset, "preprocess_case", die)
+    monkeypatch.setattr(writing, "preprocess_case", die)
     with pytest.raises(UserError, match="process was killed, most likely for memory; use a smaller --num_workers"):
         preprocess(raw, tmp_path, "--num_workers", 2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -492,7 +493,7 @@ def test_another_spec_preprocesses_all_again(
 def test_real_mri_scans_come_through(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
     data = read_msd(real_data("hippocampus"), [], seed=0)
     for raw in data.cases[:4]:
-        case, record = preprocess_dataset.preprocess_case(raw, tmp_path, data.spec)
+        case, record = writing.preprocess_case(raw, tmp_path, data.spec)
         x, y = (np.load(tmp_path / f"{case}_{kind}.npy") for kind in "xy")
         assert x.shape == y.shape == (1, *record.transform.shape)  # type: ignore[union-attr]
         assert abs(x.mean()) < 1e-4
@@ -569,13 +570,13 @@ def test_a_fingerprint_is_the_sha_256_of_sorted_lines() -> None:
 def test_the_whole_set_is_compared_with_mlperfs_fingerprints(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert preprocess_dataset.MLPERF_CASES == 210
-    assert preprocess_dataset.MLPERF_FINGERPRINTS == {
+    assert verification.MLPERF_CASES == 210
+    assert verification.MLPERF_FINGERPRINTS == {
         "whole set": ("xy", "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"),
         "images": ("x", "8ffb9335306084bc961dc60e200c883483dcc74928ea2169cbae617bbc397934"),
         "labels": ("y", "0d9b03e033b3914ceeb8d4662f6e5127785c7525a4dd9f327b58ed73f3e4402e"),
     }
-    monkeypatch.setattr(preprocess_dataset, "MLPERF_CASES", len(IDS))
+    monkeypatch.setattr(verification, "MLPERF_CASES", len(IDS))
     assert verify(done) == 1
     assert capsys.readouterr().out.count("DIFFERENT") == 3
 
@@ -585,7 +586,7 @@ def test_the_whole_set_is_compared_with_mlperfs_fingerprints(
         return kinds, hashlib.sha256("".join(lines).encode()).hexdigest()
 
     ours = {"whole set": expected("xy"), "images": expected("x"), "labels": expected("y")}
-    monkeypatch.setattr(preprocess_dataset, "MLPERF_FINGERPRINTS", ours)
+    monkeypatch.setattr(verification, "MLPERF_FINGERPRINTS", ours)
     assert verify(done) == 0
     said = capsys.readouterr().out
     assert [f"MLPerf's {what}: identical" in said for what in ours] == [True] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 
+from data_loading.orientation import DIRECTIONS, orientation_of
 from data_loading.preprocessing import (
     Shape,
     Transform,
     as_shape,
     edge_padding,
+    foreground_box,
     foreground_boxes,
     normalise,
     pad_with_edges,
@@ -34,6 +37,7 @@ from data_loading.preprocessing import (
 )
 from data_loading.spec import KITS19, DatasetSpec
 from data_loading.volume import Geometry, Volume, read_nifti
+from tests.data_loading.oblique import geometries
 
 F32 = np.float32
 PLAIN = DatasetSpec("plain", ("background", "one", "two"), mean=0.0, deviation=1.0)
@@ -346,3 +350,115 @@ def test_there_and_back_any_scan_keeps_its_shape(
     expected = [max(1, int(s / t * n)) for n, s, t in zip(shape, spacing_mm, target_mm, strict=True)]
     assert list(transform.resampled_shape) == expected
     assert to_source_grid(array, transform).shape == (1, *shape)
+
+
+WAYS = ["".join(way) for sides in itertools.product(*DIRECTIONS) for way in itertools.permutations(sides)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(geometries(1, 7), st.sampled_from([None, *WAYS]), st.booleans(), st.integers(0, 9), st.integers(0, 999))
+def test_turned_cut_and_padded_every_label_comes_back(
+    geometry: Geometry, orientation: str | None, crop: bool, least: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    image = rng.normal(size=(2, *geometry.shape)).astype(F32)
+    label = rng.integers(0, 3, (1, *geometry.shape)).astype(np.uint8)
+    spec = replace(PLAIN, orientation=orientation, foreground_crop=crop, min_shape=(least, least, least),
+                   intensity_window=(1.0, 9.0), intensity="none")  # fmt: skip
+    array, transform = preprocess_image(Volume(image, geometry), spec)
+    record = json.loads(json.dumps(transform.to_json()))
+    assert Transform.from_json(record).to_json() == record
+    mask = preprocess_label(Volume(label, geometry), transform, spec)
+    assert array.shape[1:] == mask.shape[1:] == transform.shape
+    assert orientation_of(transform.cut.affine) == (orientation or orientation_of(geometry.affine))
+    certain = np.concatenate([mask == value for value in range(3)]).astype(F32)
+    back = to_source_grid(certain, transform)
+    np.testing.assert_array_equal(back.sum(axis=0), np.ones(geometry.shape))
+    inside = np.ones(geometry.shape, bool)
+    if crop and (image > 1).any():
+        places = np.argwhere((image > 1).any(axis=0))
+        inside[:] = False
+        inside[tuple(slice(a, b + 1) for a, b in zip(places.min(0), places.max(0), strict=True))] = True
+    np.testing.assert_array_equal(back.argmax(0), np.where(inside, label[0], 0))
+    # One class at a time is the same.
+    single = np.concatenate([to_source_grid(certain[k : k + 1], transform, first=k) for k in range(3)])
+    np.testing.assert_array_equal(single, back)
+    # A voxel of the network's grid lies where the geometry says.
+    values = np.clip(image, 1, 9)
+    start = np.array(transform.padding_before)
+    for corner in itertools.product(*((0, size - 1) for size in transform.cut.shape)):
+        old = np.rint(np.linalg.inv(geometry.affine) @ transform.cut.affine @ [*corner, 1]).astype(int)[:3]
+        np.testing.assert_array_equal(array[:, *(start + corner)], values[:, *old])
+
+
+@settings(max_examples=40, deadline=None)
+@given(geometries(4, 12), st.sampled_from(WAYS), st.tuples(*[st.floats(0.8, 2.0)] * 3))
+def test_turned_cut_and_resampled_a_ramp_comes_back(
+    geometry: Geometry, orientation: str, spacing_mm: tuple[float, float, float]
+) -> None:
+    image = ramp(geometry.shape)
+    spec = replace(PLAIN, orientation=orientation, foreground_crop=True, spacing_mm=spacing_mm, intensity="none",
+                   intensity_window=(float(np.median(image)), 1e6))  # fmt: skip
+    array, transform = preprocess_image(Volume(image, geometry), spec)
+    assert transform.crop is not None
+    back = to_source_grid(array, transform, first=1)
+    assert back.shape == image.shape
+    seen = back != 0
+    assert seen[image > np.median(image)].all()
+    if min(transform.resampled_shape) > 1:  # along an axis of one voxel nothing is left of a ramp
+        clipped = replace(spec, intensity_window=(-1e6, 1e6), foreground_crop=False)
+        whole, way = preprocess_image(Volume(image, geometry), clipped)
+        np.testing.assert_allclose(to_source_grid(whole, way), image, atol=1e-2 * np.ptp(image) + 1e-3)
+    resampled = list(transform.resampled_shape)
+    target = [s * (n - 1) for s, n in zip(transform.cut.spacing_mm, transform.cut.shape, strict=True)]
+    found = [s * (n - 1) for s, n in zip(transform.spacing_mm, resampled, strict=True)]
+    assert all(a == pytest.approx(b) for a, b, n in zip(target, found, resampled, strict=True) if n > 1)
+
+
+def test_old_transforms_have_neither_turn_nor_crop() -> None:
+    _, transform = preprocess_image(scan(np.zeros((1, 4, 5, 6), F32)), PLAIN)
+    old = {key: value for key, value in transform.to_json().items() if key not in ("orientation", "crop", "by_area")}
+    read = Transform.from_json(old)
+    assert (read.orientation, read.crop, read.by_area) == (None, None, False)
+
+
+def test_to_unit_by_the_window_or_by_each_scans_own_ends() -> None:
+    image = np.array([-200.0, -100.0, 0.0, 300.0, 900.0], F32).reshape(1, 1, 1, 5)
+    windowed = normalise(image, replace(PLAIN, intensity="unit", intensity_window=(-100.0, 300.0)))
+    np.testing.assert_allclose(windowed.ravel(), [0, 0, 0.25, 1, 1])
+    two = np.concatenate([image, 2 * image, 7 + 0 * image])
+    own = normalise(two, replace(PLAIN, intensity="unit"))
+    expected = (image.ravel() + 200) / 1100
+    np.testing.assert_allclose(own[:, 0, 0], [expected, expected, np.zeros(5)], rtol=1e-6)
+    assert own.dtype == F32
+    np.testing.assert_array_equal(normalise(image, replace(PLAIN, intensity="none")), image)
+
+
+def test_the_body_is_what_is_above_the_window_or_the_mean() -> None:
+    image = np.full((2, 6, 7, 8), -1000, F32)
+    image[0, 2:4, 1:6, 3] = 40
+    image[1, 3, 3, 5:7] = 900
+    windowed = replace(PLAIN, intensity_window=(-100.0, 300.0))
+    assert foreground_box(image, windowed) == foreground_box(image, PLAIN) == (2, 1, 3, 4, 6, 7)
+    assert foreground_box(np.minimum(image, -100), windowed) is None
+    assert foreground_box(np.ones((1, 2, 2, 2), F32), PLAIN) is None
+
+
+def test_a_picture_shrinks_without_losing_a_pixel_and_keeps_its_edges() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.random((3, 1, 8, 12)).astype(F32)
+    spec = replace(PLAIN, size=(4, 6), intensity="none")
+    array, transform = preprocess_image(scan(image), spec)
+    assert array.shape == (3, 1, 4, 6)
+    # Halved, away from the border a pixel weighs the 4 x 4 around it 1:3:3:1 each way.
+    weights = np.array([1, 3, 3, 1]) / 8
+    expected = np.einsum("chw,h,w->c", image[:, 0, 1:5, 3:7], weights, weights)
+    np.testing.assert_allclose(array[:, 0, 1, 2], expected, rtol=1e-5)
+    assert transform.spacing_mm == (1.0, 2.0, 2.0)
+    blocks = rng.integers(0, 3, (1, 1, 4, 6)).astype(np.uint8)
+    label = blocks.repeat(2, axis=2).repeat(2, axis=3)
+    np.testing.assert_array_equal(preprocess_label(scan(label), transform, spec), blocks)
+    certain = np.concatenate([blocks == value for value in range(3)]).astype(F32)
+    back = to_source_grid(certain, transform)
+    np.testing.assert_allclose(back.sum(0), 1, rtol=1e-5)
+    np.testing.assert_array_equal(back.argmax(0), label[0])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng, split_cases
+from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng, split_cases, split_patients
 from errors import UserError
 
 
@@ -158,3 +158,76 @@ def test_order_split_and_samples_of_one_seed_have_nothing_in_common() -> None:
     assert permutation != np.random.default_rng(3).permutation(50).tolist()
     held_out = split_cases([f"{number:02d}" for number in range(50)], 0.2, 3)[1]
     assert held_out != sorted(f"{number:02d}" for number in permutation[:10])
+
+
+def own(count: int) -> dict[str, str]:
+    """Cases that are each a patient's only one."""
+    return {f"{number:03d}": f"{number:03d}" for number in range(count)}
+
+
+def sizes(split: dict[str, list[str]]) -> list[int]:
+    return [len(cases) for cases in split.values()]
+
+
+def test_128_patients_are_78_25_and_25() -> None:
+    split = split_patients(own(128), (0.6, 0.2, 0.2), 0)
+    assert list(split) == ["train", "evaluation", "test"]
+    assert sizes(split) == [78, 25, 25]
+    assert split == split_patients(dict(reversed(own(128).items())), (0.6, 0.2, 0.2), 0)
+    assert split != split_patients(own(128), (0.6, 0.2, 0.2), 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=60), st.integers(0, 99), st.sampled_from([2, 3]))
+def test_no_patient_is_on_two_sides_and_no_case_is_lost(whose: list[int], seed: int, parts: int) -> None:
+    patients = {f"case{number}": f"p{patient}" for number, patient in enumerate(whose)}
+    count = len(set(whose))
+    shares = (0.7, 0.3) if parts == 2 else (0.5, 0.25, 0.25)
+    if count < (2 if parts == 2 else 4):
+        with pytest.raises(UserError, match=r"a split needs at least 2|leave none for evaluation"):
+            split_patients(patients, shares, seed)
+        return
+    split = split_patients(patients, shares, seed)
+    assert sorted(case for cases in split.values() for case in cases) == sorted(patients)
+    of_part = [{patients[case] for case in cases} for cases in split.values()]
+    assert sum(map(len, of_part)) == count
+    held_out = min(max(round(count * 0.3), 1), count - 1) if parts == 2 else count // 4
+    assert [len(part) for part in of_part[1:]] == [held_out] * (parts - 1)
+
+
+def test_two_shares_split_as_the_decathlon_always_was() -> None:
+    for count in (2, 5, 13, 200):
+        train, evaluation = split_cases(list(own(count)), 0.2, 3)
+        assert split_patients(own(count), (0.8, 0.2), 3) == {"train": train, "evaluation": evaluation}
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [((1, 0), [5, 0]), ((0, 1), [0, 5]), ((0, 0, 1), [0, 0, 5]), ((1, 0, 0), [5, 0, 0]), ((0.6, 0.4, 0), [3, 2, 0]),
+     ((0, 0.5, 0.5), [0, 2, 3])],
+)  # fmt: skip
+def test_a_share_of_0_leaves_a_part_out(shares: tuple[float, ...], expected: list[int]) -> None:
+    assert sizes(split_patients(own(5), shares, 0)) == expected
+    assert sizes(split_patients(own(1), (1, 0), 0)) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "message"),
+    [
+        (9, (0.6, 0.2, 0.3), "--split 0.6 0.2 0.3: give two or three shares that add up to 1"),
+        (9, (1.2, -0.2), "give two or three shares that add up to 1"),
+        (9, (1,), "give two or three shares"),
+        (9, (0.25, 0.25, 0.25, 0.25), "give two or three shares"),
+        (9, (float("nan"), 0.5), "give two or three shares"),
+        (4, (0.6, 0.2, 0.2), r"4 patient\(s\) leave none for evaluation at a share of 0.2"),
+        (1, (0.8, 0.2), "a split needs at least 2 cases, found 1; --split 1 0 trains on all"),
+    ],
+)
+def test_shares_that_are_none_are_one_clear_line(count: int, shares: tuple[float, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        split_patients(own(count), shares, 0)
+
+
+def test_one_patient_with_several_cases_cannot_be_split() -> None:
+    with pytest.raises(UserError, match="found 3, all of one patient; --split 1 0 trains on all"):
+        split_patients(dict.fromkeys(["a", "b", "c"], "p"), (0.8, 0.2), 0)

@@ -185,14 +185,14 @@ def _hang(
         image.to(precision.device), predict, scoring.window, scoring.overlap, scoring.padding_value, scoring.batch_size
     )
     prediction = logits.argmax(1)[0].to("cpu", torch.uint8)
-    affine, source_mm = KITS19_AXES, (1.0, 1.0, 1.0)
+    affine, own_mm = KITS19_AXES, (1.0, 1.0, 1.0)
     if (data_dir / INDEX_NAME).is_file():
         record = read_index(data_dir / INDEX_NAME).cases[case]
         if record.transform is not None:
-            affine, source_mm = record.transform.source.affine, record.transform.source.spacing_mm
+            affine, own_mm = record.transform.cut.affine, record.transform.spacing_mm
     turn = hanging(affine)
     spacing_mm = np.empty(3)
-    spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or source_mm
+    spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or own_mm
     seen, truth, predicted = (
         apply_orientation(array.numpy(), turn) for array in (image[0, 0], label[0, 0], prediction)
     )
@@ -219,6 +219,8 @@ def draw_planes(hung: Hung, name: str) -> Iterator[Picture]:
     centre = centre_of(foreground)
     low, high = np.percentile(hung.image, (1, 99.5))
     for axis in (2, 1, 0):
+        if min(size for other, size in enumerate(hung.image.shape) if other != axis) == 1:
+            continue  # a picture's edge
         # Transposed: what runs down the picture is the later of the two axes that are left.
         arrays: tuple[NDArray[Any], ...] = (hung.image, hung.truth, hung.prediction)
         image, truth, prediction = (np.take(array, centre[axis], axis).T for array in arrays)

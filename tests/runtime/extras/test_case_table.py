@@ -49,7 +49,7 @@ MOVED = block(slice(3, 8), slice(4, 14), slice(4, 14))
 
 def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
     pytest.importorskip("monai", reason="pip install '.[monai]'")
-    table = CaseTable(data_dir, SPEC)
+    table = CaseTable(data_dir, SPEC, "evaluation")
     figures = table("a", logits_of(MOVED), TRUE)
     assert figures.dtype == torch.float64
     assert table.size == 8
@@ -68,13 +68,13 @@ def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
     shape = (19, 20, 20)
     true = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=shape)
     moved = block(slice(5, 10), slice(4, 14), slice(4, 14), shape=shape)
-    figures = CaseTable(data_dir, SPEC)("b", logits_of(moved), true)
+    figures = CaseTable(data_dir, SPEC, "evaluation")("b", logits_of(moved), true)
     assert figures[0] == pytest.approx(0.5)
     assert figures[6] == pytest.approx(3.0)
 
 
 def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
-    table = CaseTable(data_dir, SPEC)
+    table = CaseTable(data_dir, SPEC, "test")
     table.keep({"a": [1.5, math.nan] + [0.25] * (table.size - 2), "b": [math.inf] * table.size})
     per_case = {"a": [0.9, 0.7], "b": [0.5, 0.4]}
     told = table.write(tmp_path / "logs", EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, per_case))
@@ -82,6 +82,7 @@ def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     with (tmp_path / "logs" / "evaluation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["case"] for row in rows] == ["b", "a"]
+    assert [row["subset"] for row in rows] == ["test", "test"]
     assert (rows[1]["mean_dice"], rows[1]["kidney_dice"], rows[1]["tumour_dice"]) == ("0.8", "0.9", "0.7")
     assert (rows[1]["kidney_volume_ml"], rows[1]["tumour_volume_ml"]) == ("1.5", "")
     assert rows[0]["kidney_true_volume_ml"] == ""
@@ -91,7 +92,7 @@ def test_without_monai_its_columns_are_left_out_and_that_is_told(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(case_table, "HAS_MONAI", False)
-    table = CaseTable(data_dir, SPEC)
+    table = CaseTable(data_dir, SPEC, "evaluation")
     assert table("a", logits_of(MOVED), TRUE).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
     table.keep({"a": [1.0] * 4})
     told = table.write(tmp_path, EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, {"a": [0.9, 0.7]}))

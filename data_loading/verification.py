@@ -1,0 +1,76 @@
+"""Verification of a preprocessed folder: against its own index, a list of MD5s, and MLPerf's published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_loading.dataset import INDEX_NAME, read_index
+from data_loading.integrity import fingerprint, keep_verified, md5_of, recorded_digests, stamp_of
+from errors import UserError
+
+# SHA-256 over the lines "md5  name\n", sorted by name, of MLPerf's published digests of KiTS19: all 420 files, the
+# 210 images alone, the 210 labels alone.
+MLPERF_FINGERPRINTS = {
+    "whole set": ("xy", "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"),
+    "images": ("x", "8ffb9335306084bc961dc60e200c883483dcc74928ea2169cbae617bbc397934"),
+    "labels": ("y", "0d9b03e033b3914ceeb8d4662f6e5127785c7525a4dd9f327b58ed73f3e4402e"),
+}
+MLPERF_CASES = 210
+
+
+def verify(results_dir: Path, checksums: Path | None) -> int:
+    """Compares every file's MD5 with `dataset.json`, with `checksums` and, for the whole KiTS19, with MLPerf's
+    fingerprints; names each file that differs.
+
+    Returns:
+        0 when everything agrees, 1 when something differs.
+
+    Raises:
+        UserError: nothing to verify, or `checksums` is no JSON of {name: MD5}.
+    """
+    files = sorted([*results_dir.glob("*_x.npy"), *results_dir.glob("*_y.npy")])
+    if not files:
+        raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
+    stamps = {path.name: stamp_of(path) for path in files}
+    found = {path.name: md5_of(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
+    is_good = True
+    if (results_dir / INDEX_NAME).exists():
+        index = read_index(results_dir / INDEX_NAME)
+        recorded = recorded_digests(index.cases)
+        is_good &= _compare(found, recorded, INDEX_NAME)
+        # The next run need not hash these, whatever copied or touched them.
+        good = {name: stamps[name] for name, md5 in found.items() if recorded.get(name) == md5}
+        keep_verified(results_dir, index.cases, good)
+    if checksums is not None:
+        is_good &= _compare(found, _read_checksums(checksums), checksums.name)
+    if len(found) == 2 * MLPERF_CASES and all(name.startswith("case_") for name in found):
+        for what, (kinds, expected) in MLPERF_FINGERPRINTS.items():
+            actual = fingerprint({name: md5 for name, md5 in found.items() if name[-5] in kinds})
+            print(f"MLPerf's {what}: {'identical' if actual == expected else f'DIFFERENT ({actual})'}")
+            is_good &= actual == expected
+    else:
+        print(f"{len(found)} files: MLPerf's fingerprints are those of KiTS19's {2 * MLPERF_CASES}, not compared")
+    return 0 if is_good else 1
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(md5) for name, md5 in content.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--checksums {path}: not a JSON file of {{name: MD5}} ({error})") from None
+
+
+def _compare(found: dict[str, str], expected: dict[str, str], source: str) -> bool:
+    different = [name for name, md5 in sorted(expected.items()) if name in found and found[name] != md5]
+    missing = sorted(set(expected) - set(found))
+    for name in different:
+        print(f"{name}: DIFFERENT from {source} ({found[name]}, expected {expected[name]})")
+    for name in missing:
+        print(f"{name}: MISSING ({source} lists it)")
+    same = len(expected) - len(different) - len(missing)
+    print(f"{source}: {same} identical, {len(different)} different, {len(missing)} missing")
+    return not different and not missing
