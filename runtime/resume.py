@@ -21,8 +21,8 @@ ORDER_FLAGS = ("batch_size", "ga_steps", "loader", "steps_per_epoch")
 INCIDENTAL_FLAGS = (
     "data_dir", "log_dir", "save_ckpt_path", "load_ckpt_path", "init_from", "resume", "ckpt_every", "ckpt_keep",
     "local_rank", "exec_mode", "subset", "seed", "num_workers", "verbose", "no_report", "compare", "trackers",
-    "untimed_steps", "val_batch_size", "submission_org", "submission_platform", "submission_status", "division", "scan", "output",
-    "series", "checkpoint", "test_time_flips", "save_probabilities", "max_memory_gb",
+    "untimed_steps", "val_batch_size", "submission_org", "submission_platform", "submission_status", "division", "scan",
+    "output", "series", "checkpoint", "test_time_flips", "save_probabilities", "max_memory_gb",
 )  # fmt: skip
 
 
