@@ -188,7 +188,7 @@ def test_changed_flags_are_listed_with_what_they_were(make_config: MakeConfig) -
         "--epochs 9, was 1",
         "--input_shape 64 64 64, was 128 128 128",
         "--learning_rate 0.5, was 1.0",
-        "--lr_decay_epochs 3 5, was ",
+        "--lr_decay_epochs 3 5, was none",
     ]
 
 

@@ -195,7 +195,7 @@ def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state:
         ("early_stoping", "there is early_stopping"),
         ("early_stopping(patience=0)", "patience is a whole number from 1 on"),
         ("early_stopping(metric='f1')", "metric='f1'; there is mean_dice, loss"),
-        ("top_k(n=2)", "unknown argument 'n'; it takes k, metric, mode"),
+        ("top_k(n=2)", "unknown argument 'n'; it takes k=3, metric='mean_dice', mode=None"),
         ("top_k(k=0)", "k=0"),
         ("training_dice(cases=0)", "cases=0"),
     ],
