@@ -24,11 +24,11 @@ from torch import nn
 
 import plugins
 from data_loading.augmentation import make_augmentation
-from data_loading.dataset import peek
+from data_loading.dataset import peek, pseudo_share
 from data_loading.integrity import check_files, split_digest, verify_changed
 from data_loading.loader import LoaderSettings, shape_of, synthetic_cases
 from data_loading.loaders import EvaluationCases, make_training_loader
-from data_loading.sampling import batches_per_epoch
+from data_loading.sampling import Capped, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import DIVERGED_EXIT, UserError, run_program, warn
 from model import kernels
@@ -93,7 +93,8 @@ def train_network(config: RunConfig, world: World) -> int:
     training, evaluation = split["train"], split["evaluation"]
     data = split_digest(config.data_dir, split)
     loaded, notes = find_state(config, data, world)
-    batches = batches_per_epoch(len(training), config.batch_size, world.size)
+    capped = Capped(*pseudo_share(config.data_dir))
+    batches = batches_per_epoch(len(training), config.batch_size, world.size, capped)
     samples_per_epoch = batches * config.batch_size * world.size
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not evaluation:
@@ -102,6 +103,7 @@ def train_network(config: RunConfig, world: World) -> int:
         return finished(config, loaded, done, world)
     schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
     reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
+    reasons += [f"{capped.count} pseudo-labelled training cases"] if capped.count else []
     reasons += ["the run was resumed"] if loaded and config.resume else []
     division = choose_division(config.division, reasons)
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
@@ -139,7 +141,7 @@ def train_network(config: RunConfig, world: World) -> int:
     loader, note = make_training_loader(
         config.loader, config.data_dir, training, spec,
         LoaderSettings(config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank,
-                       world.size, seeds.order, seeds.samples, world.device, augment),
+                       world.size, seeds.order, seeds.samples, world.device, augment, capped),
     )  # fmt: skip
     watching: list[Callback] = [watchdog, TargetReached(config.quality_threshold), Diverged(world, loader.describe)]
     announce.govern(state, [*watching, KeepBest(), *([saver] if saver else []), Leave()])

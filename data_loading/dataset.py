@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ PARTIAL_INDEX_NAME = "dataset.partial.json"
 BOXES_NAME = "foreground_boxes.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
-INDEX_KEYS = {"format", "spec", "split", "cases"}
+INDEX_KEYS = {"format", "spec", "split", "cases", "pseudo"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,34 @@ class CaseRecord:
 
 
 @dataclass(frozen=True)
+class Pseudo:
+    """Which training cases a network has labelled: the last ones of the subset "train".
+
+    Attributes:
+        teacher: SHA-256 of the checkpoint.
+        threshold: confidence below which its labels are not taken.
+        max_share: of a batch, at most.
+    """
+
+    cases: list[str]
+    teacher: str
+    threshold: float
+    max_share: float
+
+    def check(self, split: dict[str, list[str]]) -> None:
+        """Raises ValueError where it does not fit the split."""
+        if self.cases != split["train"][-len(self.cases) :] or not 0 <= self.max_share <= 1:
+            raise ValueError("its pseudo-labelled cases are not the last training cases")
+
+
+@dataclass(frozen=True)
 class DatasetIndex:
     """A preprocessed folder's contents: spec, split by subset name, and a record per case."""
 
     spec: DatasetSpec
     split: dict[str, list[str]]
     cases: dict[str, CaseRecord]
+    pseudo: Pseudo | None = None
 
     def to_json(self) -> dict[str, Any]:
         content = {
@@ -91,6 +113,7 @@ class DatasetIndex:
             "split": self.split,
             "cases": {case: record.to_json() for case, record in sorted(self.cases.items())},
         }
+        content |= {"pseudo": asdict(self.pseudo)} if self.pseudo else {}
         return content | {"digest": _digest(content)}
 
 
@@ -117,6 +140,9 @@ def read_index(path: Path) -> DatasetIndex:
         spec = DatasetSpec.from_json(content["spec"])
         split = {str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()}
         cases = {case: CaseRecord.from_json(record) for case, record in content["cases"].items()}
+        pseudo = Pseudo(**content["pseudo"]) if "pseudo" in content else None
+        if pseudo:
+            pseudo.check(split)
     except UserError:
         raise
     except OSError as error:
@@ -128,7 +154,7 @@ def read_index(path: Path) -> DatasetIndex:
         raise UserError(f"{path}: the split names a case twice or one that is not there; preprocess again")
     if unsafe := [case for case in cases if not is_safe_case_id(case)]:
         raise UserError(f"{path}: {unsafe[0]!r} is not a case id; preprocess again")
-    return DatasetIndex(spec, split, cases)
+    return DatasetIndex(spec, split, cases, pseudo)
 
 
 def is_safe_case_id(case: str) -> bool:
@@ -163,6 +189,12 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
         "evaluation": [case for case in cases if case in held_out],
     }
     return replace(KITS19, orientation=KITS19_ORIENTATION), split
+
+
+def pseudo_share(data_dir: Path) -> tuple[int, float]:
+    """How many of the training cases, the last ones, are pseudo-labelled, and their largest share of a batch."""
+    index = read_index(data_dir / INDEX_NAME) if (data_dir / INDEX_NAME).is_file() else None
+    return (len(index.pseudo.cases), index.pseudo.max_share) if index and index.pseudo else (0, 1.0)
 
 
 def _hint(data_dir: Path) -> str:

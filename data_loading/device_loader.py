@@ -53,7 +53,7 @@ class DeviceLoader:
         self._boxes = boxes
         self._settings = settings
         self._order = EpochOrder(
-            len(volumes), settings.batch_size, settings.rank, settings.ranks, settings.order_seed
+            len(volumes), settings.batch_size, settings.rank, settings.ranks, settings.order_seed, settings.capped
         )  # fmt: skip
         len(self._order)  # raises when an epoch has no batch
         self._generator = torch.Generator(settings.device)

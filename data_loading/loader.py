@@ -24,7 +24,7 @@ from data_loading.augmentation import Draw, Drawn, draw_augmentation, draw_crop
 from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng
+from data_loading.sampling import Capped, EpochOrder, batches_per_epoch, sample_rng
 from data_loading.volume import free_memory_bytes
 from errors import UserError
 
@@ -69,6 +69,7 @@ class LoaderSettings:
     sample_seed: int
     device: torch.device = CPU
     augment: Draw = draw_augmentation
+    capped: Capped = Capped()  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class PytorchLoader:
 
     def __init__(self, dataset: CropDataset, settings: LoaderSettings) -> None:
         cases = len(dataset.cases)
-        order = EpochOrder(cases, settings.batch_size, settings.rank, settings.ranks, settings.order_seed)
+        order = EpochOrder(cases, settings.batch_size, settings.rank, settings.ranks, settings.order_seed,
+                           settings.capped)  # fmt: skip
         self._dataset = dataset
         self._sampler = _EpochSampler(order)
         len(order)  # raises when an epoch has no batch

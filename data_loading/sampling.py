@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from errors import UserError
 
@@ -30,13 +31,48 @@ def split_cases(cases: Sequence[str], evaluation_share: float, seed: int) -> tup
     return [case for case in ordered if case not in evaluation], sorted(evaluation)
 
 
-def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:
+@dataclass(frozen=True)
+class Capped:
+    """Training cases of which a batch may hold only so many, such as pseudo-labelled ones: the last of all.
+
+    Attributes:
+        count: how many there are.
+        share: of a batch, at most.
+    """
+
+    count: int = 0
+    share: float = 1.0
+
+    def batches(self, cases: int, batch_size: int) -> int:
+        """Batches in an epoch of so many cases, these included: all others are met once, these where there is room."""
+        room = int(self.share * batch_size + 1e-9)
+        batches = cases // batch_size
+        return batches if room == batch_size else min(batches, (cases - self.count) // (batch_size - room))
+
+    def deal(self, permutation: NDArray[np.int64], batches: int, batch_size: int) -> list[list[int]]:
+        """An epoch's batches, these cases spread evenly over them."""
+        is_capped = permutation >= len(permutation) - self.count
+        others, capped = permutation[~is_capped].tolist(), permutation[is_capped].tolist()
+        needed = batches * batch_size - min(len(others), batches * batch_size)
+        dealt = []
+        for batch in range(batches):
+            some = needed * (batch + 1) // batches - needed * batch // batches
+            dealt.append([*(capped.pop() for _ in range(some)), *(others.pop() for _ in range(batch_size - some))])
+        return dealt
+
+
+def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: Capped = Capped()) -> int:
     """Batches that every rank gets in an epoch; the last incomplete round of batches is dropped.
 
     Raises:
         UserError: not one batch for every rank.
     """
-    batches = cases // (batch_size * ranks)
+    batches = capped.batches(cases, batch_size) // ranks
+    if batches == 0 and cases >= batch_size * ranks:
+        raise UserError(
+            f"{cases - capped.count} training cases and {capped.count} pseudo-labelled ones, of which a batch may hold "
+            f"a share of {capped.share:g}, do not give {ranks} rank(s) one batch of {batch_size} each; use less"
+        )
     if batches == 0:
         ways = [f"at most {cases // batch_size} rank(s)"] if cases >= batch_size else []
         ways += [f"a --batch_size of at most {cases // ranks}"] if cases >= ranks else []
@@ -60,13 +96,17 @@ class EpochOrder:
     rank: int
     ranks: int
     seed: int
+    capped: Capped = Capped()
 
     def __len__(self) -> int:
-        return batches_per_epoch(self.cases, self.batch_size, self.ranks)
+        return batches_per_epoch(self.cases, self.batch_size, self.ranks, self.capped)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of case indices in `epoch` (counted from 1)."""
         rng = np.random.default_rng([ORDER_STREAM, self.seed, epoch])
+        if self.capped.count:
+            dealt = self.capped.deal(rng.permutation(self.cases), len(self) * self.ranks, self.batch_size)
+            return dealt[self.rank :: self.ranks]
         used = rng.permutation(self.cases)[: len(self) * self.batch_size * self.ranks]
         mine = used[self.rank :: self.ranks].tolist()
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]

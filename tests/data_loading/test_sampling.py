@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng, split_cases
+from data_loading.sampling import Capped, EpochOrder, batches_per_epoch, sample_rng, split_cases
 from errors import UserError
 
 
@@ -129,3 +129,58 @@ def test_order_split_and_samples_of_one_seed_have_nothing_in_common() -> None:
     assert permutation != np.random.default_rng(3).permutation(50).tolist()
     held_out = split_cases([f"{number:02d}" for number in range(50)], 0.2, 3)[1]
     assert held_out != sorted(f"{number:02d}" for number in EpochOrder(50, 50, 0, 1, 3).batches(1)[0][:10])
+
+
+# Cases of which a batch may hold only a share
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    others=st.integers(1, 30),
+    count=st.integers(1, 30),
+    share=st.floats(0, 1),
+    batch_size=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_batch_never_holds_more_than_its_share(
+    others: int, count: int, share: float, batch_size: int, ranks: int, seed: int
+) -> None:
+    capped, cases = Capped(count, share), others + count
+    try:
+        orders = [EpochOrder(cases, batch_size, rank, ranks, seed, capped) for rank in range(ranks)]
+        batches = [order.batches(3) for order in orders]
+    except UserError:
+        # One round more than there is would need other cases, or more of these than there is room for.
+        room = int(share * batch_size + 1e-9)
+        assert others < (batch_size - room) * ranks or cases < batch_size * ranks
+        return
+    assert {len(own) for own in batches} == {len(orders[0])}
+    flat = [case for own in batches for batch in own for case in batch]
+    assert len(set(flat)) == len(flat)
+    assert all(len(batch) == batch_size for own in batches for batch in own)
+    held = [sum(case >= others for case in batch) for own in batches for batch in own]
+    assert max(held) <= share * batch_size + 1e-9
+    assert max(held) - min(held) <= 1, "evenly over the batches"
+    assert batches == [order.batches(3) for order in orders]
+    # None of the others is left out for one of these.
+    met = sum(case < others for case in flat)
+    assert met == others or sum(held) == 0 or len(flat) < others
+
+
+def test_all_others_are_met_once_an_epoch_and_these_in_turn() -> None:
+    order = EpochOrder(20, 4, 0, 1, 1, Capped(10, 0.25))
+    assert len(order) == 3, "10 others, 3 of them in a batch"
+    met = [sorted(case for batch in order.batches(epoch) for case in batch) for epoch in range(1, 200)]
+    counts = np.bincount(np.concatenate(met), minlength=20)
+    assert (counts[:10] >= counts[10:].max()).all()
+    assert counts[10:].min() > 20, "each of them has its turn"
+
+
+def test_without_such_cases_the_order_is_what_it_was() -> None:
+    assert EpochOrder(9, 2, 0, 2, 7, Capped(0, 0.3)).batches(4) == EpochOrder(9, 2, 0, 2, 7).batches(4)
+
+
+def test_a_share_that_leaves_no_batch_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^2 training cases and 8 pseudo-labelled ones, .* a share of 0\.25, "):
+        batches_per_epoch(10, 4, 1, Capped(8, 0.25))
