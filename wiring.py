@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import nn
 
 from data_loading.augmentation import make_augmentation
-from data_loading.dataset import peek
+from data_loading.dataset import peek, pseudo_share
 from data_loading.integrity import check_files, split_digest, verify_changed
 from data_loading.loader import LoaderSettings, TrainingLoader, shape_of, synthetic_cases
 from data_loading.loaders import EvaluationCases, make_training_loader
-from data_loading.sampling import batches_per_epoch
+from data_loading.sampling import Capped, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from errors import UserError
 from model import kernels
@@ -84,8 +84,9 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     spec, split = open_split(config)
     data = split_digest(config.data_dir, split)
     loaded, notes = find_state(config, data, world)
+    capped = Capped(*pseudo_share(config.data_dir))
     batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else batches_per_epoch(
-        len(split["train"]), config.batch_size, world.size
+        len(split["train"]), config.batch_size, world.size, capped
     )  # fmt: skip
     samples_per_epoch = batches * config.batch_size * world.size
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
@@ -95,6 +96,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     if not done:
         schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
     reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
+    reasons += [f"{capped.count} pseudo-labelled training cases"] if capped.count else []
     reasons += ["the run was resumed"] if loaded and config.resume else []
     division = choose_division("auto" if done else config.division, reasons)
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
@@ -242,6 +244,7 @@ def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingL
         config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank, world.size,
         plan.seeds.order, plan.seeds.samples, world.device, make_augmentation(split_specs(config.augment)[0]),
         config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None,
+        Capped(*pseudo_share(config.data_dir)),
     )  # fmt: skip
     loader, note = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
     return loader, events.DataOpened(

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ PARTIAL_INDEX_NAME = "dataset.partial.json"
 BOXES_NAME = "foreground_boxes.json"
 # Raised when a reader of the older format would go wrong.
 INDEX_FORMAT = 1
-INDEX_KEYS = {"format", "spec", "split", "split_hash", "made", "cases"}
+INDEX_KEYS = {"format", "spec", "split", "split_hash", "made", "cases", "pseudo"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,27 @@ class CaseRecord:
 
 
 @dataclass(frozen=True)
+class Pseudo:
+    """Which training cases a network has labelled: the last ones of the subset "train".
+
+    Attributes:
+        teacher: SHA-256 of the checkpoint.
+        threshold: confidence below which its labels are not taken.
+        max_share: of a batch, at most.
+    """
+
+    cases: list[str]
+    teacher: str
+    threshold: float
+    max_share: float
+
+    def check(self, split: dict[str, list[str]]) -> None:
+        """Raises ValueError where it does not fit the split."""
+        if self.cases != split["train"][-len(self.cases) :] or not 0 <= self.max_share <= 1:
+            raise ValueError("its pseudo-labelled cases are not the last training cases")
+
+
+@dataclass(frozen=True)
 class DatasetIndex:
     """A preprocessed folder's contents: spec, split by subset name, and a record per case.
 
@@ -92,6 +113,7 @@ class DatasetIndex:
     split: dict[str, list[str]]
     cases: dict[str, CaseRecord]
     made: dict[str, Any] = field(default_factory=dict)
+    pseudo: Pseudo | None = None
 
     def to_json(self) -> dict[str, Any]:
         content = {
@@ -102,6 +124,7 @@ class DatasetIndex:
             "made": self.made,
             "cases": {case: record.to_json() for case, record in sorted(self.cases.items())},
         }
+        content |= {"pseudo": asdict(self.pseudo)} if self.pseudo else {}
         return content | {"digest": _digest(content)}
 
 
@@ -134,6 +157,9 @@ def read_index(path: Path) -> DatasetIndex:
         split = {str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()}
         cases = {case: CaseRecord.from_json(record) for case, record in content["cases"].items()}
         made = dict(content.get("made", {}))
+        pseudo = Pseudo(**content["pseudo"]) if "pseudo" in content else None
+        if pseudo:
+            pseudo.check(split)
     except UserError:
         raise
     except OSError as error:
@@ -148,7 +174,7 @@ def read_index(path: Path) -> DatasetIndex:
     if content.get("split_hash") not in (None, split_hash(split)):
         raise UserError(f"{path}: its split is not the one that preprocess_dataset.py wrote; preprocess again")
     _check_patients(path, split, cases)
-    return DatasetIndex(spec, split, cases, made)
+    return DatasetIndex(spec, split, cases, made, pseudo)
 
 
 def _check_patients(path: Path, split: dict[str, list[str]], cases: dict[str, CaseRecord]) -> None:
@@ -195,6 +221,12 @@ def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, di
         "evaluation": [case for case in cases if case in held_out],
     }
     return replace(KITS19, orientation=KITS19_ORIENTATION), split
+
+
+def pseudo_share(data_dir: Path) -> tuple[int, float]:
+    """How many of the training cases, the last ones, are pseudo-labelled, and their largest share of a batch."""
+    index = read_index(data_dir / INDEX_NAME) if (data_dir / INDEX_NAME).is_file() else None
+    return (len(index.pseudo.cases), index.pseudo.max_share) if index and index.pseudo else (0, 1.0)
 
 
 def _hint(data_dir: Path) -> str:

@@ -24,7 +24,7 @@ from data_loading.augmentation import Draw, Drawn, draw_augmentation, draw_crop
 from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampling import EpochOrder, sample_rng
+from data_loading.sampling import Capped, EpochOrder, sample_rng
 from data_loading.volume import free_memory_bytes
 from errors import UserError
 
@@ -76,10 +76,12 @@ class LoaderSettings:
     device: torch.device = CPU
     augment: Draw = draw_augmentation
     steps: int | None = None
+    capped: Capped = Capped()  # noqa: RUF009
 
     def order(self, cases: int) -> EpochOrder:
         """In which order so many cases come to this rank. Raises UserError when an epoch has no batch."""
-        order = EpochOrder(cases, self.batch_size, self.rank, self.ranks, self.order_seed, self.steps)
+        order = EpochOrder(cases, self.batch_size, self.rank, self.ranks, self.order_seed, self.steps,
+                           self.capped)  # fmt: skip
         len(order)
         return order
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +78,44 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
     }
 
 
-def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:
+@dataclass(frozen=True)
+class Capped:
+    """Training cases of which a batch may hold only so many, such as pseudo-labelled ones: the last of all.
+
+    Attributes:
+        count: how many there are.
+        share: of a batch, at most.
+    """
+
+    count: int = 0
+    share: float = 1.0
+
+    def room(self, batch_size: int) -> int:
+        """How many of them a batch may hold."""
+        return int(self.share * batch_size + 1e-9)
+
+    def batches(self, cases: int, batch_size: int) -> int:
+        """Batches in an epoch of so many cases, these included: all others are met once, these where there is room."""
+        room, batches = self.room(batch_size), cases // batch_size
+        return batches if room == batch_size else min(batches, (cases - self.count) // (batch_size - room))
+
+    def rate(self, cases: int, batch_size: int) -> Fraction:
+        """How many of them come with a batch, in the long run: as many as they are among all, or the room for them."""
+        return min(Fraction(self.room(batch_size)), Fraction(self.count * batch_size, cases))
+
+
+def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: Capped = Capped()) -> int:
     """Batches that every rank gets in an epoch; the last incomplete round of batches is dropped.
 
     Raises:
         UserError: not one batch for every rank.
     """
-    batches = cases // (batch_size * ranks)
+    batches = capped.batches(cases, batch_size) // ranks
+    if batches == 0 and cases >= batch_size * ranks:
+        raise UserError(
+            f"{cases - capped.count} training cases and {capped.count} pseudo-labelled ones, of which a batch may hold "
+            f"a share of {capped.share:g}, do not give {ranks} rank(s) one batch of {batch_size} each; use less"
+        )
     if batches == 0:
         ways = [f"at most {cases // batch_size} rank(s)"] if cases >= batch_size else []
         ways += [f"a --batch_size of at most {cases // ranks}"] if cases >= ranks else []
@@ -97,13 +130,14 @@ def batches_per_epoch(cases: int, batch_size: int, ranks: int) -> int:
 class EpochOrder:
     """The seeded order of every epoch, dealt out over the ranks.
 
-    The cases come in one permutation after the other, and all ranks draw the same ones. An epoch takes its samples from
-    a permutation of its own, less the incomplete last batches; or, with `steps`, from where the epoch before it ended,
-    so that of any two cases one is at most one sample ahead. Every rank takes every `ranks`-th sample: the shards are
-    disjoint.
+    All ranks draw the same permutations of the cases. An epoch is one of its own, less the incomplete last batches, of
+    which every rank takes every `ranks`-th sample. With `steps` or capped cases the permutations are an endless row
+    (of the capped cases another), and an epoch goes on where the one before it ended, so that of any two cases one is
+    at most one sample ahead; every rank takes every `ranks`-th batch. The ranks' samples are disjoint.
 
     Attributes:
-        steps: batches of a rank in an epoch; None: as many as one permutation gives.
+        steps: batches of a rank in an epoch; None: as many as meet each case once.
+        capped: the last cases of all, of which a batch may hold only a share.
     """
 
     cases: int
@@ -112,27 +146,48 @@ class EpochOrder:
     ranks: int
     seed: int
     steps: int | None = None
+    capped: Capped = Capped()
 
     def __len__(self) -> int:
-        return self.steps or batches_per_epoch(self.cases, self.batch_size, self.ranks)
+        return self.steps or batches_per_epoch(self.cases, self.batch_size, self.ranks, self.capped)
 
     def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
         """This rank's batches in `epoch` (counted from 1): a sample is (permutation counted from 1, case index).
 
         The pair, and not the case alone, is what a sample's own draws follow from: an epoch may meet a case twice.
         """
-        count = len(self) * self.batch_size * self.ranks
-        first = (epoch - 1) * (count if self.steps else self.cases)
-        places = np.arange(first, first + count)
-        used = np.concatenate(
-            [self._permutation(number + 1)[places[places // self.cases == number] % self.cases]
-             for number in range(first // self.cases, (first + count - 1) // self.cases + 1)]
-        )  # fmt: skip
-        mine = list(zip((places // self.cases + 1).tolist(), used.tolist(), strict=True))[self.rank :: self.ranks]
+        if self.steps or self.capped.count:
+            numbers = range((epoch - 1) * len(self) * self.ranks, epoch * len(self) * self.ranks)
+            return [self._of_streams(number) for number in numbers[self.rank :: self.ranks]]
+        used = self._permutation(self.cases, epoch)[: len(self) * self.batch_size * self.ranks]
+        mine = [(epoch, case) for case in used[self.rank :: self.ranks].tolist()]
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
-    def _permutation(self, number: int) -> NDArray[np.int64]:
-        return np.random.default_rng([ORDER_STREAM, self.seed, number]).permutation(self.cases)
+    def _of_streams(self, number: int) -> list[tuple[int, int]]:
+        """The batch of that number, of all epochs and ranks, counted from 0: some of the capped cases, then others."""
+        rate = self.capped.rate(self.cases, self.batch_size)
+        low, high = int(rate * number), int(rate * (number + 1))
+        others = self.cases - self.capped.count
+        size = self.batch_size
+        return [
+            *((turn, others + case) for turn, case in self._stream(range(low, high), self.capped.count, 1)),
+            *self._stream(range(size * number - low, size * (number + 1) - high), others),
+        ]
+
+    def _stream(self, places: range, cases: int, *stream: int) -> Iterator[tuple[int, int]]:
+        """What stands at these places of an endless row of permutations."""
+        for place in places:
+            turn = place // cases + 1
+            yield turn, int(self._permutation(cases, turn, *stream)[place % cases])
+
+    def _permutation(self, cases: int, number: int, *stream: int) -> NDArray[np.int64]:
+        return _permutation(cases, (ORDER_STREAM, self.seed, number, *stream))
+
+
+@lru_cache(maxsize=8)
+def _permutation(cases: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    """Kept: a batch's samples are mostly of one permutation."""
+    return np.random.default_rng(seed).permutation(cases)
 
 
 def sample_rng(seed: int, permutation: int, case: int) -> np.random.Generator:

@@ -253,7 +253,7 @@ def predict_image(
         if candidate.note:
             _say([f"{name}: {candidate.note}{tried}"])
         try:
-            return _mean_probabilities(torch.from_numpy(image)[None], predictor, candidate)
+            return mean_probabilities(torch.from_numpy(image)[None], predictor, candidate)
         except torch.OutOfMemoryError:
             tried = " (the GPU's memory ran out)"
             torch.cuda.empty_cache()
@@ -261,7 +261,7 @@ def predict_image(
 
 
 @torch.inference_mode()
-def _mean_probabilities(image: Tensor, predictor: Predictor, where: Place) -> NDArray[np.float32]:
+def mean_probabilities(image: Tensor, predictor: Predictor, where: Place) -> NDArray[np.float32]:
     """The mean over members and flips of the softmax of their logits; (1, C, D, H, W) -> (K, D, H, W) on the host."""
     total: Tensor | None = None
     image = image.to(where.volume)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_loading.sampling import EpochOrder, batches_per_epoch, sample_rng, split_cases, split_patients
+from data_loading.sampling import Capped, EpochOrder, batches_per_epoch, sample_rng, split_cases, split_patients
 from errors import UserError
 
 
@@ -57,17 +57,15 @@ def test_with_steps_the_epochs_are_one_endless_stream(
     orders = [EpochOrder(cases, batch_size, rank, ranks, seed, steps) for rank in range(ranks)]
     shards = [[batch for epoch in range(1, epochs + 1) for batch in order.batches(epoch)] for order in orders]
     assert all(len(shard) == epochs * steps for shard in shards)
-    turns = zip(*([key for batch in shard for key in batch] for shard in shards), strict=True)
-    stream = [key for turn in turns for key in turn]
+    stream = [key for turn in zip(*shards, strict=True) for batch in turn for key in batch]
     assert len(set(stream)) == len(stream) == epochs * steps * batch_size * ranks, "no sample twice, on any rank"
     # Pass by pass each case once: so at no moment is a case two samples ahead of another.
     assert [number for number, _ in stream] == [place // cases + 1 for place in range(len(stream))]
     for number in range(1, len(stream) // cases + 1):
         assert sorted(case for at, case in stream if at == number) == list(range(cases))
     # The permutations are those of epochs without steps.
-    if batch_size * ranks <= cases:
-        (first, *_) = EpochOrder(cases, batch_size, 0, ranks, seed).batches(1)
-        assert first[: len(shards[0][0])] == shards[0][0]
+    if batch_size <= cases:
+        assert EpochOrder(cases, batch_size, 0, 1, seed).batches(1)[0] == shards[0][0]
 
 
 def test_epochs_and_seeds_have_their_own_orders() -> None:
@@ -231,3 +229,64 @@ def test_shares_that_are_none_are_one_clear_line(count: int, shares: tuple[float
 def test_one_patient_with_several_cases_cannot_be_split() -> None:
     with pytest.raises(UserError, match="found 3, all of one patient; --split 1 0 trains on all"):
         split_patients(dict.fromkeys(["a", "b", "c"], "p"), (0.8, 0.2), 0)
+
+
+# Cases of which a batch may hold only a share
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    others=st.integers(1, 30),
+    count=st.integers(1, 30),
+    share=st.floats(0, 1),
+    batch_size=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_batch_never_holds_more_than_its_share(
+    others: int, count: int, share: float, batch_size: int, ranks: int, seed: int
+) -> None:
+    capped, cases = Capped(count, share), others + count
+    try:
+        orders = [EpochOrder(cases, batch_size, rank, ranks, seed, None, capped) for rank in range(ranks)]
+        batches = [order.batches(3) for order in orders]
+    except UserError:
+        # One round more than there is would need other cases, or more of these than there is room for.
+        room = int(share * batch_size + 1e-9)
+        assert others < (batch_size - room) * ranks or cases < batch_size * ranks
+        return
+    assert {len(own) for own in batches} == {len(orders[0])}
+    assert all(len(batch) == batch_size for own in batches for batch in own)
+    flat = [key for own in batches for batch in own for key in batch]
+    assert len(set(flat)) == len(flat), "no sample twice"
+    held = [sum(case >= others for _, case in batch) for own in batches for batch in own]
+    assert max(held) <= share * batch_size + 1e-9
+    assert max(held) - min(held) <= 1, "evenly over the batches"
+    assert batches == [order.batches(3) for order in orders]
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_capped_cases_and_the_others_each_come_in_turn(steps: int | None) -> None:
+    order = EpochOrder(20, 4, 0, 1, 1, steps, Capped(10, 0.25))
+    assert len(order) == (steps or 3), "10 others, 3 of them in a batch"
+    met = [case for epoch in range(1, 101) for batch in order.batches(epoch) for _, case in batch]
+    counts = np.bincount(met, minlength=20)
+    for kind in (counts[:10], counts[10:]):
+        assert kind.max() - kind.min() <= 1
+    assert counts[10:].sum() * 3 == counts[:10].sum()
+
+
+def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
+    met = [case for epoch in range(1, 51) for batch in EpochOrder(12, 4, 0, 1, 1, None, Capped(2, 0.5)).batches(epoch)
+           for _, case in batch]  # fmt: skip
+    counts = np.bincount(met, minlength=12)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_without_such_cases_the_order_is_what_it_was() -> None:
+    assert EpochOrder(9, 2, 0, 2, 7, None, Capped(0, 0.3)).batches(4) == EpochOrder(9, 2, 0, 2, 7).batches(4)
+
+
+def test_a_share_that_leaves_no_batch_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^2 training cases and 8 pseudo-labelled ones, .* a share of 0\.25, "):
+        batches_per_epoch(10, 4, 1, Capped(8, 0.25))
