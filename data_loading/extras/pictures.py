@@ -26,6 +26,7 @@ from data_loading.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check
 from errors import UserError
 from files import replacing
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 GREY = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 # Rows run down and columns to the right, as in a picture of an axial slice; a pixel is 1 mm.
 AXES = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
@@ -155,9 +156,13 @@ def _volume(array: NDArray[Any]) -> Volume:
 def _open(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # of large pictures, which are held against memory below
-            picture = Image.open(path)
+            # Pillow reads many more, and runs other programs for some.
+            picture = Image.open(path, formats=FORMATS)
     except Exception as error:  # each format has its own
         raise UserError(f"{path}: not a readable picture ({error})") from None
+    pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+    if pages > 1:
+        raise UserError(f"{path}: holds {pages} pictures; save each for itself, or the stack as NIfTI")
     needed, free = picture.width * picture.height * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
     if needed > free:
         raise UserError(f"{path}: {picture.width} x {picture.height} pixels need {needed / 2**30:.1f} GiB to work on, "

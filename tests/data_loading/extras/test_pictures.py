@@ -117,6 +117,17 @@ def test_a_photograph_lies_as_its_camera_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 1).array[0, 0], np.rot90(stored, -1))
 
 
+def test_other_formats_and_stacks_are_no_pictures(tmp_path: Path) -> None:
+    """Pillow would hand a PostScript file to another program."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"a.png: not a readable picture"):
+        read_picture(tmp_path / "a.png", 1)
+    pages = [Image.fromarray(picture_of(number)) for number in (1, 1)]
+    pages[0].save(tmp_path / "b.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"b.tif: holds 2 pictures; save each for itself"):
+        read_picture(tmp_path / "b.tif", 1)
+
+
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x55
