@@ -132,5 +132,6 @@ def augment(
 
 
 def _flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
-    axes = tuple(axis for axis, flip in enumerate(flips, start=1) if flip)
+    # An axis of one voxel, as pictures have, would get a negative stride, which np.ascontiguousarray leaves.
+    axes = tuple(axis for axis, flip in enumerate(flips, start=1) if flip and array.shape[axis] > 1)
     return np.ascontiguousarray(np.flip(array, axes)) if axes else array

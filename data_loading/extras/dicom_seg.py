@@ -100,7 +100,17 @@ class Segments:
     header: Any
 
     def slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
-        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not."""
+        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not.
+
+        Raises:
+            UserError: the header does not say where they lie.
+        """
+        try:
+            return self._slices(geometry)
+        except Exception as error:  # a damaged file fails in as many ways as the format has parts
+            raise UserError(f"{self.path}: not a readable DICOM-SEG file ({error})") from None
+
+    def _slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
         columns, rows, count = geometry.shape
         if (self.header.Columns, self.header.Rows) != (columns, rows):
             return None
@@ -119,8 +129,10 @@ class Segments:
             index = round(float(place[2]))
             if np.abs(place - [0, 0, index]).max() > PLACE_TOLERANCE or not 0 <= index < count:
                 return None
-            segment = _item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber
-            found.append((int(segment), index))
+            segment = int(_item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            if segment not in self.names:
+                raise ValueError(f"no segment {segment}")
+            found.append((segment, index))
         return found
 
 
@@ -144,7 +156,6 @@ def open_segments(path: Path) -> Segments | None:
         found = Segments(path, names, frozenset(series), header)
         if header.SegmentationType not in ("BINARY", "FRACTIONAL"):
             raise UserError(f"{path}: a segmentation of type {header.SegmentationType}; export it as BINARY")
-        len(header.PerFrameFunctionalGroupsSequence)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as the format has parts

@@ -158,12 +158,13 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # of large pictures, which are held against memory below
             # Pillow reads many more, and runs other programs for some.
             picture = Image.open(path, formats=FORMATS)
+            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            pixels = picture.width * picture.height
     except Exception as error:  # each format has its own
         raise UserError(f"{path}: not a readable picture ({error})") from None
-    pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
     if pages > 1:
         raise UserError(f"{path}: holds {pages} pictures; save each for itself, or the stack as NIfTI")
-    needed, free = picture.width * picture.height * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
+    needed, free = pixels * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
     if needed > free:
         raise UserError(f"{path}: {picture.width} x {picture.height} pixels need {needed / 2**30:.1f} GiB to work on, "
                         f"and {free / 2**30:.1f} GiB are free")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
 from data_loading.extras import dicom
-from data_loading.extras.dicom_seg import read_segments, write_segmentation
+from data_loading.extras.dicom_seg import open_segments, read_segments, write_segmentation
+from data_loading.extras.masks import fitting
 from data_loading.volume import Geometry
 from errors import UserError
 from tests.data_loading.extras.programs import arrays, preprocess, refused
@@ -135,6 +137,28 @@ def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, P
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1) == 2)
 
 
+def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", image_of(0), grid(0))
+    (series,) = dicom.find_series(tmp_path / "in")
+    _, geometry = dicom.sorted_headers(series)
+    write_segmentation(tmp_path / "m.dcm", mask_of(0)[np.newaxis], series, CLASSES)
+    good = (tmp_path / "m.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    refused_ones = 0
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 3):
+            content[place] = rng.integers(0, 256)
+        (tmp_path / "m.dcm").write_bytes(content[: rng.integers(0, 3 * len(good))])
+        try:
+            if open_segments(tmp_path / "m.dcm"):
+                assert fitting(tmp_path / "m.dcm", [geometry]) in ([0], [])
+                assert read_segments(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
+        except UserError:
+            refused_ones += 1
+    assert 0 < refused_ones < 60
+
+
 def test_an_organ_a_file_lies_on_the_same_grid(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
     for number in range(3):
@@ -189,6 +213,16 @@ def test_bad_input_is_one_line(
 ) -> None:
     spoil(*folders)
     assert message in refused(capsys, "dicom", *folders, flags)
+
+
+def test_without_pydicom_the_line_says_what_to_install(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for name in ("dicom", "dicom_seg", "dicom_scans"):
+        monkeypatch.delitem(sys.modules, f"data_loading.extras.{name}", raising=False)
+    said = refused(capsys, "dicom", *folders)
+    assert said == "--dataset dicom: needs pydicom, which is not installed; pip install '.[dicom]'"
 
 
 @pytest.mark.real_data

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("PIL", reason="pip install '.[images]'")
 from PIL import Image
@@ -128,6 +133,23 @@ def test_other_formats_and_stacks_are_no_pictures(tmp_path: Path) -> None:
         read_picture(tmp_path / "b.tif", 1)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "TIFF", "BMP", "JPEG"]), st.sampled_from(["L", "RGB"]), st.data())
+def test_any_damage_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, mode: str, data: st.DataObject
+) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(picture_of(0, 3)).convert(mode).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / f"a.{kind.lower()}"
+    path.write_bytes(content[: data.draw(st.integers(0, 3 * len(content)))])
+    with contextlib.suppress(UserError):
+        assert read_picture(path, 3).array.shape[0] == 3
+        assert read_mask(path).array.dtype == np.uint8
+
+
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x55
@@ -174,8 +196,8 @@ def test_bad_input_is_one_line(
 def test_without_pillow_the_line_says_what_to_install(
     folders: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    monkeypatch.delitem(__import__("sys").modules, "data_loading.extras.pictures")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "data_loading.extras.pictures")
     said = refused(capsys, "images", *folders)
     assert said == "--dataset images: needs PIL, which is not installed; pip install '.[images]'"
 
