@@ -44,7 +44,7 @@ class Turn:
     def _flip(self, array: NDArray[Any]) -> NDArray[Any]:
         # An axis of one voxel stays: flipped it would be the same with a negative stride, which torch does not take and
         # np.ascontiguousarray leaves.
-        axes = [axis for axis, flip in enumerate(self.flipped, start=1) if flip and array.shape[axis] > 1]
+        axes = tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip and array.shape[axis] > 1)
         return np.flip(array, axes)
 
 
