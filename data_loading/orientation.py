@@ -35,13 +35,17 @@ class Turn:
 
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """(C, D, H, W) -> (C, the new axes); a view."""
-        turned = array.transpose(0, *(axis + 1 for axis in self.axes))
-        return np.flip(turned, tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip))
+        return self._flip(array.transpose(0, *(axis + 1 for axis in self.axes)))
 
     def undo(self, array: NDArray[Any]) -> NDArray[Any]:
         """The way back of `apply`; a view."""
-        back = np.flip(array, tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip))
-        return back.transpose(0, *(self.axes.index(axis) + 1 for axis in range(3)))
+        return self._flip(array).transpose(0, *(self.axes.index(axis) + 1 for axis in range(3)))
+
+    def _flip(self, array: NDArray[Any]) -> NDArray[Any]:
+        # An axis of one voxel stays: flipped it would be the same with a negative stride, which torch does not take and
+        # np.ascontiguousarray leaves.
+        axes = tuple(axis for axis, flip in enumerate(self.flipped, start=1) if flip and array.shape[axis] > 1)
+        return np.flip(array, axes)
 
 
 def is_orientation(text: str) -> bool:

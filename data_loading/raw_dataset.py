@@ -139,8 +139,8 @@ def with_classes(spec: DatasetSpec, cases: list[RawCase], labels: Sequence[str])
     return replace(spec, classes=chosen.classes), [replace(raw, labels=chosen) for raw in cases]
 
 
-def split_of(cases: Sequence[RawCase], shares: Sequence[float], seed: int, where: str) -> dict[str, list[str]]:
-    """The split by patient. Raises UserError where there are too few, naming `where`."""
+def split_of(cases: Sequence[RawCase], shares: Sequence[float], seed: int, where: object) -> dict[str, list[str]]:
+    """The split by patient. Raises UserError where there are too few, naming `where` they are."""
     try:
         return split_patients({raw.case: raw.patient or raw.case for raw in cases}, shares, seed)
     except UserError as error:

@@ -19,7 +19,7 @@ from highdicom.sr.coding import CodedConcept
 from numpy.typing import NDArray
 
 from data_loading.extras.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, sorted_headers, with_identifiers
-from data_loading.volume import Geometry
+from data_loading.volume import Geometry, free_memory_bytes
 from errors import UserError
 from files import replacing
 
@@ -30,6 +30,8 @@ MAKER = "unet3d-benchmark"
 SEGMENTATION_CLASS = "1.2.840.10008.5.1.4.1.1.66.4"
 # A frame lies on a slice when its origin is so near, in voxels.
 PLACE_TOLERANCE = 0.05
+# A pixel as stored and as read.
+SEGMENT_BYTES = 2
 
 
 def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, classes: Sequence[str]) -> list[str]:
@@ -98,7 +100,17 @@ class Segments:
     header: Any
 
     def slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
-        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not."""
+        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not.
+
+        Raises:
+            UserError: the header does not say where they lie.
+        """
+        try:
+            return self._slices(geometry)
+        except Exception as error:  # a damaged file fails in as many ways as the format has parts
+            raise UserError(f"{self.path}: not a readable DICOM-SEG file ({error})") from None
+
+    def _slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
         columns, rows, count = geometry.shape
         if (self.header.Columns, self.header.Rows) != (columns, rows):
             return None
@@ -117,8 +129,10 @@ class Segments:
             index = round(float(place[2]))
             if np.abs(place - [0, 0, index]).max() > PLACE_TOLERANCE or not 0 <= index < count:
                 return None
-            segment = _item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber
-            found.append((int(segment), index))
+            segment = int(_item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            if segment not in self.names:
+                raise ValueError(f"no segment {segment}")
+            found.append((segment, index))
         return found
 
 
@@ -142,7 +156,6 @@ def open_segments(path: Path) -> Segments | None:
         found = Segments(path, names, frozenset(series), header)
         if header.SegmentationType not in ("BINARY", "FRACTIONAL"):
             raise UserError(f"{path}: a segmentation of type {header.SegmentationType}; export it as BINARY")
-        len(header.PerFrameFunctionalGroupsSequence)
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in as many ways as the format has parts
@@ -165,6 +178,10 @@ def read_segments(path: Path, geometry: Geometry, class_of: Callable[[str], int]
     slices = segments.slices(geometry) if segments else None
     if segments is None or slices is None:
         raise UserError(f"{path}: does not lie on its series' grid")
+    needed, free = len(slices) * geometry.shape[0] * geometry.shape[1] * SEGMENT_BYTES, free_memory_bytes()
+    if needed > free:
+        raise UserError(f"{path}: {len(slices)} frames need {needed / 2**30:.1f} GiB to work on, and "
+                        f"{free / 2**30:.1f} GiB are free")  # fmt: skip
     try:
         dataset: Any = pydicom.dcmread(path)
         frames = dataset.pixel_array.reshape(len(slices), *dataset.pixel_array.shape[-2:])

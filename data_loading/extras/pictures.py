@@ -18,16 +18,23 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from data_loading.extras.scans import by_stem, check_paired, folder_of_masks
+from data_loading.extras.sources import is_picture
 from data_loading.labels import HIGHEST, LabelMap
 from data_loading.raw_dataset import OWN_SPLIT, IntensityFlags, RawCase, RawDataset, split_of, with_flags
 from data_loading.spec import DatasetSpec
 from data_loading.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_same_geometry, free_memory_bytes
 from errors import UserError
+from files import replacing
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 GREY = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 # Rows run down and columns to the right, as in a picture of an axial slice; a pixel is 1 mm.
 AXES = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
+
+
+# Black for the background; then a colour each, told apart however one sees them, over again after the last.
+_DISTINCT = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+COLOURS = ((0, 0, 0), *(_DISTINCT[value % len(_DISTINCT)] for value in range(HIGHEST)))
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,6 @@ def read_images(
     return RawDataset(spec, cases, split_of(cases, split, seed, f"--data_dir {data_dir}"), drop_empty)
 
 
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS and not path.name.startswith(".")
-
-
 def files_in(folder: Path) -> list[Path]:
     """The pictures of a folder."""
     return sorted(path for path in folder.iterdir() if is_picture(path) and path.is_file())
@@ -130,6 +133,20 @@ def read_mask(path: Path) -> Volume:
     return _volume(array.astype(np.uint8)[np.newaxis])
 
 
+def picture_geometry(path: Path) -> Geometry:
+    """By the header alone; the sides of one that its camera says to turn may be the other way round."""
+    with _open(path) as picture:
+        return Geometry(AXES, (1, picture.height, picture.width), (1.0, 1.0, 1.0))
+
+
+def write_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Writes a mask (1, 1, H, W) as PNG, atomically: each class is an index of a palette, so that one sees it."""
+    picture = Image.fromarray(mask[0, 0], "L")
+    picture.putpalette([level for colour in COLOURS for level in colour])
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def _volume(array: NDArray[Any]) -> Volume:
     channels, rows, columns = array.shape
     geometry = Geometry(AXES, (1, rows, columns), (1.0, 1.0, 1.0))
@@ -139,10 +156,15 @@ def _volume(array: NDArray[Any]) -> Volume:
 def _open(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # of large pictures, which are held against memory below
-            picture = Image.open(path)
+            # Pillow reads many more, and runs other programs for some.
+            picture = Image.open(path, formats=FORMATS)
+            pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            pixels = picture.width * picture.height
     except Exception as error:  # each format has its own
         raise UserError(f"{path}: not a readable picture ({error})") from None
-    needed, free = picture.width * picture.height * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
+    if pages > 1:
+        raise UserError(f"{path}: holds {pages} pictures; save each for itself, or the stack as NIfTI")
+    needed, free = pixels * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
     if needed > free:
         raise UserError(f"{path}: {picture.width} x {picture.height} pixels need {needed / 2**30:.1f} GiB to work on, "
                         f"and {free / 2**30:.1f} GiB are free")  # fmt: skip

@@ -174,7 +174,7 @@ def make_dataset(
         cases, told = cut_into_slabs(cases, slab)
         notes = [*notes, told]
     spec = with_flags(replace(spec, classes=chosen.classes), **volumes)
-    return RawDataset(spec, list(cases), split_of(cases, split, seed, where), drop_empty, notes)
+    return RawDataset(spec, list(cases), split_of(cases, split, seed, spec.name), drop_empty, notes)
 
 
 def cut_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCase], str]:

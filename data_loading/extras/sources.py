@@ -1,4 +1,4 @@
-"""What `--scan` names, and where `--output` puts the masks: NIfTI files and DICOM series."""
+"""What `--scan` names, and where `--output` puts the masks: NIfTI files, pictures and DICOM series."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from files import replacing
 
 NIFTI = (".nii.gz", ".nii")
 DICOM_SEG = ".dcm"
+PICTURE = ".png"
+# What is read as a picture; masks of pictures are written as PNG.
+PICTURES = (PICTURE, ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = "data_loading.extras.dicom"
+IMAGES = "data_loading.extras.pictures"
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class Source:
 
     Attributes:
         name: for tables and messages.
-        file: of a NIfTI scan, None for a series.
-        series: a `dicom.Series`, None for a NIfTI scan.
+        file: of a NIfTI scan or a picture, None for a series.
+        series: a `dicom.Series`, None for a file.
     """
 
     name: str
@@ -44,12 +48,20 @@ class Source:
     def voxels(self) -> int:
         """How many voxels it has by its header or headers; raises UserError as `read` does."""
         if self.file is not None:
-            return math.prod(read_geometry(self.file).shape)
+            geometry = self._picture("picture_geometry") if is_picture(self.file) else read_geometry
+            return math.prod(geometry(self.file).shape)
         _, geometry = plugins.load(f"{DICOM}:sorted_headers", "--scan", "dicom")(self.series)
         return math.prod(geometry.shape)
 
-    def read(self) -> Volume:
-        """The scan, (C, D, H, W) float32. Raises UserError when it is damaged or no volume."""
+    def read(self, channels: int) -> Volume:
+        """The scan, (C, D, H, W) float32. Raises UserError when it is damaged or no volume.
+
+        Args:
+            channels: the network's; a picture in grey is as good as one in colour.
+        """
+        if self.file is not None and is_picture(self.file):
+            picture: Volume = self._picture("read_picture")(self.file, channels)
+            return picture
         if self.file is not None:
             return read_nifti(self.file, np.float32)
         volume: Volume = plugins.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
@@ -61,25 +73,37 @@ class Source:
             write = plugins.load(f"{DICOM}_seg:write_segmentation", "--output", "dicom")
             notes: list[str] = write(self.output, mask.array, self.series, classes)
             return notes
+        if is_picture(self.output):
+            self._picture("write_mask")(self.output, mask.array)
+            return []
         write_nifti(self.output, mask)
         return []
+
+    def _picture(self, name: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = plugins.load(f"{IMAGES}:{name}", "--scan", "images")
+        return found
+
+
+def is_picture(path: Path) -> bool:
+    """Whether it is one by its name."""
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
 def is_file_name(output: Path) -> bool:
     """Whether `--output` names a file rather than a folder."""
-    return output.name.endswith((*NIFTI, DICOM_SEG)) and not output.is_dir()
+    return output.name.endswith((*NIFTI, DICOM_SEG, PICTURE)) and not output.is_dir()
 
 
 def stem(path: Path) -> str:
     """The file's name without its ending."""
-    for ending in (*NIFTI, DICOM_SEG):
-        if path.name.endswith(ending):
-            return path.name.removesuffix(ending)
+    for ending in (*NIFTI, DICOM_SEG, *PICTURES):
+        if path.name.lower().endswith(ending):
+            return path.name[: -len(ending)]
     return path.name
 
 
 def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
-    """The scans that `scan` holds: one file, the NIfTI files of a folder, or its DICOM series.
+    """The scans that `scan` holds: one file, the NIfTI files or else the pictures of a folder, or its DICOM series.
 
     Args:
         output: a file for a single scan; else a folder, in which masks get their scans' names.
@@ -92,16 +116,20 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
         visible = (file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        files = sorted(file for file in visible if file.name.endswith(NIFTI))
-        sources = _of_nifti(files, output) if files else _of_dicom(scan, output, series)
-    elif scan.name.endswith(NIFTI):
-        files, sources = [scan], _of_nifti([scan], output)
+        found = sorted(visible)
+        files = [file for file in found if file.name.endswith(NIFTI)] or [file for file in found if is_picture(file)]
+        sources = _of_files(files, output) if files else _of_dicom(scan, output, series)
+    elif scan.name.endswith(NIFTI) or is_picture(scan):
+        files, sources = [scan], _of_files([scan], output)
     else:
         raise UserError(f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or of a DICOM series")
+    kind, ending = ("pictures", PICTURE) if files and is_picture(files[0]) else ("NIfTI", ".nii.gz")
     if files and series is not None:
-        raise UserError(f"--series {series} is for DICOM; {scan} is NIfTI")
+        raise UserError(f"--series {series} is for DICOM; {scan} is {kind}")
     if files and output.suffix == DICOM_SEG:
-        raise UserError(f"--output {output}: DICOM-SEG refers to DICOM slices, and {scan} is NIfTI; write .nii.gz")
+        raise UserError(f"--output {output}: DICOM-SEG refers to DICOM slices, and {scan} is {kind}; write {ending}")
+    if kind == "NIfTI" and output.suffix == PICTURE and not output.is_dir():
+        raise UserError(f"--output {output}: a picture has one slice, and {scan} is a volume; write .nii.gz")
     if is_file_name(output) and len(sources) > 1:
         raise UserError(f"--output {output} is a file, but {scan} holds {len(sources)} scans; give a folder")
     _check_targets(sources)
@@ -118,8 +146,12 @@ def _check_targets(sources: Sequence[Source]) -> None:
         taken.add(target)
 
 
-def _of_nifti(files: Sequence[Path], output: Path) -> list[Source]:
-    return [Source(stem(file), output if is_file_name(output) else output / file.name, file) for file in files]
+def _of_files(files: Sequence[Path], output: Path) -> list[Source]:
+    names = [stem(file) + PICTURE if is_picture(file) else file.name for file in files]
+    return [
+        Source(stem(file), output if is_file_name(output) else output / name, file)
+        for file, name in zip(files, names, strict=True)
+    ]
 
 
 def _of_dicom(folder: Path, output: Path, wanted: str | None) -> list[Source]:

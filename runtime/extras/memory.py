@@ -57,7 +57,8 @@ class Sizes:
         padded = math.prod(size + before + after for size, (before, after) in zip(shape, padding, strict=True))
         floats = 2 * channels + 1 + 2 * classes + several * (channels + classes)
         source, network = math.prod(transform.source.shape), math.prod(shape)
-        back = BACK_BYTES * source + 4 * network * (classes + 1)
+        # A cropped scan's probabilities are pasted into the whole.
+        back = (BACK_BYTES + 4 * (transform.crop is not None)) * source + 4 * network * (classes + 1)
         return cls(4 * padded * floats, window_bytes, back)
 
 

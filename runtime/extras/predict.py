@@ -184,7 +184,7 @@ def predict_scan(source: Source, predictor: Predictor, save_probabilities: bool)
     """
     spec = predictor.spec
     predictor.budget.check_host(READ_BYTES * spec.channels * source.voxels(), source.name)
-    scan = source.read()
+    scan = source.read(spec.channels)
     geometry = scan.geometry
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")

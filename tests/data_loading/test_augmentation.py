@@ -8,6 +8,7 @@ from math import sqrt
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,3 +234,10 @@ def test_any_crop_lies_inside_and_a_foreground_crop_meets_its_box(
             # Of the crop and the box the smaller lies in the larger.
             inner, outer = sorted([(first, first + length), (low, high)], key=lambda span: span[1] - span[0])
             assert outer[0] <= inner[0] < inner[1] <= outer[1]
+
+
+def test_a_picture_may_be_flipped_along_its_single_slice() -> None:
+    image = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
+    flipped, label = augment(image.copy(), image.astype(np.uint8), Augmentation((True, False, True), 1.0, 0.0, 0))
+    np.testing.assert_array_equal(torch.from_numpy(flipped), image[..., ::-1])
+    np.testing.assert_array_equal(torch.from_numpy(label), image[..., ::-1])

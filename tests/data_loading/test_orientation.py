@@ -7,11 +7,13 @@ import itertools
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_loading.orientation import common_orientation, orientation_of, turn_to, turned
 from data_loading.volume import Geometry, Volume
+from errors import UserError
 from tests.data_loading.oblique import geometries
 
 WAYS = ["".join(way) for sides in itertools.product("RL", "AP", "SI") for way in itertools.permutations(sides)]
@@ -69,3 +71,17 @@ def test_the_common_orientation_is_that_of_all_or_none() -> None:
     assert common_orientation([ras, ras]) == "RAS"
     assert common_orientation([ras, las]) is None
     assert common_orientation([]) is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_scan_of_one_slice_is_turned_to_what_torch_takes(way: str) -> None:
+    scan = volume_of(Geometry(np.eye(4), (1, 3, 4), (1.0, 1.0, 1.0)))
+    other = turned(scan, turn_to(scan.geometry.affine, way))
+    assert torch.from_numpy(other.array).shape[1:] == other.geometry.shape
+    assert orientation_of(other.geometry.affine) == way
+
+
+def test_what_is_no_orientation_is_one_clear_line() -> None:
+    for text in ("RAX", "RA", "RLS", "ras", ""):
+        with pytest.raises(UserError, match=f"'{text}' is no orientation; give three letters such as RAS"):
+            turn_to(np.eye(4), text)

@@ -489,6 +489,105 @@ def test_another_spec_preprocesses_all_again(
     assert len(read_index(out / INDEX_NAME).spec.classes) == 4
 
 
+def test_modalities_and_merged_labels_as_in_brain_tumours(tmp_path: Path, write_msd: WriteRaw) -> None:
+    raw, out = write_msd(tmp_path / "raw", 5, modalities=2), tmp_path / "out"
+    preprocess(raw, out, "--dataset", "msd", "--labels", "kidney,tumour=1:whole", "--split", "0.6", "0.2", "0.2",
+               "--intensity", "unit", "--orientation", "SAR")  # fmt: skip
+    index = read_index(out / INDEX_NAME)
+    assert (index.spec.classes, index.spec.channels) == (("background", "whole"), 2)
+    assert [len(cases) for cases in index.split.values()] == [3, 1, 1]
+    for number in range(5):
+        image = np.asarray(nib.load(raw / "imagesTr" / f"scan_{number}.nii.gz").dataobj)
+        label = np.asarray(nib.load(raw / "labelsTr" / f"scan_{number}.nii.gz").dataobj)
+        x, y = (np.load(out / f"scan_{number}_{kind}.npy") for kind in "xy")
+        low, high = image.min(axis=(0, 1, 2)), image.max(axis=(0, 1, 2))
+        np.testing.assert_allclose(x, ((image - low) / (high - low)).transpose(3, 2, 1, 0), atol=1e-6)
+        np.testing.assert_array_equal(y[0], (label > 0).transpose(2, 1, 0))
+
+
+def test_the_split_and_what_it_follows_from_are_saved_with_a_hash(tmp_path: Path, write_msd: WriteRaw) -> None:
+    raw, out = write_msd(tmp_path / "raw", 5), tmp_path / "out"
+    hashes = []
+    for seed in ("3", "3", "4"):
+        preprocess(raw, out, "--dataset", "msd", "--split", "0.6", "0.2", "0.2", "--seed", seed)
+        content = json.loads((out / INDEX_NAME).read_text())
+        hashes.append(content["split_hash"])
+        assert content["made"] == {"dataset": "msd", "seed": int(seed), "split": [0.6, 0.2, 0.2]}
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert hashes[2] == hashlib.sha256(json.dumps(content["split"], sort_keys=True).encode()).hexdigest()
+    # A split that was changed by hand is noticed, even where the file's own digest was taken away.
+    del content["digest"]
+    content["split"]["train"].append(content["split"]["test"].pop())
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"its split is not the one that preprocess_dataset\.py wrote"):
+        read_index(out / INDEX_NAME)
+
+
+def test_a_patient_on_two_sides_is_refused(tmp_path: Path, write_msd: WriteRaw) -> None:
+    raw, out = write_msd(tmp_path / "raw", 5), tmp_path / "out"
+    preprocess(raw, out, "--dataset", "msd")
+    content = json.loads((out / INDEX_NAME).read_text())
+    del content["digest"]
+    for case in (content["split"]["train"][0], content["split"]["evaluation"][0]):
+        content["cases"][case]["patient"] = "Q"
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="patient Q is in train and in evaluation; preprocess again"):
+        read_index(out / INDEX_NAME)
+
+
+def test_a_scan_that_is_there_twice_and_a_class_that_is_not_are_warned_of(
+    tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_msd(tmp_path / "raw", 5)
+    for kind in ("imagesTr", "labelsTr"):
+        for number in range(1, 5):
+            shutil.copy(raw / kind / "scan_0.nii.gz", raw / kind / f"scan_{number}.nii.gz")
+    content = json.loads((raw / "dataset.json").read_text())
+    content["labels"]["3"] = "cyst"
+    (raw / "dataset.json").write_text(json.dumps(content))
+    preprocess(raw, tmp_path / "out", "--dataset", "msd")
+    warned = capsys.readouterr().err.splitlines()
+    (held_out,) = read_index(tmp_path / "out" / INDEX_NAME).split["evaluation"]
+    assert any(line.startswith(f"warning: {held_out} (evaluation) is the same scan as scan_") for line in warned)
+    assert warned[-1] == "warning: class 3 (cyst) is in no training case"
+
+
+def test_labels_outside_of_the_foreground_crop_are_counted(
+    tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = write_msd(tmp_path / "raw", 2), tmp_path / "out"
+    image = np.zeros((8, 9, 10), F32)
+    image[2:, 1:8, 2:9] = 1000
+    label = np.zeros((8, 9, 10), np.uint8)
+    label[1:4, 4, 4] = 1
+    for name, array in (("imagesTr", image), ("labelsTr", label)):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 1.0, 1.0, 1.0])), raw / name / "scan_0.nii.gz")
+    preprocess(raw, out, "--dataset", "msd", "--foreground_crop")
+    assert "scan_0: shape (6, 7, 7), mean 0.00, std 0.00, 1 labelled voxels outside of the" in capsys.readouterr().out
+    assert np.load(out / "scan_0_y.npy").sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("window", (-100.0, 300.0)), ("intensity", "zscore"), ("spacing", (2.0, 2.0, 2.0)), ("orientation", "IPL"),
+     ("foreground_crop", True), ("labels", ("1,2=1",)), ("split", (0.5, 0.5))],
+)  # fmt: skip
+def test_kits19_with_a_flag_is_no_longer_kits19(raw: Path, flag: str, value: Any) -> None:
+    data = preprocess_dataset.read_raw("kits19", raw, 0, {flag: value})
+    assert data.spec.name == f"kits19 with other {flag}"
+    assert preprocess_dataset.read_raw("kits19", raw, 0, {}).spec == KITS19
+    # What lies outside of another window is not what lay outside of KiTS19's.
+    assert (data.spec.padding_value is None) == (flag in ("window", "intensity"))
+
+
+@pytest.mark.real_data
+def test_the_real_hippocampus_set_is_split_in_three(real_data: Callable[[str], Path]) -> None:
+    flags = {"split": (0.6, 0.2, 0.2), "orientation": "SPL"}
+    data = preprocess_dataset.read_raw("msd", real_data("hippocampus"), 0, flags)
+    assert [len(cases) for cases in data.split.values()] == [120, 40, 40]
+    assert len({case for cases in data.split.values() for case in cases}) == 200
+
+
 @pytest.mark.real_data
 def test_real_mri_scans_come_through(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
     data = read_msd(real_data("hippocampus"), [], seed=0)
@@ -715,6 +814,33 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     ),
     "no workers": ("msd", lambda raw: raw.arguments.extend(["--num_workers", "0"]), "--num_workers must be at least 1"),
     "negative seed": ("msd", lambda raw: raw.arguments.extend(["--seed", "-1"]), "--seed at least 0"),
+    "no such data set": (
+        "msd",
+        lambda raw: replace_argument(raw, "--dataset", "kist19"),
+        "--dataset 'kist19' does not exist; there is kits19",
+    ),
+    "a flag of another data set": (
+        "msd",
+        lambda raw: raw.arguments.extend(["--slab", "5"]),
+        "--slab means nothing for --dataset msd, which takes --drop_empty, --foreground_crop, --intensity, --labels, "
+        "--orientation, --spacing, --split, --window",
+    ),
+    "no number": ("msd", lambda raw: raw.arguments.extend(["--window", "low", "9"]), "invalid float value: 'low'"),
+    "no shares": (
+        "msd",
+        lambda raw: raw.arguments.extend(["--split", "0.5", "0.6"]),
+        "two or three shares that add up",
+    ),
+    "too few for three": (
+        "msd",
+        lambda raw: raw.arguments.extend(["--split", "0.6", "0.2", "0.2"]),
+        "2 patient(s) leave none for evaluation at a share of 0.2",
+    ),
+    "a label too many": (
+        "msd",
+        lambda raw: raw.arguments.extend(["--labels", "7=1"]),
+        "--labels 7=1: 7 is no label of 0 to 2",
+    ),
     "nothing to verify": ("msd", lambda raw: raw.arguments.extend(["--mode", "verify"]), "no preprocessed cases in it"),
 }
 

@@ -73,6 +73,25 @@ def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
     assert figures[6] == pytest.approx(3.0)
 
 
+def test_distances_are_those_of_a_turned_cropped_or_resized_grid(data_dir: Path) -> None:
+    source = Geometry(np.diag([2.0, 3.0, 5.0, 1.0]), (10, 20, 30), (2.0, 3.0, 5.0))
+    turned = Transform(source, (12, 5, 10), (0, 0, 0), (16, 16, 16), "SAR", (3, 5, 0, 26, 14, 10))
+    picture = Transform(source, (10, 40, 10), (0, 0, 0), (10, 40, 10), by_area=True)
+    records = {case: CaseRecord(way, {}, {}, [], {}) for case, way in (("a", turned), ("b", picture))}
+    write_json(data_dir / INDEX_NAME, DatasetIndex(SPEC, {"evaluation": ["a", "b"]}, records).to_json())
+    table = CaseTable(data_dir, SPEC, "evaluation")
+    assert table._spacing_of("a") == pytest.approx((5 * 22 / 11, 3 * 8 / 4, 2.0))
+    assert table._spacing_of("b") == pytest.approx((2.0, 1.5, 15.0))
+
+
+def test_a_picture_has_surfaces_too(data_dir: Path) -> None:
+    pytest.importorskip("monai", reason="pip install '.[monai]'")
+    shape = (1, 20, 20)
+    true, moved = (block(slice(0, 1), slice(4, 14), slice(a, a + 8), shape=shape) for a in (4, 7))
+    figures = CaseTable(data_dir, SPEC, "evaluation")("none", logits_of(moved), true)
+    assert figures[6] == pytest.approx(3.0)
+
+
 def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     table = CaseTable(data_dir, SPEC, "test")
     table.keep({"a": [1.5, math.nan] + [0.25] * (table.size - 2), "b": [math.inf] * table.size})

@@ -121,6 +121,28 @@ def test_through_another_spacing_and_back_a_half_space_stays_in_its_place(
     assert np.mean(mask == (distance_mm > 0)) > 0.5
 
 
+@settings(max_examples=25, deadline=None)
+@given(geometries(2, 7), st.sampled_from([None, *WAYS]), st.integers(0, 99))
+def test_outside_of_the_foreground_crop_all_is_background(
+    tmp_path_factory: pytest.TempPathFactory, geometry: Geometry, orientation: str | None, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    array = np.full(geometry.shape, -50, np.float32)
+    d, h, w = (sorted(rng.choice(n + 1, 2, replace=False)) for n in geometry.shape)
+    body = (slice(*d), slice(*h), slice(*w))
+    array[body] = rng.choice([-1, 1], array[body].shape)
+    source = write_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz", array, geometry)
+    spec = replace(PLAIN, orientation=orientation, foreground_crop=True, intensity_window=(-40.0, 40.0))
+    # This network calls all that is not -1 the object: what it never saw must be background all the same.
+    predict_scan(source, predictor(spec, Above()), save_probabilities=True)
+    np.testing.assert_array_equal(read_mask(source, geometry), array > 0)
+    probabilities = np.asarray(nib.load(source.output.with_name("mask_probabilities.nii.gz")).dataobj)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-6)
+    outside = np.ones(geometry.shape, bool)
+    outside[body] = False
+    assert (probabilities[outside] == [1, 0]).all()
+
+
 def test_class_by_class_is_the_arg_max_of_all() -> None:
     source = Geometry(np.eye(4), (7, 9, 5), (1.0, 1.0, 1.0))
     transform = Transform(source, (4, 6, 8), (1, 0, 2), (6, 6, 11))
@@ -263,6 +285,25 @@ def test_a_folder_s_masks_have_its_scans_names(tmp_path: Path) -> None:
     assert [source.output for source in sources] == [tmp_path / "out" / name for name in ("a.nii", "b.nii.gz")]
 
 
+@pytest.mark.parametrize("size", [None, (12, 14)])
+def test_pictures_are_predicted_as_pictures(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pip install '.[images]'")
+    seen = np.zeros((6, 7), np.uint8)
+    seen[2:5, 1:4] = 255
+    (tmp_path / "in").mkdir()
+    image.fromarray(seen).save(tmp_path / "in" / "a.tif")
+    image.fromarray(seen.T.copy()).save(tmp_path / "in" / "b.jpg", quality=100)
+    spec = replace(PLAIN, mean=100.0, deviation=10.0, size=size)
+    network = predictor(spec, Above())
+    for source in find_sources(tmp_path / "in", tmp_path, None):
+        assert source.voxels() == 42
+        predict_scan(source, network, save_probabilities=False)
+    for name, expected in (("a", seen), ("b", seen.T)):
+        mask = image.open(tmp_path / f"{name}.png")
+        assert (mask.mode, mask.getpalette()[:3]) == ("P", [0, 0, 0])
+        np.testing.assert_array_equal(np.asarray(mask), expected // 255)
+
+
 def test_a_file_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz")
     for output, expected in (("m.nii", "m.nii"), ("out", "out/a.nii.gz")):
@@ -279,11 +320,15 @@ def test_a_file_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
         ("in", "mask.nii.gz", None, "is a file, but .* holds 2 scans"),
         ("in/a.nii", "mask.dcm", None, "DICOM-SEG refers to DICOM slices"),
         ("in/a.nii", "in/a.nii", None, "is a scan or another scan's mask"),
-        ("in", "out", "4", "--series 4 is for DICOM"),
+        ("in", "out", "4", "--series 4 is for DICOM; .* is NIfTI"),
+        ("in/a.nii", "mask.png", None, "a picture has one slice"),
+        ("picture.png", "mask.dcm", None, "and .* is pictures; write .png"),
+        ("picture.png", "out", "4", "--series 4 is for DICOM; .* is pictures"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, scan: str, output: str, series: str | None, told: str) -> None:
     touch(tmp_path / "in", "a.nii", "b.nii.gz", "notes.txt")
+    touch(tmp_path, "picture.png")
     with pytest.raises(UserError, match=told):
         find_sources(tmp_path / scan, tmp_path / output, series)
 

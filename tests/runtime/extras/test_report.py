@@ -481,3 +481,18 @@ def test_markup_escapes_all_but_its_own() -> None:
     assert made == '<p class="a&quot;b">&lt;b&gt;<i>&amp;</i>3</p>'
     assert isinstance(made, Html)
     assert "&lt;td&gt;" in table("c", ("a",), [("<td>",)])
+
+
+def test_a_picture_is_drawn_once_and_upright() -> None:
+    """A volume of one slice, as `--dataset images` makes it: its edges are no planes."""
+    image = np.random.default_rng(0).normal(size=(1, 30, 40)).astype(np.float32)
+    truth = np.zeros((1, 30, 40), np.uint8)
+    truth[0, 3:9, 20:36] = 1
+    turn = cases.hanging(cases.KITS19_AXES)  # the axes that a picture has
+    seen, mask = (apply_orientation(array, turn) for array in (image, truth))
+    (picture,) = cases.draw_planes(cases.Hung(seen, mask, mask * 0, (1.0, 1.0, 1.0)), "case")
+    assert picture.plane == "axial"
+    rows, columns = coloured(picture.png, cases.TRUTH).T
+    # Square, with 5 rows of black above and below.
+    assert rows.min() * 40 - 5 == pytest.approx(3, abs=1)
+    assert (columns.min() * 40, columns.max() * 40) == pytest.approx((20, 36), abs=1)
