@@ -177,7 +177,6 @@ def make_augmentation(specs: Sequence[str]) -> Draw:
     return draws[0] if len(draws) == 1 else DrawSeveral(tuple(draws))
 
 
-<<<<<<< HEAD
 def _make_draw(spec: str) -> Draw:
     found = plugins.find(spec, AUGMENTATIONS, "--augment")
     package = found.name.partition(":")[0].partition(".")[0]
@@ -192,10 +191,6 @@ def _make_draw(spec: str) -> Draw:
 
 def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
     """(C, D, H, W), contiguous, turned around along the chosen of the axes D, H and W."""
-    axes = tuple(axis for axis, is_flipped in enumerate(flips, start=1) if is_flipped)
-=======
-def _flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
     # An axis of one voxel, as pictures have, would get a negative stride, which np.ascontiguousarray leaves.
-    axes = tuple(axis for axis, flip in enumerate(flips, start=1) if flip and array.shape[axis] > 1)
->>>>>>> w6data
+    axes = tuple(n for n, is_flipped in enumerate(flips, start=1) if is_flipped and array.shape[n] > 1)
     return np.ascontiguousarray(np.flip(array, axes)) if axes else array
