@@ -178,7 +178,7 @@ def label_scans(index: DatasetIndex, options: Any, predict: Predict) -> Iterator
 
 
 def _preprocess(source: Source, spec: DatasetSpec) -> tuple[NDArray[np.float32], CaseRecord]:
-    scan = source.read()
+    scan = source.read(spec.channels)
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
     image, transform = preprocess_image(scan, spec)

@@ -238,6 +238,6 @@ def test_any_crop_lies_inside_and_a_foreground_crop_meets_its_box(
 
 def test_a_picture_may_be_flipped_along_its_single_slice() -> None:
     image = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
-    flipped, label = augment(image.copy(), image.astype(np.uint8), Augmentation((True, False, True), 1.0, 0.0, 0))
+    flipped, label = Augmentation((True, False, True)).apply(image.copy(), image.astype(np.uint8))
     np.testing.assert_array_equal(torch.from_numpy(flipped), image[..., ::-1])
     np.testing.assert_array_equal(torch.from_numpy(label), image[..., ::-1])
