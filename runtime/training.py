@@ -43,11 +43,16 @@ RULE_FIRST_EVALUATION = 1000
 RULE_EVALUATION_INTERVAL = 20
 
 MEMORY_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last_3d}
+# Of a 2-D network's weights.
+PLANE_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last}
 
 
 def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
     """The network on the device, its weights in the layout's memory order."""
-    network.to(device=device, memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+    network.to(device)
+    for p in (*network.parameters(), *network.buffers()):
+        if formats := PLANE_FORMATS[layout] if p.dim() == 4 else MEMORY_FORMATS[layout] if p.dim() == 5 else None:
+            p.data = p.data.contiguous(memory_format=formats)
     for p in network.parameters():
         # A 1x1x1 kernel is in both orders; its gradient comes with NCDHW's strides, and DDP copies where they differ.
         if p.dim() == 5 and p[0, 0].numel() == 1:

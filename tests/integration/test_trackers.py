@@ -117,10 +117,7 @@ class Own:
     ("specs", "said"),
     [
         (("tensorbord",), "--trackers 'tensorbord' does not exist; there is tensorboard"),
-        (
-            ("wandb(projct='a')",),
-            "--trackers wandb: unknown argument 'projct'; it takes project='unet3d', mode=None",
-        ),
+        (("wandb(projct='a')",), "--trackers wandb: unknown argument 'projct'; it takes project='unet3d'"),
         (("wandb(project=open)",), "expected a name or name(key=value, …) with plain values"),
         (("mlperf", "mlperf"), "--trackers names mlperf twice"),
         (("no.such:Thing",), "there is no module no"),

@@ -136,8 +136,6 @@ def test_what_the_logits_do_not_depend_on_is_frozen() -> None:
     "spec",
     [
         "os:system(command='touch {path}')",
-        "slicewise(network='os:system(command=\"touch {path}\")')",
-        "slicewise(network=\"slicewise(network='os:system')\")",
         f"{HERE}:Net",
         "torch.nn:Conv3d(kernel_size=1)",
         "monai.networks.nets:Transchex",  # fetches what it is told

@@ -182,6 +182,9 @@ def test_the_layout_is_that_of_image_and_weights(layout: str, memory_format: tor
     assert torch.equal(image, batch["image"])
     unet = place(Unet3d(1, 3, filters=(2, 4)), CPU, layout)
     assert unet.input_block.conv2[0].weight.is_contiguous(memory_format=memory_format)
+    plane = place(nn.Conv2d(2, 2, 3), CPU, layout)
+    is_last = memory_format == torch.channels_last_3d
+    assert plane.weight.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def test_channels_last_trains_to_the_same_numbers(make_state: MakeState, make_batches: MakeBatches) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,25 @@ def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_c
     check_window(network, (1, 4, 6), "--input_shape", 2, 3)
     with pytest.raises(UserError, match=r"the nearest is 5 4 6$"):
         check_window(network, (5, 5, 6), "--input_shape", 2, 3)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "slicewise(network='os:system(command=\"touch {path}\")')",
+        "slicewise(network=\"slicewise(network='os:system')\")",
+        "slicewise(network='tests.model.extras.test_slicewise:Plane')",
+    ],
+)
+def test_what_a_spec_out_of_a_file_quotes_comes_out_of_a_file_too(spec: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out of a file.*give --model on the command line"):
+        build_network(spec.format(path=tmp_path / "executed"), 2, 3, "instancenorm", "relu")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_a_typed_spec_quotes_is_typed() -> None:
+    spec = Typed("slicewise(network='tests.model.extras.test_slicewise:Plane', context=5)")
+    assert build_network(spec, 2, 3, "instancenorm", "relu")(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 3, 3, 4, 4)
 
 
 def test_what_it_is_told_wrongly_is_one_line() -> None:

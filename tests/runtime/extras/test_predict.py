@@ -217,7 +217,7 @@ def test_where_the_gpu_runs_out_of_memory_the_next_place_is_taken(
         yield Place(CPU, CPU, 7, "")
         yield Place(CPU, CPU, 2, "computed on the CPU")
 
-    original = predict._mean_probabilities
+    original = predict.mean_probabilities
 
     def runs_out(image: Tensor, maker: Predictor, where: Place) -> NDArray[np.float32]:
         if where.batch_size == 7:
@@ -225,7 +225,7 @@ def test_where_the_gpu_runs_out_of_memory_the_next_place_is_taken(
         return original(image, maker, where)
 
     monkeypatch.setattr(predict, "places", two_places)
-    monkeypatch.setattr(predict, "_mean_probabilities", runs_out)
+    monkeypatch.setattr(predict, "mean_probabilities", runs_out)
     image = np.ones((4, 4, 4), np.float32)
     assert probabilities(predictor(PLAIN, Above()), image)[1].min() > 0.7
     assert "note: scan: computed on the CPU (the GPU's memory ran out)" in capsys.readouterr().err
@@ -266,6 +266,10 @@ def test_flips_that_training_never_made_are_told() -> None:
     assert predict.flips_note("HW", loaded) == []
     assert predict.flips_note("DHW", loaded) == ["--test_time_flips D: c.pth was trained without (mlperf(flips='HW'))"]
     assert predict.flips_note("DHW", checkpoint(config={})) == []
+    several = checkpoint(config={"augment": ["torchio:RandomGamma(p=0.3)", "flips(axes='W')", "mlperf(flips='H')"]})
+    assert predict.flips_note("HW", several) == []
+    assert "--test_time_flips D: c.pth was trained without (torchio" in predict.flips_note("DHW", several)[0]
+    assert "without (no augmentation)" in predict.flips_note("D", checkpoint(config={"augment": []}))[0]
 
 
 # What --scan and --output name

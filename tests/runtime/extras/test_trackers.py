@@ -370,7 +370,7 @@ def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig
     [
         ("tensorboard(every=0)", r"every=0; a tracker records one step in so many"),
         ("tensorboard(evry=2)", r"unknown argument 'evry'; it takes every=1$"),
-        ("wandb(projekt='a')", r"it takes project='unet3d', mode=None, entity=None"),
+        ("wandb(projekt='a')", r"it takes project='unet3d', mode=None, entity=None, .*, every=1$"),
         ("wandb(mode='sometimes')", r"--trackers \"wandb\(mode='sometimes'\)\": "),
         ("mlflow(uri='file:///tmp/runs')", r"MlflowException: The filesystem tracking backend"),
         ("mlflow(uri='sqlite:////dev/null/no.db')", r"--trackers \"mlflow\(uri='sqlite:////dev/null/no.db'\)\": "),

@@ -85,7 +85,7 @@ WAYS = [open_by_evaluate, open_by_predict, open_by_report]
     [
         {"model": "os:system(command='touch {path}')"},
         {"model": "slicewise(network='os:system(command=\"touch {path}\")')"},
-        {"model": "tests.runtime.test_safe_specs:tiny"},
+        {"model": "tests.runtime.extras.test_safe_specs:tiny"},
         {"loss": "os:system(command='touch {path}')"},
     ],
     ids=str,
@@ -111,7 +111,7 @@ def test_a_spec_out_of_a_checkpoint_runs_nothing(
 def test_what_is_named_again_is_trusted(
     way: Callable[..., None], folder: Path, write_checkpoint: Callable[..., Path], world: World
 ) -> None:
-    spec = "tests.runtime.test_safe_specs:tiny"
+    spec = "tests.runtime.extras.test_safe_specs:tiny"
     path = write_checkpoint(model=spec)
     arguments = ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path), "--model", spec]
     config, given = parse_arguments(arguments)
