@@ -75,7 +75,11 @@ def read_raw(dataset: str, data_dir: Path, seed: int, flags: dict[str, Any]) -> 
         if name not in allowed:
             listed = ", ".join(f"--{flag}" for flag in sorted(allowed))
             raise UserError(f"--{name} means nothing for --dataset {dataset}, which takes {listed}")
-    raw = read(data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split(), seed, **flags)
+    evaluation_ids = EVALUATION_CASES.read_text(encoding="utf-8").split()
+    try:
+        raw = read(data_dir, evaluation_ids, seed, **flags)
+    except OSError as error:  # a folder that may not be entered, a disk that fails
+        raise UserError(f"{error.filename or data_dir}: cannot be read: {error.strerror or error}") from None
     told = {name: value for name, value in flags.items() if not isinstance(value, Path)}
     return replace(raw, made={"dataset": dataset, "seed": seed, **told})
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +34,7 @@ from data_loading.dataset import (
     write_json,
 )
 from data_loading.integrity import VERIFIED_NAME, Stamp, md5_of, stamp_of
+from data_loading.orientation import orientation_of
 from data_loading.preprocessing import Transform, foreground_boxes, preprocess_image, preprocess_label
 from data_loading.raw_dataset import RawCase, RawDataset
 from data_loading.spec import DatasetSpec
@@ -248,6 +250,10 @@ def _doubts(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, C
             first, other = seen.setdefault(records[case].digests["x"], (subset, case))
             if first != subset:
                 yield f"{case} ({subset}) is the same scan as {other} ({first}); scores will be too good"
+    ways = Counter(orientation_of(record.transform.cut.affine) for record in records.values() if record.transform)
+    if len(ways) > 1:
+        counts = ", ".join(f"{count} {way}" for way, count in ways.most_common())
+        yield f"the scans' axes run different ways ({counts}); --orientation {ways.most_common(1)[0][0]} turns all"
     for value, name in enumerate(spec.classes[1:], 1):
         if split["train"] and not any(value in records[case].boxes for case in split["train"]):
             yield f"class {value} ({name}) is in no training case"

@@ -193,5 +193,7 @@ def cut_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCase]
     if not slabs:
         raise UserError(f"--slab {size}: no scan has so many slices; the longest has {max(s.slices for s in cases)}")
     left = [scan.slices % size for scan in cases if scan.slices % size]
-    return slabs, (f"{len(slabs)} slabs of {size} slices; {sum(left)} slices at the ends of {len(left)} scan(s) "
-                   "are too few for another and dropped")  # fmt: skip
+    told = (
+        f"; {sum(left)} slices at the ends of {len(left)} scan(s) are too few for another and dropped" if left else ""
+    )
+    return slabs, f"{len(slabs)} slabs of {size} slices{told}"

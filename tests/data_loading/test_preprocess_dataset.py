@@ -552,6 +552,20 @@ def test_a_scan_that_is_there_twice_and_a_class_that_is_not_are_warned_of(
     assert warned[-1] == "warning: class 3 (cyst) is in no training case"
 
 
+def test_scans_that_run_different_ways_are_warned_of(
+    tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_msd(tmp_path / "raw", 5)
+    for kind in ("imagesTr", "labelsTr"):
+        path = raw / kind / "scan_1.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), np.diag([-2.0, 1.0, 1.0, 1.0])), path)
+    preprocess(raw, tmp_path / "out", "--dataset", "msd")
+    told = "warning: the scans' axes run different ways (4 RAS, 1 LAS); --orientation RAS turns all\n"
+    assert capsys.readouterr().err == told
+    preprocess(raw, tmp_path / "out", "--dataset", "msd", "--orientation", "RAS")
+    assert capsys.readouterr().err == ""
+
+
 def test_labels_outside_of_the_foreground_crop_are_counted(
     tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
 ) -> None:

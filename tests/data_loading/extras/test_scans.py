@@ -204,6 +204,16 @@ def test_the_masks_folder_is_asked_for(folders: tuple[Path, Path], capsys: pytes
     assert "masks need a folder of their own" in refused(capsys, "nifti", data, data)
 
 
+def test_a_folder_that_may_not_be_entered_is_one_clear_line(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root, who runs the tests in a container, may enter every folder
+    assert refused(capsys, "nifti", *folders) == f"{folders[0]}: cannot be read: Permission denied"
+
+
 @pytest.mark.real_data
 def test_real_ct_comes_through(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     data, masks = tmp_path / "scans", tmp_path / "masks"
