@@ -105,19 +105,21 @@ class Named(Generic[T]):
         filled = {name: value for name, value in (defaults or {}).items() if name in self.parameters}
         try:
             return self.make(**{**filled, **fixed, **self.arguments})
-        except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        except (TypeError, ValueError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
             told = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.flag} {str(self.spec)!r}: {told}; it takes {taken}") from None
 
 
 def takes(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """A signature in words: the required ones bare, the others with their defaults where those are short."""
+    """A signature in words: the required ones bare, the others with their defaults, "…" for a long one."""
 
     def told(p: inspect.Parameter) -> str:
         if p.kind is p.VAR_KEYWORD:
             return f"**{p.name}"
-        default = "" if p.default is p.empty else repr(p.default)
-        return f"{p.name}={default}" if default and len(default) <= 24 and "<" not in default else p.name
+        if p.default is p.empty:
+            return p.name
+        default = repr(p.default)
+        return f"{p.name}={default if len(default) <= 24 and '<' not in default else '…'}"
 
     return ", ".join(told(p) for p in parameters.values() if p.kind is not p.VAR_POSITIONAL) or "none"
 

@@ -271,7 +271,7 @@ def test_a_missing_argument_shows_the_signature_without_what_is_filled_in() -> N
     def network(channels: int, strides: tuple[int, ...], kernel: int = 3, norm: Any = len, **rest: Any) -> int:
         return 1
 
-    with pytest.raises(UserError, match=r"'strides'; it takes strides, kernel=3, norm, \*\*rest$"):
+    with pytest.raises(UserError, match=r"'strides'; it takes strides, kernel=3, norm=…, \*\*rest$"):
         plugins.build("network", {"network": network}, "--model", channels=1)
 
 
