@@ -14,7 +14,10 @@ import plugins
 from errors import UserError
 from model.unet3d import Unet3d
 
-NETWORKS: plugins.Table[nn.Module] = {"unet3d": Unet3d, "slicewise": "model.extras.slicewise:Slicewise"}
+NETWORKS: plugins.Table[nn.Module] = {
+    "unet3d": Unet3d,
+    "slicewise": "model.extras.slicewise:Slicewise",
+}
 
 # What networks of the field call what the data set fixes, the least ambiguous name first.
 CHANNELS = ("in_channels", "n_channels", "input_channels", "in_chans", "channels")

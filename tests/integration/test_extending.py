@@ -1,0 +1,81 @@
+"""`docs/extending.md`, done as it is written: each file and each line, in a copy of the project, and then used."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.conftest import PROJECT
+
+pytestmark = pytest.mark.integration
+
+FILE = re.compile(r"^A file, `(\S+)`:\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINE = re.compile(r"^A line in `(\w+)` of `(\S+)`:\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with all that the document adds."""
+    copy = tmp_path_factory.mktemp("extended") / "project"
+    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("tests", ".*", "__pycache__", "demo", "*.png"))
+    text = (PROJECT / "docs" / "extending.md").read_text(encoding="utf-8")
+    files, lines = FILE.findall(text), LINE.findall(text)
+    assert len(files) == len(lines) == 3
+    for path, content in files:
+        assert not (copy / path).exists()
+        (copy / path).write_text(content, encoding="utf-8")
+    for table, path, line in lines:
+        assert len(line.splitlines()) == 1
+        before = (copy / path).read_text(encoding="utf-8")
+        after, count = re.subn(rf"^({table}: .* = {{\n)", rf"\1{line}", before, flags=re.MULTILINE)
+        assert count == 1, f"{path} has a table {table}, one entry a line"
+        (copy / path).write_text(after, encoding="utf-8")
+    return copy
+
+
+def run(project: Path, *arguments: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=project, capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "raw").mkdir()
+    for number in range(5):
+        label = rng.random((9, 10, 11)) < 0.3
+        image = label * 5.0 + rng.normal(size=label.shape)
+        np.savez(tmp_path / "raw" / f"patient_{number}.npz", image=image, label=label, spacing_mm=[2.0, 1.0, 1.0])
+    data, logs = tmp_path / "data", tmp_path / "logs"
+    told = run(extended, "preprocess_dataset.py", "--dataset", "archives", "--data_dir", tmp_path / "raw",
+               "--results_dir", data, "--num_workers", 1, "--split", 0.6, 0.4)  # fmt: skip
+    assert "3 to train, 2 to evaluate" in told.stdout
+    window = ("8", "8", "8")
+    run(
+        extended, "main.py", "--data_dir", data, "--log_dir", logs, "--model", "pointwise(width=8)",
+        "--input_shape", *window, "--val_input_shape", *window, "--num_workers", 0, "--seed", 1, "--batch_size", 1,
+        "--epochs", 30, "--learning_rate", 0.3, "--start_eval_at", 30, "--no_report",
+        "--trackers", "jsonl", "journal(file='dice.txt')",
+    )  # fmt: skip
+    (line,) = (logs / "dice.txt").read_text().splitlines()
+    assert line.startswith("epoch 30: ")
+    assert float(line.split()[-1]) > 0.8, "intensity alone tells"
+    again = run(extended, "main.py", "--exec_mode", "evaluate", "--data_dir", data, "--log_dir", logs,
+                "--load_ckpt_path", logs / "checkpoint.pth")  # fmt: skip
+    assert f"mean_dice {line.split()[-1]}" in again.stdout
+
+
+def test_near_names_know_the_new_one(extended: Path, tmp_path: Path) -> None:
+    done = run(extended, "main.py", "--loader", "synthetic", "--log_dir", tmp_path, "--model", "pontwise", ok=False)
+    assert done.returncode == 2
+    assert "there is pointwise" in done.stderr
