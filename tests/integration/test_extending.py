@@ -72,7 +72,8 @@ def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
     assert float(line.split()[-1]) > 0.8, "intensity alone tells"
     again = run(extended, "main.py", "--exec_mode", "evaluate", "--data_dir", data, "--log_dir", logs,
                 "--load_ckpt_path", logs / "checkpoint.pth")  # fmt: skip
-    assert f"mean_dice {line.split()[-1]}" in again.stdout
+    scored = dict(line.rsplit(" ", 1) for line in again.stdout.splitlines())
+    assert float(scored["mean_dice"]) == pytest.approx(float(line.split()[-1]), abs=1e-4)
 
 
 def test_near_names_know_the_new_one(extended: Path, tmp_path: Path) -> None:
