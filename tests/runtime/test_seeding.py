@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.flags import SEED_LIMIT
 from runtime.distributed import World
+from runtime.flags import SEED_LIMIT
 from runtime.seeding import Seeds, draw_seeds, seed_process, seed_step
 
 CPU = torch.device("cpu")
