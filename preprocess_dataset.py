@@ -40,6 +40,8 @@ from data_loading.dataset import (
     write_json,
 )
 from data_loading.integrity import (
+    MLPERF_CASES,
+    MLPERF_FINGERPRINTS,
     VERIFIED_NAME,
     Stamp,
     fingerprint,
@@ -56,15 +58,6 @@ from errors import UserError, run_program
 from files import replacing
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
-
-# SHA-256 over the lines "md5  name\n", sorted by name, of MLPerf's published digests of KiTS19: all 420 files, the
-# 210 images alone, the 210 labels alone.
-MLPERF_FINGERPRINTS = {
-    "whole set": ("xy", "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"),
-    "images": ("x", "8ffb9335306084bc961dc60e200c883483dcc74928ea2169cbae617bbc397934"),
-    "labels": ("y", "0d9b03e033b3914ceeb8d4662f6e5127785c7525a4dd9f327b58ed73f3e4402e"),
-}
-MLPERF_CASES = 210
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 from errors import UserError
 from runtime.flags import axes, interval, number
+from runtime.rulesets import DEFAULT_RULESET, RULESETS
 
 SEED_LIMIT = 2**31
+PLACEHOLDER_ORG = "SUBMISSION_ORG_PLACEHOLDER"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class RunConfig:
     cudnn_benchmark: bool
     cudnn_deterministic: bool
     division: str
+    ruleset: str
     submission_org: str
     submission_platform: str | None
     submission_status: str
@@ -304,7 +307,13 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--division", choices=("auto", "closed", "open"), default="auto",
         help="MLPerf division; auto: closed where nothing departs from its rules, else open, with the reasons logged",
     )  # fmt: skip
-    add("--submission_org", default="SUBMISSION_ORG_PLACEHOLDER", help="who submits")
+    add(
+        "--ruleset",
+        choices=RULESETS,
+        default=DEFAULT_RULESET,
+        help="MLPerf's rules that the log follows: epochs are logged in epochs up to 3.0.0, in samples from 3.1.0 on",
+    )
+    add("--submission_org", default=PLACEHOLDER_ORG, help="who submits")
     add("--submission_platform", help="on what (None: the devices' own name)")
     add("--submission_status", choices=("onprem", "cloud", "preview", "research"), default="onprem", help="MLPerf's")
 

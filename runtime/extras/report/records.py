@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from runtime.rulesets import DEFAULT_RULESET, RULESETS
 
 Event = Mapping[str, Any]
 # What `departures` says of a run that went on from a checkpoint: its log has a beginning elsewhere.
@@ -82,6 +83,12 @@ class Run:
     @property
     def target(self) -> float:
         return float(self.config["quality_threshold"])
+
+    @property
+    def ruleset(self) -> str:
+        """Whose units its MLPerf log has; a log that does not say is of a time when there was one."""
+        told = str(self.config.get("ruleset"))
+        return told if told in RULESETS else DEFAULT_RULESET
 
     @property
     def best(self) -> Evaluation | None:
