@@ -50,7 +50,6 @@ from runtime.console import ConsoleTracker, EvaluationTracker
 from runtime.convergence import expectation
 from runtime.distributed import World
 from runtime.division import (
-    CLOSED_CASES,
     Data,
     Departure,
     choose_division,
@@ -140,7 +139,7 @@ def train_network(config: RunConfig, world: World) -> int:
     tensors = trackers.tensor_names(state.network)
     possible = (precision.note, kernels.note(world.device), "" if config.benchmark else schedule.note())
     notes += [note for note in possible if note]
-    notes += expected_length(config, spec, len(training), world)
+    notes += [] if reasons else expected_length(config, world)
     announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
                                 samples_per_epoch, notes))  # fmt: skip
     world.barrier()
@@ -201,13 +200,12 @@ def settle_division(
     return choose_division(config.division, breaches), list(map(str, found))
 
 
-def expected_length(config: RunConfig, spec: DatasetSpec, cases: int, world: World) -> list[str]:
-    """A note on how long a run on KiTS19 is to take; none on other data."""
-    if not world.is_main or config.benchmark or (spec.name, cases) != ("kits19", CLOSED_CASES["train"]):
-        return []
-    batch = config.batch_size * world.size * config.ga_steps
+def expected_length(config: RunConfig, world: World) -> list[str]:
+    """A note on how long a run by the closed division's rules is to take."""
     with suppress(ImportError):
-        return [expectation(batch, config.ruleset, measured_samples_per_s(config.log_dir))]
+        if world.is_main:
+            batch = config.batch_size * world.size * config.ga_steps
+            return [expectation(batch, config.ruleset, measured_samples_per_s(config.log_dir))]
     return []
 
 

@@ -1,0 +1,146 @@
+"""Made-up runs: the program's own tracker writes their logs, on a clock that the test sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlperf_logging.mllog import mllog
+
+from runtime import events as ev
+from runtime.arguments import RunConfig, parse_arguments
+from runtime.trackers import MLPerfTracker
+
+ORG = "ACME"
+SAMPLES = 168
+# An open run: its evaluations come after every second epoch.
+OPEN = ["--overlap", "0.25", "--submission_org", ORG, "--data_dir", "data", "--batch_size", "28"]
+WriteRun = Callable[..., Path]
+
+
+class Clock:
+    """Milliseconds that pass by one with every line, or as many as the test says."""
+
+    def __init__(self) -> None:
+        self.now_ms = 1_700_000_000_000
+
+    def __call__(self) -> int:
+        self.now_ms += 1
+        return self.now_ms
+
+
+def epochs_of(first: int, last: int, interval: int, scores: Sequence[float]) -> Iterator[ev.Event]:
+    """Blocks with an evaluation after epochs `first`, `first + interval`, … up to `last`."""
+    start = 1
+    for stop, score in zip(range(first, last + 1, interval), scores, strict=True):
+        yield ev.BlockStarted(start, stop - start + 1)
+        for epoch in range(start, stop + 1):
+            yield ev.EpochStarted(epoch, 0.1, 6)
+            yield ev.EpochStopped(epoch, 0.5, 0.1, SAMPLES, 1.0)
+        yield ev.EvaluationStarted(stop, 42)
+        yield ev.EvaluationStopped(stop, score, [score, score], 0.2, 1.0)
+        yield ev.BlockStopped(start, stop - start + 1)
+        start = stop + 1
+
+
+def write_log(
+    path: Path, seed: int, epochs: int, clock_ms: int, arguments: Sequence[str], reasons: Sequence[str], first: int,
+    interval: int, converges: bool,
+) -> Path:  # fmt: skip
+    """One run's log, as `MLPerfTracker` writes it."""
+    config, _ = parse_arguments(list(arguments))
+    clock = Clock()
+    before = mllog._current_time_ms
+    mllog._current_time_ms = clock
+    folder = path.with_name(f"{path.name}.folder")
+    folder.mkdir(parents=True)
+    try:
+        tracker = MLPerfTracker(folder)
+        for event in events_of(config, seed, epochs, reasons, first, interval, converges):
+            if isinstance(event, ev.RunStarted):
+                started_ms = clock.now_ms + 1
+            if isinstance(event, ev.RunStopped):
+                clock.now_ms = started_ms + clock_ms - 1
+            tracker.on(event)
+    finally:
+        mllog._current_time_ms = before
+    path.unlink(missing_ok=True)
+    (folder / "unet3d.log").rename(path)
+    folder.rmdir()
+    return path
+
+
+def events_of(
+    config: RunConfig, seed: int, epochs: int, reasons: Sequence[str], first: int, interval: int, converges: bool
+) -> Iterator[ev.Event]:
+    seeds = {"master": seed, "order": 1, "samples": 2, "ranks": (3,)}
+    batch = config.batch_size * config.ga_steps
+    yield ev.InitStarted(config, {}, caches_were_cleared=True)
+    yield ev.InitStopped(
+        config, seeds, "open" if reasons else "closed", list(reasons), "1xABACUS", ["a", "b"], SAMPLES, []
+    )
+    yield ev.RunStarted()
+    yield ev.DataOpened(168, 42, SAMPLES, batch, config.ga_steps, ["background", "kidney", "tumour"])
+    count = len(range(first, epochs + 1, interval))
+    yield from epochs_of(first, epochs, interval, [0.5] * (count - 1) + [0.91 if converges else 0.6])
+    status = ("success", "mean Dice reached 0.908") if converges else ("aborted", "10000 epochs are over")
+    yield ev.RunStopped(*status, epochs, 1.0)
+
+
+@pytest.fixture(scope="session")
+def write_open() -> WriteRun:
+    """`write_open(path, seed=1, epochs=4, clock_ms=1000, …)`: the log of a short run of the open division."""
+
+    def write(path: Path, seed: int, epochs: int = 4, clock_ms: int = 60_000, converges: bool = True,
+              more: Sequence[str] = (), reasons: Sequence[str] = ("--overlap 0.25, not 0.5",)) -> Path:  # fmt: skip
+        return write_log(path, seed, epochs, clock_ms, [*OPEN, *more], reasons, 2, 2, converges)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_closed() -> WriteRun:
+    """The log of a run by the closed division's rules: some 2,000 epochs."""
+
+    def write(path: Path, seed: int, epochs: int = 2060, clock_ms: int = 3_600_000, converges: bool = True,
+              more: Sequence[str] = ()) -> Path:  # fmt: skip
+        arguments = ["--submission_org", ORG, "--data_dir", "data", "--batch_size", "28", *more]
+        return write_log(path, seed, epochs, clock_ms, arguments, [], 1000, 20, converges)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def forty(write_open: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """{result_0.txt: text} of 40 good runs: seeds 100 …, 4 or 6 epochs, one minute and some milliseconds."""
+    folder = tmp_path_factory.mktemp("forty")
+    for number in range(40):
+        write_open(folder / f"result_{number}.txt", 100 + number, 4 + 2 * (number % 2), 60_000 + 7 * number)
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+@pytest.fixture
+def result_dir(forty: dict[str, str], tmp_path: Path) -> Path:
+    """An organisation's folder with these 40 logs, of the system `abacus`."""
+    folder = tmp_path / ORG / "results" / "abacus" / "unet3d"
+    folder.mkdir(parents=True)
+    for name, text in forty.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return tmp_path / ORG
+
+
+def edit(path: Path, key: str, change: Callable[[str], str], which: int = 0) -> int:
+    """Changes the text of a log's `which`-th line of that key; returns the line's number."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    number = [index for index, line in enumerate(lines) if f'"key": "{key}"' in line][which]
+    lines[number] = change(lines[number])
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return number + 1
+
+
+def set_value(value: Any) -> Callable[[str], str]:
+    """For `edit`: another value in the line, as JSON text."""
+    return lambda line: re.sub(r'"value": [^,\]]+(?=, "metadata")|"value": \[[^\]]*\]', f'"value": {value}', line)
