@@ -69,8 +69,8 @@ def implementation(name: str) -> Path:
 
 
 def _is_launched(series: Series) -> bool:
-    """Whether something else than this machine's python or torchrun started the runs."""
-    return "python" not in Path(series.launch[0]).name
+    """Whether something else than this machine's python or its torchrun started the runs."""
+    return series.launch[1:3] not in ([], ["-m", "torch.distributed.run"])
 
 
 def _other_ruleset(series: Series, own: Path, ruleset: str) -> list[Problem]:

@@ -23,12 +23,14 @@ def draw(converged_at: Sequence[float | None], reference: Reference | None, path
     with figures.open_axes() as (figure, axes):
         if reference:
             _steps(axes, sorted(reference.published), len(reference.published), 0, "reference")
-            axes.axvline(reference.mean, color=figures.INKS["s0"], linewidth=0.8, linestyle="--")
-            axes.axvline(reference.least, color=figures.INKS["soft"], linewidth=0.8, linestyle=":")
+            for where, ink, line, label in (
+                (reference.mean, "s0", "--", "its mean"), (reference.least, "soft", ":", "least accepted"),
+            ):  # fmt: skip
+                axes.axvline(where, color=figures.INKS[ink], linewidth=1, linestyle=line, label=label)
         _steps(axes, own, len(converged_at), 1, "these runs")
         axes.set_ylabel("share of runs converged")
         axes.set_ylim(0, 1.02)
-        figures.finish(axes, f"{unit} (dashed: the reference's mean; dotted: the least accepted)")
+        figures.finish(axes, f"{unit} to converge")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=figures.PNG_DPI, facecolor="white")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,12 @@ from mlperf_logging.mllog import mllog
 
 from runtime import events as ev
 from runtime.arguments import RunConfig, parse_arguments
+from runtime.extras.submission.__main__ import main
+from runtime.extras.submission.logs import read_log
 from runtime.trackers import MLPerfTracker
 
 ORG = "ACME"
+STUB = Path(__file__).with_name("stub.py")
 SAMPLES = 168
 # An open run: its evaluations come after every second epoch.
 OPEN = ["--overlap", "0.25", "--submission_org", ORG, "--data_dir", "data", "--batch_size", "28"]
@@ -144,3 +151,48 @@ def edit(path: Path, key: str, change: Callable[[str], str], which: int = 0) -> 
 def set_value(value: Any) -> Callable[[str], str]:
     """For `edit`: another value in the line, as JSON text."""
     return lambda line: re.sub(r'"value": [^,\]]+(?=, "metadata")|"value": \[[^\]]*\]', f'"value": {value}', line)
+
+
+class Bench:
+    """A result folder, and what the runs in it are ordered to do."""
+
+    def __init__(self, folder: Path, template: Path) -> None:
+        self.result_dir = folder / ORG
+        self.runs = folder / f"{ORG}.runs" / "abacus"
+        self.results = self.result_dir / "results" / "abacus" / "unet3d"
+        self._orders = folder / "orders.json"
+        self.template = template
+
+    def start(self, *options: str, orders: list[dict[str, Any]] | None = None, arguments: list[str] = OPEN) -> int:
+        self._orders.write_text(json.dumps({"template": str(self.template), "runs": orders or []}))
+        prefix = shlex.join([sys.executable, "-S", str(STUB), str(self._orders)])
+        fixed = ["--result_dir", str(self.result_dir), "--system", "abacus", "--launch", prefix]
+        return main(["run", *fixed, *options, "--", *arguments])
+
+    def seeds(self) -> list[int]:
+        return [int(read_log(path).values["seed"]) for path in sorted(self.results.iterdir())]
+
+
+@pytest.fixture(scope="session")
+def template(write_open: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_open(tmp_path_factory.mktemp("template") / "unet3d.log", seed=4711)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, template: Path) -> Bench:
+    return Bench(tmp_path, template)
+
+
+@pytest.fixture(scope="session")
+def made(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """40 runs, made by `submission run`; not to be changed."""
+    bench = Bench(tmp_path_factory.mktemp("made"), template)
+    assert bench.start() == 0
+    return bench
+
+
+@pytest.fixture
+def copied(made: Bench, tmp_path: Path, template: Path) -> Bench:
+    """The same 40 runs, to be changed."""
+    shutil.copytree(made.result_dir.parent, tmp_path / "work")
+    return Bench(tmp_path / "work", template)
