@@ -7,94 +7,21 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlperf_logging.mllog import mllog
 
-from runtime import events as ev
-from runtime.arguments import RunConfig, parse_arguments
+from benchmarks.made_up_runs import write_log
 from runtime.extras.submission.__main__ import main
 from runtime.extras.submission.logs import read_log
-from runtime.trackers import MLPerfTracker
 
 ORG = "ACME"
 STUB = Path(__file__).with_name("stub.py")
-SAMPLES = 168
 # An open run: its evaluations come after every second epoch.
 OPEN = ["--overlap", "0.25", "--submission_org", ORG, "--data_dir", "data", "--batch_size", "28"]
 WriteRun = Callable[..., Path]
-
-
-class Clock:
-    """Milliseconds that pass by one with every line, or as many as the test says."""
-
-    def __init__(self) -> None:
-        self.now_ms = 1_700_000_000_000
-
-    def __call__(self) -> int:
-        self.now_ms += 1
-        return self.now_ms
-
-
-def epochs_of(first: int, last: int, interval: int, scores: Sequence[float]) -> Iterator[ev.Event]:
-    """Blocks with an evaluation after epochs `first`, `first + interval`, … up to `last`."""
-    start = 1
-    for stop, score in zip(range(first, last + 1, interval), scores, strict=True):
-        yield ev.BlockStarted(start, stop - start + 1)
-        for epoch in range(start, stop + 1):
-            yield ev.EpochStarted(epoch, 0.1, 6)
-            yield ev.EpochStopped(epoch, 0.5, 0.1, SAMPLES, 1.0)
-        yield ev.EvaluationStarted(stop, 42)
-        yield ev.EvaluationStopped(stop, score, [score, score], 0.2, 1.0)
-        yield ev.BlockStopped(start, stop - start + 1)
-        start = stop + 1
-
-
-def write_log(
-    path: Path, seed: int, epochs: int, clock_ms: int, arguments: Sequence[str], reasons: Sequence[str], first: int,
-    interval: int, converges: bool,
-) -> Path:  # fmt: skip
-    """One run's log, as `MLPerfTracker` writes it."""
-    config, _ = parse_arguments(list(arguments))
-    clock = Clock()
-    before = mllog._current_time_ms
-    mllog._current_time_ms = clock
-    folder = path.with_name(f"{path.name}.folder")
-    folder.mkdir(parents=True)
-    try:
-        tracker = MLPerfTracker(folder)
-        for event in events_of(config, seed, epochs, reasons, first, interval, converges):
-            if isinstance(event, ev.RunStarted):
-                started_ms = clock.now_ms + 1
-            if isinstance(event, ev.RunStopped):
-                clock.now_ms = started_ms + clock_ms - 1
-            tracker.on(event)
-    finally:
-        mllog._current_time_ms = before
-    path.unlink(missing_ok=True)
-    (folder / "unet3d.log").rename(path)
-    folder.rmdir()
-    return path
-
-
-def events_of(
-    config: RunConfig, seed: int, epochs: int, reasons: Sequence[str], first: int, interval: int, converges: bool
-) -> Iterator[ev.Event]:
-    seeds = {"master": seed, "order": 1, "samples": 2, "ranks": (3,)}
-    batch = config.batch_size * config.ga_steps
-    yield ev.InitStarted(config, {}, caches_were_cleared=True)
-    yield ev.InitStopped(
-        config, seeds, "open" if reasons else "closed", list(reasons), "1xABACUS", ["a", "b"], SAMPLES, []
-    )
-    yield ev.RunStarted()
-    yield ev.DataOpened(168, 42, SAMPLES, batch, config.ga_steps, ["background", "kidney", "tumour"])
-    count = len(range(first, epochs + 1, interval))
-    yield from epochs_of(first, epochs, interval, [0.5] * (count - 1) + [0.91 if converges else 0.6])
-    status = ("success", "mean Dice reached 0.908") if converges else ("aborted", "10000 epochs are over")
-    yield ev.RunStopped(*status, epochs, 1.0)
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +42,7 @@ def write_closed() -> WriteRun:
     def write(path: Path, seed: int, epochs: int = 2060, clock_ms: int = 3_600_000, converges: bool = True,
               more: Sequence[str] = ()) -> Path:  # fmt: skip
         arguments = ["--submission_org", ORG, "--data_dir", "data", "--batch_size", "28", *more]
-        return write_log(path, seed, epochs, clock_ms, arguments, [], 1000, 20, converges)
+        return write_log(path, seed, epochs, clock_ms, arguments, converges=converges)
 
     return write
 

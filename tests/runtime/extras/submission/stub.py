@@ -2,15 +2,16 @@
 
     python3 stub.py ORDERS main.py ARGUMENTS
 
-ORDERS is a JSON file: a list of what the next runs do, {"seed": 5}, {"exit": 137}, {"resumes": true}, …; the first is
-taken off by each run. Without orders a run converges. It writes no line of its own: `write_log` uses the program's
-tracker, but importing it takes seconds, so that a template is changed as text.
+ORDERS is a JSON file: the log to begin with (null: that of the series' first run) and a list of what the next runs do,
+{"seed": 5}, {"exit": 137}, {"real": true}, …; each run takes the first off. Without orders a run converges, and with
+"real" main.py runs after all. The stub writes no log line of its own: to import the tracker takes seconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -24,8 +25,11 @@ def main() -> int:
     orders = json.loads(Path(orders_path).read_text())
     order = orders["runs"].pop(0) if orders["runs"] else {}
     Path(orders_path).write_text(json.dumps(orders))
-    text = Path(orders["template"]).read_text(encoding="utf-8")
-    text = text.replace('"value": 4711,', f'"value": {order.get("seed", secrets.randbelow(2**31))},')
+    if order.get("real"):
+        os.execv(sys.executable, [sys.executable, program, *arguments])
+    text = Path(orders["template"] or log_dir.with_name("run_0") / "unet3d.log").read_text(encoding="utf-8")
+    seed = order.get("seed", secrets.randbelow(2**31))
+    text = re.sub('"key": "seed", "value": [0-9]+', f'"key": "seed", "value": {seed}', text)
     cleared = str(os.environ["CACHES_WERE_CLEARED"] == "1").lower()
     text = text.replace('"key": "cache_clear", "value": true', f'"key": "cache_clear", "value": {cleared}')
     lines = text.splitlines(keepends=True)
