@@ -21,6 +21,8 @@ from runtime.arguments import RunConfig, parse_arguments
 from runtime.trackers import MLPerfTracker
 
 SIDE = 16
+# So much that no score is a perfect 1.0, which MLPerf's checker does not take of an open run.
+NOISE = 0.9
 TRAINING, EVALUATION = 168, 42
 # Reaches 0.908 in 4 epochs of 168 samples, with any of eight seeds tried, in seconds on one core.
 TINY_RUN = (
@@ -40,7 +42,7 @@ def write_blocks(folder: Path, evaluation_ids: Sequence[str]) -> None:
         d, h, w = (int(start) for start in rng.integers(1, 6, 3))
         label[0, d : d + 8, h : h + 8, w : w + 8] = 1
         label[0, d + 2 : d + 6, h + 2 : h + 6, w + 2 : w + 6] = 2
-        image = (2.0 * label - 1.0 + rng.normal(0, 0.1, label.shape)).astype(np.float32)
+        image = (2.0 * label - 1.0 + rng.normal(0, NOISE, label.shape)).astype(np.float32)
         case = f"case_{number:05d}"
         paths = {kind: file_of(folder, case, kind) for kind in "xy"}
         np.save(paths["x"], image)
