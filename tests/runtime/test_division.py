@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from errors import UserError
-from runtime.arguments import RunConfig
+from runtime.arguments import RunConfig, parse_arguments
+from runtime.convergence import find_reference
 from runtime.division import Data, Departure, choose_division, closed_breaches, departures, format_breaches
 from runtime.training import Schedule, make_schedule
 
@@ -197,3 +198,29 @@ def test_the_division_follows_from_the_reasons(asked: str, reasons: list[Departu
 def test_closed_with_a_departure_is_refused_with_every_reason() -> None:
     with pytest.raises(UserError, match=r"^--division closed, but: train cases 1, not 168; --overlap 0\.25, not 0\.5$"):
         choose_division("closed", [Departure("train cases", "1", "168"), OVERLAP])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "batch", "mean", "least"),
+    [
+        ("1xgpu", 1, 28, "345,167", "318,186"),
+        ("8xgpu", 8, 56, "357,404", "334,053"),
+        ("12xgpu", 12, 84, "416,640", "389,598"),
+    ],
+)
+def test_the_recipes_are_by_the_rules_and_say_what_to_expect(
+    recipe: str, ranks: int, batch: int, mean: str, least: str
+) -> None:
+    path = Path(__file__).resolve().parents[2] / "recipes" / f"kits19_{recipe}.args"
+    config, _ = parse_arguments([f"@{path}", "--data_dir", "DATA", "--submission_org", "ACME"])
+    schedule = make_schedule(config.epochs, 168, config.start_eval_at, config.evaluate_every)
+    assert told(config, schedule=schedule) == []
+    assert closed_breaches(config) == []
+    assert config.batch_size * ranks * config.ga_steps == batch
+    assert config.epochs == 10_000
+    reference = find_reference(batch)
+    assert reference
+    assert (f"{reference.mean:,.0f}", f"{reference.least:,.0f}") == (mean, least)
+    text = path.read_text(encoding="utf-8")
+    epochs = [f"{round(samples / 168):,} epochs" for samples in (reference.mean, reference.least)]
+    assert all(phrase in text for phrase in (f"mean {mean}", f"least accepted {least}", *epochs))
