@@ -25,13 +25,7 @@ from torch import nn
 import plugins
 from data_loading.augmentation import make_augmentation
 from data_loading.dataset import peek
-from data_loading.integrity import (
-    MLPERF_FINGERPRINTS,
-    check_files,
-    recorded_fingerprint,
-    split_digest,
-    verify_changed,
-)
+from data_loading.integrity import check_files, split_digest, verify_changed
 from data_loading.loader import LoaderSettings, shape_of, synthetic_cases
 from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.sampling import batches_per_epoch
@@ -47,16 +41,9 @@ from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, Leave, Ta
 from runtime.checkpoint import Checkpoint
 from runtime.checks import checkpoint_bytes
 from runtime.console import ConsoleTracker, EvaluationTracker
-from runtime.convergence import expectation
+from runtime.convergence import expected_length
 from runtime.distributed import World
-from runtime.division import (
-    Data,
-    Departure,
-    choose_division,
-    closed_breaches,
-    departures,
-    format_breaches,
-)
+from runtime.division import settle_division
 from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
 from runtime.flags import parse_interval
@@ -67,7 +54,7 @@ from runtime.preflight import Samples, failures, format_table, run_checks
 from runtime.pulse import Pulse, Wishes
 from runtime.saving import PATIENCE_S, SaveCheckpoint
 from runtime.seeding import Seeds, draw_seeds, seed_process
-from runtime.throughput import ThroughputTracker, measured_samples_per_s
+from runtime.throughput import ThroughputTracker
 from runtime.training import Schedule, StepSettings, TrainState, make_schedule, place, train
 from runtime.warmup import calibrate, made_up_batch, warm_up
 from runtime.watchdog import Watchdog
@@ -114,8 +101,8 @@ def train_network(config: RunConfig, world: World) -> int:
     if loaded and (done := resume.is_done(loaded, schedule, config.quality_threshold)):
         return finished(config, loaded, done, world)
     schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
-    is_resumed = loaded is not None and config.resume
-    division, reasons = settle_division(config, spec, split, schedule, samples_per_epoch, is_resumed, world)
+    division, reasons = settle_division(config, spec.name, split, evaluation_ids(), schedule, samples_per_epoch,
+                                        loaded is not None and config.resume, world.is_main)  # fmt: skip
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     augment = make_augmentation(config.augment)
@@ -139,7 +126,7 @@ def train_network(config: RunConfig, world: World) -> int:
     tensors = trackers.tensor_names(state.network)
     possible = (precision.note, kernels.note(world.device), "" if config.benchmark else schedule.note())
     notes += [note for note in possible if note]
-    notes += [] if reasons else expected_length(config, world)
+    notes += [expected_length(config, world.size)] if world.is_main and not reasons else []
     announce(events.InitStopped(config, dataclasses.asdict(seeds), division, reasons, platform, tensors,
                                 samples_per_epoch, notes))  # fmt: skip
     world.barrier()
@@ -183,32 +170,6 @@ def train_network(config: RunConfig, world: World) -> int:
     return state.stop.exit_status
 
 
-def settle_division(
-    config: RunConfig, spec: DatasetSpec, split: dict[str, list[str]], schedule: Schedule, samples_per_epoch: int,
-    is_resumed: bool, world: World,
-) -> tuple[str, list[str]]:  # fmt: skip
-    """The run's division and what makes it an open one. Raises UserError, after a table, where closed cannot be."""
-    cases = [case for subset in split.values() for case in subset]
-    known = "" if config.loader == "synthetic" else recorded_fingerprint(config.data_dir, cases)
-    _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
-    ids = EVALUATION_CASES.read_text(encoding="utf-8").split()
-    found = departures(config, Data(spec.name, split, known), ids, fingerprint, schedule, samples_per_epoch)
-    found += [Departure("the run", "was resumed", "")] if is_resumed else []
-    breaches = [*found, *closed_breaches(config)] if config.division == "closed" else found
-    if config.division == "closed" and breaches and world.is_main:
-        print(format_breaches(breaches), flush=True)
-    return choose_division(config.division, breaches), list(map(str, found))
-
-
-def expected_length(config: RunConfig, world: World) -> list[str]:
-    """A note on how long a run by the closed division's rules is to take."""
-    with suppress(ImportError):
-        if world.is_main:
-            batch = config.batch_size * world.size * config.ga_steps
-            return [expectation(batch, config.ruleset, measured_samples_per_s(config.log_dir))]
-    return []
-
-
 def report_run(config: RunConfig, world: World) -> None:
     """Writes the run's page; what goes wrong there costs the page, not the run."""
     try:
@@ -250,7 +211,12 @@ def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
     """The data set's constants and case ids; volumes stay closed until the clock runs."""
     if config.loader == "synthetic" and config.exec_mode == "train":
         return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
-    return peek(config.data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split())
+    return peek(config.data_dir, evaluation_ids())
+
+
+def evaluation_ids() -> list[str]:
+    """Numbers of the KiTS19 cases that MLPerf evaluates on."""
+    return EVALUATION_CASES.read_text(encoding="utf-8").split()
 
 
 def build_state(config: RunConfig, spec: DatasetSpec, precision: Precision, world: World) -> TrainState:

@@ -41,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             make_open(options.work_dir / "data", result_dir, ruleset)
         common = ["--result_dir", str(result_dir), "--ruleset", ruleset]
         statuses.append(submission(["pack", *common]))
-        # Tiny volumes are learnt in four epochs: too fast for a score, which is as it must be.
-        statuses.append(submission(["score", *common]) != (0 if options.closed else 1))
+        statuses.append(submission(["score", *common]))
     return int(any(statuses))
 
 

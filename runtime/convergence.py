@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.arguments import RunConfig
 from runtime.rulesets import DEFAULT_RULESET, counts_samples
+from runtime.throughput import measured_samples_per_s
 from runtime.training import RULE_SAMPLES
 
 BENCHMARK = "unet3d"
@@ -52,11 +54,7 @@ class Reference:
 
 
 def find_reference(batch_size: int, ruleset: str = DEFAULT_RULESET) -> Reference | None:
-    """What MLPerf's checker holds a global batch size to; None where it has nothing for one as large.
-
-    Raises:
-        ImportError: mlperf-logging is without its checker.
-    """
+    """What MLPerf's checker holds a global batch size to; None where it has nothing for one as large."""
     # Here and not above: it imports scipy's statistics, which takes a second.
     from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
 
@@ -90,3 +88,9 @@ def expectation(batch_size: int, ruleset: str, samples_per_s: float | None) -> s
         hours = reference.mean_samples / samples_per_s / 3600
         told += f"; {hours:.2g} h of training at the {samples_per_s:.4g} samples/s of benchmark.json"
     return told
+
+
+def expected_length(config: RunConfig, ranks: int) -> str:
+    """`expectation` of a run, with the rate that `--benchmark` measured in its log folder, if it did."""
+    rate = measured_samples_per_s(config.log_dir)
+    return expectation(config.batch_size * ranks * config.ga_steps, config.ruleset, rate)

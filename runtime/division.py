@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
 from errors import UserError
 from runtime.arguments import PLACEHOLDER_ORG, RunConfig
 from runtime.training import RULE_SAMPLES, Schedule, make_schedule
@@ -136,3 +137,27 @@ def choose_division(asked: str, reasons: Sequence[Departure]) -> str:
     if asked == "closed" and reasons:
         raise UserError(f"--division closed, but: {'; '.join(map(str, reasons))}")
     return asked if asked != "auto" else "open" if reasons else "closed"
+
+
+def settle_division(
+    config: RunConfig, name: str, split: Mapping[str, Sequence[str]], evaluation_ids: Sequence[str],
+    schedule: Schedule, samples_per_epoch: int, is_resumed: bool, tells: bool,
+) -> tuple[str, list[str]]:  # fmt: skip
+    """The run's division and what makes it an open one; reads the data set's index, and no volume.
+
+    Args:
+        name, split: of the data set.
+        tells: prints the table of breaches, where `--division closed` cannot be.
+
+    Raises:
+        UserError: `--division closed`, but the rules are broken.
+    """
+    cases = [case for subset in split.values() for case in subset]
+    known = "" if config.loader == "synthetic" else recorded_fingerprint(config.data_dir, cases)
+    _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
+    found = departures(config, Data(name, split, known), evaluation_ids, fingerprint, schedule, samples_per_epoch)
+    found += [Departure("the run", "was resumed", "")] if is_resumed else []
+    breaches = [*found, *closed_breaches(config)] if config.division == "closed" else found
+    if config.division == "closed" and breaches and tells:
+        print(format_breaches(breaches), flush=True)
+    return choose_division(config.division, breaches), list(map(str, found))

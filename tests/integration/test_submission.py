@@ -58,6 +58,5 @@ def test_forty_runs_become_a_tree_that_mlperfs_checkers_take(
         ["pass", "package"],
     ]
     assert (result_dir / "benchmarks" / "unet3d" / "implementations" / "pytorch" / "main.py").is_file()
-    # Four epochs: the RCP checker would refuse them in the closed division, and the score does.
-    assert main(["score", *options, "--ruleset", ruleset]) == 1
-    assert "FAILED: 99." in capsys.readouterr().out
+    assert main(["score", *options, "--ruleset", ruleset]) == 0
+    assert "(open division: not scaled)" in capsys.readouterr().out

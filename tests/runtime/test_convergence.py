@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from runtime.convergence import expectation, find_reference
+from runtime.arguments import RunConfig
+from runtime.convergence import expectation, expected_length, find_reference
 from runtime.rulesets import RULESETS, counts_samples, epoch_unit
 
 
@@ -67,6 +72,21 @@ def test_expectation_has_samples_and_where_measured_hours() -> None:
     line = "to converge: 345,167 samples on average, 318,186 the least accepted (RCP of batch 28, ruleset 4.0.0)"
     assert expectation(28, "4.0.0", None) == line
     assert expectation(28, "4.0.0", 20.0) == f"{line}; 4.8 h of training at the 20 samples/s of benchmark.json"
+
+
+def test_the_rate_is_the_newest_measured_in_the_log_folder(
+    tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config(log_dir=tmp_path, batch_size=7, ga_steps=2)
+    line = expected_length(config, ranks=4)
+    assert line.startswith("to converge: 357,404 samples")
+    for number, (name, content) in enumerate([("benchmark.json", '{"samples_per_s": 10}'), ("benchmark.1.json", "{")]):
+        (tmp_path / name).write_text(content)
+        os.utime(tmp_path / name, (100 - number, 100 - number))
+    assert expected_length(config, 4) == f"{line}; 9.9 h of training at the 10 samples/s of benchmark.json"
+    for damaged in ("{", "[]", '{"samples_per_s": "fast"}', '{"samples_per_s": 0}'):
+        (tmp_path / "benchmark.json").write_text(damaged)
+        assert expected_length(config, 4) == line
 
 
 def test_the_unit_changes_with_ruleset_3_1() -> None:

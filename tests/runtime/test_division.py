@@ -12,7 +12,15 @@ import pytest
 from errors import UserError
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.convergence import find_reference
-from runtime.division import Data, Departure, choose_division, closed_breaches, departures, format_breaches
+from runtime.division import (
+    Data,
+    Departure,
+    choose_division,
+    closed_breaches,
+    departures,
+    format_breaches,
+    settle_division,
+)
 from runtime.training import Schedule, make_schedule
 
 MakeConfig = Callable[..., RunConfig]
@@ -198,6 +206,30 @@ def test_the_division_follows_from_the_reasons(asked: str, reasons: list[Departu
 def test_closed_with_a_departure_is_refused_with_every_reason() -> None:
     with pytest.raises(UserError, match=r"^--division closed, but: train cases 1, not 168; --overlap 0\.25, not 0\.5$"):
         choose_division("closed", [Departure("train cases", "1", "168"), OVERLAP])
+
+
+def test_settling_tells_all_breaches_in_one_table(
+    tmp_path: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is at --data_dir but the names of its cases: what is not recorded is a breach, and nothing is read."""
+
+    def settle(asked: str, tells: bool = True) -> tuple[str, list[str]]:
+        config = make_config(data_dir=tmp_path, division=asked, overlap=0.25)
+        return settle_division(config, "kits19", SPLIT, IDS, SCHEDULE, 168, True, tells)
+
+    unknown = "the files' MD5s not recorded, not MLPerf's; preprocess_dataset.py records them"
+    reasons = [unknown, "--overlap 0.25, not 0.5", "the run was resumed"]
+    assert settle("auto") == settle("open") == ("open", reasons)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="--submission_org a placeholder, not who submits"):
+        settle("closed")
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table] == [
+        "what", "the files' MD5s", "--overlap", "the run", "--submission_org",
+    ]  # fmt: skip
+    with pytest.raises(UserError):
+        settle("closed", tells=False)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

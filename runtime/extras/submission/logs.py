@@ -199,7 +199,10 @@ def _last_epoch(log: Log) -> int:
 def _examine_blocks(log: Log) -> Iterator[tuple[int, str]]:
     """Epochs from 1 on without a gap, scores where they belong, an end that fits the last one."""
     body = [record for record in log.records if record.key in AFTER]
-    samples, epoch, before = int(log.values["samples_per_epoch"]), 0, "block_stop"
+    samples, unit, epoch, before = int(log.values["samples_per_epoch"]), 0, 0, "block_stop"
+    if not any(record.key == "epoch_start" for record in body):
+        yield log.records[-1].line, "the run ended before its first epoch"
+        return
     for record in body:
         if record.key not in AFTER[before]:
             yield record.line, f"{record.key} after {before}: lines are missing or were added"
@@ -211,8 +214,9 @@ def _examine_blocks(log: Log) -> Iterator[tuple[int, str]]:
             if told != epoch:
                 yield record.line, f"epoch {told}, where epoch {epoch} belongs: a part of the run is missing"
                 return
-            if count not in (epoch, epoch * samples):
-                yield record.line, f"epoch_num {count} is neither epoch {epoch} nor its {epoch * samples} samples"
+            unit = unit or (samples if count == samples else 1)
+            if count != epoch * unit:
+                yield record.line, f"epoch_num {count}, where {epoch * unit} belongs"
                 return
         if record.key == "eval_accuracy":
             if type(record.value) not in (int, float):

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"not packed: refused by MLPerf's checker of {', '.join(refused)}", flush=True)
             return 1
         _move(tree, options.result_dir, [Path("systems") / f"{system}.json", implementation(options.implementation)])
-    _tell(options.result_dir, own, series, logs, description)
+    _tell(options.result_dir, own, series, logs, description, given)
     return 0
 
 
@@ -133,7 +133,10 @@ def _move(tree: Path, result_dir: Path, parts: Sequence[Path]) -> None:
         raise UserError(f"--result_dir {result_dir}: cannot be written: {error.strerror or error}") from None
 
 
-def _tell(result_dir: Path, own: Path, series: Series, logs: Sequence[Log], description: Mapping[str, Any]) -> None:
+def _tell(
+    result_dir: Path, own: Path, series: Series, logs: Sequence[Log], description: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:  # fmt: skip
     """What was packed, what a reviewer would ask, and what is still to be filled in."""
     uncleared = sum(not log.values["cache_clear"] for log in logs)
     notes = [f"the page cache was not cleared before {uncleared} of {len(logs)} runs; the rules ask for it"] * bool(
@@ -149,8 +152,9 @@ def _tell(result_dir: Path, own: Path, series: Series, logs: Sequence[Log], desc
         print(f"warning: {note}")
     if empty := gaps(description):
         template = own / TEMPLATE
+        form = dict.fromkeys(empty, "") | dict(given)  # what a person has filled in there stays
         with replacing(template) as temporary:
-            temporary.write_text(json.dumps(dict.fromkeys(empty, ""), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
         print("only a person knows:\n" + "\n".join(f"      {key}" for key in empty))
         print(f"packed, but for these {len(empty)}: fill in {template} and pack again with --system_description "
               f"{shlex.quote(str(template))}", flush=True)  # fmt: skip

@@ -53,8 +53,11 @@ class Score:
         return self.mean_ms * (self.scaling or math.nan)
 
 
-def compute(runs: Sequence[Timed], reference: Reference | None) -> Score:
-    """The score of a result's runs, without scaling where there is no reference.
+def compute(runs: Sequence[Timed], reference: Reference | None, is_closed: bool = True) -> Score:
+    """The score of a result's runs; the open division is held to no reference, and its times count as they are.
+
+    Args:
+        reference: None where there is none for the batch size: no result of the closed division.
 
     Raises:
         UserError: more runs did not converge than may be dropped, or none is left.
@@ -67,7 +70,7 @@ def compute(runs: Sequence[Timed], reference: Reference | None) -> Score:
     lengths = sorted(math.inf if run.converged_at is None else run.converged_at for run in runs)[DROPPED:-DROPPED]
     times = [run.clock_ms for run in kept]
     mean = sum(lengths) / len(lengths)
-    scaling = reference.scaling(mean) if reference else 1.0
+    scaling = (reference.scaling(mean) if reference else None) if is_closed else 1.0
     return Score(sum(times) / len(times), statistics.stdev(times), mean, scaling, tuple(run.name for run in kept))
 
 
@@ -89,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         print_problems(problems)
         return 1
     reference = reference_of(logs, options.ruleset)
-    found = compute(timed(logs), reference)
+    found = compute(timed(logs), reference, logs[0].is_closed)
     print("\n".join([*run_table(logs, found), "", *summary(logs, found, reference), "", *standing(logs, found)]))
     picture = options.picture or runs_folder(options.result_dir, folder.parent.name) / "convergence.png"
     try:
@@ -130,15 +133,18 @@ def summary(logs: Sequence[Log], found: Score, reference: Reference | None) -> l
     counted = len(found.kept)
     lines = [f"mean of {counted} runs: {found.mean_ms:,.3f} ms, deviation {found.deviation_ms:,.0f} ms "
              f"({found.deviation_ms / max(found.mean_ms, 1):.1%})"]  # fmt: skip
-    if reference is None:
-        return [*lines, f"no RCP for a batch as large as {logs[0].values['global_batch_size']}: submit one first"]
-    lines.append(f"convergence: {found.converged_mean:,.1f} {reference.unit}; {reference.how}, ruleset "
-                 f"{reference.ruleset}: mean {reference.mean:,.1f}, least accepted {reference.least:,.1f}")  # fmt: skip
+    batch, is_closed = logs[0].values["global_batch_size"], logs[0].is_closed
+    if reference:
+        theirs = f"{reference.how}, ruleset {reference.ruleset}: mean {reference.mean:,.1f}"
+        theirs += f", least accepted {reference.least:,.1f}"
+        lines.append(f"convergence: {found.converged_mean:,.1f} {reference.unit}; {theirs}")
     if found.scaling is None:
+        if reference is None:
+            return [*lines, f"FAILED: there is no RCP for a batch as large as {batch}: submit one first"]
         shorter = 1 - found.converged_mean / reference.least
         return [*lines, f"FAILED: {shorter:.1%} fewer than the least accepted: no result of the closed division"]
-    return [*lines, f"score: {found.result_ms:,.3f} ms = {found.result_ms / 60_000:.4f} minutes "
-            f"(scaled by {found.scaling:.5f})"]  # fmt: skip
+    how = f"scaled by {found.scaling:.5f}" if is_closed else "open division: not scaled"
+    return [*lines, f"score: {found.result_ms:,.3f} ms = {found.result_ms / 60_000:.4f} minutes ({how})"]
 
 
 def standing(logs: Sequence[Log], found: Score) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from errors import UserError
 from runtime.extras.submission.inspection import compare, digest_of, inspect, read_results, results_folder
-from runtime.extras.submission.logs import Problem, read_log
+from runtime.extras.submission.logs import AFTER, Problem, read_log
 from tests.runtime.extras.submission.conftest import WriteRun, edit, set_value
 
 
@@ -125,7 +125,7 @@ def test_a_foreign_log(result_dir: Path) -> None:
     [
         ("run_stop", lambda line: line.replace('"time_ms": 17', '"time_ms": 16'), "before the line above it"),
         ("eval_start", lambda line: line.replace('"epoch": 2', '"epoch": 1'), "epoch 1, where epoch 2 belongs"),
-        ("epoch_stop", lambda line: line.replace('"epoch_num": 168', '"epoch_num": 84'), "neither epoch 1 nor its 168"),
+        ("epoch_stop", lambda line: line.replace('"epoch_num": 168', '"epoch_num": 84'), "84, where 168 belongs"),
         ("eval_accuracy", set_value('"0.91"'), "mean Dice is '0.91'"),
         ("seed", set_value("null"), "seed is None"),
         ("seed", lambda line: f"{line}\n{line}", "seed stands where submission_benchmark belongs"),
@@ -133,6 +133,7 @@ def test_a_foreign_log(result_dir: Path) -> None:
         ("block_stop", lambda line: "", "no line of an MLPerf log"),
         ("eval_start", lambda line: line.replace("eval_start", "eval_begin"), "lines are missing or were added"),
         ("run_stop", lambda line: line.replace("success", "won"), "the status 'won'"),
+        ("eval_start", lambda line: line.replace('"epoch_num": 336', '"epoch_num": 2'), "2, where 336 belongs"),
     ],
 )  # fmt: skip
 def test_a_doctored_log(key: str, change: Callable[[str], str], said: str, result_dir: Path) -> None:
@@ -208,6 +209,13 @@ def test_a_closed_runs_evaluations_come_when_the_rules_say(write_open: WriteRun,
     edit(path, "submission_division", set_value('"closed"'))
     found = [problem.what for problem in inspect([read_log(path)], "4.0.0")]
     assert "an evaluation after epoch 2; the rule: from 1000 on every 20" in found
+
+
+def test_a_run_without_an_epoch_is_none(result_dir: Path) -> None:
+    path = result(result_dir, 0)
+    kept = [line for line in path.read_text().splitlines() if not any(f'"{key}"' in line for key in AFTER)]
+    path.write_text("\n".join(kept).replace("success", "aborted"))
+    assert told(result_dir) == [f"result_0.txt:{len(kept)}: the run ended before its first epoch"]
 
 
 def test_which_results_are_meant(result_dir: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from errors import UserError
 from runtime.convergence import Reference, find_reference
 from runtime.extras.submission import score
+from runtime.extras.submission.logs import Log
 from runtime.extras.submission.marks import MARKS
 from runtime.extras.submission.score import Timed, compute
 from tests.runtime.extras.submission.conftest import WriteRun, edit, set_value
@@ -43,7 +44,7 @@ def test_the_score_is_the_hand_computed_one() -> None:
 
 
 def test_the_order_of_the_runs_is_nothing_to_it() -> None:
-    assert compute(runs()[::-1], None).mean_ms == 1_500_000.5
+    assert compute(runs()[::-1], None, False).mean_ms == 1_500_000.5
 
 
 def test_time_and_convergence_are_dropped_each_by_itself() -> None:
@@ -56,11 +57,18 @@ def test_runs_that_did_not_converge_take_the_places_of_the_slowest() -> None:
     """Two that did not: they go with the two slowest that did, however short they were."""
     times, samples = list(TIMES_MS), list(SAMPLES)
     times[38] = times[39] = 5
-    found = compute(runs(times, [*samples[:38], None, None]), None)
+    found = compute(runs(times, [*samples[:38], None, None]), None, False)
     assert found.mean_ms == 1_500_000.5
     assert found.converged_mean == 355_845
     with pytest.raises(UserError, match="5 of 40 runs did not converge"):
         compute(runs(times, [*samples[:35], *[None] * 5]), None)
+
+
+def test_an_open_result_is_not_scaled_and_a_closed_one_needs_a_reference() -> None:
+    reference = find_reference(56)
+    assert compute(runs(), reference, is_closed=False).result_ms == 1_500_000.5
+    assert compute(runs(samples=[1.0] * 40), reference, is_closed=False).scaling == 1
+    assert compute(runs(), None).scaling is None
 
 
 @pytest.mark.parametrize(
@@ -76,12 +84,19 @@ def options(result_dir: Path, picture: Path | None = None) -> argparse.Namespace
     return argparse.Namespace(result_dir=result_dir, system=None, ruleset="4.0.0", picture=picture)
 
 
+def call_it_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed runs take a thousand epochs before their first evaluation: these are short, and called so."""
+    monkeypatch.setattr(Log, "is_closed", True)
+    monkeypatch.setattr(score, "inspect", lambda logs, ruleset: [])
+
+
 def test_the_command_prints_runs_score_and_place(
     result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs took 60,000 + 7 n ms; batch 28; they converged in 4 or 6 epochs, held to a reference of 4.5 and 4."""
     near = Reference(28, "4.0.0", "RCP of batch 28", 168 * 5.5, 168 * 4.0, (168 * 4.0, 168 * 7.0))
     monkeypatch.setattr(score, "find_reference", lambda batch, ruleset: near)
+    call_it_closed(monkeypatch)
     picture = tmp_path / "deep" / "picture.png"
     assert score.run(options(result_dir, picture)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -101,13 +116,19 @@ def test_the_command_prints_runs_score_and_place(
     assert picture.stat().st_size > 5_000
 
 
-def test_too_fast_a_convergence_is_no_result(
-    result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_too_fast_a_convergence_is_no_closed_result(
+    result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert score.run(options(result_dir, tmp_path / "picture.png")) == 0
+    assert "score: 60,136.500 ms = 1.0023 minutes (open division: not scaled)" in capsys.readouterr().out
+    call_it_closed(monkeypatch)
     assert score.run(options(result_dir, tmp_path / "picture.png")) == 1
     out = capsys.readouterr().out
     assert "FAILED: 99.7% fewer than the least accepted" in out
     assert "score:" not in out
+    monkeypatch.setattr(score, "find_reference", lambda batch, ruleset: None)
+    assert score.run(options(result_dir, tmp_path / "picture.png")) == 1
+    assert "FAILED: there is no RCP for a batch as large as 28" in capsys.readouterr().out
 
 
 def test_nothing_is_scored_where_a_run_is_wrong(result_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,5 +149,5 @@ def test_published_marks_are_those_of_the_rounds() -> None:
 def test_rates_are_those_of_the_log(write_open: WriteRun, result_dir: Path) -> None:
     """Of the made-up log an epoch of 168 samples takes a millisecond, an evaluation two."""
     logs, _ = score.read_results(score.results_folder(result_dir, None))
-    own = score.standing(logs, compute(score.timed(logs), None))[1].split()
+    own = score.standing(logs, compute(score.timed(logs), None, False))[1].split()
     assert own[-4:-2] == ["1.68e+05", "0.002"]
