@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
-import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from errors import DIVERGED_EXIT, USER_ERROR_EXIT, Interrupted, UserError, warn
+from errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError, warn
 from files import replacing
 from runtime.arguments import PLACEHOLDER_ORG, RunConfig, parse_arguments
-from runtime.environment import commit, platform_name
+from runtime.environment import commit, cpu_name
 from runtime.extras.submission.inspection import digest_of, runs_folder
+from runtime.extras.submission.launching import clear_caches, launch_run, launcher
 from runtime.extras.submission.logs import BENCHMARK, Log, read_log
 from runtime.extras.submission.record import INCIDENTAL, Broken, Done, Series, load_series
+from runtime.extras.submission.system import nvidia
 
-PROJECT = Path(__file__).resolve().parents[3]
 # What the series gives each run itself, or what makes one no run from scratch.
 OWN_FLAGS = ("log_dir", "seed", "save_ckpt_path", "load_ckpt_path", "resume", "exec_mode", "benchmark")
-CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 # A run that was broken off is done again; one that breaks off again has a cause that a person must find.
 ATTEMPTS = 2
 
@@ -42,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     config = check_arguments(options.arguments)
     launch = launcher(options.launch, options.nproc_per_node)
     system = options.system or default_system(options)
+    if not re.fullmatch(r"\w[\w.+-]*", system):
+        raise UserError(f"--system {system!r} becomes a folder's name: use letters, digits and . _ + -")
     folder = runs_folder(options.result_dir, system)
     results = options.result_dir / "results" / system / BENCHMARK
     try:
@@ -49,22 +46,45 @@ def run(options: argparse.Namespace) -> int:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--result_dir {options.result_dir}: cannot be written: {error.strerror}") from None
-    configuration = configuration_of(config, launch)
+    with _alone(folder):
+        series = begin(folder, system, options.arguments, launch, configuration_of(config, launch))
+        if series.runs:
+            print(f"{len(series.runs)} of {options.runs} runs are done, in {folder}", flush=True)
+        began, before = time.monotonic(), len(series.runs)
+        while len(series.runs) < options.runs:
+            done = _make_run(series, folder, options.clear_caches, options.runs)
+            _put_in_place(folder / done.folder, results / f"result_{len(series.runs)}.txt")
+            series.runs.append(done)
+            series.save(folder)
+            seconds_a_run = (time.monotonic() - began) / (len(series.runs) - before)
+            print(_progress(series, options.runs, seconds_a_run), flush=True)
+        _mend_places(series, folder, results)
+    return 0
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two series in one folder would take each other's runs for broken ones; a full disk is told in one line."""
+    try:
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another `submission run` is at work there") from None
+            yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def begin(
+    folder: Path, system: str, arguments: Sequence[str], launch: list[str], configuration: dict[str, Any]
+) -> Series:
+    """The folder's series, or a new one. Raises UserError where it was begun with another configuration."""
     series = load_series(folder)
     if series is None:
-        series = Series(system, list(options.arguments), launch, json.loads(json.dumps(configuration)))
+        series = Series(system, list(arguments), launch, json.loads(json.dumps(configuration)))
     series.check_same(configuration)
-    if series.runs:
-        print(f"{len(series.runs)} of {options.runs} runs are done, in {folder}", flush=True)
-    began, before = time.monotonic(), len(series.runs)
-    while len(series.runs) < options.runs:
-        done = _make_run(series, folder, options.clear_caches, options.runs)
-        _put_in_place(folder / done.folder, results / f"result_{len(series.runs)}.txt")
-        series.runs.append(done)
-        series.save(folder)
-        print(_progress(series, options.runs, (time.monotonic() - began) / (len(series.runs) - before)), flush=True)
-    _mend_places(series, folder, results)
-    return 0
+    return series
 
 
 def check_arguments(arguments: Sequence[str]) -> RunConfig:
@@ -77,29 +97,13 @@ def check_arguments(arguments: Sequence[str]) -> RunConfig:
     return config
 
 
-def launcher(prefix: str | None, processes: int) -> list[str]:
-    """What stands before main.py: python, torchrun for more processes than one, or what `--launch` says."""
-    if prefix is not None:
-        if processes > 1:
-            raise UserError("--launch says itself how many processes there are; drop --nproc_per_node")
-        try:
-            words = shlex.split(prefix)
-        except ValueError as error:
-            raise UserError(f"--launch {prefix!r}: {error}") from None
-        if not words:
-            raise UserError("--launch is empty")
-        return words
-    if processes > 1:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable]
-
-
 def default_system(options: argparse.Namespace) -> str:
     """The system's name from its devices, such as 8xNVIDIA_H200. Raises UserError where only a person knows."""
     if options.launch is not None:
         raise UserError("--launch needs --system, the name of what it launches on, such as 4xDGX-H200")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return re.sub(r"[^\w.-]+", "_", platform_name(device, options.nproc_per_node)).strip("_.")
+    # Not by torch: it would keep a piece of the GPU's memory as long as the series lasts.
+    name = f"{options.nproc_per_node}x{nvidia('name') or cpu_name()}"
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.")
 
 
 def configuration_of(config: RunConfig, launch: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Do
         _set_aside(series, folder, name, "the series was ended in it")
     for _ in range(ATTEMPTS):
         print(f"run {len(series.runs) + 1} of {total}: {folder / name / 'console.txt'}", flush=True)
-        status = _launch(series, folder / name, _clear_caches(clear))
+        status = launch_run(series.launch, series.arguments, folder / name, clear_caches(clear))
         log = _read(folder / name / "unet3d.log")
         why = _why_broken(status, log, series.seeds)
         if why is None and log is not None:
@@ -130,64 +134,6 @@ def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Do
         warn(f"{name} {why}; see {aside / 'console.txt'}")
     raise UserError(f"{name} was broken off {ATTEMPTS} times, the last one: {series.broken[-1].why}; "
                     "mend the cause and start the series again: it goes on from here")  # fmt: skip
-
-
-def _launch(series: Series, log_dir: Path, were_cleared: bool) -> int:
-    """Runs main.py to its end, its console in a file; a signal to this program ends it first.
-
-    Raises:
-        UserError: the launcher cannot be started.
-        Interrupted: this program was asked to leave.
-    """
-    log_dir.mkdir()
-    command = [*series.launch, "main.py", *series.arguments, "--log_dir", str(log_dir), "--seed", "-1"]
-    environment = {**os.environ, CLEARED_VARIABLE: str(int(were_cleared))}
-    with (log_dir / "console.txt").open("wb") as console:
-        try:
-            process = subprocess.Popen(
-                command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(f"{command[0]}: cannot be started: {error.strerror}") from None
-        with _passing_on(process) as told:
-            status = process.wait()
-    if told:
-        raise Interrupted(told[0])
-    return status
-
-
-class _passing_on:  # noqa: N801 - used like a function
-    """SIGTERM and Ctrl-C go to the run alone, which ends in its own time."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-        self._told: list[int] = []
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> list[int]:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on)
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on(self, number: int, frame: FrameType | None) -> None:
-        self._told.append(number)
-        with suppress(OSError):  # it has just ended
-            os.killpg(self._process.pid, signal.SIGTERM if len(self._told) < 2 else signal.SIGKILL)
-
-
-def _clear_caches(command: str | None) -> bool:
-    """Whether the command cleared the page cache; told where it was asked to and could not."""
-    if command is None:
-        return False
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        warn(f"the page cache could not be cleared ({done.stderr.strip()[-200:] or done.returncode}); the log says so")
-    return done.returncode == 0
 
 
 def _read(path: Path) -> Log | None:

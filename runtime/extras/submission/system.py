@@ -72,7 +72,7 @@ def describe_system(
         told["accelerators_per_node"] = "0"
     else:
         told |= _accelerators(str(environment.get("device", "")), environment, nodes)
-        if driver := _nvidia("driver_version"):
+        if driver := nvidia("driver_version"):
             told["other_software_stack"]["driver"] = driver
     return told | dict(given)
 
@@ -131,9 +131,9 @@ def _accelerators(device: str, environment: Mapping[str, Any], nodes: str) -> Te
     if torch.cuda.is_available() and torch.cuda.get_device_name(0) == device:
         size = torch.cuda.get_device_properties(0).total_memory
         told["accelerator_memory_capacity"] = f"{size / 2**30:.0f} GiB"
-        if frequency := _nvidia("clocks.max.sm"):
+        if frequency := nvidia("clocks.max.sm"):
             told["accelerator_frequency"] = frequency
-        generation, width = _nvidia("pcie.link.gen.max"), _nvidia("pcie.link.width.max")
+        generation, width = nvidia("pcie.link.gen.max"), nvidia("pcie.link.width.max")
         if generation and width:
             told["accelerator_host_interconnect"] = f"PCIe Gen{generation} x{width}"
         if ranks == 1:
@@ -143,7 +143,7 @@ def _accelerators(device: str, environment: Mapping[str, Any], nodes: str) -> Te
     return told
 
 
-def _nvidia(what: str) -> str:
+def nvidia(what: str) -> str:
     """What nvidia-smi says of the first GPU, "" where it says nothing."""
     lines = _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]).splitlines()
     return lines[0].strip() if lines and "[" not in lines[0] else ""

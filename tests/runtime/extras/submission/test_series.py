@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from errors import UserError
+from runtime.extras.submission import series
 from runtime.extras.submission.__main__ import main
+from runtime.extras.submission.launching import launcher
 from runtime.extras.submission.logs import read_log
 from runtime.extras.submission.record import load_series
-from runtime.extras.submission.series import launcher
 from tests.runtime.extras.submission.conftest import OPEN, ORG, Bench, WriteRun
 
 
@@ -50,12 +52,12 @@ def test_a_broken_run_is_made_again_from_scratch_with_another_seed(
 ) -> None:
     assert bench.start("--runs", "2", orders=[{"seed": 8}, {"seed": 9, "exit": 137}, {}]) == 0
     assert 9 not in bench.seeds()
-    series = load_series(bench.runs)
-    assert series
-    (broken,) = series.broken
+    found = load_series(bench.runs)
+    assert found
+    (broken,) = found.broken
     assert (broken.folder, broken.seed, broken.why) == ("run_1.broken_1", 9, "ended with the exit status 137")
     assert (bench.runs / "run_1.broken_1" / "console.txt").read_text() == "something has happened\n"
-    assert series.seeds == {9, *bench.seeds()}
+    assert found.seeds == {9, *bench.seeds()}
     assert "run_1 ended with the exit status 137" in capsys.readouterr().err
 
 
@@ -72,10 +74,10 @@ def test_a_run_that_diverged_counts_and_is_not_made_again(bench: Bench, write_op
     """Else a series could drop the runs that it does not like."""
     bench.template = write_open(tmp_path / "aborted.log", seed=4711, converges=False)
     assert bench.start("--runs", "1", orders=[{"exit": 3, "lines": 1000}]) == 0
-    series = load_series(bench.runs)
-    assert series
-    assert [run.status for run in series.runs] == ["aborted"]
-    assert series.broken == []
+    found = load_series(bench.runs)
+    assert found
+    assert [run.status for run in found.runs] == ["aborted"]
+    assert found.broken == []
 
 
 def test_no_seed_comes_twice(bench: Bench) -> None:
@@ -101,9 +103,9 @@ def test_a_series_that_was_ended_in_a_run_makes_it_again(bench: Bench) -> None:
     (bench.runs / "run_1").mkdir()
     (bench.runs / "run_1" / "unet3d.log").write_text((bench.runs / "run_0" / "unet3d.log").read_text())
     assert bench.start("--runs", "2") == 0
-    series = load_series(bench.runs)
-    assert series
-    assert [broken.why for broken in series.broken] == ["the series was ended in it"]
+    found = load_series(bench.runs)
+    assert found
+    assert [broken.why for broken in found.broken] == ["the series was ended in it"]
 
 
 def test_a_signal_ends_the_run_and_then_the_series(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,9 +114,9 @@ def test_a_signal_ends_the_run_and_then_the_series(bench: Bench, capsys: pytest.
     assert "start it again" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     assert bench.start("--runs", "1") == 0
-    series = load_series(bench.runs)
-    assert series
-    assert len(series.broken) == 1
+    found = load_series(bench.runs)
+    assert found
+    assert len(found.broken) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,30 @@ def test_a_launcher_that_is_not_there(tmp_path: Path) -> None:
         main(["run", "--result_dir", str(tmp_path / ORG), "--launch", "srun", "--", *OPEN])
 
 
+def test_the_system_is_named_by_its_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(launch=None, nproc_per_node=8)
+    monkeypatch.setattr(series, "nvidia", lambda what: "NVIDIA H200 (SXM)")
+    assert series.default_system(options) == "8xNVIDIA_H200_SXM"
+    monkeypatch.setattr(series, "nvidia", lambda what: "")
+    monkeypatch.setattr(series, "cpu_name", lambda: "../AMD EPYC 9")
+    assert series.default_system(options) == "8x.._AMD_EPYC_9"
+
+
+def test_two_series_in_one_folder_keep_out_of_each_others_way(bench: Bench) -> None:
+    bench.runs.mkdir(parents=True)
+    with series._alone(bench.runs), pytest.raises(UserError, match="another `submission run` is at work there"):
+        bench.start("--runs", "1")
+
+
+def test_a_disk_that_is_full_is_told_in_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "run_0")
+
+    monkeypatch.setattr(series, "launch_run", full)
+    with pytest.raises(UserError, match="run_0: No space left on device"):
+        bench.start("--runs", "1")
+
+
 def test_a_damaged_record_is_refused(bench: Bench) -> None:
     bench.start("--runs", "1")
     for content in ("{", "[]", json.dumps({"format": 1, "runs": []})):
@@ -200,6 +226,7 @@ def test_the_command_line_is_told_in_one_line(tmp_path: Path) -> None:
         (["sell"], "invalid choice"),
         (["score", "--result_dir", str(tmp_path)], "no results/SYSTEM/unet3d"),
         (["run", "--result_dir", "x", "--runs", "41"], "outside 1 to 40"),
+        (["run", "--result_dir", "x", "--system", "../x", "--", *OPEN], "becomes a folder's name"),
     ]
     for arguments, told in mistakes:
         with pytest.raises(UserError, match=told):
