@@ -1,7 +1,7 @@
 """A submission from its runs to its score, tried as a whole: what takes 40 runs a day of GPUs, in minutes on a CPU.
 
-    python3 -m benchmarks.acceptance --work_dir WORK            # 40 real runs on tiny volumes, open division: 8 minutes
-    python3 -m benchmarks.acceptance --work_dir WORK --closed   # 40 logs of closed runs never made: 3 minutes
+    python3 -m benchmarks.acceptance --work_dir WORK            # 2 x 40 real runs on tiny volumes, open division
+    python3 -m benchmarks.acceptance --work_dir WORK --closed   # 2 x 40 logs of closed runs never made
 
 Either is packed and checked by MLPerf's four checkers at rulesets 3.0.0 and 4.0.0. Runs on tiny volumes are open by
 nature; to what the closed division asks beyond, RCP and seeds, only made-up logs of full length can be held.

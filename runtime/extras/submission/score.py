@@ -159,7 +159,7 @@ def standing(logs: Sequence[Log], found: Score) -> list[str]:
     evaluations = sum(len(log.evaluations) for log in logs)
     evaluation_s = sum(log.seconds_in("eval") for log in logs) / max(evaluations, 1)
     minutes = None if found.scaling is None else found.result_ms / 60_000
-    own = f"this result, {logs[0].values['submission_platform']}"
+    own = f"this {logs[0].values['submission_division']} result, {logs[0].values['submission_platform']}"
     rows: list[tuple[str, int, float | None, float | None, float | None]] = [
         (own, devices, rate, evaluation_s, minutes)
     ]

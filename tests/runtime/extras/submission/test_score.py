@@ -110,7 +110,7 @@ def test_the_command_prints_runs_score_and_place(
     assert "mean of 32 runs: 60,136.500 ms, deviation 66 ms (0.1%)" in lines
     assert "score: 66,150.150 ms = 1.1025 minutes (scaled by 1.10000)" in lines
     assert any("mean 924.0, least accepted 672.0" in line for line in lines)
-    (own,) = [line for line in lines if line.startswith("this result, 1xABACUS")]
+    (own,) = [line for line in lines if line.startswith("this open result, 1xABACUS")]
     assert own.split()[-2:] == ["1.103", "1.103"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 5_000
