@@ -68,7 +68,9 @@ def read_results(folder: Path) -> tuple[list[Log], list[Problem]]:
     if missing:
         names = ", ".join(f"result_{number}.txt" for number in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        problems.append(Problem(folder, 0, f"{len(numbered)} runs, not {RUNS}: {names}{more} missing"))
+        problems.append(
+            Problem(folder, 0, f"{len(numbered)} run{'s' * (len(numbered) != 1)}, not {RUNS}: {names}{more} missing")
+        )
     problems += [
         Problem(numbered[n], 0, f"one run too many: a result has {RUNS}") for n in sorted(numbered) if n >= RUNS
     ]
