@@ -171,6 +171,8 @@ def standing(logs: Sequence[Log], found: Score) -> list[str]:
         lines.append(
             f"{who:{width}}  {_plain(speed):>18}  {_plain(seconds):>12}  {_plain(time):>10}  {_plain(cost):>14}"
         )
+    if not logs[0].is_closed:
+        lines.append("the marks are of the closed division: an open result may be of other work, and not comparable")
     return lines
 
 

@@ -151,3 +151,4 @@ def test_rates_are_those_of_the_log(write_open: WriteRun, result_dir: Path) -> N
     logs, _ = score.read_results(score.results_folder(result_dir, None))
     own = score.standing(logs, compute(score.timed(logs), None, False))[1].split()
     assert own[-4:-2] == ["1.68e+05", "0.002"]
+    assert score.standing(logs, compute(score.timed(logs), None, False))[-1].endswith("and not comparable")
