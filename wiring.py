@@ -30,8 +30,9 @@ from runtime.callbacks import Announcer, Callback, Diverged, KeepBest, Leave, Ru
 from runtime.checkpoint import Checkpoint
 from runtime.checks import checkpoint_bytes
 from runtime.console import ConsoleTracker
+from runtime.convergence import expected_length
 from runtime.distributed import World
-from runtime.division import choose_division, departures
+from runtime.division import RESUMED, Departure, settle_division
 from runtime.environment import describe_environment, platform_name
 from runtime.evaluation import Plan, Scoring, evaluate
 from runtime.flags import parse_interval
@@ -95,10 +96,12 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     done = resume.is_done(loaded, schedule, config.quality_threshold) if loaded else ""
     if not done:
         schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
-    reasons = departures(config, spec.name, split, schedule, samples_per_epoch)
-    reasons += [f"{capped.count} pseudo-labelled training cases"] if capped.count else []
-    reasons += ["the run was resumed"] if loaded and config.resume else []
-    division = choose_division("auto" if done else config.division, reasons)
+    others = [Departure("training cases", f"with {capped.count} pseudo-labelled", "MLPerf's")] if capped.count else []
+    others += [RESUMED] if loaded and config.resume else []
+    asked = dataclasses.replace(config, division="auto") if done else config
+    division, reasons = settle_division(asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others,
+                                        world.is_main)  # fmt: skip
+    notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     return RunPlan(spec, split, data, loaded, done, schedule, samples_per_epoch, reasons, division, seeds, precision,
@@ -109,7 +112,12 @@ def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
     """The data set's constants and case ids; volumes stay closed until the clock runs."""
     if config.loader == "synthetic" and config.exec_mode == "train":
         return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
-    return peek(config.data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split())
+    return peek(config.data_dir, evaluation_ids())
+
+
+def evaluation_ids() -> list[str]:
+    """Numbers of the KiTS19 cases that MLPerf evaluates on."""
+    return EVALUATION_CASES.read_text(encoding="utf-8").split()
 
 
 def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:

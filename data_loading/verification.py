@@ -8,17 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_loading.dataset import INDEX_NAME, read_index
-from data_loading.integrity import fingerprint, keep_verified, md5_of, recorded_digests, stamp_of
+from data_loading.integrity import (
+    MLPERF_CASES,
+    MLPERF_FINGERPRINTS,
+    fingerprint,
+    keep_verified,
+    md5_of,
+    recorded_digests,
+    stamp_of,
+)
 from errors import UserError
-
-# SHA-256 over the lines "md5  name\n", sorted by name, of MLPerf's published digests of KiTS19: all 420 files, the
-# 210 images alone, the 210 labels alone.
-MLPERF_FINGERPRINTS = {
-    "whole set": ("xy", "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"),
-    "images": ("x", "8ffb9335306084bc961dc60e200c883483dcc74928ea2169cbae617bbc397934"),
-    "labels": ("y", "0d9b03e033b3914ceeb8d4662f6e5127785c7525a4dd9f327b58ed73f3e4402e"),
-}
-MLPERF_CASES = 210
 
 
 def verify(results_dir: Path, checksums: Path | None) -> int:

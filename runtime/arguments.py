@@ -78,6 +78,7 @@ class RunConfig:
     cudnn_benchmark: bool
     cudnn_deterministic: bool
     division: str
+    ruleset: str
     submission_org: str
     submission_platform: str | None
     submission_status: str

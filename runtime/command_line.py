@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from errors import UserError
 from plugins import Typed
-from runtime.flags import SEED_LIMIT, axes, interval, number
+from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number
+from runtime.rulesets import DEFAULT_RULESET, RULESETS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,7 +158,10 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         "--division", choices=("auto", "closed", "open"), default="auto",
         help="MLPerf division; auto: closed where nothing departs from its rules, else open, with the reasons logged",
     )  # fmt: skip
-    add("--submission_org", default="SUBMISSION_ORG_PLACEHOLDER", help="who submits")
+    add("--ruleset", choices=RULESETS, default=DEFAULT_RULESET,
+        help="MLPerf's rules that the log follows: epochs are in epochs up to 3.0.0, in samples from 3.1.0 on"
+    )  # fmt: skip
+    add("--submission_org", default=PLACEHOLDER_ORG, help="who submits")
     add("--submission_platform", help="on what (None: the devices' own name)")
     add("--submission_status", choices=("onprem", "cloud", "preview", "research"), default="onprem", help="MLPerf's")
 

@@ -23,21 +23,21 @@ def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "numpy": np.__version__,
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "ranks": ranks,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
 def platform_name(device: torch.device, ranks: int) -> str:
     """The default of `--submission_platform`, such as "8xNVIDIA H200"."""
-    return f"{ranks}x{torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()}"
+    return f"{ranks}x{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -47,7 +47,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The project's commit, with "+changes" where the tree differs; None outside a git checkout."""
     project = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(project), "describe", "--always", "--abbrev=40", "--dirty=+changes"]

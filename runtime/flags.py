@@ -8,6 +8,8 @@ from typing import Any
 
 # A master seed is below this.
 SEED_LIMIT = 2**31
+# Of `--submission_org`: no result has it.
+PLACEHOLDER_ORG = "SUBMISSION_ORG_PLACEHOLDER"
 
 
 def number(kind: type, low: float, high: float = float("inf"), below: bool = False) -> Any:

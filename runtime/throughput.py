@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,16 @@ class ThroughputTracker:
         for name, value in report.items():
             print(f"{name} {value if isinstance(value, str) else format(value, '.4g')}", flush=True)
         self._path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def measured_samples_per_s(log_dir: Path) -> float | None:
+    """What `--benchmark` measured last in this log folder; None where it has not."""
+    try:
+        newest = max(log_dir.glob("benchmark*.json"), key=lambda path: path.stat().st_mtime)
+        rate = float(json.loads(newest.read_text(encoding="utf-8"))["samples_per_s"])
+    except (OSError, ValueError, TypeError, KeyError):  # nothing there, or damaged: it is no more than a hint
+        return None
+    return rate if math.isfinite(rate) and rate > 0 else None
 
 
 def throughput(latencies_ms: Sequence[float], samples: Sequence[int], ranks: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 import plugins
 from errors import UserError
 from runtime import events as ev
+from runtime.rulesets import epoch_unit
 
 LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "rates.csv", "tensorboard")
 
@@ -58,15 +59,15 @@ class _Handler(logging.FileHandler):
 class MLPerfTracker:
     """`LOG_DIR/unet3d.log`: MLPerf's log, keys in the reference's order.
 
-    Epochs are logged in samples (`epoch_num` = epoch x samples an epoch), as the rules demand from ruleset 3.1.0 on
-    and the reference convergence points of 4.0.0 are given in; `epoch` beside it is the plain number.
+    From ruleset 3.1.0 on epochs are logged in samples (`epoch_num` = epoch x samples an epoch), the unit of these
+    rulesets' reference convergence points, up to 3.0.0 in epochs; `epoch` beside it is always the plain number.
     """
 
     def __init__(self, log_dir: Path) -> None:
         logger = logging.Logger("unet3d.mlperf")  # not getLogger: no handler of another run can hang on to it
         logger.addHandler(_Handler(log_dir / "unet3d.log", mode="x", encoding="utf-8"))
         self._log = MLLogger(logger, root_dir=re.escape(str(Path(__file__).resolve().parents[1])))
-        self._samples_per_epoch = 1
+        self._unit = 1
         self._handlers: dict[type[ev.Event], Callable[[Any], None]] = {
             ev.InitStarted: self._init_started,
             ev.InitStopped: self._init_stopped,
@@ -86,10 +87,10 @@ class MLPerfTracker:
             handler(event)
 
     def _epoch(self, epoch: int) -> dict[str, int]:
-        return {"epoch_num": epoch * self._samples_per_epoch, "epoch": epoch}
+        return {"epoch_num": epoch * self._unit, "epoch": epoch}
 
     def _first(self, epoch: int) -> dict[str, int]:
-        return {"first_epoch_num": epoch * self._samples_per_epoch}
+        return {"first_epoch_num": epoch * self._unit}
 
     def _init_started(self, event: ev.InitStarted) -> None:
         self._log.event("cache_clear", event.caches_were_cleared)
@@ -97,7 +98,7 @@ class MLPerfTracker:
 
     def _init_stopped(self, event: ev.InitStopped) -> None:
         config = event.config
-        self._samples_per_epoch = event.samples_per_epoch
+        unit = self._unit = epoch_unit(config.ruleset, event.samples_per_epoch)
         values = {
             "seed": event.seeds["master"],
             "submission_benchmark": "unet3d",
@@ -107,8 +108,8 @@ class MLPerfTracker:
             "submission_platform": event.platform,
             "opt_name": config.optimizer,
             "opt_base_learning_rate": config.learning_rate,
-            "opt_learning_rate_warmup_epochs": config.lr_warmup_epochs * event.samples_per_epoch,
-            "opt_learning_rate_decay_boundary_epochs": [e * event.samples_per_epoch for e in config.lr_decay_epochs],
+            "opt_learning_rate_warmup_epochs": config.lr_warmup_epochs * unit,
+            "opt_learning_rate_decay_boundary_epochs": [e * unit for e in config.lr_decay_epochs],
             "opt_learning_rate_decay_factor": config.lr_decay_factor,
             "opt_weight_decay": config.weight_decay,
             "opt_momentum": config.momentum,
@@ -130,7 +131,7 @@ class MLPerfTracker:
             self._log.event(key, getattr(event, key))
 
     def _block_started(self, event: ev.BlockStarted) -> None:
-        count = {"epoch_count": event.epochs * self._samples_per_epoch}
+        count = {"epoch_count": event.epochs * self._unit}
         self._log.start("block_start", metadata=self._first(event.first_epoch) | count)
 
     def _evaluation_stopped(self, event: ev.EvaluationStopped) -> None:

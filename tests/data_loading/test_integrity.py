@@ -17,7 +17,15 @@ import pytest
 
 from data_loading import integrity
 from data_loading.dataset import INDEX_NAME, CaseRecord, file_of, read_index, write_json
-from data_loading.integrity import VERIFIED_NAME, FileWatch, check_files, md5_of, split_digest, verify_changed
+from data_loading.integrity import (
+    VERIFIED_NAME,
+    FileWatch,
+    check_files,
+    md5_of,
+    recorded_fingerprint,
+    split_digest,
+    verify_changed,
+)
 from data_loading.preprocessing import Transform
 from data_loading.volume import Geometry
 from errors import UserError
@@ -351,3 +359,17 @@ def test_a_file_that_was_missing_is_no_change_until_it_comes(tmp_path: Path) -> 
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="a: changed while training"):
         watch.check()
+
+
+def test_the_fingerprint_is_of_the_recorded_md5s_and_of_all_of_them(folder: Path, tmp_path: Path) -> None:
+    """SHA-256 over the lines "md5  name", sorted by name; no volume is there to be read."""
+    lines = "".join(f"{md5_of(folder / name)}  {name}\n" for name in sorted(FILES))
+    for name in FILES:
+        (folder / name).unlink()
+    assert recorded_fingerprint(folder, CASES) == hashlib.sha256(lines.encode()).hexdigest()
+    assert recorded_fingerprint(folder, CASES[:1]) not in ("", recorded_fingerprint(folder, CASES))
+    assert recorded_fingerprint(folder, [*CASES, "d"]) == ""
+    assert recorded_fingerprint(folder, []) == ""
+    change_records(folder, lambda case, record: replace(record, digests={}) if case == "b" else record)
+    assert recorded_fingerprint(folder, CASES) == ""
+    assert recorded_fingerprint(tmp_path / "nowhere", CASES) == ""

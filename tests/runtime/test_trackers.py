@@ -179,6 +179,31 @@ def test_epochs_are_counted_in_samples_with_the_plain_number_beside(
     assert "departures" not in told["submission_division"][0]
 
 
+def test_up_to_ruleset_3_0_epochs_are_counted_in_epochs(
+    tmp_path: Path, make_config: MakeConfig, tensors: list[str]
+) -> None:
+    """In every line that has them; the rest of the log is the same."""
+    for ruleset in ("3.0.0", "3.1.0"):
+        (tmp_path / ruleset).mkdir()
+        config = make_config(ruleset=ruleset, lr_warmup_epochs=5, lr_decay_epochs=(10, 20))
+        tell(MLPerfTracker(tmp_path / ruleset), whole_run(config, tensors, {2: 0.5, 3: 0.91}))
+    in_epochs, in_samples = (read_log(tmp_path / ruleset / "unet3d.log") for ruleset in ("3.0.0", "3.1.0"))
+    assert value_of(in_epochs, "opt_learning_rate_warmup_epochs") == 5
+    assert value_of(in_epochs, "opt_learning_rate_decay_boundary_epochs") == [10, 20]
+    scaled = ("epoch_num", "first_epoch_num", "epoch_count")
+    counted = set()
+    for old, new in zip(in_epochs, in_samples, strict=True):
+        for name in scaled:
+            if name in old["metadata"]:
+                counted.add((old["key"], name))
+                assert new["metadata"][name] == 168 * old["metadata"][name]
+            assert (name in old["metadata"]) is (name in new["metadata"])
+        assert old["metadata"].get("epoch") == new["metadata"].get("epoch") == old["metadata"].get("epoch_num")
+    keys = [*EPOCH, *EVALUATION, "run_stop"]
+    blocks_ = [("block_start", "first_epoch_num"), ("block_start", "epoch_count"), ("block_stop", "first_epoch_num")]
+    assert counted == {*((key, "epoch_num") for key in keys), *blocks_}
+
+
 def test_intervals_points_and_scores(tmp_path: Path, make_config: MakeConfig, tensors: list[str]) -> None:
     tell(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
     records = read_log(tmp_path / "unet3d.log")

@@ -65,7 +65,8 @@ def write_report(
             left_out = str(error)
         except torch.OutOfMemoryError:
             left_out = "the device has no memory left"
-        return _write(log_dir / PAGE, page.run_page(run, charts, shown, left_out, check(log_dir / "unet3d.log")))
+        told = check(log_dir / "unet3d.log", run.ruleset)
+        return _write(log_dir / PAGE, page.run_page(run, charts, shown, left_out, told))
 
 
 def write_comparison(log_dirs: Sequence[Path]) -> Path:

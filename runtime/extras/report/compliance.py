@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-RULESET = "4.0.0"
+from runtime.rulesets import DEFAULT_RULESET
+
 TIMEOUT_S = 60
 # More of them say no more: a log that was cut off lacks a dozen keys.
 MAX_COMPLAINTS = 8
@@ -25,8 +26,8 @@ class Compliance:
     complaints: tuple[str, ...] = ()
 
 
-def check(log: Path) -> Compliance:
-    """Runs `mlperf_logging.compliance_checker` on an MLPerf log."""
+def check(log: Path, ruleset: str = DEFAULT_RULESET) -> Compliance:
+    """Runs `mlperf_logging.compliance_checker` on an MLPerf log, by the ruleset that it was written for."""
     if find_spec("mlperf_logging") is None:
         return Compliance(None, "not asked: it is not installed (pip install mlperf-logging)")
     if not log.is_file():
@@ -34,7 +35,7 @@ def check(log: Path) -> Compliance:
     # It writes a log of its own, without the option into the current folder.
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", RULESET),
+            *(sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", ruleset),
             *("--log_output", str(Path(folder) / "checked.log"), str(log)),
         ]
         try:
@@ -45,13 +46,13 @@ def check(log: Path) -> Compliance:
             return Compliance(None, f"could not be asked ({type(error).__name__})")
     said = done.stderr + done.stdout
     if done.returncode == 0 and "SUCCESS" in said:
-        return Compliance(True, f"accepts the log (training, ruleset {RULESET})")
+        return Compliance(True, f"accepts the log (training, ruleset {ruleset})")
     if "FAILED" not in said:
         return Compliance(None, f"could not be asked (exit status {done.returncode})", tuple(said.splitlines()[-1:]))
     found = [line for line in map(_complaint, said.splitlines()) if line]
     more = (f"and {len(found) - MAX_COMPLAINTS} more",) if len(found) > MAX_COMPLAINTS else ()
     return Compliance(
-        False, f"does not accept the log (training, ruleset {RULESET}):", (*found[:MAX_COMPLAINTS], *more)
+        False, f"does not accept the log (training, ruleset {ruleset}):", (*found[:MAX_COMPLAINTS], *more)
     )
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from errors import UserError
+from runtime.division import RESUMED
+from runtime.rulesets import DEFAULT_RULESET, RULESETS
 
 Event = Mapping[str, Any]
-# What `departures` says of a run that went on from a checkpoint: its log has a beginning elsewhere.
-RESUMED = "the run was resumed"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,12 @@ class Run:
         return float(self.config["quality_threshold"])
 
     @property
+    def ruleset(self) -> str:
+        """Whose units its MLPerf log has; a log that does not say is of a time when there was one."""
+        told = str(self.config.get("ruleset"))
+        return told if told in RULESETS else DEFAULT_RULESET
+
+    @property
     def best(self) -> Evaluation | None:
         """The evaluation of the highest mean Dice; of equal ones the first, whose network the checkpoint keeps."""
         scored = [found for found in self.evaluations.values() if math.isfinite(found.mean_dice)]
@@ -151,7 +157,7 @@ def _parts(folder: Path, newest: Path) -> list[list[Event]]:
 def _goes_on(part: list[Event]) -> bool:
     """Whether it was resumed; one that ended before it could tell was, where it was asked to."""
     if ready := _first(part, "InitStopped"):
-        return RESUMED in ready["reasons"]
+        return str(RESUMED) in ready["reasons"]
     started = _first(part, "InitStarted")
     return started is not None and bool(started["config"]["resume"])
 

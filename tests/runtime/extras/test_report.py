@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -403,6 +404,21 @@ def test_the_checker_is_asked_where_it_can_be(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(compliance, "find_spec", lambda name: None)
     assert compliance.check(log).accepted is None
     assert "not installed" in compliance.check(log).told
+
+
+def test_the_checker_is_asked_by_the_ruleset_that_the_run_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [Run(tmp_path, config={"ruleset": told}).ruleset for told in ("3.0.0", "9", None)] == [
+        "3.0.0", "4.0.0", "4.0.0",
+    ]  # fmt: skip
+    log = tmp_path / "unet3d.log"
+    log.write_text("")
+    asked: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0, "", "SUCCESS")
+    monkeypatch.setattr(compliance.subprocess, "run", lambda command, **_: asked.append(command) or done)
+    assert "ruleset 3.0.0" in compliance.check(log, "3.0.0").told
+    assert asked[0][asked[0].index("--ruleset") + 1] == "3.0.0"
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
