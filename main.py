@@ -6,7 +6,8 @@
     python3 main.py --exec_mode predict --load_ckpt_path LOGS/checkpoint.pth --scan SCAN.nii.gz --output MASK.nii.gz
     python3 main.py --exec_mode report --log_dir LOGS
 
-What happens in a run reads from top to bottom in `train_network`; what it is made of, in `wiring.py`.
+What happens in a run reads from top to bottom in `train_network`; what is known before, in `planning.py`, and
+what it is made of, in `wiring.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+import planning
 import plugins
 import wiring
 from data_loading.loaders import EvaluationCases
@@ -63,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_network(config: RunConfig, world: World) -> int:
     """A whole run, from the command line to the last line of the log; its exit status."""
-    plan = wiring.plan_run(config, world)
+    plan = planning.plan_run(config, world)
     if plan.done:
-        return wiring.leave_done(config, plan, world)
+        return planning.leave_done(config, plan, world)
     settings = wiring.make_step(config, plan, world)
 
     interruption = Interruption(world.board)
@@ -118,7 +120,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     """Scores a checkpoint's network, prints a `name value` line each and writes a table of the cases."""
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
-    spec, split = wiring.open_split(config)
+    spec, split = planning.open_split(config)
     cases = split.get(config.subset)
     if not cases:
         there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)

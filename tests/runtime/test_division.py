@@ -13,6 +13,7 @@ from errors import UserError
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.convergence import find_reference
 from runtime.division import (
+    RESUMED,
     Data,
     Departure,
     choose_division,
@@ -217,7 +218,7 @@ def test_settling_tells_all_breaches_in_one_table(
 
     def settle(asked: str, tells: bool = True) -> tuple[str, list[str]]:
         config = make_config(data_dir=tmp_path, division=asked, overlap=0.25)
-        return settle_division(config, "kits19", SPLIT, IDS, SCHEDULE, 168, True, tells)
+        return settle_division(config, "kits19", SPLIT, IDS, SCHEDULE, 168, [RESUMED], tells)
 
     unknown = "the files' MD5s not recorded, not MLPerf's; preprocess_dataset.py records them"
     reasons = [unknown, "--overlap 0.25, not 0.5", "the run was resumed"]
