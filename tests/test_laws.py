@@ -12,6 +12,7 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1]
 ROOMS = ("data_loading", "model", "runtime")
+PROGRAMS = ("main", "planning", "wiring", "preprocess_dataset")
 LINE_LIMIT = 350
 
 
@@ -76,20 +77,20 @@ def test_each_room_has_files_and_a_door_plate(room: str) -> None:
 
 def test_model_imports_neither_the_data_nor_the_run() -> None:
     assert (
-        offenders(room_files("model"), ("data_loading", "runtime", "main", "planning", "wiring", "preprocess_dataset"))
+        offenders(room_files("model"), ("data_loading", "runtime", *PROGRAMS))
         == []
     )
 
 
 def test_data_loading_imports_neither_the_model_nor_the_run() -> None:
     assert (
-        offenders(room_files("data_loading"), ("model", "runtime", "main", "planning", "wiring", "preprocess_dataset"))
+        offenders(room_files("data_loading"), ("model", "runtime", *PROGRAMS))
         == []
     )
 
 
 def test_no_room_imports_a_program() -> None:
-    assert offenders(room_files("runtime"), ("main", "planning", "wiring", "preprocess_dataset")) == []
+    assert offenders(room_files("runtime"), PROGRAMS) == []
 
 
 def test_only_distributed_touches_the_ranks() -> None:
