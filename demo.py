@@ -8,7 +8,6 @@ in a second process -> MLPerf's compliance checker -> a table of what was measur
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, run_program
+from errors import Parser, UserError, run_program
 
 PROJECT = Path(__file__).resolve().parent
 # Of five patients, MLPerf's list evaluates 00000 and 00003. The view is that of a small patient: at the benchmark's
@@ -29,7 +28,7 @@ SCORE_TOLERANCE = 2e-6
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The whole benchmark on made-up patients, in minutes on two cores.")
+    parser = Parser(description="The whole benchmark on made-up patients, in minutes on two cores.")
     parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="where everything goes")
     parser.add_argument("--recipe", type=Path, default=PROJECT / "recipes" / "demo.args", help="arguments of main.py")
     arguments = parser.parse_args(argv)

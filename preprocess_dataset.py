@@ -18,7 +18,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import plugins
 from data_loading.raw_dataset import RawDataset, flags_of
@@ -26,16 +26,9 @@ from data_loading.raw_layouts import RAW_LAYOUTS, RawReader
 from data_loading.spec import INTENSITIES
 from data_loading.verification import verify
 from data_loading.writing import preprocess
-from errors import UserError, run_program
+from errors import Parser, UserError, run_program
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (preprocess_dataset.py --help lists the flags)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +89,11 @@ def find_reader(dataset: str) -> RawReader:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; the data sets' own flags are absent unless they are given."""
-    parser = _Parser(description="Raw scans to training volumes, and their verification.", allow_abbrev=False)
+    parser = Parser(
+        prog="preprocess_dataset.py",
+        description="Raw scans to training volumes, and their verification.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--data_dir", type=Path, help="raw scans (not needed to verify)")
     add("--results_dir", type=Path, required=True, help="training volumes and dataset.json")

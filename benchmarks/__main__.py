@@ -14,27 +14,20 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from benchmarks.harness import Options, Table
-from errors import UserError, run_program
+from errors import Parser, UserError, run_program
 from runtime.environment import describe_environment
 
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python3 -m benchmarks --help lists the flags)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises UserError for what would fail only after the measuring."""
-    parser = _Parser(prog="python3 -m benchmarks", description="Measures this project on this machine.")
+    parser = Parser(prog="python3 -m benchmarks", description="Measures this project on this machine.")
     parser.add_argument("--suite", choices=(*SUITES, "all"), required=True)
     parser.add_argument("--json", type=Path, help="also write the tables, with hardware, versions and commit")
     parser.add_argument("--quick", action="store_true", help="small shapes: it runs, the figures mean nothing")

@@ -28,7 +28,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from data_loading.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
-from errors import UserError, run_program
+from errors import Parser, UserError, run_program
 
 DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second a case
 MIN_AXIS, MAX_AXIS = 16, 32767  # there a tumour is still three voxels across; NIfTI-1 stores sizes as int16
@@ -296,7 +296,7 @@ def _find_masks(folder: Path) -> list[Case]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("data_loading.phantom", description="Made-up patients in the raw KiTS19 layout.")
+    parser = Parser("data_loading.phantom", description="Made-up patients in the raw KiTS19 layout.")
     parser.add_argument("--results_dir", type=Path, required=True, help="where the case folders go")
     parser.add_argument("--cases", type=int, help="how many; with --segmentations at most so many (default: all)")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (default: 64 128 128)")

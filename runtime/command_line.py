@@ -7,16 +7,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from errors import UserError
+from errors import Parser, UserError
 from plugins import Typed
 from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number
 from runtime.rulesets import DEFAULT_RULESET, RULESETS
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reads `@FILE` with # comments, and tells a mistake in one line instead of a page of usage."""
+class _FileParser(Parser):
+    """Reads `@FILE` with # comments."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
@@ -24,13 +23,10 @@ class _Parser(argparse.ArgumentParser):
         except ValueError as error:
             raise UserError(f"an argument file has a line {arg_line!r} with {error}") from None
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (main.py --help lists the flags)")
-
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every flag with its meaning and its default."""
-    parser = _Parser(
+    parser = _FileParser(
         prog="main.py", fromfile_prefix_chars="@", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip

@@ -76,17 +76,11 @@ def test_each_room_has_files_and_a_door_plate(room: str) -> None:
 
 
 def test_model_imports_neither_the_data_nor_the_run() -> None:
-    assert (
-        offenders(room_files("model"), ("data_loading", "runtime", *PROGRAMS))
-        == []
-    )
+    assert offenders(room_files("model"), ("data_loading", "runtime", *PROGRAMS)) == []
 
 
 def test_data_loading_imports_neither_the_model_nor_the_run() -> None:
-    assert (
-        offenders(room_files("data_loading"), ("model", "runtime", *PROGRAMS))
-        == []
-    )
+    assert offenders(room_files("data_loading"), ("model", "runtime", *PROGRAMS)) == []
 
 
 def test_no_room_imports_a_program() -> None:

@@ -12,7 +12,6 @@ the pseudo-labelled samples of a batch at --max_share.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import sys
@@ -41,7 +40,7 @@ from data_loading.integrity import both_files, check_files, md5_of, split_digest
 from data_loading.orientation import common_orientation
 from data_loading.preprocessing import foreground_boxes, preprocess_image
 from data_loading.spec import DatasetSpec
-from errors import UserError, run_program, warn
+from errors import Parser, UserError, run_program, warn
 from files import replacing
 from plugins import Typed
 from runtime import checkpoint as checkpoints
@@ -57,8 +56,9 @@ Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Made = tuple[str, CaseRecord]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(prog="pseudo_labels", description=__doc__.partition("\n")[0] if __doc__ else None)
     add = parser.add_argument
     add("--load_ckpt_path", type=Path, required=True, help="the teacher's checkpoint")
     add("--data_dir", type=Path, required=True, help="the preprocessed folder that it was trained on")
@@ -67,7 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--max_share", type=number(float, 0, 1), default=0.5, help="of pseudo-labelled samples in a batch")
     add("--unlabelled", type=Path, help="scans to label; without: the training cases themselves")
     add("--model", type=Typed, help="the teacher's network, where the checkpoint may not name it itself")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
     index = open_folder(options.data_dir, options.results_dir)
     check_teacher(options.load_ckpt_path, options.data_dir, index)
     predict = load_teacher(options.load_ckpt_path, options.data_dir, options.model)

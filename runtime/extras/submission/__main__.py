@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from errors import Interrupted, UserError, run_program
+from errors import Interrupted, Parser, run_program
 from runtime.extras.submission.inspection import RUNS
 from runtime.flags import number
 from runtime.rulesets import DEFAULT_RULESET, RULESETS
@@ -44,16 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     return score.run(options)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line of all three commands."""
-    parser = _Parser(prog="submission", allow_abbrev=False, description=__doc__,
+    parser = Parser(prog="submission", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", allow_abbrev=False, help="make a result's runs; main.py's arguments follow --")
