@@ -50,8 +50,6 @@ def test_a_run_trains_evaluates_and_logs(core: Path, balls: Path, tmp_path: Path
     "arguments",
     [
         ("--exec_mode", "predict", "--load_ckpt_path", "c.pth", "--scan", "s.nii", "--output", "o.nii"),
-        ("--exec_mode", "report"),
-        ("--trackers", "tensorboard"),
         ("--lr_schedule", "plateau"),
     ],
 )
