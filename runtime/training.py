@@ -52,7 +52,8 @@ def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
     network.to(device)
     for p in (*network.parameters(), *network.buffers()):
         if formats := PLANE_FORMATS[layout] if p.dim() == 4 else MEMORY_FORMATS[layout] if p.dim() == 5 else None:
-            p.data = p.data.contiguous(memory_format=formats)
+            # A copy has the strides that a gradient gets; `contiguous` would leave those of a single channel.
+            p.data = p.data.clone(memory_format=formats)
     for p in network.parameters():
         # A 1x1x1 kernel is in both orders; its gradient comes with NCDHW's strides, and DDP copies where they differ.
         if p.dim() == 5 and p[0, 0].numel() == 1:

@@ -38,7 +38,7 @@ def evaluate(data_dir: Path, *more: str) -> list[dict[str, str]]:
     arguments = ["--exec_mode", "evaluate", "--data_dir", str(data_dir), "--load_ckpt_path", str(checkpoint), "--model",
                  MODEL, "--val_input_shape", "4", "8", "8", "--log_dir", str(data_dir.parent), *more]  # fmt: skip
     config, given = main.parse_arguments(arguments)
-    main.evaluate_checkpoint(checkpoint, config, given, World(0, 1, torch.device("cpu")))
+    main.evaluate_checkpoint(config, given, World(0, 1, torch.device("cpu")))
     with (data_dir.parent / "evaluation.csv").open() as stream:
         return list(csv.DictReader(stream))
 
