@@ -220,7 +220,7 @@ class PytorchLoader:
         except UserError as error:
             # torch wraps a worker's error into the worker's traceback, which ends with the message.
             raise UserError(str(error).rstrip().rsplit(f"{UserError.__qualname__}: ", 1)[-1]) from None
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if not is_of_worker(error):
                 raise
             if "timed out" in str(error):
@@ -239,16 +239,22 @@ class PytorchLoader:
         return [self._dataset.describe(key) for key in self._sampler.order.batches(epoch)[batch]]
 
 
-def is_of_worker(error: RuntimeError) -> bool:
-    """Whether the error tells of a loader worker; torch raises it wherever the main thread happens to be."""
-    return str(error).startswith("DataLoader")
+def is_of_worker(error: Exception) -> bool:
+    """Whether a loader's error tells of a worker; torch raises its own wherever the main thread happens to be.
+
+    Of a worker that is killed with a batch on its way, torch's pipe to it tells first, before torch has noticed.
+    """
+    return isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader")
 
 
-def lost_worker(error: RuntimeError, meanwhile: str) -> str:
+def lost_worker(error: Exception, meanwhile: str) -> str:
     """What is known when a worker was killed or hangs: torch names its process and the signal, no cause."""
+    torch_says = isinstance(error, RuntimeError)
+    reason = str(error) or type(error).__name__
+    told = reason.splitlines()[0] if torch_says else f"a DataLoader worker was killed ({reason})"
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     return (
-        f"{str(error).splitlines()[0]} while {meanwhile}; {free_memory_bytes() / 2**30:.1f} GiB of memory "
+        f"{told} while {meanwhile}; {free_memory_bytes() / 2**30:.1f} GiB of memory "
         f"and {shared / 2**30:.1f} GiB of /dev/shm are free; use a smaller --num_workers, then --resume"
     )
 

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from data_loading.loader import (
     Batch,
     CropDataset,
     LoaderSettings,
+    PytorchLoader,
     load_evaluation_case,
     synthetic_cases,
 )
@@ -331,6 +332,22 @@ def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypa
     monkeypatch.setattr(loader_module, "map_case", killed)
     with pytest.raises(UserError, match=rf"DataLoader worker .* while {named} was awaited; .* GiB .*/dev/shm"):
         batches(folder, [1], num_workers=1)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()], ids=repr)
+def test_a_worker_killed_with_a_batch_on_its_way_is_told_alike(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch fetches a batch's memory from the worker: where that is gone, its pipe tells, not torch."""
+    loader = PytorchLoader(CropDataset(folder, CASES, load_boxes(folder, CASES, 3), SETTINGS), SETTINGS)
+
+    def broken() -> Iterator[None]:
+        raise error
+        yield
+
+    monkeypatch.setattr(loader, "_loader", broken())
+    with pytest.raises(UserError, match=r"a DataLoader worker was killed \(.+\) while case_.* was awaited; .* GiB"):
+        list(loader.epoch(1))
 
 
 def test_a_hanging_worker_ends_the_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
