@@ -33,6 +33,7 @@ class RunPlan:
         split: case ids by subset.
         data: digest of the data set and its split.
         loaded: the checkpoint to go on from, if any.
+        steps, capped: of `EpochOrder`.
         done: why nothing is left to train, "" where something is.
         reasons: what makes it an open one.
         notes: what the user may not expect, a line each; parts that are built later add theirs.
@@ -43,6 +44,8 @@ class RunPlan:
     data: str
     loaded: Checkpoint | None
     done: str
+    steps: int | None
+    capped: Capped
     schedule: Schedule
     samples_per_epoch: int
     reasons: list[str]
@@ -58,9 +61,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     data = split_digest(config.data_dir, split)
     loaded, notes = find_state(config, data, world)
     capped = Capped(*pseudo_share(config.data_dir))
-    batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else batches_per_epoch(
-        len(split["train"]), config.batch_size, world.size, capped
-    )  # fmt: skip
+    steps = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
+    batches = steps or batches_per_epoch(len(split["train"]), config.batch_size, world.size, capped)
     samples_per_epoch = batches * config.batch_size * world.size
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not split["evaluation"]:
@@ -76,8 +78,10 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
-    return RunPlan(spec, split, data, loaded, done, schedule, samples_per_epoch, reasons, division, seeds, precision,
-                   notes)  # fmt: skip
+    return RunPlan(
+        spec, split, data, loaded, done, steps, capped, schedule, samples_per_epoch, reasons, division, seeds, precision,
+        notes,
+    )  # fmt: skip
 
 
 def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:

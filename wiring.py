@@ -10,11 +10,9 @@ from functools import partial
 from torch import nn
 
 from data_loading.augmentation import make_augmentation
-from data_loading.dataset import pseudo_share
 from data_loading.integrity import check_files, verify_changed
 from data_loading.loader import LoaderSettings, TrainingLoader, shape_of
 from data_loading.loaders import EvaluationCases, make_training_loader
-from data_loading.sampling import Capped
 from data_loading.spec import DatasetSpec
 from errors import UserError
 from model import kernels
@@ -158,8 +156,7 @@ def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingL
     settings = LoaderSettings(
         config.input_shape, config.oversampling, config.batch_size, config.num_workers, world.rank, world.size,
         plan.seeds.order, plan.seeds.samples, world.device, make_augmentation(split_specs(config.augment)[0]),
-        config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None,
-        Capped(*pseudo_share(config.data_dir)),
+        plan.steps, plan.capped,
     )  # fmt: skip
     loader, note = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
     return loader, events.DataOpened(

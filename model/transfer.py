@@ -37,6 +37,21 @@ def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> st
     return called[-1]
 
 
+def differences(network: nn.Module, weights: Mapping[str, Tensor], spared: str | None = None) -> list[str]:
+    """How the weights are not this network's, a phrase for each kind of difference; empty where they fit.
+
+    Args:
+        spared: a layer whose shapes may be others.
+    """
+    own = network.state_dict()
+    missing = [name for name in own if name not in weights]
+    extra = [name for name in weights if name not in own]
+    other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    wrong = [name for name in other if spared is None or not name.startswith(f"{spared}.")]
+    details = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
+    return details + [f"has {n} as {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:1]]
+
+
 def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, who: str) -> str:
     """Takes over weights of the same network; its output layer may be of other classes, and then stays as it is.
 
@@ -50,16 +65,10 @@ def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, wh
     Raises:
         UserError: they are another network's.
     """
-    own = network.state_dict()
-    missing = [name for name in own if name not in weights]
-    extra = [name for name in weights if name not in own]
-    other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    wrong = [name for name in other if not name.startswith(f"{output}.")]
-    if missing or extra or wrong:
-        details = [f"lacks {missing[0]}"] if missing else []
-        details += [f"also holds {extra[0]}"] if extra else []
-        details += [f"has {n} as {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:1]]
+    if details := differences(network, weights, output):
         raise UserError(f"{who}: of another network than --model and --normalization give: it {' and '.join(details)}")
+    own = network.state_dict()
+    other = [name for name in own if own[name].shape != weights[name].shape]
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
     if not other:
         return "all of the network"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from files import replacing
+from model.transfer import differences
 from runtime.training import TrainState
 
 FORMAT = 2
@@ -295,13 +296,7 @@ def _foreign(path: Path, content: Any, flag: str) -> Checkpoint:
 
 def load_network(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Loads weights into a network. Raises UserError, naming the first difference, if they are of another network."""
-    own = network.state_dict()
-    missing = [name for name in own if name not in weights]
-    extra = [name for name in weights if name not in own]
-    other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if missing or extra or other:
-        details = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
-        details += [f"has {n} as {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in other[:1]]
+    if details := differences(network, weights):
         raise UserError(
             f"{path}: of another network than --model, --normalization and the data set give: "
             f"it {' and '.join(details)}"

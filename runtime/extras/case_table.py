@@ -20,6 +20,7 @@ from data_loading.spec import DatasetSpec
 from errors import UserError
 from files import replacing
 from runtime.events import EvaluationStopped
+from runtime.extras.volumes import ML_PER_MM3
 
 try:
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
@@ -33,7 +34,6 @@ NAME = "evaluation.csv"
 # A surface within this of the other one is right: about the distance at which two people's outlines differ.
 TOLERANCE_MM = 1.0
 PERCENTILE = 95
-ML_PER_MM3 = 1e-3
 
 
 class CaseTable:
