@@ -79,8 +79,8 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     return RunPlan(
-        spec, split, data, loaded, done, steps, capped, schedule, samples_per_epoch, reasons, division, seeds, precision,
-        notes,
+        spec, split, data, loaded, done, steps, capped, schedule, samples_per_epoch, reasons, division, seeds,
+        precision, notes,
     )  # fmt: skip
 
 
