@@ -13,7 +13,7 @@ test: $(VENV)/dev
 
 # Every fault of docs/reliability.md, injected; writes its table.
 faults: $(VENV)/core
-	$(RUN) -m benchmarks.faults --document docs/reliability.md
+	$(RUN) -m tests.faults --document docs/reliability.md
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -6,8 +6,8 @@
     python3 main.py --exec_mode predict --load_ckpt_path LOGS/checkpoint.pth --scan SCAN.nii.gz --output MASK.nii.gz
     python3 main.py --exec_mode report --log_dir LOGS
 
-What happens in a run reads from top to bottom in `train_network`; what is known before, in `planning.py`, and
-what it is made of, in `wiring.py`.
+What happens in a run reads from top to bottom in `train_network`; what is known before, in `runtime/run_spec.py`, and
+what it is made of, in `runtime/build.py`.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-import planning
-import plugins
-import wiring
-from data_loading.loaders import EvaluationCases
-from errors import DIVERGED_EXIT, UserError, run_program, warn
-from model.networks import check_window
-from runtime import checkpoint as checkpoints
-from runtime import events, trackers
+from common import registry
+from common.errors import DIVERGED_EXIT, UserError, run_program, warn
+from data_loading.data_loader import EvaluationCases
+from model.registry import check_window
+from runtime import build, run_spec
 from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, with_checkpoint_network
-from runtime.callbacks import Announcer, RunContext
-from runtime.console import EvaluationTracker
-from runtime.distributed import World
+from runtime.callbacks.base import Announcer, RunContext
+from runtime.checkpoint import format as checkpoints
+from runtime.checkpoint.writer import PATIENCE_S
+from runtime.distributed.signals import Interruption
+from runtime.distributed.step_sync import Pulse, Wishes
+from runtime.distributed.watchdog import Watchdog
+from runtime.distributed.world import World
 from runtime.evaluation import evaluate
-from runtime.interruption import Interruption
+from runtime.logging import events, trackers
+from runtime.logging.console import EvaluationTracker
 from runtime.precision import choose_precision
-from runtime.pulse import Pulse, Wishes
-from runtime.saving import PATIENCE_S
 from runtime.seeding import seed_process
 from runtime.training import place, train
-from runtime.watchdog import Watchdog
 
 # Programs of their own, imported when `--exec_mode` names one: (config, flags given, world) -> exit status.
 Program = Callable[[RunConfig, frozenset[str], World], int]
-MODES = {"predict": "runtime.extras.predict:main", "report": "runtime.extras.report:report"}
+MODES = {"predict": "prediction.predict:main", "report": "report:report"}
 # The page that a run leaves.
-REPORT = "runtime.extras.report:write_report"
+REPORT = "report:write_report"
 # Beside its scores `--exec_mode evaluate` writes a table of the cases, where the extras are there.
-CASE_TABLE = "runtime.extras.case_table:CaseTable"
+CASE_TABLE = "runtime.case_table:CaseTable"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             evaluate_checkpoint(config, given, world)
             return 0
         if config.exec_mode in MODES:
-            program: Program = plugins.load(MODES[config.exec_mode], f"--exec_mode {config.exec_mode}", "")
+            program: Program = registry.load(MODES[config.exec_mode], f"--exec_mode {config.exec_mode}", "")
             return program(config, given, world)
         return train_network(config, world)
     finally:
@@ -65,30 +64,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_network(config: RunConfig, world: World) -> int:
     """A whole run, from the command line to the last line of the log; its exit status."""
-    plan = planning.plan_run(config, world)
+    plan = run_spec.plan_run(config, world)
     if plan.done:
-        return planning.leave_done(config, plan, world)
-    settings = wiring.make_step(config, plan, world)
+        return run_spec.leave_done(config, plan, world)
+    settings = build.make_step(config, plan, world)
 
     interruption = Interruption(world.board)
     watchdog = Watchdog(world, interruption)
-    saver = wiring.make_saver(config, plan, world)
-    announce = wiring.make_announcer(config, plan, world)
-    announce(wiring.describe_start(config, world))
-    state = wiring.build_state(config, plan, world)
-    wiring.pre_flight(config, plan, state, world, announce)
-    wiring.prepare_device(config, plan, state, settings, world, announce)
-    announce(wiring.describe_run(config, plan, state, world))
+    saver = build.make_saver(config, plan, world)
+    announce = build.make_announcer(config, plan, world)
+    announce(build.describe_start(config, world))
+    state = build.build_state(config, plan, world)
+    build.pre_flight(config, plan, state, world, announce)
+    build.prepare_device(config, plan, state, settings, world, announce)
+    announce(build.describe_run(config, plan, state, world))
     world.barrier()
     announce(events.RunStarted())
 
-    loader, opened = wiring.open_data(config, plan, world)
-    scorer = wiring.make_scorer(config, plan, state, settings.loss, interruption, world)
-    rate = wiring.make_rate(config, state)
+    loader, opened = build.open_data(config, plan, world)
+    scorer = build.make_scorer(config, plan, state, settings.loss, interruption, world)
+    rate = build.make_rate(config, state)
     context = RunContext(
-        config.log_dir, world, plan.split["train"], scorer, announce, wiring.make_snapshot(config, plan)
+        config.log_dir, world, plan.split["train"], scorer, announce, build.make_snapshot(config, plan)
     )
-    announce.govern(state, wiring.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
+    announce.govern(state, build.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
     announce(opened)
     score = scorer(plan.split["evaluation"], announce)
     pulse = Pulse(world, lambda: Wishes(interruption.number, saver is not None and saver.is_due()))
@@ -110,7 +109,7 @@ def train_network(config: RunConfig, world: World) -> int:
 def report_run(config: RunConfig, world: World) -> None:
     """Writes the run's page; what goes wrong there costs the page, not the run."""
     try:
-        write = plugins.load(REPORT, "report.html", "report")
+        write = registry.load(REPORT, "report.html", "report")
         print(f"report {write(config.log_dir, None, None, world.device, config.model)}", flush=True)
     except Exception as error:
         warn(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
@@ -120,28 +119,36 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     """Scores a checkpoint's network, prints a `name value` line each and writes a table of the cases."""
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
-    spec, split = planning.open_split(config)
+    spec, split = run_spec.open_split(config)
     cases = split.get(config.subset)
     if not cases:
         there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
         raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
-    network = wiring.make_network(config, spec)
+    network = build.make_network(config, spec)
     check_window(network, config.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     place(network, world.device, config.layout)
     emit = Announcer([EvaluationTracker(config.verbose)] if world.is_main else [])
-    scoring = wiring.make_scoring(config, spec)
+    scoring = build.make_scoring(config, spec)
     table = None
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
-        table = plugins.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec, config.subset)
-    dealt = wiring.deal_cases(config, cases, scoring, world)
+        table = registry.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec, config.subset)
+    dealt = build.deal_cases(config, cases, scoring, world)
     result = evaluate(
-        epoch, network, wiring.make_loss(config, spec, world), dealt,
-        EvaluationCases(config.data_dir, world.device), scoring, precision, world, emit, measure=table,
-    )  # fmt: skip
+        epoch,
+        network,
+        build.make_loss(config, spec, world),
+        dealt,
+        EvaluationCases(config.data_dir, world.device),
+        scoring,
+        precision,
+        world,
+        emit,
+        measure=table,
+    )
     emit(result)
     if table and world.is_main:
         print(table.write(config.log_dir, result), file=sys.stderr, flush=True)

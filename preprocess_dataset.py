@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plugins
-from data_loading.raw_dataset import RawDataset, flags_of
-from data_loading.raw_layouts import RAW_LAYOUTS, RawReader
+from common import registry
+from common.errors import Parser, UserError, run_program
+from data_loading.readers.base import RawDataset, flags_of
+from data_loading.readers.kits19 import RAW_LAYOUTS, RawReader
 from data_loading.spec import INTENSITIES
 from data_loading.verification import verify
-from data_loading.writing import preprocess
-from errors import Parser, UserError, run_program
+from data_loading.writer import preprocess
 
 EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 
@@ -83,7 +83,7 @@ def find_reader(dataset: str) -> RawReader:
         near = difflib.get_close_matches(dataset, RAW_LAYOUTS, n=3) or sorted(RAW_LAYOUTS)
         raise UserError(f"--dataset {dataset!r} does not exist; there is {', '.join(near)}")
     entry = RAW_LAYOUTS[dataset]
-    reader: RawReader = plugins.load(entry, f"--dataset {dataset}", dataset) if isinstance(entry, str) else entry
+    reader: RawReader = registry.load(entry, f"--dataset {dataset}", dataset) if isinstance(entry, str) else entry
     return reader
 
 
@@ -104,14 +104,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checksums", type=Path, help="verify: JSON of {file: MD5}, such as MLPerf's checksum.json")
     group = parser.add_argument_group("a data set's own", argument_default=argparse.SUPPRESS)
     add = group.add_argument
-    add("--split", type=float, nargs="+", metavar="SHARE",
+    add(
+        "--split",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
         help="train and evaluation, or train, evaluation and test, by patient, such as 0.6 0.2 0.2 (default: 0.8 0.2, "
-        "of kits19 MLPerf's list)")  # fmt: skip
-    add("--labels", nargs="+", metavar="VALUES=CLASS",
+        "of kits19 MLPerf's list)",
+    )
+    add(
+        "--labels",
+        nargs="+",
+        metavar="VALUES=CLASS",
         help="merges and chooses, the rest is background: 86,87=1:muscle 5=2 (default: each value is a class, in "
-        "rising order)")  # fmt: skip
-    add("--drop_empty", action=argparse.BooleanOptionalAction,
-        help="leave out training cases whose mask is empty (default: of dicom and of slabs alone)")  # fmt: skip
+        "rising order)",
+    )
+    add(
+        "--drop_empty",
+        action=argparse.BooleanOptionalAction,
+        help="leave out training cases whose mask is empty (default: of dicom and of slabs alone)",
+    )
     add("--labels_dir", type=Path, help="dicom, images, nifti: the masks")
     add("--slab", type=int, metavar="N", help="dicom, nifti: every N slices of a scan are a case")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="images: resized to it")
@@ -123,8 +135,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="resample to it, in mm")
     add("--orientation", metavar="RAS", help="turn every scan's axes to run this way")
-    add("--foreground_crop", action="store_true",
-        help="cut to the box of what is above the window's lower end, without a window above the mean")  # fmt: skip
+    add(
+        "--foreground_crop",
+        action="store_true",
+        help="cut to the box of what is above the window's lower end, without a window above the mean",
+    )
     return parser
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Options, Table
-from errors import Parser, UserError, run_program
+from common.errors import Parser, UserError, run_program
 from runtime.environment import describe_environment
 
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
@@ -56,8 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--device cuda, but PyTorch finds no GPU here")
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
     environment = describe_environment(device, 1)
-    print(f"{environment['device']}, {environment['cpu']} ({environment['cpu_cores']} cores), "
-          f"torch {environment['torch']}, commit {environment['commit']}\n", flush=True)  # fmt: skip
+    print(
+        f"{environment['device']}, {environment['cpu']} ({environment['cpu_cores']} cores), "
+        f"torch {environment['torch']}, commit {environment['commit']}\n",
+        flush=True,
+    )
     results: dict[str, list[Table]] = {}
     with tempfile.TemporaryDirectory(dir=given.work_dir) as folder:
         options = Options(device, given.quick, Path(folder), given.cases, given.num_workers)

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.made_up_runs import TINY_RUN, TRAINING, write_blocks, write_log
-from errors import run_program
-from runtime.extras.submission.__main__ import main as submission
-from runtime.extras.submission.inspection import RUNS, digest_of
-from runtime.extras.submission.record import Done, Series
+from common.errors import run_program
+from submission.__main__ import main as submission
+from submission.inspection import RUNS, digest_of
+from submission.record import Done, Series
 
 EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
 ORG, SYSTEM = "ACME", "abacus"

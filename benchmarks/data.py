@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Options
 from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, map_case, write_json
-from data_loading.loader import CropDataset
 from data_loading.phantom import make_phantom
 from data_loading.preprocessing import Boxes, Shape, foreground_boxes, normalise
+from data_loading.pytorch_loader import CropDataset
 from data_loading.spec import KITS19
 
 MB = 1e6

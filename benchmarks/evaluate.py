@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks.harness import Options, Table, compare
 from benchmarks.step import CHANNELS, CLASSES, NaiveDiceCE
 from data_loading.dataset import file_of
-from data_loading.loader import load_evaluation_case
+from data_loading.pytorch_loader import load_evaluation_case
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.evaluation import Scoring, deal, score_cases
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process

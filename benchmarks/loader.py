@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
+from data_loading.data_loader import make_training_loader
 from data_loading.dataset import load_boxes
-from data_loading.loader import CropDataset, LoaderSettings, TrainingLoader, draw_sample
-from data_loading.loaders import make_training_loader
 from data_loading.preprocessing import Shape
+from data_loading.pytorch_loader import CropDataset, LoaderSettings, TrainingLoader, draw_sample
 from data_loading.spec import KITS19
 
 SHAPE, PATCH = (160, 400, 400), (128, 128, 128)
@@ -39,9 +39,16 @@ def run(options: Options) -> list[Table]:
     folder = options.work_dir / "loader"
     cases = write_patients(folder, VOLUMES, shape)
     settings = LoaderSettings(
-        patch, oversampling=0.4, batch_size=2, num_workers=0, rank=0, ranks=1, order_seed=0, sample_seed=0,
+        patch,
+        oversampling=0.4,
+        batch_size=2,
+        num_workers=0,
+        rank=0,
+        ranks=1,
+        order_seed=0,
+        sample_seed=0,
         device=options.device,
-    )  # fmt: skip
+    )
     return [measure_rates(options, folder, cases, shape, settings), count_bytes(folder, cases, shape, settings)]
 
 

@@ -16,9 +16,9 @@ from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, 
 from data_loading.integrity import MLPERF_CASES, md5_of, stamp_of
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import KITS19
-from runtime import events as ev
 from runtime.arguments import RunConfig, parse_arguments
-from runtime.trackers import MLPerfTracker
+from runtime.logging import events as ev
+from runtime.logging.trackers import MLPerfTracker
 
 SIDE = 16
 # So much that no score is a perfect 1.0, which MLPerf's checker does not take of an open run.
@@ -68,9 +68,16 @@ class Clock:
 
 
 def write_log(
-    path: Path, seed: int, epochs: int, clock_ms: int, arguments: Sequence[str], reasons: Sequence[str] = (),
-    first: int = 1000, interval: int = 20, converges: bool = True,
-) -> Path:  # fmt: skip
+    path: Path,
+    seed: int,
+    epochs: int,
+    clock_ms: int,
+    arguments: Sequence[str],
+    reasons: Sequence[str] = (),
+    first: int = 1000,
+    interval: int = 20,
+    converges: bool = True,
+) -> Path:
     """The log of a run that nobody made, as `MLPerfTracker` writes it.
 
     Args:

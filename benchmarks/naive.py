@@ -12,9 +12,9 @@ from scipy import ndimage
 from torch.utils.data import Dataset
 
 from data_loading.dataset import file_of
-from data_loading.loader import LoaderSettings
 from data_loading.preprocessing import Shape
-from data_loading.sampling import sample_rng
+from data_loading.pytorch_loader import LoaderSettings
+from data_loading.sampler import sample_rng
 
 
 class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):

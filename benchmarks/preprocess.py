@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.data import MB, worker_count
 from benchmarks.harness import Options, Table
+from common.errors import UserError
+from data_loading.io.volume import write_nifti
 from data_loading.phantom import make_phantom
-from data_loading.volume import write_nifti
-from errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Between KiTS19's smallest and median scan. With 48 of them the workers' start is a few hundredths of a run.
@@ -31,8 +31,8 @@ QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS = (16, 24, 24), 2, 1, 1
 PROGRAM = """
 import json, re, resource, sys, time
 from pathlib import Path
-from data_loading.raw_layouts import read_kits19
-from data_loading.writing import preprocess
+from data_loading.readers.kits19 import read_kits19
+from data_loading.writer import preprocess
 
 def peak():
     try:
@@ -142,8 +142,11 @@ def preprocess_once(program: Path, raw: Path, results: Path, processes: int, thr
     try:
         done = subprocess.run(
             [sys.executable, str(program), str(raw), str(results), str(processes)],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     finally:
         shutil.rmtree(results, ignore_errors=True)
     if done.returncode != 0:

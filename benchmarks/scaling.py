@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import paper
 from benchmarks.harness import NOT_MEASURED, Options, Table
-from errors import UserError
+from common.errors import UserError
 from model.unet3d import MLPERF_FILTERS
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -23,8 +23,13 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TIMEOUT_S = 1800
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # The first ratio is weak scaling: two processes that shared nothing would reach 1.
-COLUMNS = ["processes", "threads each", "samples/s", "of twice one process with as many threads",
-           "of one process with all threads"]  # fmt: skip
+COLUMNS = [
+    "processes",
+    "threads each",
+    "samples/s",
+    "of twice one process with as many threads",
+    "of one process with all threads",
+]
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,14 @@ def processes(options: Options) -> Table:
     # On a GPU a second process means a second GPU, and threads mean little.
     pairs = [(1, each), (2, each)] if is_gpu else [(1, each), (2, each), (1, cores)]
     window = " x ".join([str(scale.window)] * 3)
-    notes = [f"main.py --benchmark --loader synthetic, unet3d with filters {scale.filters}, windows of {window}, "
-             f"batches of {scale.batch_size} a process; medians of {scale.rounds} rounds."]  # fmt: skip
+    notes = [
+        f"main.py --benchmark --loader synthetic, unet3d with filters {scale.filters}, windows of {window}, "
+        f"batches of {scale.batch_size} a process; medians of {scale.rounds} rounds."
+    ]
     if is_gpu and torch.cuda.device_count() < 2:
-        return Table("One and two processes", COLUMNS, [[2, each, f"{NOT_MEASURED}: this machine has one GPU", "", ""]],
-                     notes)  # fmt: skip
+        return Table(
+            "One and two processes", COLUMNS, [[2, each, f"{NOT_MEASURED}: this machine has one GPU", "", ""]], notes
+        )
     if not is_gpu:
         notes.append(
             f"On one machine's {cores} cores two processes share the arithmetic and the memory: this shows what "
@@ -95,12 +103,36 @@ def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     window = [str(scale.window)] * 3
     command = [
-        sys.executable, *launcher, "main.py", "--benchmark", "--loader", "synthetic", "--layout", "NDHWC", "--amp",
-        "--model", f"unet3d(filters={scale.filters})", "--input_shape", *window, "--val_input_shape", *window,
-        "--batch_size", str(scale.batch_size), "--val_batch_size", "1", "--epochs", str(scale.epochs),
-        "--warmup_steps", str(scale.warmup_steps), "--seed", "0", "--log_dir", str(log_dir), "--no-verbose",
+        sys.executable,
+        *launcher,
+        "main.py",
+        "--benchmark",
+        "--loader",
+        "synthetic",
+        "--layout",
+        "NDHWC",
+        "--amp",
+        "--model",
+        f"unet3d(filters={scale.filters})",
+        "--input_shape",
+        *window,
+        "--val_input_shape",
+        *window,
+        "--batch_size",
+        str(scale.batch_size),
+        "--val_batch_size",
+        "1",
+        "--epochs",
+        str(scale.epochs),
+        "--warmup_steps",
+        str(scale.warmup_steps),
+        "--seed",
+        "0",
+        "--log_dir",
+        str(log_dir),
+        "--no-verbose",
         *(["--cudnn_benchmark"] if is_gpu else []),
-    ]  # fmt: skip
+    ]
     # A launcher around this program must not reach the runs.
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     environment["OMP_NUM_THREADS"] = str(threads)
@@ -122,8 +154,16 @@ def checked() -> Table:
     rows = []
     for published in (*paper.PUBLISHED, paper.LARGEST):
         minutes = paper.forecast(published.device, published.layout, paper.Links()).total / 60
-        rows.append([published.name, published.layout.batch, published.device.samples_per_s, published.minutes, minutes,
-                     minutes / published.minutes])  # fmt: skip
+        rows.append(
+            [
+                published.name,
+                published.layout.batch,
+                published.device.samples_per_s,
+                published.minutes,
+                minutes,
+                minutes / published.minutes,
+            ]
+        )
     notes = [
         "From each run's samples/s and evaluation time (its batch taken as 56); no constant differs from run to run. "
         "The last row is no check: the floor of a step is taken from it.",
@@ -137,11 +177,21 @@ def on_paper() -> Table:
     rows = []
     for gpus in GPUS:
         layout, given = paper.best(paper.H200, gpus, paper.Links())
-        rows.append([
-            gpus, layout.training, f"{layout.batch}{beyond(layout.batch)}", int(layout.samples_a_gpu),
-            1e3 * given.step, 1e3 * given.exposed, given.evaluation, given.share, given.evaluations, given.total / 60,
-            gpus * given.total / 60,
-        ])  # fmt: skip
+        rows.append(
+            [
+                gpus,
+                layout.training,
+                f"{layout.batch}{beyond(layout.batch)}",
+                int(layout.samples_a_gpu),
+                1e3 * given.step,
+                1e3 * given.exposed,
+                given.evaluation,
+                given.share,
+                given.evaluations,
+                given.total / 60,
+                gpus * given.total / 60,
+            ]
+        )
     links = paper.Links()
     notes = [
         f"At the published {paper.H200.samples_per_s:g} samples/s and {paper.H200.windows_per_s:.0f} windows/s a GPU, "
@@ -154,8 +204,19 @@ def on_paper() -> Table:
         "* Samples to converge extrapolated: beyond batch 84 the line through 56 and 84 is taken to go on. No "
         "published run backs it.",
     ]
-    columns = ["GPUs", "ranks", "global batch", "samples a rank", "ms a step", "of it all-reduce", "s an evaluation",
-               "its share once it runs", "evaluations", "minutes to target", "GPU-minutes"]  # fmt: skip
+    columns = [
+        "GPUs",
+        "ranks",
+        "global batch",
+        "samples a rank",
+        "ms a step",
+        "of it all-reduce",
+        "s an evaluation",
+        "its share once it runs",
+        "evaluations",
+        "minutes to target",
+        "GPU-minutes",
+    ]
     return Table("On paper: main.py on 8 to 1,024 H200", columns, rows, notes)
 
 
@@ -169,9 +230,16 @@ def launches() -> Table:
     for gpus in GPUS:
         layout, _ = paper.best(paper.H200, gpus, paper.Links())
         reference = paper.nearest_reference(layout.batch)
-        rows.append([gpus, layout.batch // layout.training, f"{layout.batch}{beyond(layout.batch)}", 1,
-                     f"{reference.learning_rate:g} / {reference.warmup_epochs}",
-                     f"`{paper.launch(layout, gpus)}`"])  # fmt: skip
+        rows.append(
+            [
+                gpus,
+                layout.batch // layout.training,
+                f"{layout.batch}{beyond(layout.batch)}",
+                1,
+                f"{reference.learning_rate:g} / {reference.warmup_epochs}",
+                f"`{paper.launch(layout, gpus)}`",
+            ]
+        )
     notes = ["Rate and warm-up are the nearest reference point's. HOST is the first of the line's nodes."]
     columns = ["GPUs", "batch a rank", "global batch", "ga_steps", "rate / warm-up epochs", "on each of its nodes"]
     return Table("Launch settings", columns, rows, notes)
@@ -183,12 +251,28 @@ def beyond_main() -> Table:
     for gpus in GPUS:
         layout, given = paper.best(paper.H200, gpus, paper.Links(), beyond_main=True)
         _, plain = paper.best(paper.H200, gpus, paper.Links())
-        rows.append([gpus, f"{layout.batch}{beyond(layout.batch)}", layout.training, layout.evaluating,
-                     max(1, layout.training // layout.batch), given.total / 60, plain.total / given.total])  # fmt: skip
+        rows.append(
+            [
+                gpus,
+                f"{layout.batch}{beyond(layout.batch)}",
+                layout.training,
+                layout.evaluating,
+                max(1, layout.training // layout.batch),
+                given.total / 60,
+                plain.total / given.total,
+            ]
+        )
     notes = [
         "Not built: main.py gives each rank whole samples, and its ranks stop training to evaluate. The largest "
         "published run did both, with 8 GPUs to a sample.",
     ]
-    columns = ["GPUs", "global batch", "training", "evaluating", "GPUs a sample", "minutes to target",
-               "times as fast as main.py"]  # fmt: skip
+    columns = [
+        "GPUs",
+        "global batch",
+        "training",
+        "evaluating",
+        "GPUs a sample",
+        "minutes to target",
+        "times as fast as main.py",
+    ]
     return Table("On paper: several GPUs to a sample, evaluation aside", columns, rows, notes)

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
-from errors import UserError
-from model import kernels
+from common.errors import UserError
+from model.kernels import dispatch as kernels
 from model.losses import SMOOTHING, SPATIAL, DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
-from runtime.optim import make_optimizer
+from runtime.logging.throughput import peak_memory_bytes
+from runtime.optimizer import make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
-from runtime.throughput import peak_memory_bytes
 from runtime.training import StepSettings, TrainState, place, train_step
 from runtime.warmup import made_up_batch, peak_flops, seconds, training_flops
 

@@ -31,12 +31,12 @@ from benchmarks.data import (
     write_index,
 )
 from benchmarks.harness import Options, Table
+from common.errors import UserError
 from data_loading.dataset import CaseRecord, load_boxes
-from data_loading.loader import Batch, CropDataset, LoaderSettings, PytorchLoader, TrainingLoader
+from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Box, Shape
+from data_loading.pytorch_loader import Batch, CropDataset, LoaderSettings, PytorchLoader, TrainingLoader
 from data_loading.spec import KITS19
-from data_loading.volume import free_memory_bytes
-from errors import UserError
 
 # MLPerf Storage's size law of an unet3d file, bytes, and its number of files.
 MEAN_BYTES, DEVIATION_BYTES, CASES = 146_600_628, 68_341_808, 168
@@ -111,12 +111,20 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
     return [
         Table(
             "Storage: accelerators that this node can feed",
-            ["caches", "accelerators", "workers each", "samples/s", "MB/s of crops", "ms for the first batch",
-             "utilisation", "passes"],
+            [
+                "caches",
+                "accelerators",
+                "workers each",
+                "samples/s",
+                "MB/s of crops",
+                "ms for the first batch",
+                "utilisation",
+                "passes",
+            ],
             rows,
             notes,
         )
-    ]  # fmt: skip
+    ]
 
 
 def draw_sizes(rng: np.random.Generator, cases: int, patch: Shape) -> NDArray[np.float64]:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_loading.orientation import common_orientation
+from common.errors import UserError
+from common.files import replacing
+from data_loading.io.orientation import common_orientation
 from data_loading.preprocessing import Boxes, Transform, foreground_boxes
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
-from errors import UserError
-from files import replacing
 
 INDEX_NAME = "dataset.json"
 # The index while cases are missing.

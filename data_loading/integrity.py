@@ -20,9 +20,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from data_loading.dataset import INDEX_NAME, CaseRecord, file_of, read_index, write_json
 from data_loading.preprocessing import Shape
-from errors import UserError
 
 T = TypeVar("T")
 Stamp = list[int]

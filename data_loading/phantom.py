@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
-from data_loading.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
-from errors import Parser, UserError, run_program
+from common.errors import Parser, UserError, run_program
+from data_loading.io.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
 
 DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second a case
 MIN_AXIS, MAX_AXIS = 16, 32767  # there a tumour is still three voxels across; NIfTI-1 stores sizes as int16
@@ -301,9 +301,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, help="how many; with --segmentations at most so many (default: all)")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (default: 64 128 128)")
     parser.add_argument(
-        "--field_of_view", type=float, nargs=3, metavar=("D", "H", "W"),
+        "--field_of_view",
+        type=float,
+        nargs=3,
+        metavar=("D", "H", "W"),
         help="mm that the scan spans, for a patient of any size (default: drawn, 200-350 and 350-420)",
-    )  # fmt: skip
+    )
     parser.add_argument("--segmentations", type=Path, help="paint on the masks DIR/case_*/segmentation.nii.gz instead")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_loading.orientation import Turn, turn_to, turned_geometry
+from data_loading.io.orientation import Turn, turn_to, turned_geometry
+from data_loading.io.volume import Geometry, Volume
 from data_loading.spec import DatasetSpec
-from data_loading.volume import Geometry, Volume
 
 Shape = tuple[int, int, int]
 # A foreground component's bounding box: (d0, h0, w0, d1, h1, w1), ends exclusive.
@@ -245,8 +245,14 @@ def _box_volume(box: Box) -> int:
 def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float32], Transform]:
     """A scan on the network's grid, (C, D, H, W) float32, and how it came there."""
     array = image.array
-    way = Transform(image.geometry, image.geometry.shape, (0, 0, 0), image.geometry.shape, spec.orientation,
-                    by_area=spec.size is not None)  # fmt: skip
+    way = Transform(
+        image.geometry,
+        image.geometry.shape,
+        (0, 0, 0),
+        image.geometry.shape,
+        spec.orientation,
+        by_area=spec.size is not None,
+    )
     array = _turn_and_cut(array, way)
     if spec.foreground_crop:
         way = replace(way, crop=foreground_box(array, spec))

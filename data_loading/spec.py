@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from errors import UserError
+from common.errors import UserError
 
 INTENSITIES = ("zscore", "unit", "none")
 

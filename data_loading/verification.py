@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import UserError
 from data_loading.dataset import INDEX_NAME, read_index
 from data_loading.integrity import (
     MLPERF_CASES,
@@ -17,7 +18,6 @@ from data_loading.integrity import (
     recorded_digests,
     stamp_of,
 )
-from errors import UserError
 
 
 def verify(results_dir: Path, checksums: Path | None) -> int:

@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import main as torchrun
 
-from errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, complaint, interrupted_exit
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, complaint, interrupted_exit
 
 # A rank that ended so would end so again.
 FINAL_EXITS = (USER_ERROR_EXIT, DIVERGED_EXIT)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-import plugins
-from errors import UserError
-from model.kernels import triton_for
+from common import registry
+from common.errors import UserError
+from model.kernels.dispatch import triton_for
 
 # Keeps the ratio finite: a class absent from truth and prediction alike counts as 1.0.
 SMOOTHING = 1e-6
@@ -165,9 +165,9 @@ class Adapted(nn.Module):
         return self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
 
 
-LOSSES: plugins.Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
+LOSSES: registry.Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
 # A checkpoint may name these: a loss that takes labels, not one that fetches a network to compare with.
-KNOWN = plugins.Known(("monai.losses", "torch.nn"), nn.Module, (("to_onehot_y", "label_smoothing"),))
+KNOWN = registry.Known(("monai.losses", "torch.nn"), nn.Module, (("to_onehot_y", "label_smoothing"),))
 # How a loss makes probabilities of logits: where the user says none, softmax.
 PROBABILITIES = ("softmax", "use_softmax", "sigmoid", "other_act")
 
@@ -178,12 +178,12 @@ def build_loss(spec: str, include_background: bool, classes: int) -> nn.Module:
     Where a loss has the parameters and the spec leaves them out, it gets softmax, one-hot labels and the flag.
 
     Args:
-        spec: may import what is not in the table where it is `plugins.Typed`, else the `KNOWN` alone.
+        spec: may import what is not in the table where it is `registry.Typed`, else the `KNOWN` alone.
 
     Raises:
         UserError: unknown name or arguments, a spec that may not import, or no loss of logits and labels.
     """
-    found = plugins.find(spec, LOSSES, "--loss", KNOWN)
+    found = registry.find(spec, LOSSES, "--loss", KNOWN)
     defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
     if not set(PROBABILITIES) & set(found.arguments):
         defaults |= {"softmax": True, "use_softmax": True}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.kernels import triton_for
+from model.kernels.dispatch import triton_for
 
 # Elements of a row after folding: long enough for vector instructions whatever C is, short enough for the L1 cache.
 ROW = 1024

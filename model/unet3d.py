@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from model.layers import ACTIVATIONS, NORMALIZATIONS, Kind, OutputLayer, TwoConvs, UpBlock
 
 # One entry a resolution, the bottleneck last.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from common.errors import UserError
 from runtime.command_line import make_parser
 
 
@@ -105,9 +105,17 @@ PREDICT_FLAGS = ("scan", "output", "series", "test_time_flips", "save_probabilit
 # What belongs to a trained network rather than to a run: `--exec_mode evaluate` takes these from the checkpoint
 # unless they are given, so that the score is the one that training saw.
 NETWORK_FLAGS = (
-    "model", "normalization", "activation", "loss", "include_background", "layout", "val_input_shape", "overlap",
-    "amp", "amp_dtype",
-)  # fmt: skip
+    "model",
+    "normalization",
+    "activation",
+    "loss",
+    "include_background",
+    "layout",
+    "val_input_shape",
+    "overlap",
+    "amp",
+    "amp_dtype",
+)
 
 
 def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: dict[str, Any]) -> RunConfig:
@@ -134,8 +142,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     for action in parser._actions:  # the second pass: without defaults, only what was given remains
         action.default = argparse.SUPPRESS
     given = frozenset(vars(parser.parse_args(arguments)))
-    for name in ("input_shape", "val_input_shape", "lr_decay_epochs", "lamb_betas", "trackers", "callbacks", "freeze",
-                 "augment", "load_ckpt_path"):  # fmt: skip
+    for name in (
+        "input_shape",
+        "val_input_shape",
+        "lr_decay_epochs",
+        "lamb_betas",
+        "trackers",
+        "callbacks",
+        "freeze",
+        "augment",
+        "load_ckpt_path",
+    ):
         values[name] = tuple(values[name])
     folders = values["log_dir"] if isinstance(values["log_dir"], list) else [values["log_dir"]]
     values["log_dir"], values["compare"] = folders[0], tuple(folders[1:])

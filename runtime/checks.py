@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.errors import UserError
 from data_loading.integrity import FilesFound, check_files
+from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Shape
-from data_loading.volume import free_memory_bytes
-from errors import UserError
 from runtime.evaluation import Scoring
 from runtime.inference import tile
 

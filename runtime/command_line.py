@@ -8,10 +8,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from errors import Parser, UserError
-from plugins import Typed
+from common.errors import Parser, UserError
+from common.registry import Typed
 from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number
-from runtime.rulesets import DEFAULT_RULESET, RULESETS
+from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 
 
 class _FileParser(Parser):
@@ -27,9 +27,12 @@ class _FileParser(Parser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line: every flag with its meaning and its default."""
     parser = _FileParser(
-        prog="main.py", fromfile_prefix_chars="@", allow_abbrev=False, description=__doc__,
+        prog="main.py",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    )
     _add_io(parser.add_argument_group("input and output"))
     _add_run(parser.add_argument_group("run"))
     _add_optimizer(parser.add_argument_group("optimizer"))
@@ -41,49 +44,98 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_io(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     # The two variables are how the Docker image says where its volumes are mounted.
-    add("--data_dir", type=Path, default=os.environ.get("UNET3D_DATA_DIR") or None,
-        help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)")  # fmt: skip
-    add("--log_dir", type=Path, nargs="+", default=os.environ.get("UNET3D_LOG_DIR", "/tmp"), metavar="LOG_DIR",
-        help="unet3d.log (MLPerf), log.jsonl, run.json, report.html; or UNET3D_LOG_DIR; several to compare their runs, "
-        "with --exec_mode report")  # fmt: skip
-    add("--save_ckpt_path", type=Path,
-        help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)")  # fmt: skip
-    add("--load_ckpt_path", type=Path, nargs="+", default=(), metavar="FILE",
-        help="train: go on from its last state; evaluate: score it; predict: the mean of all")  # fmt: skip
-    add("--init_from", type=Path, metavar="FILE",
-        help="start from these weights alone, where the run has no state of its own to go on from; the output layer "
-        "may be of other classes")  # fmt: skip
-    add("--freeze", nargs="+", default=(), metavar="REGEX",
-        help="parameters that are not trained, by expressions that match a whole name; or all_but_output")  # fmt: skip
-    add("--resume", action="store_true",
-        help="go on from this run's newest good checkpoint; where it has none yet, start afresh")  # fmt: skip
-    add("--ckpt_every", type=interval, default="10m",
-        help="10m: every ten minutes, in the middle of an epoch too; 2e: every two epochs; never: only where "
-        "--save_ckpt_path is given, and then for a new best and at the end")  # fmt: skip
-    add("--ckpt_keep", type=number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
-    add("--loader", default="pytorch",
-        help="pytorch (crops read from disk by --num_workers processes), device (all volumes in device memory in 16 "
-        "bit, samples made there), or synthetic (random volumes, no disk)")  # fmt: skip
     add(
-        "--local_rank", type=number(int, 0), default=os.environ.get("LOCAL_RANK", "0"),
+        "--data_dir",
+        type=Path,
+        default=os.environ.get("UNET3D_DATA_DIR") or None,
+        help="preprocessed volumes (required, but for --loader synthetic or where UNET3D_DATA_DIR is set)",
+    )
+    add(
+        "--log_dir",
+        type=Path,
+        nargs="+",
+        default=os.environ.get("UNET3D_LOG_DIR", "/tmp"),
+        metavar="LOG_DIR",
+        help="unet3d.log (MLPerf), log.jsonl, run.json, report.html; or UNET3D_LOG_DIR; several to compare their runs, "
+        "with --exec_mode report",
+    )
+    add(
+        "--save_ckpt_path",
+        type=Path,
+        help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)",
+    )
+    add(
+        "--load_ckpt_path",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="train: go on from its last state; evaluate: score it; predict: the mean of all",
+    )
+    add(
+        "--init_from",
+        type=Path,
+        metavar="FILE",
+        help="start from these weights alone, where the run has no state of its own to go on from; the output layer "
+        "may be of other classes",
+    )
+    add(
+        "--freeze",
+        nargs="+",
+        default=(),
+        metavar="REGEX",
+        help="parameters that are not trained, by expressions that match a whole name; or all_but_output",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from this run's newest good checkpoint; where it has none yet, start afresh",
+    )
+    add(
+        "--ckpt_every",
+        type=interval,
+        default="10m",
+        help="10m: every ten minutes, in the middle of an epoch too; 2e: every two epochs; never: only where "
+        "--save_ckpt_path is given, and then for a new best and at the end",
+    )
+    add("--ckpt_keep", type=number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
+    add(
+        "--loader",
+        default="pytorch",
+        help="pytorch (crops read from disk by --num_workers processes), device (all volumes in device memory in 16 "
+        "bit, samples made there), or synthetic (random volumes, no disk)",
+    )
+    add(
+        "--local_rank",
+        type=number(int, 0),
+        default=os.environ.get("LOCAL_RANK", "0"),
         help="this process's GPU on its machine (torchrun sets LOCAL_RANK)",
-    )  # fmt: skip
+    )
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--exec_mode", choices=("train", "evaluate", "predict", "report"), default="train", help="what to do")
-    add("--subset", choices=("train", "evaluation", "test"), default="evaluation",
-        help="which part of the data set's split --exec_mode evaluate scores")  # fmt: skip
+    add(
+        "--subset",
+        choices=("train", "evaluation", "test"),
+        default="evaluation",
+        help="which part of the data set's split --exec_mode evaluate scores",
+    )
     add("--batch_size", type=number(int, 1), default=2, help="samples a rank and micro-batch")
     add("--ga_steps", type=number(int, 1), default=1, help="micro-batches accumulated to one step")
     add("--epochs", type=number(int, 1), default=1, help="at most so many epochs")
-    add("--steps_per_epoch", type=number(int, 1),
-        help="an epoch is so many steps, whatever the data set's size (None: each case once)")  # fmt: skip
     add(
-        "--evaluate_every", "--eval_every", type=number(int, 1),
+        "--steps_per_epoch",
+        type=number(int, 1),
+        help="an epoch is so many steps, whatever the data set's size (None: each case once)",
+    )
+    add(
+        "--evaluate_every",
+        "--eval_every",
+        type=number(int, 1),
         help="epochs from one evaluation to the next (None: 20 of 168 samples, by MLPerf's rule)",
-    )  # fmt: skip
+    )
     add("--start_eval_at", type=number(int, 1), help="first epoch with an evaluation (None: 1000 of 168 samples)")
     add("--quality_threshold", type=number(float, 0, 1), default=0.908, help="mean Dice that ends the run")
     add("--layout", choices=("NCDHW", "NDHWC"), default="NCDHW", help="NDHWC: channels-last memory, same numbers")
@@ -95,14 +147,20 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--num_workers", type=number(int, 0), default=8, help="loader processes a rank")
     add("--benchmark", action="store_true", help="time every iteration, evaluate nothing, report samples/s and latency")
     add("--warmup_steps", type=number(int, 0), default=200, help="iterations before --benchmark's clock starts")
-    add("--untimed_steps", type=number(int, 0), default=1,
-        help="steps on made-up data before the clock starts, that leave no trace: compiling and tuning")  # fmt: skip
+    add(
+        "--untimed_steps",
+        type=number(int, 0),
+        default=1,
+        help="steps on made-up data before the clock starts, that leave no trace: compiling and tuning",
+    )
     add("--compile", action="store_true", help="torch.compile the network (minutes, before the clock starts)")
     add("--amp", action="store_true", help="16-bit arithmetic where it is safe, loss and statistics in fp32")
     add(
-        "--amp_dtype", choices=("auto", "bf16", "fp16"), default="auto",
+        "--amp_dtype",
+        choices=("auto", "bf16", "fp16"),
+        default="auto",
         help="auto: bf16 where the device computes in it, else fp16 with a loss scaler (on a CPU: else fp32)",
-    )  # fmt: skip
+    )
 
 
 def _add_optimizer(group: argparse._ArgumentGroup) -> None:
@@ -114,49 +172,84 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     add("--lr_warmup_epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
     add("--lr_decay_epochs", type=number(int, 1), nargs="*", default=(), help="epochs after which the rate decays")
     add("--lr_decay_factor", type=number(float, 0), default=1.0, help="what each decay multiplies the rate with")
-    add("--lr_schedule", default="multistep",
+    add(
+        "--lr_schedule",
+        default="multistep",
         help="after warm-up: multistep (--lr_decay_epochs), 'cosine', 'polynomial(power=0.9)', 'plateau(factor=0.5, "
-        "patience=5)'")  # fmt: skip
+        "patience=5)'",
+    )
     add("--lamb_betas", type=number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="of lamb")
     add("--weight_decay", type=number(float, 0), default=0.0, help="L2 penalty (lamb: decoupled)")
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", type=Typed, default="unet3d",
+    add(
+        "--model",
+        type=Typed,
+        default="unet3d",
         help="network: 'unet3d(filters=(16,32,64,128))', 'monai.networks.nets:SegResNet(init_filters=16)', "
-        "'slicewise(network=\"package.module:Net2d\", context=3)', or one's own package.module:name")  # fmt: skip
+        "'slicewise(network=\"package.module:Net2d\", context=3)', or one's own package.module:name",
+    )
     add("--normalization", choices=("instancenorm", "batchnorm"), default="instancenorm", help="of unet3d")
     add("--activation", choices=("relu", "leaky_relu"), default="relu", help="of unet3d; leaky_relu: slope 0.01")
-    add("--loss", type=Typed, default="dice_ce",
-        help="dice_ce (MLPerf's), dice, 'monai.losses:GeneralizedDiceLoss' or one's own")  # fmt: skip
+    add(
+        "--loss",
+        type=Typed,
+        default="dice_ce",
+        help="dice_ce (MLPerf's), dice, 'monai.losses:GeneralizedDiceLoss' or one's own",
+    )
     add("--include_background", action="store_true", help="class 0 counts in the Dice term of the loss")
     add(
-        "--verbose", "-v", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
+        "--verbose",
+        "-v",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stderr.isatty(),
         help="progress bars and a line an epoch (default: on a terminal)",
-    )  # fmt: skip
+    )
     add("--no_report", action="store_true", help="write no LOG_DIR/report.html at the end of the run")
-    add("--trackers", nargs="*", default=("mlperf", "jsonl"), metavar="TRACKER",
+    add(
+        "--trackers",
+        nargs="*",
+        default=("mlperf", "jsonl"),
+        metavar="TRACKER",
         help="who records the run beside run.json: mlperf, jsonl, tensorboard, wandb, mlflow, each with its arguments, "
-        "such as 'wandb(project=\"kits\", mode=\"offline\")', or one's own package.module:name")  # fmt: skip
-    add("--callbacks", nargs="*", default=(), metavar="CALLBACK",
+        'such as \'wandb(project="kits", mode="offline")\', or one\'s own package.module:name',
+    )
+    add(
+        "--callbacks",
+        nargs="*",
+        default=(),
+        metavar="CALLBACK",
         help="who may end the run or keep something of it: 'early_stopping(patience=20)', 'top_k(k=3)', rate_monitor, "
-        "training_dice, or one's own package.module:name")  # fmt: skip
-    add("--augment", type=Typed, nargs="*", default=("mlperf",), metavar="SPEC",
+        "training_dice, or one's own package.module:name",
+    )
+    add(
+        "--augment",
+        type=Typed,
+        nargs="*",
+        default=("mlperf",),
+        metavar="SPEC",
         help="augmentations, one after the other: \"mlperf(flips='HW')\" where a class has a direction along D, "
         "'flips(p=0.5)', 'rot90', 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "
-        "'mixup(alpha=0.2)', 'manifold_mixup(alpha=0.2)', or one's own package.module:name")  # fmt: skip
+        "'mixup(alpha=0.2)', 'manifold_mixup(alpha=0.2)', or one's own package.module:name",
+    )
     add("--oversampling", type=number(float, 0, 1), default=0.4, help="share of crops around the foreground")
     add("--overlap", type=number(float, 0, 1), default=0.5, help="of neighbouring evaluation windows, below 1")
     add("--cudnn_benchmark", action="store_true", help="let cuDNN time its algorithms")
     add("--cudnn_deterministic", action="store_true", help="the same bits from the same run on a GPU")
     add(
-        "--division", choices=("auto", "closed", "open"), default="auto",
+        "--division",
+        choices=("auto", "closed", "open"),
+        default="auto",
         help="MLPerf division; auto: closed where nothing departs from its rules, else open, with the reasons logged",
-    )  # fmt: skip
-    add("--ruleset", choices=RULESETS, default=DEFAULT_RULESET,
-        help="MLPerf's rules that the log follows: epochs are in epochs up to 3.0.0, in samples from 3.1.0 on"
-    )  # fmt: skip
+    )
+    add(
+        "--ruleset",
+        choices=RULESETS,
+        default=DEFAULT_RULESET,
+        help="MLPerf's rules that the log follows: epochs are in epochs up to 3.0.0, in samples from 3.1.0 on",
+    )
     add("--submission_org", default=PLACEHOLDER_ORG, help="who submits")
     add("--submission_platform", help="on what (None: the devices' own name)")
     add("--submission_status", choices=("onprem", "cloud", "preview", "research"), default="onprem", help="MLPerf's")
@@ -165,15 +258,26 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
 def _add_prediction(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--scan", type=Path, help="what to segment: a NIfTI file, a folder of them, or a folder of DICOM series")
-    add("--output", type=Path,
+    add(
+        "--output",
+        type=Path,
         help="the mask: a .nii.gz file, a .dcm file (DICOM-SEG, of a DICOM series), or a folder, in which masks have "
-        "their scans' names")  # fmt: skip
+        "their scans' names",
+    )
     add("--series", metavar="NAME", help="the DICOM series, by number, UID or description; all: each one")
     add("--checkpoint", choices=("best", "last"), default="best", help="which state evaluate and predict take")
-    add("--test_time_flips", type=axes, default="", metavar="AXES",
-        help="average over all flips of these axes, such as HW; of none along which a class has a way")  # fmt: skip
+    add(
+        "--test_time_flips",
+        type=axes,
+        default="",
+        metavar="AXES",
+        help="average over all flips of these axes, such as HW; of none along which a class has a way",
+    )
     add(
         "--save_probabilities", action="store_true", help="each class's probabilities too, in MASK_probabilities.nii.gz"
     )
-    add("--max_memory_gb", type=number(float, 0.1),
-        help="of the host and of the GPU, at most, in GiB (None: what is free)")  # fmt: skip
+    add(
+        "--max_memory_gb",
+        type=number(float, 0.1),
+        help="of the host and of the GPU, at most, in GiB (None: what is free)",
+    )

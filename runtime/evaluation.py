@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from data_loading.loader import EvaluationCase
+from data_loading.pytorch_loader import EvaluationCase
 from model.losses import dice_score
-from runtime.distributed import World
-from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
+from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
+from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
 
 

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-import plugins
-from errors import UserError
+from common import registry
+from common.errors import UserError
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -33,15 +33,15 @@ def plain(network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, 
     return value
 
 
-OBJECTIVES: plugins.Table[Objective] = {
-    "mixup": "runtime.extras.mixup:Mixup",
-    "manifold_mixup": "runtime.extras.mixup:ManifoldMixup",
+OBJECTIVES: registry.Table[Objective] = {
+    "mixup": "runtime.mixup:Mixup",
+    "manifold_mixup": "runtime.mixup:ManifoldMixup",
 }
 
 
 def split_specs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
     """What of `--augment` changes a sample on its own, and what mixes those of a batch."""
-    mixing = [spec for spec in specs if plugins.parse(spec, "--augment")[0] in OBJECTIVES]
+    mixing = [spec for spec in specs if registry.parse(spec, "--augment")[0] in OBJECTIVES]
     return [spec for spec in specs if spec not in mixing], mixing
 
 
@@ -55,7 +55,7 @@ def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> 
         return plain, ""
     if len(specs) > 1:
         raise UserError(f"--augment {' '.join(specs)}: samples can be mixed in one way alone")
-    objective = plugins.build(specs[0], OBJECTIVES, "--augment")
+    objective = registry.build(specs[0], OBJECTIVES, "--augment")
     if is_compiled and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")
     alone = f"--augment {specs[0]} does nothing with a --batch_size of 1: there is no sample to mix with"

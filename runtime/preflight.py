@@ -17,8 +17,8 @@ import torch
 from data_loading.dataset import file_of
 from data_loading.device_loader import bytes_needed, memory_budget
 from data_loading.integrity import FilesFound
+from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Shape
-from data_loading.volume import free_memory_bytes
 from runtime.checks import (
     Check,
     check_data,
@@ -123,9 +123,13 @@ def format_table(checks: Sequence[Check]) -> str:
         text = check.found + (f"; {check.remedy}" if check.remedy else "")
         start = f"{check.verdict:4}  {check.what:{width}}  "
         lines += textwrap.wrap(
-            text, TABLE_WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False,
+            text,
+            TABLE_WIDTH,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_long_words=False,
             break_on_hyphens=False,
-        )  # fmt: skip
+        )
     return "\n".join(lines)
 
 

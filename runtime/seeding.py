@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.flags import SEED_LIMIT
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from data_loading.loader import Batch, TrainingLoader, is_of_worker, lost_worker
-from errors import Interrupted, UserError
-from runtime.distributed import World, without_communication
-from runtime.events import (
+from common.errors import Interrupted, UserError
+from data_loading.pytorch_loader import Batch, TrainingLoader, is_of_worker, lost_worker
+from runtime.distributed.step_sync import Pulse
+from runtime.distributed.world import World, without_communication
+from runtime.logging.events import (
     BatchDone,
     BlockStarted,
     BlockStopped,
@@ -34,7 +35,6 @@ from runtime.events import (
 )
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
-from runtime.pulse import Pulse
 from runtime.seeding import seed_step
 
 # MLPerf's schedule counts in samples of KiTS19's training set: an evaluation from epoch 1000 on, every 20.

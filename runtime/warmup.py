@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_loading.loader import Batch
-from runtime.distributed import World
-from runtime.events import Calibrated
+from data_loading.pytorch_loader import Batch
+from runtime.distributed.world import World
+from runtime.logging.events import Calibrated
 from runtime.precision import Precision
 from runtime.training import StepSettings, TrainState, train_step
 

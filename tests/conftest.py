@@ -33,17 +33,6 @@ REAL_DATA = Path(os.environ.get("REAL_DATA") or (NEIGHBOURS or [ROOT.parent / "d
 
 CLASSES = ("background", "kidney", "tumour")
 
-# Law 3: delete every extras/ folder, and what is left is tested as it is.
-LACKING = [room for room in ("data_loading", "model", "runtime") if not (ROOT / room / "extras").is_dir()]
-collect_ignore_glob = ["*/extras/*"] if LACKING else []
-collect_ignore_glob += [f"integration/test_{name}.py" for name in (
-    "extending", "open_division", "prediction", "recipes", "report", "submission", "trackers", "tutorial"
-) if LACKING]  # fmt: skip
-
-
-def pytest_report_header() -> str:
-    return f"without extras/ of {', '.join(LACKING)}: their tests are left out" if LACKING else ""
-
 
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:

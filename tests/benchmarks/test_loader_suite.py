@@ -17,10 +17,10 @@ from benchmarks.data import disk_bytes_read, drop_caches, files_of, read_through
 from benchmarks.harness import Options
 from benchmarks.loader import next_epochs, page_bytes, run
 from benchmarks.naive import NaiveCropDataset, naive_crop
-from data_loading.augmentation import draw_crop
 from data_loading.dataset import load_boxes
-from data_loading.loader import CropDataset, LoaderSettings
 from data_loading.preprocessing import Shape, foreground_boxes
+from data_loading.pytorch_loader import CropDataset, LoaderSettings
+from data_loading.transforms import draw_crop
 
 PATCH = (8, 9, 10)
 SHAPES: Sequence[Shape] = ((20, 26, 18), (8, 30, 12), (24, 9, 31), (16, 16, 16))

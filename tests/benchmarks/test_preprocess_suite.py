@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.harness import Options
 from benchmarks.preprocess import largest_case_bytes, preprocess_once, run, write_scans
-from data_loading.raw_layouts import read_kits19
-from data_loading.volume import read_geometry
-from errors import UserError
+from common.errors import UserError
+from data_loading.io.volume import read_geometry
+from data_loading.readers.kits19 import read_kits19
 
 SHAPE = (16, 20, 24)
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.__main__ import main, parse
 from benchmarks.harness import Options, Table
-from errors import UserError
+from common.errors import UserError
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

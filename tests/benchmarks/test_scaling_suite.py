@@ -15,7 +15,7 @@ import torch
 from benchmarks import paper, scaling
 from benchmarks.harness import NOT_MEASURED, Options, Table
 from benchmarks.paper import H200, Layout, Links, best, forecast, launch, layouts, samples_to_converge
-from errors import UserError
+from common.errors import UserError
 from model.unet3d import Unet3d
 from runtime.arguments import parse_arguments
 

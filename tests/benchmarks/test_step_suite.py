@@ -12,8 +12,8 @@ import torch
 from benchmarks import step
 from benchmarks.harness import NOT_MEASURED, Options, Table
 from benchmarks.step import CHOICES, NaiveDiceCE, Scale, Way, fit, make_step, triton_used
-from errors import UserError
-from model import kernels
+from common.errors import UserError
+from model.kernels import dispatch as kernels
 from model.losses import DiceCELoss
 from runtime.precision import choose_precision
 
@@ -78,13 +78,15 @@ def test_switching_off_reaches_what_it_names(monkeypatch: pytest.MonkeyPatch) ->
     seen: list[dict[str, Any]] = []
 
     def spy(state: Any, batch: Any, settings: Any, is_last: bool) -> torch.Tensor:
-        seen.append({
-            "layout": settings.layout,
-            "fused_norm": any(getattr(module, "fused", False) for module in state.network.modules()),
-            "one_pass_loss": not isinstance(settings.loss, NaiveDiceCE),
-            "fused_optimizer": bool(state.optimizer.defaults["fused"]),
-            "triton": kernels.USE_TRITON,
-        })  # fmt: skip
+        seen.append(
+            {
+                "layout": settings.layout,
+                "fused_norm": any(getattr(module, "fused", False) for module in state.network.modules()),
+                "one_pass_loss": not isinstance(settings.loss, NaiveDiceCE),
+                "fused_optimizer": bool(state.optimizer.defaults["fused"]),
+                "triton": kernels.USE_TRITON,
+            }
+        )
         return torch.zeros(())
 
     monkeypatch.setattr(step, "train_step", spy)

@@ -15,9 +15,9 @@ from benchmarks import storage
 from benchmarks.data import files_of
 from benchmarks.harness import Options
 from benchmarks.storage import Emulated, draw_sizes, emulate, figures_of, fit_to_disk, utilisation, volume_shape
+from common.errors import UserError
 from data_loading.dataset import load_boxes, map_case
-from data_loading.loader import Batch, LoaderSettings
-from errors import UserError
+from data_loading.pytorch_loader import Batch, LoaderSettings
 
 PATCH = (128, 128, 128)
 SMALL = (16, 16, 16)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from data_loading.volume import Geometry
+from data_loading.io.volume import Geometry
 
 
 @st.composite

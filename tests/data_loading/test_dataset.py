@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from data_loading import dataset as dataset_module
 from data_loading.dataset import (
     INDEX_NAME,
@@ -35,10 +36,9 @@ from data_loading.dataset import (
     read_index,
     write_json,
 )
+from data_loading.io.volume import Geometry
 from data_loading.preprocessing import Boxes, Transform
 from data_loading.spec import KITS19, DatasetSpec
-from data_loading.volume import Geometry
-from errors import UserError
 
 TRANSFORM = Transform(
     Geometry(np.diag([3.0, 2.0, 1.0, 1.0]), (4, 5, 6), (3.0, 2.0, 1.0)), (7, 8, 9), (1, 2, 3), (9,) * 3

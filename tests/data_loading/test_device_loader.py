@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_loading import loaders as table
-from data_loading.augmentation import Augmentation, draw_augmentation
+from common.errors import UserError
+from data_loading import data_loader as table
+from data_loading.data_loader import EvaluationCases, make_training_loader
 from data_loading.device_loader import DeviceLoader, bytes_needed, load_volumes
-from data_loading.loader import Batch, EvaluationCase, LoaderSettings, PytorchLoader, TrainingLoader
-from data_loading.loaders import EvaluationCases, make_training_loader
 from data_loading.preprocessing import Shape
+from data_loading.pytorch_loader import Batch, EvaluationCase, LoaderSettings, PytorchLoader, TrainingLoader
 from data_loading.spec import DatasetSpec
-from errors import UserError
+from data_loading.transforms import Augmentation, draw_augmentation
 
 SPEC = DatasetSpec("made_up", ("background", "kidney", "tumour"))
 SETTINGS = LoaderSettings((8, 8, 8), 0.4, 2, 0, 0, 1, order_seed=11, sample_seed=22)

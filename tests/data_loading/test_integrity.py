@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data_loading import integrity
 from data_loading.dataset import INDEX_NAME, CaseRecord, file_of, read_index, write_json
 from data_loading.integrity import (
@@ -26,9 +27,8 @@ from data_loading.integrity import (
     split_digest,
     verify_changed,
 )
+from data_loading.io.volume import Geometry
 from data_loading.preprocessing import Transform
-from data_loading.volume import Geometry
-from errors import UserError
 
 CASES = ["a", "b", "c"]
 FILES = [f"{case}_{kind}.npy" for case in CASES for kind in "xy"]

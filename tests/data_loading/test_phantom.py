@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from common.errors import UserError
+from data_loading.io.volume import Geometry, Volume, check_same_geometry, read_geometry, read_nifti, write_nifti
 from data_loading.phantom import main, make_phantom, paint
-from data_loading.volume import Geometry, Volume, check_same_geometry, read_geometry, read_nifti, write_nifti
-from errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 SMALL = (32, 64, 64)

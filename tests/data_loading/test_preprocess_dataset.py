@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 
 import preprocess_dataset
-from data_loading import verification, writing
+from common.errors import UserError, run_program
+from data_loading import verification
+from data_loading import writer as writing
 from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
 from data_loading.integrity import VERIFIED_NAME, check_files, fingerprint
+from data_loading.io.volume import read_nifti
 from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
-from data_loading.raw_layouts import read_kits19, read_msd
+from data_loading.readers.kits19 import read_kits19, read_msd
 from data_loading.spec import KITS19
-from data_loading.volume import read_nifti
-from errors import UserError, run_program
 from preprocess_dataset import main
 
 ROOT = Path(preprocess_dataset.__file__).resolve().parent
@@ -491,8 +492,22 @@ def test_another_spec_preprocesses_all_again(
 
 def test_modalities_and_merged_labels_as_in_brain_tumours(tmp_path: Path, write_msd: WriteRaw) -> None:
     raw, out = write_msd(tmp_path / "raw", 5, modalities=2), tmp_path / "out"
-    preprocess(raw, out, "--dataset", "msd", "--labels", "kidney,tumour=1:whole", "--split", "0.6", "0.2", "0.2",
-               "--intensity", "unit", "--orientation", "SAR")  # fmt: skip
+    preprocess(
+        raw,
+        out,
+        "--dataset",
+        "msd",
+        "--labels",
+        "kidney,tumour=1:whole",
+        "--split",
+        "0.6",
+        "0.2",
+        "0.2",
+        "--intensity",
+        "unit",
+        "--orientation",
+        "SAR",
+    )
     index = read_index(out / INDEX_NAME)
     assert (index.spec.classes, index.spec.channels) == (("background", "whole"), 2)
     assert [len(cases) for cases in index.split.values()] == [3, 1, 1]
@@ -583,9 +598,16 @@ def test_labels_outside_of_the_foreground_crop_are_counted(
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("window", (-100.0, 300.0)), ("intensity", "zscore"), ("spacing", (2.0, 2.0, 2.0)), ("orientation", "IPL"),
-     ("foreground_crop", True), ("labels", ("1,2=1",)), ("split", (0.5, 0.5))],
-)  # fmt: skip
+    [
+        ("window", (-100.0, 300.0)),
+        ("intensity", "zscore"),
+        ("spacing", (2.0, 2.0, 2.0)),
+        ("orientation", "IPL"),
+        ("foreground_crop", True),
+        ("labels", ("1,2=1",)),
+        ("split", (0.5, 0.5)),
+    ],
+)
 def test_kits19_with_a_flag_is_no_longer_kits19(raw: Path, flag: str, value: Any) -> None:
     data = preprocess_dataset.read_raw("kits19", raw, 0, {flag: value})
     assert data.spec.name == f"kits19 with other {flag}"

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 
-from data_loading.orientation import DIRECTIONS, orientation_of
+from data_loading.io.orientation import DIRECTIONS, orientation_of
+from data_loading.io.volume import Geometry, Volume, read_nifti
 from data_loading.preprocessing import (
     Shape,
     Transform,
@@ -36,7 +37,6 @@ from data_loading.preprocessing import (
     to_source_grid,
 )
 from data_loading.spec import KITS19, DatasetSpec
-from data_loading.volume import Geometry, Volume, read_nifti
 from tests.data_loading.oblique import geometries
 
 F32 = np.float32
@@ -363,8 +363,14 @@ def test_turned_cut_and_padded_every_label_comes_back(
     rng = np.random.default_rng(seed)
     image = rng.normal(size=(2, *geometry.shape)).astype(F32)
     label = rng.integers(0, 3, (1, *geometry.shape)).astype(np.uint8)
-    spec = replace(PLAIN, orientation=orientation, foreground_crop=crop, min_shape=(least, least, least),
-                   intensity_window=(1.0, 9.0), intensity="none")  # fmt: skip
+    spec = replace(
+        PLAIN,
+        orientation=orientation,
+        foreground_crop=crop,
+        min_shape=(least, least, least),
+        intensity_window=(1.0, 9.0),
+        intensity="none",
+    )
     array, transform = preprocess_image(Volume(image, geometry), spec)
     record = json.loads(json.dumps(transform.to_json()))
     assert Transform.from_json(record).to_json() == record
@@ -397,8 +403,14 @@ def test_turned_cut_and_resampled_a_ramp_comes_back(
     geometry: Geometry, orientation: str, spacing_mm: tuple[float, float, float]
 ) -> None:
     image = ramp(geometry.shape)
-    spec = replace(PLAIN, orientation=orientation, foreground_crop=True, spacing_mm=spacing_mm, intensity="none",
-                   intensity_window=(float(np.median(image)), 1e6))  # fmt: skip
+    spec = replace(
+        PLAIN,
+        orientation=orientation,
+        foreground_crop=True,
+        spacing_mm=spacing_mm,
+        intensity="none",
+        intensity_window=(float(np.median(image)), 1e6),
+    )
     array, transform = preprocess_image(Volume(image, geometry), spec)
     assert transform.crop is not None
     back = to_source_grid(array, transform, first=1)

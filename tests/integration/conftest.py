@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_loading.volume import Geometry, Volume, write_nifti
+from data_loading.io.volume import Geometry, Volume, write_nifti
 
 PROJECT = Path(__file__).resolve().parents[2]
 Program = Callable[..., subprocess.CompletedProcess[str]]

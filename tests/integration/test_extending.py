@@ -42,9 +42,14 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(project: Path, *arguments: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=project, capture_output=True, text=True, check=False, timeout=120,
+        [sys.executable, *map(str, arguments)],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-    )  # fmt: skip
+    )
     assert not ok or done.returncode == 0, done.stderr
     return done
 
@@ -57,21 +62,68 @@ def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
         image = label * 5.0 + rng.normal(size=label.shape)
         np.savez(tmp_path / "raw" / f"patient_{number}.npz", image=image, label=label, spacing_mm=[2.0, 1.0, 1.0])
     data, logs = tmp_path / "data", tmp_path / "logs"
-    told = run(extended, "preprocess_dataset.py", "--dataset", "archives", "--data_dir", tmp_path / "raw",
-               "--results_dir", data, "--num_workers", 1, "--split", 0.6, 0.4)  # fmt: skip
+    told = run(
+        extended,
+        "preprocess_dataset.py",
+        "--dataset",
+        "archives",
+        "--data_dir",
+        tmp_path / "raw",
+        "--results_dir",
+        data,
+        "--num_workers",
+        1,
+        "--split",
+        0.6,
+        0.4,
+    )
     assert "3 to train, 2 to evaluate" in told.stdout
     window = ("8", "8", "8")
     run(
-        extended, "main.py", "--data_dir", data, "--log_dir", logs, "--model", "pointwise(width=8)",
-        "--input_shape", *window, "--val_input_shape", *window, "--num_workers", 0, "--seed", 1, "--batch_size", 1,
-        "--epochs", 30, "--learning_rate", 0.3, "--start_eval_at", 30, "--no_report",
-        "--trackers", "jsonl", "journal(file='dice.txt')",
-    )  # fmt: skip
+        extended,
+        "main.py",
+        "--data_dir",
+        data,
+        "--log_dir",
+        logs,
+        "--model",
+        "pointwise(width=8)",
+        "--input_shape",
+        *window,
+        "--val_input_shape",
+        *window,
+        "--num_workers",
+        0,
+        "--seed",
+        1,
+        "--batch_size",
+        1,
+        "--epochs",
+        30,
+        "--learning_rate",
+        0.3,
+        "--start_eval_at",
+        30,
+        "--no_report",
+        "--trackers",
+        "jsonl",
+        "journal(file='dice.txt')",
+    )
     (line,) = (logs / "dice.txt").read_text().splitlines()
     assert line.startswith("epoch 30: ")
     assert float(line.split()[-1]) > 0.8, "intensity alone tells"
-    again = run(extended, "main.py", "--exec_mode", "evaluate", "--data_dir", data, "--log_dir", logs,
-                "--load_ckpt_path", logs / "checkpoint.pth")  # fmt: skip
+    again = run(
+        extended,
+        "main.py",
+        "--exec_mode",
+        "evaluate",
+        "--data_dir",
+        data,
+        "--log_dir",
+        logs,
+        "--load_ckpt_path",
+        logs / "checkpoint.pth",
+    )
     scored = dict(line.rsplit(" ", 1) for line in again.stdout.splitlines())
     assert float(scored["mean_dice"]) == pytest.approx(float(line.split()[-1]), abs=1e-4)
 

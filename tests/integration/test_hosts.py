@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import hosts
-from benchmarks.faults.hosts import ADDRESSES, LIMIT_S, Hosts, cut_off_host, judge
+from tests.faults import hosts
+from tests.faults.hosts import ADDRESSES, LIMIT_S, Hosts, cut_off_host, judge
 
 pytestmark = pytest.mark.integration
 

@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
 from torch.distributed.run import parse_args
 
-from benchmarks.faults.runs import free_port
-from errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT
 from launch import torchrun
 from runtime.arguments import parse_arguments
+from tests.faults.runs import free_port
 from tests.integration.conftest import PROJECT, TINY
 
 pytestmark = pytest.mark.integration
@@ -75,10 +75,14 @@ class Cluster:
         script = self._folder / "slurm_script"
         script.write_text((LAUNCH / "slurm.sbatch").read_text(encoding="utf-8"), encoding="utf-8")
         slurm = {
-            "SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": "node-[1-2]",
-            "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1",
-            "PATH": f"{self._folder}:{os.environ['PATH']}", "FAKE": str(self._folder),
-        }  # fmt: skip
+            "SLURM_SUBMIT_DIR": str(PROJECT),
+            "SLURM_JOB_ID": JOB,
+            "SLURM_JOB_NODELIST": "node-[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "1",
+            "PATH": f"{self._folder}:{os.environ['PATH']}",
+            "FAKE": str(self._folder),
+        }
         one_core = {"PYTHON": sys.executable, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
         self._job = subprocess.Popen(
             ["bash", str(script), *map(str, arguments)],
@@ -211,8 +215,12 @@ def test_the_step_is_one_torchrun_a_node_that_resumes(make_cluster: Callable[[st
     data, logs = tmp_path / "my data", tmp_path / "my logs"
     status, output = cluster.run(
         *("--model", "unet3d(filters=(4,8))"),
-        DATA_DIR=str(data), LOG_DIR=str(logs), FAKE_STATUS="0", RDZV_PORT="", IMAGE="unet3d.sif",
-    )  # fmt: skip
+        DATA_DIR=str(data),
+        LOG_DIR=str(logs),
+        FAKE_STATUS="0",
+        RDZV_PORT="",
+        IMAGE="unet3d.sif",
+    )
     assert status == 0, output
     step = cluster.step()
     assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=0"} <= set(step)
@@ -266,8 +274,10 @@ def test_kubernetes_replaces_lost_pods_but_not_after_bad_input() -> None:
     stop, ignore = spec["podFailurePolicy"]["rules"]
     assert stop["action"] == "FailJob"
     assert stop["onExitCodes"] == {
-        "containerName": "node", "operator": "In", "values": [USER_ERROR_EXIT, DIVERGED_EXIT]
-    }  # fmt: skip
+        "containerName": "node",
+        "operator": "In",
+        "values": [USER_ERROR_EXIT, DIVERGED_EXIT],
+    }
     assert ignore == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
 
@@ -289,9 +299,12 @@ def test_kubernetes_command_is_one_that_the_programs_take(monkeypatch: pytest.Mo
     pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     # What Trainer sets, and what the kubelet makes of $(NAME).
     given = {
-        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "1",
-        "PET_MASTER_ADDR": "unet3d-node-0-0.unet3d", "PET_MASTER_PORT": "29500",
-    }  # fmt: skip
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "auto",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "unet3d-node-0-0.unet3d",
+        "PET_MASTER_PORT": "29500",
+    }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(PROJECT)  # as the image's working folder
@@ -359,13 +372,33 @@ def test_one_machines_bad_input_is_no_lost_machine_to_the_others(tmp_path: Path)
     port = free_port()
     machines = [
         subprocess.Popen(
-            [sys.executable, "-c", hurried, "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3",
-             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test",
-             "--rdzv-conf", f"is_host={int(number == 0)}", str(script)],
-            cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-c",
+                hurried,
+                "--nnodes",
+                "2",
+                "--nproc_per_node",
+                "1",
+                "--max-restarts",
+                "3",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                f"localhost:{port}",
+                "--rdzv-id",
+                "test",
+                "--rdzv-conf",
+                f"is_host={int(number == 0)}",
+                str(script),
+            ],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [machine.communicate(timeout=60) for machine in machines]
     # Ranks are numbered as the machines come.
     ends = {machine.returncode: output for machine, output in zip(machines, outputs, strict=True)}

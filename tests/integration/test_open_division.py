@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.checkpoint import load
+from runtime.checkpoint.format import load
 from tests.integration.conftest import TINY, Program, events_of
 
 pytestmark = pytest.mark.integration
 
 # 12 cases to train: 5 steps of 4 a rank take each case at most twice.
 OPEN = (
-    *TINY, *("--batch_size", 4, "--steps_per_epoch", 5, "--start_eval_at", 2, "--evaluate_every", 1),
+    *TINY,
+    *("--batch_size", 4, "--steps_per_epoch", 5, "--start_eval_at", 2, "--evaluate_every", 1),
     *("--callbacks", "early_stopping(patience=2, min_delta=2.0)", "top_k(k=2)", "rate_monitor"),
     "training_dice(cases=2)",
     *("--lr_schedule", "plateau(factor=0.5, patience=1, threshold=9.0)"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,15 @@ def test_every_departure_is_in_the_log(opened: Path) -> None:
 
 def test_resumed_with_steps_and_a_schedule_equals_never_stopping(program: Program, balls: Path, tmp_path: Path) -> None:
     """On another split of the same steps over epochs, the schedule's and the callbacks' memory included."""
-    arguments = ("--data_dir", balls, *OPEN[: OPEN.index("--callbacks")], "--callbacks", "early_stopping(patience=9)",
-                 "--lr_schedule", "plateau(factor=0.5, patience=1, threshold=9.0)")  # fmt: skip
+    arguments = (
+        "--data_dir",
+        balls,
+        *OPEN[: OPEN.index("--callbacks")],
+        "--callbacks",
+        "early_stopping(patience=9)",
+        "--lr_schedule",
+        "plateau(factor=0.5, patience=1, threshold=9.0)",
+    )
     program(*arguments, "--log_dir", tmp_path / "whole", "--epochs", 6)
     program(*arguments, "--log_dir", tmp_path / "parts", "--epochs", 4)
     program(*arguments, "--log_dir", tmp_path / "parts", "--epochs", 6, "--resume")
@@ -86,9 +94,19 @@ def test_fine_tuning_the_output_from_another_runs_weights(
     program: Program, balls: Path, trained: Path, tmp_path: Path
 ) -> None:
     done = program(
-        "--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", 2, "--init_from", trained / "checkpoint.pth",
-        "--freeze", "all_but_output", ranks=2,
-    )  # fmt: skip
+        "--data_dir",
+        balls,
+        "--log_dir",
+        tmp_path,
+        *TINY,
+        "--epochs",
+        2,
+        "--init_from",
+        trained / "checkpoint.pth",
+        "--freeze",
+        "all_but_output",
+        ranks=2,
+    )
     assert "the best weights, of epoch" in done.stdout
     assert "all of the network" in done.stdout
     assert "trained: output.conv.weight, output.conv.bias" in done.stdout

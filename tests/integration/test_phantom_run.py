@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.networks import build_network
+from model.registry import build_network
 from tests.integration.conftest import PROJECT, Program, events_of, run_module
 from tests.integration.test_training import check_log, scores
 
@@ -90,8 +90,12 @@ def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None
     environment = {**os.environ, "DATA_DIR": str(kits), "LOG_DIR": str(tmp_path), "PYTHON": sys.executable}
     done = subprocess.run(
         [str(PROJECT / "run_and_time.sh"), "11", *arguments],
-        env={**environment, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^RESULT,image_segmentation,11,\d+,\w+,", done.stdout, re.MULTILINE)
     log = (tmp_path / "unet3d.log").read_text()
@@ -114,9 +118,12 @@ def test_scores_are_those_of_the_logits_written_down_plainly(program: Program, k
         with torch.inference_mode():
             predicted = network(image)[0].argmax(0).numpy()
         assert set(np.unique(predicted)) == {0, 1, 2}
-        ratios.append([
-            2 * np.sum((predicted == k) & (truth == k)) / (np.sum(predicted == k) + np.sum(truth == k)) for k in (1, 2)
-        ])  # fmt: skip
+        ratios.append(
+            [
+                2 * np.sum((predicted == k) & (truth == k)) / (np.sum(predicted == k) + np.sum(truth == k))
+                for k in (1, 2)
+            ]
+        )
     kidney, tumour = np.mean(ratios, axis=0)
     assert float(printed["L1 dice"]) == pytest.approx(kidney, abs=1e-5)
     assert float(printed["L2 dice"]) == pytest.approx(tumour, abs=1e-5)

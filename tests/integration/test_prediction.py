@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data_loading.volume import Geometry, read_nifti
+from data_loading.io.volume import Geometry, read_nifti
 from tests.integration.conftest import TINY, Program
 
 pytestmark = pytest.mark.integration
@@ -127,8 +127,8 @@ def test_dicom_series_give_the_masks_of_their_scans(
 ) -> None:
     """As NIfTI, matched by affine, and as DICOM-SEG, matched by the slices that it refers to."""
     hd = pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
-    from data_loading.extras import dicom
-    from tests.data_loading.extras.series import write_series
+    from data_loading.io import dicom
+    from tests.data_loading.io.series import write_series
 
     for number, scan in enumerate(sorted(unseen.iterdir())[:2], start=1):
         volume = read_nifti(scan, np.float32)
@@ -139,8 +139,9 @@ def test_dicom_series_give_the_masks_of_their_scans(
         predict(program, trained, tmp_path / f"{number}.nii", tmp_path / f"expected_{number}.nii")
     refused = program(
         *("--exec_mode", "predict", "--load_ckpt_path", trained / "checkpoint.pth", "--scan", tmp_path / "in"),
-        *("--output", tmp_path / "out.nii"), ok=False,
-    )  # fmt: skip
+        *("--output", tmp_path / "out.nii"),
+        ok=False,
+    )
     assert refused.returncode == 2
     assert "holds 2 series; choose one with --series, or all: 1 (made up," in refused.stderr
     predict(program, trained, tmp_path / "in", tmp_path / "out", "--series", "all")
@@ -206,7 +207,7 @@ def test_a_damaged_scan_leaves_the_others_predicted(
 def test_a_checkpoint_of_an_earlier_version_asks_for_its_folder(
     program: Program, balls: Path, trained: Path, unseen: Path, tmp_path: Path
 ) -> None:
-    from runtime.checkpoint import save
+    from runtime.checkpoint.format import save
 
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     del content["spec"]

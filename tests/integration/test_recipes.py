@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import preprocess_dataset
-from data_loading.augmentation import make_augmentation
+from data_loading.transforms import make_augmentation
 from model.losses import build_loss
-from model.networks import build_network, check_window
+from model.registry import build_network, check_window
 from runtime.arguments import RunConfig, parse_arguments
-from runtime.callbacks import CALLBACKS
+from runtime.callbacks.base import CALLBACKS
+from runtime.logging.trackers import TRACKERS
 from runtime.objective import make_objective, split_specs
-from runtime.optim import SCHEDULES
-from runtime.trackers import TRACKERS
+from runtime.optimizer import SCHEDULES
 from tests.integration.conftest import PROJECT
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.args"))
@@ -54,8 +54,8 @@ def test_the_commands_in_its_head_are_commands(
             assert all(place == place.upper() or "/" in place for place in PLACES.findall(" ".join(given)))
         elif arguments[0] == "preprocess_dataset.py":
             preprocess_dataset.make_parser().parse_args(arguments[1:])
-        elif arguments[:2] == ["-m", "runtime.extras.pseudo_labels"]:
-            from runtime.extras.pseudo_labels import make_parser
+        elif arguments[:2] == ["-m", "prediction.pseudo_labels"]:
+            from prediction.pseudo_labels import make_parser
 
             make_parser().parse_args(arguments[2:])
         else:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.made_up_runs import TINY_RUN, write_blocks
-from runtime.extras.submission.__main__ import main
-from runtime.extras.submission.logs import read_log
+from submission.__main__ import main
+from submission.logs import read_log
 from tests.integration.conftest import PROJECT
 
 pytestmark = pytest.mark.integration
-STUB = PROJECT / "tests" / "runtime" / "extras" / "submission" / "stub.py"
+STUB = PROJECT / "tests" / "submission" / "stub.py"
 
 
 @pytest.fixture(scope="module")

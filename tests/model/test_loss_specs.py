@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
+from common.registry import Typed
 from model.losses import DiceCELoss, DiceLoss, build_loss
-from plugins import Typed
 
 HERE = "tests.model.test_loss_specs"
 CLASSES = 3
@@ -95,9 +95,15 @@ def test_torchs_own_losses_get_class_indices() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["os:system(command='touch {path}')", f"{HERE}:Recording", "monai.losses:PerceptualLoss(spatial_dims=3)",
-     "torch.nn:Conv3d", "monai.losses:torch", "torch:load"],
-)  # fmt: skip
+    [
+        "os:system(command='touch {path}')",
+        f"{HERE}:Recording",
+        "monai.losses:PerceptualLoss(spatial_dims=3)",
+        "torch.nn:Conv3d",
+        "monai.losses:torch",
+        "torch:load",
+    ],
+)
 def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: Any) -> None:
     if spec.startswith("monai"):
         pytest.importorskip("monai")

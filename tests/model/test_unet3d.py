@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 from model.layers import Kind, UpBlock
-from model.networks import NETWORKS, build_network, check_window
 from model.normalization import InstanceNormActivation
+from model.registry import NETWORKS, build_network, check_window
 from model.unet3d import MLPERF_FILTERS, Unet3d
 
 TINY = (4, 6, 8)

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, parse_arguments
-from runtime.distributed import World
-from runtime.optim import make_optimizer
+from runtime.distributed.world import World
+from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.training import TrainState
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 # Before the code of each rank of `run_ranks`.
-JOIN = "from runtime.distributed import World\nworld = World.join(0)\n"
+JOIN = "from runtime.distributed.world import World\nworld = World.join(0)\n"
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,15 @@ def run_ranks() -> Callable[..., list[str]]:
         program = JOIN + textwrap.dedent(code) + "\nworld.leave()\n"
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **shared, "RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-c", program],
+                cwd=ROOT,
+                env={**os.environ, **shared, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for rank in range(ranks)
-        ]  # fmt: skip
+        ]
         try:
             told = [process.communicate(timeout=120) for process in started]
         finally:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from errors import UserError
-from plugins import Typed
+from common.errors import UserError
+from common.registry import Typed
 from runtime.arguments import (
     NETWORK_FLAGS,
     RunConfig,

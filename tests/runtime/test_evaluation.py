@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_loading.loader import EvaluationCase
-from errors import Interrupted
+from common.errors import Interrupted
+from data_loading.pytorch_loader import EvaluationCase
 from model.losses import DiceCELoss, dice_score
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.evaluation import Plan, Scoring, deal, evaluate, score_cases
-from runtime.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.inference import sliding_window
+from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
 from runtime.training import TrainState
 
@@ -292,9 +292,11 @@ def test_the_network_is_in_eval_mode_within_and_in_train_mode_after(world: World
 
 
 def test_scoring_changes_no_weight_and_no_statistic(
-    make_state: Callable[..., TrainState], same_weights: Callable[[nn.Module, nn.Module], bool], world: World,
+    make_state: Callable[..., TrainState],
+    same_weights: Callable[[nn.Module, nn.Module], bool],
+    world: World,
     fp32: Precision,
-) -> None:  # fmt: skip
+) -> None:
     state, untouched = make_state(), make_state()
     evaluate(1, state.network, DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
     assert same_weights(state.network, untouched.network)
@@ -324,9 +326,17 @@ def test_a_check_is_made_before_every_batch_of_windows(world: World, fp32: Preci
             return super().forward(image)
 
     evaluate(
-        1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None,
+        1,
+        Spy(),
+        DiceCELoss(),
+        plan(CASES, world),
+        made_up,
+        SCORING,
+        fp32,
+        world,
+        lambda event: None,
         lambda: log.append("check"),
-    )  # fmt: skip
+    )
     windows = sum(SCORING.windows(made_up(case).image.shape[2:]) for case in CASES)
     assert log == ["check", "batch"] * -(-windows // SCORING.batch_size)
 
@@ -345,9 +355,7 @@ def test_what_a_check_raises_ends_the_evaluation_at_once(world: World, fp32: Pre
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        evaluate(
-            1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, events.append, check
-        )  # fmt: skip
+        evaluate(1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, events.append, check)
     assert len(batches) == 2
     assert not any(isinstance(event, CaseEvaluated) for event in events[1:])
 
@@ -371,7 +379,15 @@ def test_a_rank_that_waits_for_others_checks_too(shared: bool, fp32: Precision) 
     ranks = Spy(0, 2, torch.device("cpu"))
     cases = CASES[:1] if shared else CASES[:2]
     evaluate(
-        1, Thresholds(), DiceCELoss(), plan(cases, ranks), made_up, SCORING, fp32, ranks, lambda event: None,
+        1,
+        Thresholds(),
+        DiceCELoss(),
+        plan(cases, ranks),
+        made_up,
+        SCORING,
+        fp32,
+        ranks,
+        lambda event: None,
         check_waiting=check,
-    )  # fmt: skip
+    )
     assert checks == [check] * (2 if shared else 1)

@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_loading.dataset import INDEX_NAME, file_of, load_boxes, read_index, write_json
 from data_loading.integrity import md5_of
-from data_loading.loader import CropDataset, EvaluationCase, LoaderSettings
+from data_loading.io.volume import Geometry, free_memory_bytes
 from data_loading.preprocessing import Transform
-from data_loading.volume import Geometry, free_memory_bytes
+from data_loading.pytorch_loader import CropDataset, EvaluationCase, LoaderSettings
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import preflight
@@ -38,9 +38,9 @@ from runtime.checks import (
     evaluation_bytes,
     free_bytes,
 )
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.evaluation import Scoring, score_cases
-from runtime.optim import make_optimizer
+from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.preflight import Samples, failures, format_table, run_checks
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.flags import SEED_LIMIT
 from runtime.seeding import Seeds, draw_seeds, seed_process, seed_step
 

@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errors import DIVERGED_EXIT, Interrupted, UserError
+from common.errors import DIVERGED_EXIT, Interrupted, UserError
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
-from runtime import pulse as pulses
 from runtime import training
-from runtime.callbacks import Announcer, Diverged, Leave, TargetReached
-from runtime.distributed import World
-from runtime.events import (
+from runtime.callbacks.base import Announcer, Diverged, Leave, TargetReached
+from runtime.distributed import step_sync as pulses
+from runtime.distributed.step_sync import Pulse, Wishes
+from runtime.distributed.world import World
+from runtime.logging.events import (
     BatchDone,
     BlockStarted,
     BlockStopped,
@@ -36,9 +37,8 @@ from runtime.events import (
     RunStopped,
     StepDone,
 )
-from runtime.optim import learning_rate, make_optimizer
+from runtime.optimizer import learning_rate, make_optimizer
 from runtime.precision import Precision
-from runtime.pulse import Pulse, Wishes
 from runtime.training import (
     Schedule,
     StepSettings,
@@ -66,9 +66,15 @@ def settings_of(ga_steps: int = 1, layout: str = "NCDHW", precision: Precision =
 
 
 def run_epoch(
-    state: TrainState, loader: training.TrainingLoader, rate: float = 0.1, epoch: int = 1, ga_steps: int = 1,
-    world: World = ALONE, lag: int = 0, emit: Callable[[Event], None] = lambda event: None,
-) -> list[Event]:  # fmt: skip
+    state: TrainState,
+    loader: training.TrainingLoader,
+    rate: float = 0.1,
+    epoch: int = 1,
+    ga_steps: int = 1,
+    world: World = ALONE,
+    lag: int = 0,
+    emit: Callable[[Event], None] = lambda event: None,
+) -> list[Event]:
     """One epoch; its events, each of which `emit` hears as it comes."""
     events: list[Event] = []
 
@@ -383,9 +389,11 @@ class Unread(torch.amp.GradScaler):
 
 
 def test_the_host_reads_a_step_with_the_next_one_and_one_loss_an_epoch(
-    make_state: MakeState, make_batches: MakeBatches, forbid_reading: Callable[[], list[str]],
+    make_state: MakeState,
+    make_batches: MakeBatches,
+    forbid_reading: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """All that is read of a step is the pulse's vector, once it has arrived; as on a GPU, where the lag is 1."""
     state, loader = make_state(momentum=0.9), make_batches(6, 1)
     run_epoch(state, loader)  # momentum's buffers exist from now on
@@ -424,9 +432,11 @@ def test_a_step_runs_where_no_value_can_be_read(optimizer: str, make_batches: Ma
     with meta:
         network = Unet3d(1, 3, filters=(3, 4))
     state = TrainState(
-        network, network, make_optimizer(optimizer, network.parameters(), 0.1),
+        network,
+        network,
+        make_optimizer(optimizer, network.parameters(), 0.1),
         torch.amp.GradScaler("cpu", enabled=False),
-    )  # fmt: skip
+    )
     settings = settings_of(2, precision=Anywhere(meta, None))
     for index, batch in enumerate(make_batches(4, 1).epoch(1)):
         loss = train_step(state, batch, settings, is_last=index % 2 == 1)
@@ -664,9 +674,12 @@ class Run:
         return Wishes(self.signals.get(sum(isinstance(event, StepDone) for event in self.events), 0))
 
     def start(
-        self, state: TrainState, loader: training.TrainingLoader, schedule: Schedule,
+        self,
+        state: TrainState,
+        loader: training.TrainingLoader,
+        schedule: Schedule,
         rate: Callable[[int], float] = lambda epoch: 0.1,
-    ) -> RunStopped:  # fmt: skip
+    ) -> RunStopped:
         """How the log ends; the run itself ends in the same words, and ends the log but once."""
         self.announce.govern(state, [TargetReached(self.threshold), Diverged(self.world, loader.describe, 1), Leave()])
         pulse = Pulse(self.world, self.wish)

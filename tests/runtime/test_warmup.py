@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
-from runtime.distributed import World
+from runtime.distributed.world import World
 from runtime.precision import Precision
 from runtime.training import StepSettings, TrainState, train_step
 from runtime.warmup import calibrate, made_up_batch, peak_flops, training_flops, untouched, warm_up

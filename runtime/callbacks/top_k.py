@@ -1,0 +1,62 @@
+"""`--callbacks 'top_k(k=3)'`: keeps the checkpoints of the k best evaluations, and the last one beside them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+
+from common.errors import UserError, warn
+from runtime.callbacks.base import RunContext
+from runtime.callbacks.monitor import METRICS, mode_of
+from runtime.checkpoint.format import save
+from runtime.logging.events import EvaluationStopped, Event
+from runtime.training import TrainState
+
+FOLDER = "top"
+
+
+class TopK:
+    """LOG_DIR/top/epoch_00012_0.8754.pth for each of the k best, LOG_DIR/top/last.pth for the last evaluation.
+
+    Each file is a whole checkpoint, to evaluate, predict or start from. What is not a number is never kept, and no file
+    is deleted that this run has not written.
+
+    Args:
+        k: how many, at least 1.
+        metric: "mean_dice" or "loss".
+        mode: "max" or "min"; None: as the metric's nature is.
+    """
+
+    NAME = "top_k"
+
+    def __init__(self, run: RunContext, k: int = 3, metric: str = "mean_dice", mode: str | None = None) -> None:
+        if not isinstance(k, int) or k < 1:
+            raise UserError(f"--callbacks top_k: k={k!r}; it is a whole number from 1 on")
+        self._k, self._metric, self._mode = k, metric, mode_of("--callbacks top_k", metric, mode)
+        self._run = run
+        self._folder = run.log_dir / FOLDER
+
+    def on(self, event: Event, state: TrainState) -> None:
+        if not isinstance(event, EvaluationStopped) or not self._run.world.is_main:
+            return
+        value = METRICS[self._metric](event)
+        kept: list[list[float | str]] = state.records.setdefault(self.NAME, {"kept": []})["kept"]
+        name = f"epoch_{event.epoch:05d}_{value:.4f}.pth"
+        # A resumed run does again what came after its checkpoint.
+        ranked = [entry for entry in kept if (self._folder / str(entry[1])).exists() and entry[1] != name]
+        if math.isfinite(value):
+            ranked.append([value, name])
+        # Of equal ones the earlier: sorting keeps their order.
+        ranked.sort(key=lambda entry: float(entry[0]), reverse=self._mode == "max")
+        kept[:] = ranked[: self._k]
+        content = self._run.snapshot(state, [0.0] * self._run.world.size)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if [value, name] in kept:
+                save(self._folder / name, content)
+            save(self._folder / "last.pth", content)
+        except OSError as error:
+            warn(f"--callbacks top_k: {self._folder} cannot be written ({error.strerror or error}), training goes on")
+        for _, evicted in ranked[self._k :]:
+            with suppress(OSError):
+                (self._folder / str(evicted)).unlink(missing_ok=True)

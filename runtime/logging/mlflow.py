@@ -1,0 +1,138 @@
+"""`--trackers 'mlflow(uri="sqlite:///mlflow.db")'`: MLflow, in a database or on a server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Read as the package is imported: it tells its makers what is called.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
+# A server that does not answer is given up after a minute, not after ten; ours are only the defaults.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from runtime.logging import events as ev
+from runtime.logging.base import Recorder
+
+# MLflow takes so many metrics, so many parameters and so long a value at once.
+METRICS, PARAMETERS, LENGTH = 1000, 100, 5000
+# Steps' numbers are sent together, as often.
+SEND_S = 10.0
+# At the end the last of it may take so long, a checkpoint's upload included.
+CLOSE_S = 300.0
+
+
+class MLflow(Recorder):
+    """A new run of MLflow's for each run, a resumed one too. A thread talks to MLflow, so that training never waits.
+
+    Args:
+        uri: of the database or server; None: what MLFLOW_TRACKING_URI says, else LOG_DIR/mlflow.db.
+        experiment: by its name; made where it does not exist, its artefacts beside the database.
+        name: of the run.
+        every: one step in so many is recorded.
+    """
+
+    def __init__(
+        self, log_dir: Path, uri: str | None = None, experiment: str = "unet3d", name: str | None = None, every: int = 1
+    ) -> None:
+        super().__init__(every)
+        for logger in ("mlflow", "alembic"):  # a new database is told of in twenty lines
+            logging.getLogger(logger).setLevel(logging.WARNING)
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{log_dir.resolve() / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=uri)
+        self._experiment = find_experiment(self._client, experiment, uri)
+        self._name = name
+        self._run = ""
+        self._status = "FAILED"
+        self._metrics: list[Metric] = []
+        self._sent_at = time.monotonic()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def on(self, event: ev.Event) -> None:
+        super().on(event)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception as error:  # told of with the next event
+                self._error = self._error or error
+
+    def begin(self, facts: dict[str, dict[str, Any]]) -> None:
+        self._jobs.put(partial(self._create, facts))
+
+    def _create(self, facts: dict[str, dict[str, Any]]) -> None:
+        self._run = self._client.create_run(self._experiment, run_name=self._name).info.run_id
+        parameters = [Param(name, _short(value)) for name, value in facts["config"].items()]
+        tags = [
+            RunTag(f"{kind}.{name}", _short(value))
+            for kind in ("environment", "run")
+            for name, value in facts[kind].items()
+        ]
+        for at in range(0, len(parameters), PARAMETERS):
+            self._log(params=parameters[at : at + PARAMETERS])
+        self._log(tags=tags)
+
+    def _log(self, **values: Any) -> None:
+        self._client.log_batch(self._run, **values)
+
+    def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        # Other characters in a name, as a class may have them, are refused.
+        self._metrics += [Metric(re.sub(r"[^\w.\-/ ]", "_", name), v, now_ms, at) for name, v in values.items()]
+        if axis == "epoch" or time.monotonic() - self._sent_at > SEND_S or len(self._metrics) > METRICS // 2:
+            self._send()
+
+    def _send(self) -> None:
+        for at in range(0, len(self._metrics), METRICS):
+            self._jobs.put(partial(self._log, metrics=self._metrics[at : at + METRICS]))
+        self._metrics = []
+        self._sent_at = time.monotonic()
+
+    def end(self, event: ev.RunStopped) -> None:
+        self._send()
+        tags = [RunTag("run.status", event.status), RunTag("run.reason", _short(event.reason))]
+        self._jobs.put(partial(self._log, tags=tags))
+        self._status = "FINISHED" if event.status == "success" else "FAILED"
+
+    def close(self, files: list[Path]) -> None:
+        def upload() -> None:
+            for file in files:
+                self._client.log_artifact(self._run, str(file), "pictures" if file.suffix == ".png" else None)
+
+        self._jobs.put(upload)
+        self._jobs.put(lambda: self._client.set_terminated(self._run, self._status))
+        self._jobs.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            raise TimeoutError(f"MLflow has not taken everything within {CLOSE_S:g} s")
+
+
+def find_experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment's id; a new one keeps its artefacts beside a database, and where it wants on a server."""
+    if known := client.get_experiment_by_name(name):
+        return str(known.experiment_id)
+    database = Path(uri.removeprefix("sqlite:///"))
+    folder = database.resolve().with_name(f"{database.stem}_artifacts").as_uri() if uri.startswith("sqlite:") else None
+    return str(client.create_experiment(name, artifact_location=folder))
+
+
+def _short(value: Any) -> str:
+    return str(value)[:LENGTH]

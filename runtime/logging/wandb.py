@@ -1,0 +1,103 @@
+"""`--trackers 'wandb(project="kits", mode="offline")'`: Weights & Biases.
+
+Offline unless asked for otherwise, in LOG_DIR/wandb; `wandb sync LOG_DIR/wandb/offline-run-*` uploads it later.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Read as the package is imported: it reports its own errors to its makers.
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+
+from wandb import Artifact, Image, Settings, init
+
+from runtime.logging import events as ev
+from runtime.logging.base import Recorder
+
+# Without a network the run begins, and ends, after so long; what was not uploaded lies in the log folder.
+INIT_S = 30.0
+FINISH_S = 300.0
+MODES = ("offline", "online", "disabled", "shared")
+
+
+class WeightsAndBiases(Recorder):
+    """A new run of W&B's for each run, a resumed one too.
+
+    Args:
+        project, entity, name, group, tags: W&B's.
+        mode: "offline", "online" or "disabled"; None: what WANDB_MODE says, else offline.
+        every: one step in so many is recorded.
+    """
+
+    def __init__(
+        self,
+        log_dir: Path,
+        project: str = "unet3d",
+        mode: str | None = None,
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: tuple[str, ...] = (),
+        every: int = 1,
+    ) -> None:
+        super().__init__(every)
+        # Nothing is written outside the folders given: by itself it keeps copies of artefacts in the home folder.
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(variable, str(log_dir.resolve() / "wandb"))
+        (log_dir / "wandb").mkdir(exist_ok=True)
+        settings = Settings(
+            init_timeout=INIT_S,
+            login_timeout=INIT_S,
+            finish_timeout=FINISH_S,
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+        )
+        self._run = init(
+            project=project,
+            entity=entity,
+            name=name,
+            group=group,
+            tags=list(tags),
+            dir=str(log_dir),
+            mode=mode or os.environ.get("WANDB_MODE") or "offline",  # type: ignore[arg-type]
+            reinit="create_new",
+            settings=settings,
+        )
+        if not self._run.offline and self._run.url:
+            print(f"wandb: {self._run.url}", flush=True)
+        for axis, prefixes in (("step", ("step",)), ("epoch", ("train", "evaluation"))):
+            self._run.define_metric(axis, hidden=True)
+            for prefix in prefixes:
+                self._run.define_metric(f"{prefix}/*", step_metric=axis)
+        self._run.define_metric("evaluation/mean_dice", step_metric="epoch", summary="max,last")
+        self._exit_code = 1
+
+    def begin(self, facts: dict[str, dict[str, Any]]) -> None:
+        self._run.config.update({**facts["config"], "environment": facts["environment"], "run": facts["run"]})
+
+    def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+        self._run.log({axis: at, **values})
+
+    def end(self, event: ev.RunStopped) -> None:
+        self._run.summary.update({"status": event.status, "reason": event.reason, "seconds": event.seconds})
+        self._exit_code = 0 if event.status == "success" else 1
+
+    def close(self, files: list[Path]) -> None:
+        for kind, artefact in (("model", "checkpoint"), ("record", "record")):
+            chosen = [file for file in files if (file.suffix == ".pth") == (kind == "model")]
+            if chosen and not self._run.disabled:
+                made = Artifact(f"{artefact}-{self._run.id}", type=kind)
+                for file in chosen:
+                    made.add_file(str(file))
+                self._run.log_artifact(made)
+        if pictures := [file for file in files if file.suffix == ".png"]:
+            self._run.log({f"pictures/{file.stem}": Image(str(file)) for file in pictures})
+        self._run.finish(exit_code=self._exit_code)

@@ -1,0 +1,129 @@
+"""What is known of a run before anything is built or any volume is touched: data set, schedule, division, seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from data_loading.dataset import peek, pseudo_share
+from data_loading.integrity import split_digest
+from data_loading.pytorch_loader import synthetic_cases
+from data_loading.sampler import Capped, batches_per_epoch
+from data_loading.spec import KITS19, DatasetSpec
+from runtime.arguments import RunConfig, checkpoint_path
+from runtime.checkpoint import resume
+from runtime.checkpoint.format import Checkpoint
+from runtime.distributed.world import World
+from runtime.mlperf.closed_division import RESUMED, Departure, settle_division
+from runtime.mlperf.convergence import expected_length
+from runtime.precision import Precision, choose_precision
+from runtime.seeding import Seeds, draw_seeds
+from runtime.training import Schedule, make_schedule
+
+EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before anything is built or any volume is touched.
+
+    Attributes:
+        split: case ids by subset.
+        data: digest of the data set and its split.
+        loaded: the checkpoint to go on from, if any.
+        steps, capped: of `EpochOrder`.
+        done: why nothing is left to train, "" where something is.
+        reasons: what makes it an open one.
+        notes: what the user may not expect, a line each; parts that are built later add theirs.
+    """
+
+    spec: DatasetSpec
+    split: dict[str, list[str]]
+    data: str
+    loaded: Checkpoint | None
+    done: str
+    steps: int | None
+    capped: Capped
+    schedule: Schedule
+    samples_per_epoch: int
+    reasons: list[str]
+    division: str
+    seeds: Seeds
+    precision: Precision
+    notes: list[str]
+
+
+def plan_run(config: RunConfig, world: World) -> RunPlan:
+    """Raises UserError where the flags, the data set and a checkpoint do not go together."""
+    spec, split = open_split(config)
+    data = split_digest(config.data_dir, split)
+    loaded, notes = find_state(config, data, world)
+    capped = Capped(*pseudo_share(config.data_dir))
+    steps = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
+    batches = steps or batches_per_epoch(len(split["train"]), config.batch_size, world.size, capped)
+    samples_per_epoch = batches * config.batch_size * world.size
+    schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
+    if config.benchmark or not split["evaluation"]:
+        schedule = dataclasses.replace(schedule, first_evaluation=None)
+    done = resume.is_done(loaded, schedule, config.quality_threshold) if loaded else ""
+    if not done:
+        schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
+    others = [Departure("training cases", f"with {capped.count} pseudo-labelled", "MLPerf's")] if capped.count else []
+    others += [RESUMED] if loaded and config.resume else []
+    asked = dataclasses.replace(config, division="auto") if done else config
+    division, reasons = settle_division(
+        asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others, world.is_main
+    )
+    notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
+    seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
+    precision = choose_precision(config.amp, config.amp_dtype, world.device)
+    return RunPlan(
+        spec,
+        split,
+        data,
+        loaded,
+        done,
+        steps,
+        capped,
+        schedule,
+        samples_per_epoch,
+        reasons,
+        division,
+        seeds,
+        precision,
+        notes,
+    )
+
+
+def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
+    """The data set's constants and case ids; volumes stay closed until the clock runs."""
+    if config.loader == "synthetic" and config.exec_mode == "train":
+        return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
+    return peek(config.data_dir, evaluation_ids())
+
+
+def evaluation_ids() -> list[str]:
+    """Numbers of the KiTS19 cases that MLPerf evaluates on."""
+    return EVALUATION_CASES.read_text(encoding="utf-8").split()
+
+
+def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if any, and what the user is to know of it."""
+    own = checkpoint_path(config) if config.resume else None
+    loaded = resume.find(own, next(iter(config.load_ckpt_path), None), world)
+    if loaded is None:
+        return None, [f"--resume: {own} is not there yet, starting from the beginning"] if config.resume else []
+    return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
+
+
+def leave_done(config: RunConfig, plan: RunPlan, world: World) -> int:
+    """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
+    assert plan.loaded is not None
+    told = f"{plan.loaded.path} {plan.done}"
+    if not config.resume:
+        raise UserError(f"--load_ckpt_path {told}; use larger --epochs or another --quality_threshold")
+    if world.is_main:
+        print(f"nothing left to do: {told}", flush=True)
+    return 0

@@ -1,0 +1,90 @@
+"""DICOM-SEG, read back: every frame refers to the slice that it lies on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from common.errors import UserError
+from data_loading.io.volume import Geometry
+
+pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
+import highdicom as hd
+
+from data_loading.io import dicom
+from data_loading.io.dicom_seg import write_segmentation
+from tests.data_loading.io.series import change, write_series
+
+CLASSES = ("background", "kidney", "tumour")
+GRID = Geometry(np.diag([-0.8, -0.6, 2.5, 1.0]), (5, 4, 6), (0.8, 0.6, 2.5))
+
+
+def made_up_mask(shape: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 3, (1, *shape)).astype(np.uint8)
+
+
+def check(path: Path, mask: np.ndarray, series: dicom.Series) -> None:
+    """Each slice's mask, looked up by the slice's own UID."""
+    segmentation = hd.seg.segread(path)
+    assert [segment.SegmentLabel for segment in segmentation.SegmentSequence] == list(CLASSES[1:])
+    headers, _ = dicom.sorted_headers(series)
+    dicom.with_identifiers(headers)
+    found = segmentation.get_pixels_by_source_instance(
+        [str(header.SOPInstanceUID) for header in headers], combine_segments=True, ignore_spatial_locations=False
+    )
+    np.testing.assert_array_equal(found.transpose(2, 1, 0), mask[0])
+    for header in headers:
+        assert segmentation.StudyInstanceUID == header.StudyInstanceUID
+        assert segmentation.FrameOfReferenceUID == header.FrameOfReferenceUID
+
+
+def test_every_frame_refers_to_its_slice(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID)
+    (series,) = dicom.find_series(tmp_path / "in")
+    mask = made_up_mask(GRID.shape)
+    assert write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES) == []
+    check(tmp_path / "mask.dcm", mask, series)
+    stored = pydicom.dcmread(tmp_path / "mask.dcm")
+    assert (stored.Modality, stored.PatientID) == ("SEG", "1")
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["mask.dcm"]
+
+
+def test_an_empty_mask_is_written_too(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID)
+    (series,) = dicom.find_series(tmp_path / "in")
+    mask = np.zeros((1, *GRID.shape), np.uint8)
+    write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES)
+    check(tmp_path / "mask.dcm", mask, series)
+
+
+def test_uids_that_an_anonymiser_emptied_are_made_up_and_told(tmp_path: Path) -> None:
+    for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
+        change(file, SOPInstanceUID="", StudyInstanceUID="", SeriesInstanceUID="")
+    (series,) = dicom.find_series(tmp_path / "in")
+    mask = made_up_mask(GRID.shape)
+    (note,) = write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES)
+    assert "UIDs are empty" in note
+    check(tmp_path / "mask.dcm", mask, series)
+
+
+def test_headers_that_lack_what_the_standard_asks_are_told_in_a_line(tmp_path: Path) -> None:
+    for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
+        change(file, PatientID=None)
+    (series,) = dicom.find_series(tmp_path / "in")
+    with pytest.raises(UserError, match=r"lacks what DICOM-SEG needs.*write NIfTI instead"):
+        write_segmentation(tmp_path / "mask.dcm", made_up_mask(GRID.shape), series, CLASSES)
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == []
+
+
+@pytest.mark.real_data
+def test_of_a_real_series(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    (series,) = dicom.find_series(real_data("abdomen_ct") / "dicom")
+    mask = np.zeros((1, 512, 512, 20), np.uint8)
+    mask[0, 100:200, 300:350, 3:9] = 1
+    mask[0, 300:310, 20:30, 0] = 2
+    write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES)
+    check(tmp_path / "mask.dcm", mask, series)

@@ -1,0 +1,419 @@
+"""Scans on disk: what is written comes back, and no file, however damaged, does worse than one clear line."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from data_loading.io import volume as volume_module
+from data_loading.io.volume import (
+    FIRST_VOXEL_BYTE,
+    MAX_TRAILING_BYTES,
+    WORKING_BYTES_PER_VOXEL,
+    Geometry,
+    Volume,
+    check_same_geometry,
+    read_geometry,
+    read_nifti,
+    write_nifti,
+)
+
+SHAPE = (5, 6, 7)
+# Axes permuted and mirrored, as in KiTS19: column i of the affine is a step along axis i.
+AFFINE = np.array([[0, 0, -1.5, 10], [0, -0.8125, 0, 20], [-3, 0, 0, 30], [0, 0, 0, 1]], dtype=np.float64)
+SPACING_MM = (3.0, 0.8125, 1.5)
+GEOMETRY = Geometry(AFFINE, SHAPE, SPACING_MM)
+
+# Byte offsets in a NIfTI-1 header.
+DIM, DATATYPE, BITPIX, PIXDIM, VOX_OFFSET, SCL_SLOPE, UNITS = 40, 70, 72, 76, 108, 112, 123
+QFORM_CODE, SROW_X, MAGIC = 252, 280, 344
+
+
+def noise(dtype: type[np.generic]) -> NDArray[Any]:
+    return np.random.default_rng(0).integers(0, 100, SHAPE).astype(dtype)
+
+
+def nifti_bytes(array: NDArray[Any] | None = None, **changes: Any) -> bytes:
+    """A NIfTI file's bytes; `at_40=("<h", 2)` packs values over the header from byte 40 on."""
+    content = bytearray(nib.Nifti1Image(noise(np.int16) if array is None else array, AFFINE).to_bytes())
+    for name, (form, *values) in changes.items():
+        struct.pack_into(form, content, int(name.removeprefix("at_")), *values)
+    return bytes(content)
+
+
+def huge_header() -> bytes:
+    return nifti_bytes(**{f"at_{DIM}": ("<4h", 3, 32767, 32767, 32767)})[:348]
+
+
+def flip(content: bytes, position: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_what_is_written_comes_back(tmp_path: Path, name: str, dtype: type[np.generic]) -> None:
+    array = noise(dtype)[np.newaxis]
+    write_nifti(tmp_path / name, Volume(array, GEOMETRY))
+    read = read_nifti(tmp_path / name, dtype)
+    assert read.array.dtype == dtype
+    assert read.array.flags.c_contiguous
+    np.testing.assert_array_equal(read.array, array)
+    np.testing.assert_allclose(read.geometry.affine, AFFINE, atol=1e-6)
+    assert (read.geometry.shape, read.geometry.spacing_mm) == (SHAPE, SPACING_MM)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_axes_are_those_of_the_file_and_other_programs_read_ours(tmp_path: Path) -> None:
+    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(SHAPE)
+    nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / "theirs.nii.gz")
+    assert read_nifti(tmp_path / "theirs.nii.gz", np.float32).array[0, 1, 2, 3] == array[1, 2, 3]
+    write_nifti(tmp_path / "ours.nii.gz", Volume(array[np.newaxis], GEOMETRY))
+    theirs = nib.load(tmp_path / "ours.nii.gz")
+    np.testing.assert_array_equal(np.asarray(theirs.dataobj), array)
+    np.testing.assert_allclose(theirs.affine, AFFINE, atol=1e-6)
+
+
+def test_spacing_is_the_headers_pixdim_and_not_the_affines(tmp_path: Path) -> None:
+    rounded = (2.984375, 0.8203125, 1.5)  # within the tolerance of the affine's, and exact in float32
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", *rounded)}))
+    assert read_nifti(tmp_path / "a.nii", np.int16).geometry.spacing_mm == rounded
+    write_nifti(tmp_path / "b.nii", Volume(noise(np.int16)[np.newaxis], Geometry(AFFINE, SHAPE, rounded)))
+    assert read_geometry(tmp_path / "b.nii").spacing_mm == rounded
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.int16), read_geometry])
+def test_spacing_and_affine_must_agree(tmp_path: Path, axis: int, read: Callable[[Path], object]) -> None:
+    # 0.01 of 3.0 and of 1.5 mm; of 0.8125 mm it would be less than 0.01 mm.
+    tolerance = (0.03, 0.01, 0.015)[axis]
+    for difference, is_same in ((0.95, True), (-0.95, True), (1.05, False), (-1.05, False)):
+        spacing = SPACING_MM[axis] + difference * tolerance
+        (tmp_path / "a.nii").write_bytes(nifti_bytes(**{f"at_{PIXDIM + 4 + 4 * axis}": ("<f", spacing)}))
+        if is_same:
+            read(tmp_path / "a.nii")
+        else:
+            said = (
+                rf"a\.nii: along axis {axis} the header's voxel spacing is {spacing:g} mm, but {SPACING_MM[axis]:g} mm"
+            )
+            with pytest.raises(UserError, match=said):
+                read(tmp_path / "a.nii")
+
+
+def test_the_affine_that_counts_is_the_one_that_is_compared(tmp_path: Path) -> None:
+    # Without a code there is no affine, and nibabel makes one of the spacing.
+    content = bytearray(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", 2.5, 1.0, 0.5)}))
+    struct.pack_into("<2h", content, QFORM_CODE, 0, 0)
+    (tmp_path / "none.nii").write_bytes(content)
+    assert read_geometry(tmp_path / "none.nii").spacing_mm == (2.5, 1.0, 0.5)
+    # A quaternion turns and does not stretch: its affine has the header's spacing.
+    struct.pack_into("<2h", content, QFORM_CODE, 1, 0)
+    (tmp_path / "turned.nii").write_bytes(content)
+    assert read_geometry(tmp_path / "turned.nii").spacing_mm == (2.5, 1.0, 0.5)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("folder", ["kits19_segmentations", "hippocampus", "abdomen_ct"])
+def test_the_real_scans_agree_with_themselves(real_data: Callable[[str], Path], folder: str) -> None:
+    scans = sorted(real_data(folder).rglob("*.nii.gz"))
+    assert scans
+    for path in scans:
+        read_geometry(path)
+
+
+def test_channels_last_become_channels_first(tmp_path: Path) -> None:
+    array = np.random.default_rng(1).normal(size=(*SHAPE, 2)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, AFFINE), tmp_path / "a.nii.gz")
+    read = read_nifti(tmp_path / "a.nii.gz", np.float32)
+    np.testing.assert_array_equal(read.array, np.moveaxis(array, -1, 0))
+    assert read.geometry.shape == SHAPE
+
+
+def test_scale_byte_order_and_extensions_are_understood(tmp_path: Path) -> None:
+    array = noise(np.int16)
+    (tmp_path / "scaled.nii").write_bytes(nifti_bytes(array, **{f"at_{SCL_SLOPE}": ("<2f", 2.0, -1024.0)}))
+    np.testing.assert_array_equal(read_nifti(tmp_path / "scaled.nii", np.float32).array[0], array * 2.0 - 1024)
+
+    big_endian = nib.Nifti1Image(array.astype(">i2"), AFFINE, nib.Nifti1Header(endianness=">"))
+    nib.save(big_endian, tmp_path / "big.nii")
+    np.testing.assert_array_equal(read_nifti(tmp_path / "big.nii", np.float32).array[0], array)
+
+    extended = nib.Nifti1Image(array, AFFINE)
+    extended.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"made by a scanner's console " * 9))
+    nib.save(extended, tmp_path / "extended.nii.gz")
+    np.testing.assert_array_equal(read_nifti(tmp_path / "extended.nii.gz", np.float32).array[0], array)
+    assert read_geometry(tmp_path / "extended.nii.gz").shape == SHAPE
+
+
+def test_geometry_needs_the_header_alone(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "whole.nii", Volume(noise(np.int16)[np.newaxis], GEOMETRY))
+    (tmp_path / "head.nii").write_bytes((tmp_path / "whole.nii").read_bytes()[:348])
+    geometry = read_geometry(tmp_path / "head.nii")
+    assert (geometry.shape, geometry.spacing_mm) == (SHAPE, SPACING_MM)
+    np.testing.assert_allclose(geometry.affine, AFFINE, atol=1e-6)
+
+
+def test_geometry_survives_json() -> None:
+    again = Geometry.from_json(GEOMETRY.to_json())
+    np.testing.assert_array_equal(again.affine, AFFINE)
+    assert (again.shape, again.spacing_mm) == (SHAPE, SPACING_MM)
+
+
+def test_the_same_volume_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = Volume(noise(np.int16)[np.newaxis], GEOMETRY)
+    write_nifti(tmp_path / "a.nii.gz", scan)
+    monkeypatch.setattr("time.time", lambda: 1e9)  # gzip would write the hour into its header
+    write_nifti(tmp_path / "b.nii.gz", scan)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.nii.gz"
+    write_nifti(path, Volume(noise(np.int16)[np.newaxis], GEOMETRY))
+    before = path.read_bytes()
+
+    def half(self: Path, content: bytes) -> int:
+        with self.open("wb") as stream:
+            stream.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        write_nifti(path, Volume(noise(np.int16)[np.newaxis] + 1, GEOMETRY))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+GZIPPED = gzip.compress(nifti_bytes(), mtime=0)
+# The header inside is changed to claim a slice less: only the checksum at the stream's very end can tell.
+SHRUNK = bytearray(gzip.compress(nifti_bytes(**{f"at_{DIM + 2}": ("<h", SHAPE[0] - 1)}), mtime=0))
+SHRUNK[-8:-4] = GZIPPED[-8:-4]
+FAULTS: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("a.nii", b"", "not a NIfTI-1 file"),
+    "empty gz": ("a.nii.gz", b"", "not a NIfTI-1 file"),
+    "text": ("a.nii", b"patient,age\n" * 99, "not a NIfTI-1 file"),
+    "no gzip": ("a.nii.gz", nifti_bytes(), "damaged .*gzip"),
+    "flipped byte in the middle": ("a.nii.gz", flip(GZIPPED, len(GZIPPED) // 2), "damaged"),
+    "flipped byte of the checksum": ("a.nii.gz", flip(GZIPPED, len(GZIPPED) - 6), "damaged .*CRC"),
+    "claims less than it holds": ("a.nii.gz", bytes(SHRUNK), "damaged .*CRC"),
+    "truncated gz": ("a.nii.gz", GZIPPED[: len(GZIPPED) // 2], "damaged .*ended"),
+    "truncated nii": ("a.nii", nifti_bytes()[:-1], r"ends after 771 of 772 bytes"),
+    "32767 cubed": ("a.nii", huge_header(), r"claims \(32767, 32767, 32767\) voxels.* GiB are free"),
+    "32767 cubed in 70 bytes": ("a.nii.gz", gzip.compress(huge_header()), r"claims \(32767, 32767, 32767\) voxels"),
+    "2-D": ("a.nii", nifti_bytes(np.zeros((4, 4), np.int16)), r"expected a 3-D scan .*\(4, 4\)"),
+    "5-D": ("a.nii", nifti_bytes(np.zeros((2,) * 5, np.int16)), "expected a 3-D scan"),
+    "no slices": ("a.nii", nifti_bytes(**{f"at_{DIM}": ("<4h", 3, 0, 6, 7)}), "expected a 3-D scan"),
+    "negative axis": ("a.nii", nifti_bytes(**{f"at_{DIM}": ("<4h", 3, -5, 6, 7)}), "3-D scan|not a NIfTI"),
+    "nine axes": ("a.nii", nifti_bytes(**{f"at_{DIM}": ("<h", 9)}), "not a NIfTI-1 file"),
+    "zero spacing": ("a.nii", nifti_bytes(at_84=("<f", 0.0)), r"spacing \[3.0, 0.0, 1.5\] mm is impossible"),
+    "NaN spacing": ("a.nii", nifti_bytes(at_84=("<f", np.nan)), "spacing .*impossible|not a NIfTI"),
+    "kilometre spacing": ("a.nii", nifti_bytes(at_84=("<f", 1e6)), "spacing .*impossible"),
+    "a metre's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 1)}), "voxel spacing is in metres"),
+    "micron's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 3 + 8)}), "voxel spacing is in microns"),
+    "8 bits of int16": ("a.nii", nifti_bytes(**{f"at_{BITPIX}": ("<h", 8)}), "int16 and 8 bits a voxel"),
+    "another type": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<h", 2)}), "uint8 and 16 bits a voxel"),
+    "steps of 9 mm": ("a.nii", nifti_bytes(**{f"at_{SROW_X + 8}": ("<f", 9.0)}), "along axis 2 .* 1.5 mm, but 9 mm"),
+    "colours": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<2h", 128, 24)}) + bytes(999), "no colours"),
+    "complex": ("a.nii", nifti_bytes(np.zeros(SHAPE, np.complex64)), "no colours or complex numbers"),
+    "voxels in the header": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 0.0)}), "not a NIfTI-1 file"),
+    "voxels a petabyte on": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 1e15)}), "GiB are free"),
+    "voxels beyond any file": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 1e30)}), "GiB are free"),
+    "voxels nowhere": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", np.nan)}), "not a NIfTI-1 file"),
+    "NaN intercept": ("a.nii", nifti_bytes(**{f"at_{SCL_SLOPE}": ("<2f", 1.0, np.nan)}), "not a readable NIfTI-1"),
+    "NaN affine": ("a.nii", nifti_bytes(**{f"at_{SROW_X}": ("<f", np.nan)}), "affine holds NaN"),
+    "no rotation": (
+        "a.nii",
+        nifti_bytes(**{f"at_{QFORM_CODE}": ("<2h3f", 1, 0, 3.0, 4.0, 5.0)}),
+        "not a readable NIfTI-1",
+    ),
+    "pair magic of nobody": ("a.nii", nifti_bytes(**{f"at_{MAGIC}": ("4s", b"abcd")}), "not a NIfTI-1 file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_file_is_one_clear_line(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    name, content, message = FAULTS[fault]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_nifti(tmp_path / name, np.float32)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    # nibabel's own remarks would come before that line on stderr.
+    assert not caplog.records
+
+
+HEADER_FAULTS = ["empty", "text", "32767 cubed", "2-D", "zero spacing", "colours", "NaN affine", "no rotation"]
+HEADER_FAULTS += ["a metre's spacing", "8 bits of int16", "steps of 9 mm"]
+
+
+@pytest.mark.parametrize("fault", [*HEADER_FAULTS, "NaN intercept", "voxels beyond any file"])
+def test_a_damaged_header_has_no_geometry(tmp_path: Path, fault: str) -> None:
+    name, content, message = FAULTS[fault]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_geometry(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_what_lies_behind_the_last_voxel_is_read_and_bounded(tmp_path: Path, name: str) -> None:
+    def write(extra: int, end: bytes = b"") -> None:
+        content = nifti_bytes() + bytes(extra)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) + end if name.endswith(".gz") else content)
+
+    write(MAX_TRAILING_BYTES)
+    np.testing.assert_array_equal(read_nifti(tmp_path / name, np.float32).array[0], noise(np.int16))
+    # Had it been read on, what comes behind would have been "no gzip file".
+    write(MAX_TRAILING_BYTES + 1, end=b"junk")
+    with pytest.raises(UserError, match="goes on for more than 1 MiB behind the last voxel"):
+        read_nifti(tmp_path / name, np.float32)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"a\.nii(\.gz)?: a pipe or a device; expected a file"):
+        read(tmp_path / name)
+
+
+def test_an_odd_extension_is_passed_over_without_a_word(tmp_path: Path) -> None:
+    # 17 bytes, which is no multiple of 16, before voxels that begin 32 bytes later.
+    content = nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", FIRST_VOXEL_BYTE + 32.0)})
+    extension = struct.pack("<4B2i", 1, 0, 0, 0, 17, 6) + bytes(24)
+    (tmp_path / "a.nii").write_bytes(content[: FIRST_VOXEL_BYTE - 4] + extension + content[FIRST_VOXEL_BYTE:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii", np.float32).array[0], noise(np.int16))
+
+
+@pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])
+def test_no_file_and_a_folder_are_told_apart(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(UserError, match=r"none\.nii\.gz: no such file"):
+        read(tmp_path / "none.nii.gz")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read(tmp_path)
+
+
+def test_memory_is_asked_for_before_voxels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.nii"
+    path.write_bytes(nifti_bytes())
+    needed = FIRST_VOXEL_BYTE + 5 * 6 * 7 * (2 + WORKING_BYTES_PER_VOXEL)
+    monkeypatch.setattr(volume_module, "free_memory_bytes", lambda: needed)
+    read_nifti(path, np.float32)
+    monkeypatch.setattr(volume_module, "free_memory_bytes", lambda: needed - 1)
+    path.write_bytes(nifti_bytes()[:352])
+    with pytest.raises(UserError, match=r"claims \(5, 6, 7\) voxels"):
+        read_nifti(path, np.float32)
+
+
+def test_free_memory_is_that_of_this_machine() -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < volume_module.free_memory_bytes() <= physical
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.5, 256.0])
+def test_a_mask_holds_whole_numbers_that_a_byte_can(tmp_path: Path, value: float) -> None:
+    array = np.zeros(SHAPE, np.float32)
+    array[4, 5, 6] = value
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(array))
+    with pytest.raises(UserError, match=r"a\.nii: .*whole numbers"):
+        read_nifti(tmp_path / "a.nii", np.uint8)
+    # A scan may hold any of them; preprocessing decides.
+    np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii", np.float32).array[0], array)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.uint16])
+def test_a_mask_may_be_stored_as_any_number(tmp_path: Path, dtype: type[np.generic]) -> None:
+    array = (noise(np.uint8) % 3).astype(dtype)
+    array[0, 0, 0] = 255
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(array))
+    read = read_nifti(tmp_path / "a.nii", np.uint8).array
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read[0], array)
+
+
+def test_what_float32_cannot_hold_is_infinite_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").write_bytes(nifti_bytes(np.full(SHAPE, 1e300)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isinf(read_nifti(tmp_path / "a.nii", np.float32).array).all()
+
+
+def test_image_and_mask_must_agree_in_shape() -> None:
+    other = Geometry(AFFINE, (5, 6, 8), SPACING_MM)
+    with pytest.raises(UserError, match=r"case_7: the image has shape \(5, 6, 7\) but its mask \(5, 6, 8\)"):
+        check_same_geometry(GEOMETRY, other, "case_7")
+
+
+@pytest.mark.parametrize(("column", "name"), [(0, "axis 0"), (1, "axis 1"), (2, "axis 2"), (3, "the origin")])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_image_and_mask_must_agree_in_space(row: int, column: int, name: str) -> None:
+    for difference_mm, is_same in ((9e-4, True), (-9e-4, True), (1.1e-3, False), (-2.0, False)):
+        affine = AFFINE.copy()
+        affine[row, column] += difference_mm
+        other = Geometry(affine, SHAPE, SPACING_MM)
+        if is_same:
+            check_same_geometry(GEOMETRY, other, "case_7")
+        else:
+            with pytest.raises(UserError, match=f"case_7: the affines .* differ by .* mm at {name};"):
+                check_same_geometry(GEOMETRY, other, "case_7")
+
+
+def read_bytes_as(name: str, content: bytes) -> Volume:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        return read_nifti(path, np.float32)
+
+
+def corrupted(content: bytes) -> st.SearchStrategy[bytes]:
+    """The bytes with some replaced, most of them near the beginning, and perhaps cut short or made longer."""
+    position = st.one_of(st.integers(0, min(351, len(content) - 1)), st.integers(0, len(content) - 1))
+
+    def change(edits: list[tuple[int, int]], length: int) -> bytes:
+        changed = bytearray(content)
+        for place, value in edits:
+            changed[place] = value
+        return bytes(changed[:length]) + bytes(max(0, length - len(content)))
+
+    lengths = st.one_of(st.just(len(content)), st.integers(0, len(content) + 40))
+    return st.builds(change, st.lists(st.tuples(position, st.integers(0, 255)), max_size=6), lengths)
+
+
+@settings(max_examples=400, deadline=None)
+@given(content=corrupted(nifti_bytes()))
+def test_any_corruption_of_a_plain_file_is_refused_or_read(content: bytes) -> None:
+    try:
+        read = read_bytes_as("a.nii", content)
+    except UserError:
+        return
+    assert read.array.dtype == np.float32
+    assert read.array.shape[1:] == read.geometry.shape
+    assert np.isfinite(read.geometry.affine).all()
+
+
+@settings(max_examples=400, deadline=None)
+@given(content=corrupted(GZIPPED))
+def test_any_corruption_of_a_gzip_file_is_refused_or_harmless(content: bytes) -> None:
+    try:
+        read = read_bytes_as("a.nii.gz", content)
+    except UserError:
+        return
+    np.testing.assert_array_equal(read.array[0], noise(np.int16))
+
+
+def test_voxels_of_a_plain_file_have_no_checksum() -> None:
+    # Nothing can notice it there, which is why scans come as .nii.gz.
+    assert read_bytes_as("a.nii", flip(nifti_bytes(), 400)).array.shape == (1, *SHAPE)

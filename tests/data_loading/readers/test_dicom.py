@@ -1,0 +1,259 @@
+"""`--dataset dicom`: masks find their series by their place alone; patients, slabs, DICOM-SEG; and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
+from common.errors import UserError
+from data_loading.io import dicom
+from data_loading.io.dicom_seg import open_segments, read_segments, write_segmentation
+from data_loading.io.volume import Geometry
+from data_loading.readers.mask_matching import fitting
+from tests.data_loading.io.series import change, write_series
+from tests.data_loading.readers.programs import arrays, preprocess, refused
+
+# As dcm2niix stores a mask: rows run the other way than DICOM's.
+NIFTI_WAY = ("L", "A", "S")
+CLASSES = ("background", "liver", "spleen")
+
+
+def grid(number: int, slices: int = 6) -> Geometry:
+    """An axial grid like DICOM's, a place of its own for each scan."""
+    affine = np.diag([-0.8, -0.6, 2.5, 1.0])
+    affine[:3, 3] = 10.0 * number, -5.0, 3.0
+    return Geometry(affine, (5, 4, slices), (0.8, 0.6, 2.5))
+
+
+def image_of(number: int, slices: int = 6) -> np.ndarray:
+    return np.random.default_rng(number).integers(-100, 300, (5, 4, slices)).astype(np.int16)
+
+
+def mask_of(number: int, slices: int = 6) -> np.ndarray:
+    mask = np.random.default_rng(100 + number).integers(0, 3, (5, 4, slices)).astype(np.uint8)
+    mask[..., -2:] = 0
+    return mask
+
+
+def save_mask(path: Path, mask: np.ndarray, geometry: Geometry, way: tuple[str, ...] = NIFTI_WAY) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(mask, geometry.affine)
+    change = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(way))
+    nib.save(image.as_reoriented(change), path)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Three patients; the masks' names sort the other way than the patients'."""
+    data, masks = tmp_path / "raw" / "data", tmp_path / "raw" / "masks"
+    for number in range(3):
+        for file in write_series(data / f"P{number}" / "CT", image_of(number), grid(number)):
+            change(file, PatientID=f"secret {number}")
+        save_mask(masks / f"mask_{9 - number}.nii.gz", mask_of(number), grid(number))
+    return data, masks
+
+
+def test_a_mask_finds_its_series_by_its_place(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    index = preprocess("dicom", *folders, tmp_path / "out", "--intensity none --split 0.7 0.3")
+    assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
+    assert index.spec.classes == ("background", "1", "2")
+    assert [len(cases) for cases in index.split.values()] == [2, 1]
+    for number in range(3):
+        x, y = arrays(tmp_path / "out", f"P{number}_CT")
+        np.testing.assert_array_equal(x[0], image_of(number))
+        np.testing.assert_array_equal(y[0], mask_of(number))
+    assert "secret" not in (tmp_path / "out" / "dataset.json").read_text(), "whose a scan is stays with the scan"
+
+
+def test_masks_among_the_series_and_other_files_are_told_apart(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    for path in masks.iterdir():
+        shutil.move(path, data)
+    save_mask(data / "elsewhere.nii.gz", mask_of(0), grid(7))
+    write_series(data / "P1" / "scout", image_of(5, 1), grid(5, 1), number=9)
+    index = preprocess("dicom", data, None, tmp_path / "out")
+    assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
+    said = capsys.readouterr().out
+    assert "passed over, they lie on no series' grid: " in said
+    assert "elsewhere.nii.gz" in said
+    assert "passed over, no mask lies on their grid: P1_scout" in said
+
+
+def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    for number in (3, 4):  # the first patient again, in a folder of another name, and once exported to NIfTI
+        folder = data / ("P0" if number == 4 else "P9")
+        if number == 3:
+            for file in write_series(folder / "CT2", image_of(number), grid(number)):
+                change(file, PatientID="secret 0")
+        else:
+            nib.save(nib.Nifti1Image(image_of(number), grid(number).affine), folder / "later.nii.gz")
+        save_mask(masks / f"{number}.nii.gz", mask_of(number), grid(number))
+    index = preprocess("dicom", data, masks, tmp_path / "out", "--slab 2 --split 0.5 0.5 --labels 1=1")
+    assert len({record.patient for record in index.cases.values()}) == 3
+    assert len({index.cases[f"{scan}_slab000"].patient for scan in ("P0_CT", "P9_CT2", "P0_later")}) == 1
+    sides = [{index.cases[case].patient for case in cases} for cases in index.split.values()]
+    assert sides[0].isdisjoint(sides[1])
+    # The last slab of every scan is empty.
+    assert all(case.endswith("slab002") for case in index.made["dropped"])
+    assert not any(case.endswith("slab002") for case in index.split["train"])
+    assert any(case.endswith("slab002") for case in index.split["evaluation"])
+
+
+def test_empty_ids_mean_a_patient_a_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    for file in data.rglob("IM*"):
+        change(file, PatientID="", SeriesInstanceUID="")
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert sorted(record.patient for record in index.cases.values()) == ["P0", "P1", "P2"]
+
+
+def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    shutil.rmtree(masks)
+    masks.mkdir()
+    for series in dicom.find_series(data):
+        number = int(series.files[0].parts[-3][1])
+        path = masks / f"{9 - number}.dcm"
+        write_segmentation(path, mask_of(number)[np.newaxis], series, CLASSES)
+        _, geometry = dicom.sorted_headers(series)
+        found = read_segments(path, geometry, {"liver": 1, "spleen": 2}.get)
+        np.testing.assert_array_equal(found[0], mask_of(number))
+        with pytest.raises(UserError, match="does not lie on its series' grid"):
+            read_segments(path, grid(5), lambda _: 1)
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert index.spec.classes == CLASSES
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1))
+    preprocess("dicom", data, masks, tmp_path / "out", "--labels spleen=1")
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1) == 2)
+
+
+def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", image_of(0), grid(0))
+    (series,) = dicom.find_series(tmp_path / "in")
+    _, geometry = dicom.sorted_headers(series)
+    write_segmentation(tmp_path / "m.dcm", mask_of(0)[np.newaxis], series, CLASSES)
+    good = (tmp_path / "m.dcm").read_bytes()
+    rng = np.random.default_rng(0)
+    refused_ones = 0
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 3):
+            content[place] = rng.integers(0, 256)
+        (tmp_path / "m.dcm").write_bytes(content[: rng.integers(0, 3 * len(good))])
+        try:
+            if open_segments(tmp_path / "m.dcm"):
+                assert fitting(tmp_path / "m.dcm", [geometry]) in ([0], [])
+                assert read_segments(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
+        except UserError:
+            refused_ones += 1
+    assert 0 < refused_ones < 60
+
+
+def test_an_organ_a_file_lies_on_the_same_grid(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    for number in range(3):
+        (masks / f"mask_{9 - number}.nii.gz").unlink()
+        for value, name in enumerate(CLASSES):
+            if value:
+                save_mask(masks / f"{number}" / f"{name}.nii.gz", (mask_of(number) == value).astype("u1"), grid(number))
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert index.spec.classes == CLASSES
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "P2_CT")[1][0], mask_of(2))
+
+
+def test_series_on_one_grid_have_their_masks_by_folder_and_else_none(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    write_series(data / "P0" / "venous", image_of(8), grid(0), number=8)
+    said = refused(capsys, "dicom", data, masks)
+    assert "mask_9.nii.gz lies on the grid of 2 scans (P0_CT, P0_venous); call it or its folder like its own" in said
+    (masks / "mask_9.nii.gz").rename(masks / "P0_venous.nii.gz")
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
+
+
+def shift(masks: Path) -> None:
+    for path in masks.iterdir():
+        image = nib.load(path)
+        image.affine[0, 3] += 0.5
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), path)
+
+
+BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    (
+        "half a voxel beside",
+        lambda data, masks: shift(masks),
+        "",
+        "none of its 3 mask(s) lies on the grid of a series in",
+    ),
+    ("no masks", lambda data, masks: [path.unlink() for path in masks.iterdir()], "", "none of its 0 mask(s) lies on"),
+    ("no series", lambda data, masks: [path.unlink() for path in data.rglob("IM*")], "", "no DICOM series of single"),
+    (
+        "one patient",
+        lambda data, masks: [change(path, PatientID="1") for path in data.rglob("IM*")],
+        "",
+        "a split needs at least 2 cases, found 3, all of one patient; --split 1 0 trains on all",
+    ),
+    (
+        "two values in an organ",
+        lambda data, masks: (
+            [save_mask(masks / f"{name}.nii.gz", mask_of(1), grid(1)) for name in ("liver", "spleen")]
+            and (masks / "mask_8.nii.gz").unlink()
+        ),
+        "",
+        "but it holds 2 values",
+    ),
+    ("a flag of pictures", lambda data, masks: None, "--size 5 5", "--size means nothing for --dataset dicom"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_one_line(
+    folders: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path, Path], object],
+    flags: str,
+    message: str,
+) -> None:
+    spoil(*folders)
+    assert message in refused(capsys, "dicom", *folders, flags)
+
+
+def test_without_pydicom_the_line_says_what_to_install(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    for name in ("io.dicom", "io.dicom_seg", "readers.dicom"):
+        monkeypatch.delitem(sys.modules, f"data_loading.{name}", raising=False)
+    said = refused(capsys, "dicom", *folders)
+    assert said == "--dataset dicom: needs pydicom, which is not installed; pip install '.[dicom]'"
+
+
+@pytest.mark.real_data
+def test_the_real_series_has_its_muscles_on_the_back(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = real_data("abdomen_ct")
+    flags = "--split 1 0 --slab 10 --labels 86,87=1:muscle --window -160 240 --intensity unit --orientation SPL"
+    index = preprocess("dicom", folder / "dicom", folder, tmp_path / "out", flags, "--spacing 2 4 4 --foreground_crop")
+    assert index.split == {"train": ["dicom_slab000", "dicom_slab001"], "evaluation": []}
+    for case, record in index.cases.items():
+        x, y = arrays(tmp_path / "out", case)
+        assert x.shape[1] == 10
+        assert record.transform is not None
+        assert record.transform.source.spacing_mm[2] == 2.0
+        assert 0.35 < x[y == 1].mean() < 0.7, "muscle, at about 50 HU"
+        left, right = sorted(record.boxes[1], key=lambda box: box[2])
+        assert left[5] <= right[2]
+        assert min(left[1], right[1]) > x.shape[2] / 2, "behind the middle"
+    starts = [record.transform.source.affine[2, 3] for record in index.cases.values() if record.transform]
+    assert starts[1] - starts[0] == pytest.approx(20.0)

@@ -1,0 +1,242 @@
+"""`--dataset images`: grey and colour, resized, of any format; and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("PIL", reason="pip install '.[images]'")
+from PIL import Image
+
+from common.errors import UserError
+from data_loading.dataset import peek
+from data_loading.readers.images import read_mask, read_picture
+from tests.data_loading.readers.programs import arrays, preprocess, refused
+
+Folders = tuple[Path, Path]
+
+
+def picture_of(number: int, channels: int = 1) -> np.ndarray:
+    array = np.random.default_rng(number).integers(0, 256, (6, 8 + number, channels), dtype=np.uint8)
+    return array[..., 0] if channels == 1 else array
+
+
+def mask_of(number: int) -> np.ndarray:
+    mask = np.zeros((6, 8 + number), np.uint8)
+    mask[1:3, 2:5] = 255
+    return mask
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    """Five grey pictures with black and white masks."""
+    data, masks = tmp_path / "raw" / "pictures", tmp_path / "raw" / "masks"
+    data.mkdir(parents=True)
+    masks.mkdir()
+    for number in range(5):
+        Image.fromarray(picture_of(number)).save(data / f"{number}.png")
+        Image.fromarray(mask_of(number)).save(masks / f"{number}.bmp")
+    (data / "Thumbs.db").touch()
+    return data, masks
+
+
+def test_a_grey_picture_is_a_volume_of_one_slice(folders: Folders, tmp_path: Path) -> None:
+    index = preprocess("images", *folders, tmp_path / "out", "--intensity none --split 0.6 0.2 0.2")
+    assert (index.spec.classes, index.spec.channels) == (("background", "255"), 1)
+    assert [len(cases) for cases in index.split.values()] == [3, 1, 1]
+    x, y = arrays(tmp_path / "out", "3")
+    np.testing.assert_array_equal(x, picture_of(3)[np.newaxis, np.newaxis])
+    np.testing.assert_array_equal(y[0, 0], mask_of(3) // 255)
+    assert peek(tmp_path / "out", [])[0].orientation == "IPL"
+
+
+def test_one_colour_picture_gives_all_of_them_three_channels(folders: Folders, tmp_path: Path) -> None:
+    colours = picture_of(2, 3)
+    Image.fromarray(colours).save(folders[0] / "2.png")
+    index = preprocess("images", *folders, tmp_path / "out", "--intensity none")
+    assert index.spec.channels == 3
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "2")[0][:, 0], np.moveaxis(colours, -1, 0))
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "3")[0][:, 0], np.stack([picture_of(3)] * 3))
+
+
+def test_pictures_are_resized_and_chosen_labels_named(folders: Folders, tmp_path: Path) -> None:
+    index = preprocess("images", *folders, tmp_path / "out", "--size 12 10 --labels 0=1:ground --intensity unit")
+    assert (index.spec.size, index.spec.classes) == ((12, 10), ("background", "ground"))
+    for number in range(5):
+        x, y = arrays(tmp_path / "out", str(number))
+        assert x.shape == y.shape == (1, 1, 12, 10)
+        assert (x.min(), x.max()) == (0, 1)
+        assert y.mean() == pytest.approx(1 - 6 / (6 * (8 + number)), abs=0.05)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "I", "F"])
+def test_every_kind_of_picture_is_read(tmp_path: Path, mode: str) -> None:
+    grey = np.tile(np.array([[0, 255], [255, 0]], np.uint8), (2, 3))
+    if mode in ("I;16", "I", "F"):
+        picture = Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 4)
+        scale = 4
+    else:
+        picture, scale = Image.fromarray(grey).convert(mode), 1
+    path = tmp_path / "a.tif"
+    picture.save(path)
+    for channels in (1, 3):
+        if channels == 1 and mode in ("RGB", "RGBA", "P"):
+            with pytest.raises(UserError, match=r"in colour .*, but the network knows grey pictures"):
+                read_picture(path, 1)
+            continue
+        array = read_picture(path, channels).array
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, np.stack([grey[np.newaxis] * np.float32(scale)] * channels))
+
+
+def test_a_mask_is_grey_values_or_the_indices_of_a_palette(tmp_path: Path) -> None:
+    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    palette = Image.fromarray(indices, "P")
+    palette.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0])
+    palette.save(tmp_path / "p.png")
+    Image.fromarray(np.stack([indices * 100] * 3, -1)).save(tmp_path / "rgb.png")
+    Image.fromarray(indices > 1).save(tmp_path / "bits.png")
+    Image.fromarray(indices.astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    Image.fromarray(np.stack([indices * 100, indices, indices], -1)).save(tmp_path / "colour.png")
+    for name, expected in (("p", indices), ("rgb", indices * 100), ("bits", indices > 1)):
+        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png").array[0, 0], expected)
+    with pytest.raises(UserError, match="a mask holds whole numbers from 0 to 255, this one 0 to 400"):
+        read_mask(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="a mask in colour; give one grey value"):
+        read_mask(tmp_path / "colour.png")
+
+
+def test_a_photograph_lies_as_its_camera_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the left
+    stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 1).array[0, 0], np.rot90(stored, -1))
+
+
+def test_other_formats_and_stacks_are_no_pictures(tmp_path: Path) -> None:
+    """Pillow would hand a PostScript file to another program."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"a.png: not a readable picture"):
+        read_picture(tmp_path / "a.png", 1)
+    pages = [Image.fromarray(picture_of(number)) for number in (1, 1)]
+    pages[0].save(tmp_path / "b.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=r"b.tif: holds 2 pictures; save each for itself"):
+        read_picture(tmp_path / "b.tif", 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["PNG", "TIFF", "BMP", "JPEG"]), st.sampled_from(["L", "RGB"]), st.data())
+def test_any_damage_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, mode: str, data: st.DataObject
+) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(picture_of(0, 3)).convert(mode).save(stream, kind)
+    content = bytearray(stream.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / f"a.{kind.lower()}"
+    path.write_bytes(content[: data.draw(st.integers(0, 3 * len(content)))])
+    with contextlib.suppress(UserError):
+        assert read_picture(path, 3).array.shape[0] == 3
+        assert read_mask(path).array.dtype == np.uint8
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+
+
+def noise(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20)).astype(np.uint8)).save(path)
+
+
+BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    ("no mask", lambda data, masks: (masks / "3.bmp").unlink(), "", "no mask 3 for 3.png; stems must be equal"),
+    ("no picture", lambda data, masks: (data / "3.png").unlink(), "", "no picture 3 for 3.bmp; stems must be equal"),
+    ("two of a name", lambda data, masks: noise(data / "3.jpg"), "", "3.jpg and 3.png have one stem"),
+    (
+        "other shape",
+        lambda data, masks: Image.fromarray(mask_of(4)).save(masks / "3.bmp"),
+        "",
+        "3: the image has shape (1, 6, 11) but its mask (1, 6, 12)",
+    ),
+    ("damaged", lambda data, masks: damage(data / "3.png"), "", "3.png: "),
+    (
+        "cut off",
+        lambda data, masks: (masks / "3.bmp").write_bytes((masks / "3.bmp").read_bytes()[:-20]),
+        "",
+        "3.bmp: damaged",
+    ),
+    ("no picture at all", lambda data, masks: (data / "3.png").write_bytes(b"text"), "", "3.png: not a readable"),
+    (
+        "no masks but pictures",
+        lambda data, masks: [noise(path) for path in masks.iterdir()],
+        "",
+        "values; choose and merge with --labels, such as 128-255=1",
+    ),
+    (
+        "nothing drawn",
+        lambda data, masks: [Image.fromarray(0 * mask_of(int(path.stem))).save(path) for path in masks.iterdir()],
+        "",
+        "every mask is empty",
+    ),
+    (
+        "a flag of scans",
+        lambda data, masks: None,
+        "--orientation RAS",
+        "--orientation means nothing for --dataset images, which takes --drop_empty, --intensity, --labels, --labels_dir, "
+        "--size, --split, --window",
+    ),
+    ("no size", lambda data, masks: None, "--size 0 5", "--size 0 5: must be at least 1 pixel each way"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_one_line(
+    folders: Folders,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path, Path], object],
+    flags: str,
+    message: str,
+) -> None:
+    spoil(*folders)
+    assert message in refused(capsys, "images", *folders, flags)
+
+
+def test_without_pillow_the_line_says_what_to_install(
+    folders: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "data_loading.readers.images")
+    said = refused(capsys, "images", *folders)
+    assert said == "--dataset images: needs PIL, which is not installed; pip install '.[images]'"
+
+
+def test_a_picture_larger_than_memory_is_refused_by_its_header(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_loading.readers.images.free_memory_bytes", lambda: 100)
+    with pytest.raises(UserError, match=r"3.png: 11 x 6 pixels need .* GiB are free"):
+        read_picture(folders[0] / "3.png", 1)
+
+
+@pytest.mark.real_data
+def test_real_membranes_are_darker_than_cells(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = real_data("membrane_2d")
+    flags = "--size 64 64 --labels 0=1:membrane --split 0.6 0.2 0.2"
+    index = preprocess("images", folder / "images", folder / "masks", tmp_path, flags)
+    assert [len(cases) for cases in index.split.values()] == [18, 6, 6]
+    for case in index.cases:
+        x, y = arrays(tmp_path, case)
+        assert 0.1 < y.mean() < 0.4
+        assert x[y == 1].mean() < x[y == 0].mean() - 0.5

@@ -1,0 +1,79 @@
+"""`--labels`: merged, chosen, named; and what is no such list."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from data_loading.readers.labels import LabelMap
+
+KNOWN = ("background", "kidney", "tumour")
+
+
+def test_values_are_merged_and_chosen_and_the_rest_is_background() -> None:
+    labels = LabelMap.parse(["86,87=1:muscle", "5=2", "88-90=1"])
+    assert labels.classes == ("background", "muscle", "5")
+    mask = np.arange(256, dtype=np.uint8).reshape(1, 16, 4, 4)
+    found = labels.apply(mask)
+    assert (found.dtype, found.shape) == (np.uint8, mask.shape)
+    assert {int(value): int(c) for value, c in zip(mask.ravel(), found.ravel(), strict=True) if c} == {
+        5: 2,
+        86: 1,
+        87: 1,
+        88: 1,
+        89: 1,
+        90: 1,
+    }
+
+
+def test_0_may_be_a_class_and_names_stand_for_organs() -> None:
+    assert LabelMap.parse(["0=1:membrane"]).apply(np.array([0, 255], np.uint8)).tolist() == [1, 0]
+    labels = LabelMap.parse(["autochthon_left,autochthon_right=1", "liver=2"])
+    assert labels.classes == ("background", "autochthon_left+autochthon_right", "liver")
+    assert [labels.of(name) for name in ("autochthon_right", "liver", "spleen")] == [1, 2, 0]
+
+
+def test_a_data_sets_own_names_are_known() -> None:
+    assert LabelMap.parse(["kidney,tumour=1"], KNOWN) == LabelMap.parse(["1,2=1:kidney+tumour"], KNOWN)
+    assert LabelMap.parse(["2=1"], KNOWN).classes == ("background", "tumour")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["86"], "--labels 86: expected VALUES=CLASS, such as 86,87=1 or 5=2:liver"),
+        (["86=muscle"], "expected VALUES=CLASS"),
+        (["86=2"], r"classes must be 1, 2, … without a gap, found \[2\]"),
+        (["86=0"], r"without a gap, found \[0\]"),
+        (["86=1", "86=2"], "--labels 86=2: 86 is there twice"),
+        (["80-90=1", "86=2"], "86 is there twice"),
+        (["86=1:a", "87=1:b"], "class 1 is a already"),
+        (["86=1:a", "87=2:a"], "two classes have one name"),
+        (["256=1"], "256 is no label of 0 to 255"),
+        (["9-3=1"], "9-3 is no label"),
+        ([",5=1"], "a key is empty"),
+    ],
+)
+def test_bad_lists_are_one_clear_line(tokens: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LabelMap.parse(tokens)
+
+
+def test_what_a_data_set_does_not_have_is_told() -> None:
+    with pytest.raises(UserError, match="--labels 7=1: 7 is no label of 0 to 2"):
+        LabelMap.parse(["7=1"], KNOWN)
+    with pytest.raises(UserError, match="'liver' is no label; there is background, kidney, tumour"):
+        LabelMap.parse(["liver=1"], KNOWN)
+    with pytest.raises(UserError, match="--labels spleen: no mask of that name in here; there is liver"):
+        LabelMap.parse(["spleen=1"]).check_covers({"liver", 3}, "here")
+
+
+def test_without_a_list_every_value_is_a_class_in_rising_order() -> None:
+    labels = LabelMap.of_found({0, 255, 7}, "masks")
+    assert (labels.pairs, labels.classes) == (((7, 1), (255, 2)), ("background", "7", "255"))
+    assert LabelMap.of_found({"liver", "aorta"}, "masks").classes == ("background", "aorta", "liver")
+    with pytest.raises(UserError, match="masks: every mask is empty"):
+        LabelMap.of_found({0}, "masks")
+    with pytest.raises(UserError, match=r"the masks hold 99 values; choose and merge with --labels, such as 128-255=1"):
+        LabelMap.of_found(set(range(100)), "masks")

@@ -1,0 +1,258 @@
+"""`--dataset nifti`: paired by stems, cut into slabs, organs in files of their own; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data_loading.dataset import peek
+from data_loading.readers import nifti as scans
+from tests.data_loading.readers.programs import arrays, preprocess, refused
+
+SHAPE = (6, 5, 8)
+AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1]])
+
+
+def mask_of(number: int) -> np.ndarray:
+    """Class 3 in the first four slices, 7 in the last two of every other scan."""
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[1:4, 1:3, :4] = 3
+    mask[2, 2, 6:] = 7 if number % 2 else 0
+    return mask
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Six scans and their masks."""
+    data, masks = tmp_path / "raw" / "Scans", tmp_path / "raw" / "masks"
+    data.mkdir(parents=True)
+    masks.mkdir()
+    for number in range(6):
+        image = np.random.default_rng(number).normal(0, 100, SHAPE).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, AFFINE), data / f"p{number}.nii.gz")
+        nib.save(nib.Nifti1Image(mask_of(number), AFFINE), masks / f"p{number}.nii.gz")
+    (data / "README").touch()
+    return data, masks
+
+
+def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    index = preprocess("nifti", *folders, tmp_path / "out", "--intensity none --split 0.5 0.25 0.25")
+    assert (index.spec.name, index.spec.classes, index.spec.channels) == ("scans", ("background", "3", "7"), 1)
+    assert {name: len(cases) for name, cases in index.split.items()} == {"train": 4, "evaluation": 1, "test": 1}
+    for number in range(6):
+        x, y = arrays(tmp_path / "out", f"p{number}")
+        np.testing.assert_array_equal(x[0], nib.load(folders[0] / f"p{number}.nii.gz").get_fdata(dtype=np.float32))
+        np.testing.assert_array_equal(y[0], np.searchsorted([0, 3, 7], mask_of(number)))
+    assert peek(tmp_path / "out", [])[0].orientation == "LAS"
+    assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split": [0.5, 0.25, 0.25]}
+
+
+def test_a_mask_whose_axes_run_another_way_is_turned_onto_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    image = nib.load(masks / "p1.nii.gz")
+    nib.save(nib.as_closest_canonical(nib.Nifti1Image(mask_of(1)[:, ::-1], image.affine)), masks / "p1.nii.gz")
+    flipped = AFFINE.copy()
+    flipped[:3, 1] *= -1
+    flipped[1, 3] += 1.5 * (SHAPE[1] - 1)
+    nib.save(nib.as_closest_canonical(nib.Nifti1Image(mask_of(1)[:, ::-1], flipped)), masks / "p1.nii.gz")
+    assert nib.aff2axcodes(nib.load(masks / "p1.nii.gz").affine) == ("R", "A", "S")
+    preprocess("nifti", data, masks, tmp_path / "out")
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "p1")[1][0], np.searchsorted([0, 3, 7], mask_of(1)))
+
+
+def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    index = preprocess("nifti", *folders, out, "--slab 3 --labels 7=1:cyst 3=2 --split 0.5 0.5 --intensity none")
+    said = capsys.readouterr().out
+    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) are too few for another and dropped" in said
+    # Slices 0 to 2 hold 3, and 3 to 5 too (in slice 3): nothing is empty with these labels.
+    assert len(index.cases) == 12
+    for subset, cases in index.split.items():
+        patients = {case.rpartition("_slab")[0] for case in cases}
+        assert {index.cases[case].patient for case in cases} == patients
+        assert len(cases) == 2 * len(patients) == 6, subset
+    x, y = arrays(out, "p1_slab001")
+    whole = nib.load(folders[0] / "p1.nii.gz")
+    np.testing.assert_array_equal(x[0], whole.get_fdata(dtype=np.float32)[..., 3:6])
+    np.testing.assert_array_equal(y[0], 2 * (mask_of(1)[..., 3:6] == 3))
+    transform = index.cases["p1_slab001"].transform
+    assert transform is not None
+    np.testing.assert_allclose(transform.source.affine, whole.slicer[..., 3:6].affine)
+
+    index = preprocess("nifti", *folders, out, "--slab 2 --labels 7=1:cyst --split 0.5 0.5")
+    held_out = index.split["evaluation"]
+    assert len(held_out) == 12, "empty ones are kept where they are scored"
+    trains = [f"p{n}_slab003" for n in range(6) if n % 2 and f"p{n}_slab003" not in held_out]
+    assert index.split["train"] == trains
+    dropped = index.made["dropped"]
+    assert len(dropped) == 12 - len(trains)
+    assert not any((out / f"{case}_x.npy").exists() for case in dropped)
+    said = capsys.readouterr().out
+    assert f"{dropped[0]}: dropped, its mask is empty" in said
+    assert f"{len(dropped)} training cases dropped for their empty masks" in said
+    kept = preprocess("nifti", *folders, out, "--slab 2 --labels 7=1:cyst --split 0.5 0.5 --no-drop_empty")
+    assert len(kept.cases) == 24
+
+
+def test_a_scan_is_read_once_for_its_slabs(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = scans.read_nifti
+    monkeypatch.setattr(scans, "read_nifti", lambda *how: read.append(how[0].name) or real(*how))
+    scans._read_once.cache_clear()
+    data = scans.read_folders(folders[0], [], 0, labels_dir=folders[1], slab=2, labels=["3=1"])
+    for case in data.cases:
+        case.read()
+    assert read == [f"p{number}.nii.gz" for number in range(6)]
+    scans._read_once.cache_clear()
+
+
+def test_other_labels_or_slabs_preprocess_again_and_another_split_does_not(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, now in (
+        ("--labels 3=1", 6),
+        ("--labels 3=1 --seed 4", 0),
+        ("--labels 3=1 --split 0.5 0.25 0.25", 0),
+        ("--labels 7=1:3", 6),
+    ):
+        preprocess("nifti", *folders, tmp_path / "out", flags)
+        assert f"({now} now, {6 - now} already done)" in capsys.readouterr().out
+
+
+def test_an_organ_a_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    for number in range(6):
+        mask = mask_of(number)
+        (masks / f"p{number}.nii.gz").unlink()
+        (masks / f"p{number}").mkdir()
+        for name, value in (("liver", 3), ("aorta", 7)):
+            organ = (mask == value).astype(np.uint8)
+            if organ.any():
+                nib.save(nib.Nifti1Image(organ, AFFINE), masks / f"p{number}" / f"{name}.nii.gz")
+    index = preprocess("nifti", data, masks, tmp_path / "out")
+    assert index.spec.classes == ("background", "aorta", "liver")
+    for number in (0, 1):
+        mask = mask_of(number)
+        np.testing.assert_array_equal(arrays(tmp_path / "out", f"p{number}")[1][0], 2 * (mask == 3) + (mask == 7))
+    index = preprocess("nifti", data, masks, tmp_path / "out", "--labels liver=1")
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "p1")[1][0], mask_of(1) == 3)
+
+
+def test_turned_cropped_and_resampled_as_the_flags_say(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = "--orientation SPR --spacing 1.5 1.5 2 --window 50 400 --intensity unit --foreground_crop"
+    index = preprocess("nifti", *folders, tmp_path / "out", flags)
+    spec = index.spec
+    assert (spec.orientation, spec.spacing_mm, spec.intensity_window) == ("SPR", (1.5, 1.5, 2.0), (50.0, 400.0))
+    assert (spec.intensity, spec.foreground_crop, peek(tmp_path / "out", [])[0]) == ("unit", True, spec)
+    for case, record in index.cases.items():
+        x, y = arrays(tmp_path / "out", case)
+        assert x.min() == 0
+        assert 0 < x.max() <= 1
+        assert x.shape == y.shape
+        assert record.transform is not None
+        assert record.transform.crop is not None
+
+
+BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    ("no mask", lambda data, masks: (masks / "p3.nii.gz").unlink(), "", "no mask p3 for p3.nii.gz; stems must"),
+    (
+        "no scans",
+        lambda data, masks: [p.unlink() for p in data.glob("p[34]*")],
+        "",
+        "no scan p3 for p3.nii.gz (and 1 more); stems must be equal",
+    ),
+    ("nothing", lambda data, masks: [p.unlink() for p in data.glob("*.nii.gz")], "", "Scans: no scan in it"),
+    ("two of a name", lambda data, masks: (data / "p3.nii").touch(), "", "p3.nii and p3.nii.gz have one stem"),
+    (
+        "other shape",
+        lambda data, masks: nib.save(nib.Nifti1Image(mask_of(1)[:5], AFFINE), masks / "p3.nii.gz"),
+        "",
+        "p3: the image has shape (6, 5, 8) but its mask (5, 5, 8)",
+    ),
+    (
+        "other affine",
+        lambda data, masks: nib.save(nib.Nifti1Image(mask_of(1), AFFINE + np.eye(4, k=3)), masks / "p3.nii.gz"),
+        "",
+        "p3: the affines of image and mask differ by 1 mm at the origin",
+    ),
+    (
+        "several masks",
+        lambda data, masks: (
+            (masks / "p3.nii.gz").unlink(),
+            (masks / "p3").mkdir(),
+            [nib.save(nib.Nifti1Image(mask_of(1), AFFINE), masks / "p3" / f"{name}.nii.gz") for name in "ab"],
+        ),
+        "--labels 3=1",
+        "p3: 2 masks lie on its grid (a.nii.gz, b.nii.gz); remove all but one, or name organs",
+    ),
+    ("slab too long", lambda data, masks: None, "--slab 9", "--slab 9: no scan has so many slices; the longest has 8"),
+    ("no slab", lambda data, masks: None, "--slab 0", "--slab 0: must be at least 1 slice"),
+    ("nothing labelled", lambda data, masks: None, "--labels 99=1 --drop_empty", "every training case has an empty"),
+    ("no such organ", lambda data, masks: None, "--labels spleen=1", "--labels spleen: no mask of that name in"),
+    ("not its flag", lambda data, masks: None, "--size 5 5", "--size means nothing for --dataset nifti, which"),
+    ("no window", lambda data, masks: None, "--window 5 5", "--window 5 5: the lower end must be below the upper one"),
+    ("no spacing", lambda data, masks: None, "--spacing 1 0 1", "--spacing 1 0 1: give three distances in mm, above 0"),
+    ("no orientation", lambda data, masks: None, "--orientation RAL", "--orientation RAL: give three letters such as"),
+    ("too few", lambda data, masks: None, "--split 0.9 0.05 0.05", "6 patient(s) leave none for evaluation"),
+    ("no shares", lambda data, masks: None, "--split 0.9 0.2", "--split 0.9 0.2: give two or three shares that add up"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_one_line(
+    folders: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path, Path], object],
+    flags: str,
+    message: str,
+) -> None:
+    spoil(*folders)
+    assert message in refused(capsys, "nifti", *folders, flags)
+
+
+def test_the_masks_folder_is_asked_for(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data, masks = folders
+    assert refused(capsys, "nifti", data, None).startswith(
+        "--dataset nifti needs --labels_dir, the folder of the masks"
+    )
+    assert "no such folder" in refused(capsys, "nifti", data, masks / "none")
+    assert "masks need a folder of their own" in refused(capsys, "nifti", data, data)
+
+
+def test_a_folder_that_may_not_be_entered_is_one_clear_line(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root, who runs the tests in a container, may enter every folder
+    assert refused(capsys, "nifti", *folders) == f"{folders[0]}: cannot be read: Permission denied"
+
+
+@pytest.mark.real_data
+def test_real_ct_comes_through(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    data, masks = tmp_path / "scans", tmp_path / "masks"
+    data.mkdir()
+    masks.mkdir()
+    (data / "ct.nii.gz").symlink_to(real_data("abdomen_ct") / "example_ct_sm.nii.gz")
+    (masks / "ct.nii.gz").symlink_to(real_data("abdomen_ct") / "example_seg.nii.gz")
+    flags = "--split 1 0 --labels 86,87=1:muscle 5=2:liver --window -160 240 --intensity unit --orientation SPL"
+    index = preprocess("nifti", data, masks, tmp_path / "out", flags, "--foreground_crop")
+    x, y = arrays(tmp_path / "out", "ct")
+    assert sorted(index.cases["ct"].boxes) == [1, 2]
+    # The liver is brighter than the air around the patient, and the muscles of the back lie behind it, on both sides.
+    assert 0.4 < x[y == 2].mean() < 0.8
+    assert 0.4 < x[y == 1].mean() < 0.8
+    _, _, rows, _ = np.nonzero(y == 1)
+    assert rows.mean() > np.nonzero(y == 2)[2].mean() + 20
+    boxes = index.cases["ct"].boxes[1]
+    assert boxes[0][2] > boxes[1][5] or boxes[1][2] > boxes[0][5]
+    assert x.shape[2] < 101

@@ -1,0 +1,129 @@
+"""Injects every fault and writes what came of it.
+
+make faults                                                    # all of it, into docs/reliability.md
+python3 -m tests.faults --only lost_rank --work_dir DIR   # one fault, printed
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError, run_program
+from common.files import replacing
+from tests.faults import Row, disks, groups, hosts, inputs, kills
+
+FAULTS: tuple[Callable[..., Row], ...] = (
+    kills.killed_at_random,
+    kills.asked_to_leave,
+    groups.second_signal,
+    groups.lost_rank,
+    groups.stopped_rank,
+    groups.hung_rank,
+    groups.killed_worker,
+    groups.hung_worker,
+    groups.restarted,
+    hosts.cut_off_host,
+    disks.killed_while_saving,
+    disks.damaged_checkpoints,
+    disks.full_disk,
+    disks.full_disk_for_logs,
+    disks.lost_volumes,
+    disks.numbers_gone_wrong,
+    inputs.damaged_inputs,
+)
+# What lies between them in the document is written by this program.
+HEADER = ("| fault | promise | test | runs: tried, kept | longest, s | work lost |", "|---|---|---|---|---|---|")
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests.faults", description=__doc__)
+    names = [fault.__name__ for fault in FAULTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=" ".join(names))
+    parser.add_argument("--document", type=Path, help="whose table is replaced; with --only, those faults' rows")
+    parser.add_argument("--work_dir", type=Path, help="where the runs stay (default: a folder that is deleted)")
+    arguments = parser.parse_args(argv)
+    work_dir = arguments.work_dir or Path(tempfile.mkdtemp(prefix="faults_"))
+    started = time.monotonic()
+    rows = []
+    try:
+        for fault in FAULTS:
+            if fault.__name__ in arguments.only:
+                began = time.monotonic()
+                rows.append(inject(fault, work_dir / fault.__name__))
+                print(f"{_line(rows[-1])}  [{time.monotonic() - began:.0f} s]", flush=True)
+    finally:
+        if arguments.work_dir is None:
+            shutil.rmtree(work_dir, ignore_errors=True)
+    if arguments.document:
+        minutes = 0.0 if arguments.only != names else (time.monotonic() - started) / 60
+        write(arguments.document, rows, minutes)
+    broken = [failure for row in rows for failure in row.failures]
+    print("\n".join(broken) or f"every promise was kept, in {time.monotonic() - started:.0f} s", flush=True)
+    return 1 if broken else 0
+
+
+def inject(fault: Callable[..., Row], folder: Path) -> Row:
+    """The fault's row; a fault that cannot be injected here says so in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return fault(folder)
+    except UserError as error:
+        return Row(fault.__name__, f"not measured: {error}", "", 0, 0)
+
+
+def _line(row: Row) -> str:
+    return f"{row.kept} of {row.tried}  {row.fault}: {row.promise}"
+
+
+def line(row: Row) -> str:
+    """The row as Markdown."""
+    seconds = "" if row.seconds is None else f"{row.seconds:.2g}" if row.seconds < 1 else f"{row.seconds:.0f}"
+    return f"| {row.fault} | {row.promise} | `{row.test}` | {row.tried}, {row.kept} | {seconds} | {row.lost} |"
+
+
+def write(document: Path, rows: Sequence[Row], minutes: float) -> None:
+    """Puts the table where the last one was; of some faults alone (`minutes` is 0), their rows.
+
+    Raises:
+        UserError: the document has no place for it.
+    """
+    text = document.read_text(encoding="utf-8")
+    measured = re.search(re.escape(BEGIN) + "(.*)" + re.escape(END), text, re.DOTALL)
+    if not measured:
+        raise UserError(f"{document}: holds no {BEGIN.strip()} … {END.strip()}")
+    new = {row.fault: line(row) for row in rows}
+    if minutes:
+        head = (
+            f"Measured on {date.today().isoformat()} by `make faults` in {minutes:.0f} minutes: {_processor()}, "
+            f"{os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}."
+        )
+        lines = [head, "", *HEADER, *new.values()]
+    else:
+        lines = [new.get(old.split(" | ")[0].removeprefix("| "), old) for old in measured[1].splitlines()]
+    whole = text[: measured.start(1)] + "\n".join(lines) + "\n" + text[measured.end(1) :]
+    with replacing(document) as temporary:
+        temporary.write_text(whole, encoding="utf-8")
+
+
+@functools.cache
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return found[1].strip() if found else platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, "tests.faults"))

@@ -1,0 +1,135 @@
+"""Killed, asked to leave, started again: what comes back, and what it cost."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import interrupted_exit
+from tests.faults import Row
+from tests.faults.runs import Run, differences, write_balls
+
+EPOCHS = 24
+# Ranks, loader workers, what else: each way to run is killed several times on its way to the end.
+WAYS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "1 rank, no worker": (1, ("--num_workers", 0)),
+    "1 rank, 3 workers": (1, ("--num_workers", 3, "--layout", "NDHWC")),
+    "1 rank, device loader, accumulation": (1, ("--loader", "device", "--ga_steps", 2)),
+    "2 ranks, 1 worker": (2, ("--num_workers", 1)),
+}
+# Every half second, in the middle of epochs too; evaluations often enough to be hit.
+OFTEN = ("--epochs", EPOCHS, "--start_eval_at", 8, "--evaluate_every", 2, "--ckpt_every", "0.008m")
+RESUMED = re.compile(r"resumed from \S+ after (?:batch (\d+) of )?epoch (\d+)")
+
+
+def killed_at_random(work_dir: Path, tries: int = 20, seed: int = 0, ways: Sequence[str] = tuple(WAYS)) -> Row:
+    """SIGKILL at random moments and `--resume`, again and again, until the run ends as the one without a kill did."""
+    data = write_balls(work_dir / "data")
+    rng = random.Random(seed)
+    failures: list[str] = []
+    slowest = lost_s = 0.0
+    done = 0
+    for number, way in enumerate(ways):
+        ranks, arguments = WAYS[way]
+        whole, broken = work_dir / f"whole_{number}", work_dir / f"broken_{number}"
+        reference = Run(data, whole, *arguments, *OFTEN, ranks=ranks)
+        if any(reference.wait()):
+            raise RuntimeError(f"the run without a fault failed:\n{reference.output()}")
+        length = whole_length(reference)
+        kills = tries // len(ways) + (number < tries % len(ways))
+        for _ in range(kills):
+            run = Run(data, broken, *arguments, *OFTEN, "--resume", ranks=ranks)
+            run.wait_for("DataOpened")
+            time.sleep(rng.uniform(0.0, length / max(kills - 1, 1)))
+            saved = broken / "checkpoint.pth"
+            if saved.exists():  # until the first one, the work since the start is lost
+                lost_s = max(lost_s, time.time() - max(saved.stat().st_mtime, run.started_at))
+            run.kill()
+            done += 1
+        last = Run(data, broken, *arguments, *OFTEN, "--resume", ranks=ranks)
+        began = time.monotonic()
+        last.wait_for("EpochStarted")
+        slowest = max(slowest, time.monotonic() - began)
+        statuses = last.wait()
+        problems = [f"ended with {statuses}: {last.last_line()}"] if any(statuses) else differences(whole, broken)
+        failures += [f"{way}: {problem}" for problem in problems]
+    return Row(
+        "SIGKILL at a random moment",
+        "--resume ends bit for bit as without the kill; lost is what was not yet saved",
+        "test_faults.py::test_killed_and_resumed",
+        done,
+        done if not failures else 0,
+        slowest,
+        f"{lost_s:.1f} s, saving every 0.5 s",
+        tuple(failures),
+    )
+
+
+def whole_length(run: Run) -> float:
+    """Seconds from the first look at the data to the end."""
+    (opened,), (stopped,) = run.events("DataOpened"), run.events("RunStopped")
+    return float(stopped["time_s"] - opened["time_s"])
+
+
+def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
+    """SIGTERM or SIGINT, in training or in an evaluation, to one rank or to all: saved, left, and gone on with."""
+    data = write_balls(work_dir / "data")
+    rng = random.Random(seed)
+    # Windows that overlap so much make an evaluation long enough to be hit.
+    arguments = (
+        "--num_workers",
+        1,
+        "--epochs",
+        16,
+        "--start_eval_at",
+        8,
+        "--evaluate_every",
+        4,
+        "--ckpt_every",
+        "60m",
+        "--overlap",
+        0.9,
+        "--val_batch_size",
+        1,
+    )
+    failures: list[str] = []
+    slowest = 0.0
+    wholes = {}
+    for ranks in (1, 2):
+        wholes[ranks] = work_dir / f"whole_{ranks}"
+        Run(data, wholes[ranks], *arguments, ranks=ranks).wait()
+    for number in range(tries):
+        ranks = 1 + number % 2
+        sent = (signal.SIGTERM, signal.SIGINT)[number // 2 % 2]
+        log_dir = work_dir / f"left_{number}"
+        run = Run(data, log_dir, *arguments, ranks=ranks)
+        run.wait_for(*(("EvaluationStarted", 2) if number % 3 == 2 else ("EpochStopped", 9)))
+        time.sleep(rng.uniform(0, 0.1))
+        asked = time.monotonic()
+        run.signal(sent, *([ranks - 1] if number % 4 > 1 else []))
+        statuses = run.wait(60)
+        slowest = max(slowest, time.monotonic() - asked)
+        what = f"{sent.name} on {ranks} rank(s), try {number}"
+        if set(statuses) != {interrupted_exit(sent)}:
+            failures.append(f"{what}: exit statuses {statuses}: {run.last_line()}")
+        elif not run.events("RunStopped") or run.events("RunStopped")[0]["status"] != "aborted":
+            failures.append(f"{what}: the log is not closed as aborted")
+        else:
+            back = Run(data, log_dir, *arguments, "--resume", ranks=ranks)
+            if any(back.wait()):
+                failures.append(f"{what}: did not come back: {back.last_line()}")
+            failures += [f"{what}: {problem}" for problem in differences(wholes[ranks], log_dir)]
+    return Row(
+        "SIGTERM, SIGINT",
+        "saves and leaves within 10 s, exit status 143 or 130 on every rank; --resume is exact",
+        "test_faults.py::test_asked_to_leave",
+        tries,
+        tries - len({failure.split(":")[0] for failure in failures}),
+        slowest,
+        "none",
+        tuple(failures),
+    )

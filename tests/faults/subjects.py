@@ -1,0 +1,150 @@
+"""Good inputs and the programs that read them: what the harness damages, and how it tells two results apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import main as training
+import preprocess_dataset
+from data_loading.dataset import INDEX_NAME, read_index
+from data_loading.io.volume import Geometry, Volume, write_nifti
+from runtime.checkpoint import format as checkpoint
+
+Program = Callable[[Path, Path], int | None]
+Result = Callable[[Path], str]
+
+# Two resolutions, crops around the foreground of volumes that are larger: boxes, voxels and labels all count.
+TINY = (
+    *("--model", "unet3d(filters=(2,4))", "--input_shape", "8", "8", "8", "--val_input_shape", "8", "8", "8"),
+    *("--num_workers", "0", "--seed", "7", "--batch_size", "1", "--oversampling", "0.7", "--untimed_steps", "0"),
+    # Enough for a Dice above 0: a run that predicts nothing ends as diverged.
+    *("--epochs", "8", "--start_eval_at", "8", "--learning_rate", "0.3"),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program with a good folder for it.
+
+    Attributes:
+        good: the undamaged folder.
+        program: reads the folder given first, writes to the one given second, which it makes; returns the exit status.
+        result: a digest of what it wrote there.
+        expected: that digest where the folder is undamaged.
+        share: of all tries.
+        has_checksum: suffixes of the files whose every byte a checksum covers.
+    """
+
+    name: str
+    good: Path
+    program: Program
+    result: Result
+    expected: str
+    share: float
+    has_checksum: tuple[str, ...]
+
+
+def make_subjects(work_dir: Path) -> list[Subject]:
+    """The raw layouts and a preprocessed folder, written to `work_dir` beside what the programs make of them.
+
+    Files that dataset.json keeps the times of have a fixed one: a try is to damage the same bytes every time.
+    """
+    msd, kits19, preprocessed = (work_dir / name for name in ("msd", "kits19", "preprocessed"))
+    _write_msd(msd, 4)
+    _write_kits19(kits19, 2)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _preprocess("msd", msd, preprocessed)
+        for path in preprocessed.glob("*.npy"):
+            os.utime(path, (0, 0))
+        _preprocess("msd", msd, preprocessed)  # notes these times
+        return [
+            make_subject(msd, partial(_preprocess, "msd"), preprocessing_result, 0.4, (".gz",)),
+            make_subject(kits19, partial(_preprocess, "kits19"), preprocessing_result, 0.2, (".gz",)),
+            make_subject(preprocessed, _train, training_result, 0.4, (".npy", ".json")),
+        ]
+
+
+def make_subject(
+    good: Path, program: Program, result: Result, share: float = 1.0, has_checksum: tuple[str, ...] = ()
+) -> Subject:
+    """A subject that is named like its folder; what the program makes of the undamaged folder is found out here."""
+    out = good.with_name(f"{good.name} result")
+    if status := program(good, out):
+        raise RuntimeError(f"{good}: exit status {status}, and it is undamaged")
+    return Subject(good.name, good, program, result, result(out), share, has_checksum)
+
+
+def _preprocess(layout: str, data: Path, out: Path) -> int:
+    arguments = ["--dataset", layout, "--num_workers", "1"]
+    return preprocess_dataset.main([*arguments, "--data_dir", str(data), "--results_dir", str(out)])
+
+
+def _train(data: Path, out: Path) -> int:
+    arguments = ["--data_dir", str(data), "--log_dir", str(out), "--save_ckpt_path", str(out / "checkpoint.pth")]
+    return training.main([*TINY, *arguments])
+
+
+def preprocessing_result(out: Path) -> str:
+    """A digest of a preprocessed folder, but for the times at which its files were made."""
+    index = read_index(out / INDEX_NAME)
+    records = {case: record.to_json() for case, record in index.cases.items()}
+    timeless = [
+        {field: value for field, value in record.items() if "stamp" not in field} for record in records.values()
+    ]
+    digest = hashlib.sha256(repr((index.spec, index.split, list(records), timeless)).encode())
+    for path in sorted(out.iterdir()):
+        digest.update(path.name.encode() + (b"" if path.name == INDEX_NAME else path.read_bytes()))
+    return digest.hexdigest()
+
+
+def training_result(out: Path) -> str:
+    """A digest of a trained network and of its losses and scores."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    digest = hashlib.sha256(repr([(line.get("loss"), line.get("per_case")) for line in lines]).encode())
+    for name, tensor in checkpoint.load(out / "checkpoint.pth").last.items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_msd(folder: Path, cases: int) -> None:
+    """The Decathlon's layout; every other scan is a plain .nii, all masks are packed."""
+    pairs = []
+    for number in range(cases):
+        names = [f"imagesTr/scan_{number}{'.nii' if number % 2 else '.nii.gz'}", f"labelsTr/scan_{number}.nii.gz"]
+        _write_pair(folder / names[0], folder / names[1], number, (12, 13 + number, 14), (2.0, 1.0, 1.5))
+        pairs.append({"image": f"./{names[0]}", "label": f"./{names[1]}"})
+    labels = {"0": "background", "1": "kidney", "2": "tumour"}
+    content = {"name": "Scans", "modality": {"0": "CT"}, "labels": labels, "training": pairs}
+    (folder / "dataset.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _write_kits19(folder: Path, cases: int) -> None:
+    for number in range(cases):
+        case = folder / f"case_{number:05d}"
+        names = (case / "imaging.nii.gz", case / "segmentation.nii.gz")
+        _write_pair(*names, number, (12, 14, 16), (3.0, 1.5, 2.0))
+
+
+def _write_pair(
+    image: Path, label: Path, seed: int, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> None:
+    """A noisy scan and its mask, a block of each class; what preprocessing does with them is the same every time."""
+    geometry = Geometry(np.diag([*spacing_mm, 1.0]), shape, spacing_mm)
+    mask = np.zeros((1, *shape), np.uint8)
+    mask[:, 2:6, 2:7, 2:6] = 1
+    mask[:, 7:10, 8:11, 9:12] = 2
+    scan = np.random.default_rng(seed).normal(300.0 * mask, 10).astype(np.float32)
+    for path, array in ((image, scan), (label, mask)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(path, Volume(array, geometry))
+        os.utime(path, (0, 0))

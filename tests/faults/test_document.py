@@ -1,0 +1,66 @@
+"""The table of docs/reliability.md as `make faults` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from tests.faults import Row
+from tests.faults import __main__ as program
+from tests.faults.__main__ import BEGIN, END, main, write
+
+ROWS = [Row("a fault", "held", "t.py::a", 3, 3, 1.234, "none"), Row("another", "held", "t.py::b", 2, 1, 0.0321)]
+
+
+def document(folder: Path) -> Path:
+    path = folder / "document.md"
+    path.write_text(f"before\n{BEGIN}an old table\n{END}after\n", encoding="utf-8")
+    return path
+
+
+def test_the_table_takes_the_old_ones_place(tmp_path: Path) -> None:
+    path = document(tmp_path)
+    write(path, ROWS, 12.4)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{BEGIN}Measured on ")
+    assert " in 12 minutes: " in text
+    assert "| a fault | held | `t.py::a` | 3, 3 | 1 | none |\n" in text
+    assert "| another | held | `t.py::b` | 2, 1 | 0.032 |  |\n" in text
+    assert text.endswith(f"{END}after\n")
+    assert "an old table" not in text
+
+
+def test_a_fault_that_is_measured_again_changes_its_row_alone(tmp_path: Path) -> None:
+    path = document(tmp_path)
+    write(path, ROWS, 12.4)
+    before = path.read_text(encoding="utf-8")
+    write(path, [Row("another", "held", "t.py::b", 2, 2, 4.0)], 0.0)
+    old, new = "| another | held | `t.py::b` | 2, 1 | 0.032 |  |", "| another | held | `t.py::b` | 2, 2 | 4 |  |"
+    assert path.read_text(encoding="utf-8") == before.replace(old, new) != before
+
+
+def test_a_document_without_a_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.md").write_text("no table\n", encoding="utf-8")
+    with pytest.raises(UserError, match="measured: begin"):
+        write(tmp_path / "plain.md", ROWS, 1.0)
+
+
+@pytest.mark.parametrize(("failures", "status"), [((), 0), (("try 0: lost",), 1)])
+def test_a_promise_that_was_not_kept_is_told_and_fails(
+    failures: tuple[str, ...],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lost(work_dir: Path) -> Row:
+        assert work_dir.is_dir()
+        return Row("lost", "held", "t.py", 1, 1 - len(failures), failures=failures)
+
+    faults: tuple[Callable[..., Row], ...] = (lost,)
+    monkeypatch.setattr(program, "FAULTS", faults)
+    assert main(["--work_dir", str(tmp_path)]) == status
+    assert ("try 0: lost" in capsys.readouterr().out) == bool(status)

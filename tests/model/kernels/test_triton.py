@@ -1,0 +1,95 @@
+"""The Triton kernels: their numbers by Triton's interpreter and on a GPU where there is one; compiled for Hopper."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import model
+from model.kernels import dispatch as kernels
+
+ROOT = Path(__file__).resolve().parents[3]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="no triton: it is made for Linux on x86_64, see requirements-dev"
+)
+
+
+def run_cases(name: str, cache: Path, interpret: bool) -> None:
+    """A file of cases in a process of its own: Triton is interpreted or compiled once and for all when imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/model/kernels/{name}.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+def test_numbers_by_the_interpreter(tmp_path: Path) -> None:
+    run_cases("triton_numbers", tmp_path, interpret=True)
+
+
+@needs_triton
+def test_every_kernel_compiles_for_hopper_within_its_registers(tmp_path: Path) -> None:
+    run_cases("triton_compilation", tmp_path, interpret=False)
+
+
+if torch.cuda.is_available():
+
+    @needs_triton
+    def test_numbers_on_the_gpu(tmp_path: Path) -> None:
+        run_cases("triton_numbers", tmp_path, interpret=False)
+
+
+@pytest.fixture
+def _fresh_choice() -> Iterator[None]:
+    kernels._triton_kernels.cache_clear()
+    yield
+    kernels._triton_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda, stand_in = SimpleNamespace(is_cuda=True), SimpleNamespace()
+    monkeypatch.setattr(kernels, "_launch", lambda module: None)
+    monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "model.kernels.triton", stand_in)
+    assert kernels.triton_for(on_cuda) is stand_in
+    assert kernels.note(torch.device("cuda")) == kernels.note(torch.device("cpu")) == ""
+    assert kernels.triton_for(torch.zeros(1)) is None
+    monkeypatch.setattr(kernels, "USE_TRITON", False)
+    assert kernels.triton_for(on_cuda) is None
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+def test_without_triton_pytorch_s_own_operators_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(model, "triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "model.kernels.triton", None)
+    assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert "PyTorch's own operators" in kernels.note(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+def test_kernels_that_cannot_be_launched_are_left_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(module: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(model, "triton_kernels", SimpleNamespace(), raising=False)
+    monkeypatch.setitem(sys.modules, "model.kernels.triton", SimpleNamespace())
+    monkeypatch.setattr(kernels, "_launch", fail)
+    assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert "(Failed to find C compiler.)" in kernels.note(torch.device("cuda"))
+    assert kernels.note(torch.device("cpu")) == ""

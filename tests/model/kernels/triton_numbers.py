@@ -1,0 +1,166 @@
+"""The Triton kernels against the plain functions; `test_triton_kernels.py` runs this file as a process of its own.
+
+By Triton's interpreter on the CPU with TRITON_INTERPRET=1, which must be set before anything imports Triton; else
+compiled, on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import losses, normalization
+from model.kernels import triton as triton_kernels
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+LAYOUTS = {"ncdhw": torch.contiguous_format, "last": torch.channels_last_3d}
+EPS = 1e-5
+# A full window of 128^3 voxels took the interpreter 28 s, and kept the same bounds.
+LARGE = (32, 64, 128) if DEVICE == "cpu" else (128, 128, 128)
+
+
+@pytest.fixture(params=["as_it_is", "cut"])
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in one tile and one program; or several of both, the last ones partly empty."""
+    if request.param == "cut":
+        monkeypatch.setattr(triton_kernels, "TILE", 512)
+        monkeypatch.setattr(triton_kernels, "SOFTMAX_TILE", 512)
+        monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_same(found: Tensor, expected: Tensor, digits: float = 2e-6) -> None:
+    """Type, shape, layout; and values to `digits` of the largest, or to half a 16-bit digit of each."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    for layout in LAYOUTS.values():
+        assert found.is_contiguous(memory_format=layout) == expected.is_contiguous(memory_format=layout)
+    atol = digits * expected.abs().max().item()
+    rtol = 0.0 if expected.dtype == torch.float32 else torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "ncdhw"), (torch.bfloat16, "last")])
+@pytest.mark.parametrize(
+    ("shape", "slope"),
+    [((2, 1, 5, 6, 7), 0.01), ((2, 3, 7, 9, 11), 0.0), ((3, 32, 4, 4, 4), 0.01), ((1, 320, 1, 3, 5), 0.0)],
+    ids=str,
+)
+def test_norm(shape: tuple[int, ...], slope: float, dtype: torch.dtype, layout: str) -> None:
+    """`layout` is of the gradient from above."""
+    x = (1 + normal(*shape)).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = normal(shape[1], seed=1), normal(shape[1], seed=2)
+    expected = normalization.norm_forward(x, weight, bias, EPS, slope)
+    for found, right in zip(triton_kernels.norm_forward(x, weight, bias, EPS, slope), expected, strict=True):
+        assert_same(found, right)
+    y, mean, inverse = expected
+    grad = normal(*shape, seed=3).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    arguments = (grad, x, y, weight, bias, mean, inverse, slope)
+    # The plain form rounds a 16-bit gradient below the activation; not so the kernel.
+    digits = 2e-6 if slope == 0 or dtype == torch.float32 else slope * torch.finfo(dtype).eps
+    for found, right in zip(
+        triton_kernels.norm_backward(*arguments), normalization.norm_backward(*arguments), strict=True
+    ):
+        assert_same(found, right, digits)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("classes", "side"), [(2, 11), (3, 9), (5, 7), (20, 4)])
+def test_loss_sums(classes: int, side: int, layout: str, dtype: torch.dtype) -> None:
+    shape = (2, classes, side, side, side + 1)
+    logits = (5 * normal(*shape)).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    labels = (normal(2, 1, *shape[2:], seed=1).abs() * classes / 3).clamp(max=classes - 1).to(torch.uint8)
+    found, expected = triton_kernels.sums_forward(logits, labels), losses.sums_forward(logits, labels)
+    for one, right in zip(found[:3], expected[:3], strict=True):
+        assert_same(one, right)
+    assert torch.equal(found[3], expected[3])
+    above = normal(2, seed=2), normal(2, classes, seed=3), normal(2, classes, seed=4)
+    assert_same(triton_kernels.sums_backward(logits, labels, *above), losses.sums_backward(logits, labels, *above))
+
+
+def test_far_logits_and_any_labels_and_any_strides() -> None:
+    """exp() of the difference to the largest logit never overflows; int64 labels; a slice and expanded gradients."""
+    whole = 1e4 * normal(2, 3, 4, 5, 12)
+    logits, labels = whole[..., ::2], (normal(2, 1, 4, 5, 12) > 0).long()[..., ::2]
+    for one, right in zip(
+        triton_kernels.sums_forward(logits, labels), losses.sums_forward(logits, labels), strict=True
+    ):
+        assert_same(one, right)
+    above = normal(1).expand(2), normal(1, 1).expand(2, 3), normal(1, 3).expand(2, 3)
+    found, right = (module.sums_backward(logits, labels, *above) for module in (triton_kernels, losses))
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the modules down, forward and backward, in bfloat16 with fp32 parameters."""
+
+    def step() -> list[Tensor]:
+        norm = normalization.InstanceNormActivation(3, 0.01).to(DEVICE)
+        x = normal(2, 3, 4, 5, 6).bfloat16().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+        labels = (normal(2, 1, 4, 5, 6, seed=1) > 0).to(torch.uint8)
+        loss = losses.DiceCELoss()(norm(x), labels)
+        loss.backward()
+        gradients = [tensor.grad for tensor in (x, *norm.parameters())]
+        return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+    calls = []
+    for name in ("norm_forward", "norm_backward", "sums_forward", "sums_backward"):
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(
+            triton_kernels, name, lambda *args, name=name, kernel=kernel: (calls.append(name), kernel(*args))[1]
+        )
+    results = []
+    for module in (None, triton_kernels):
+        for room in (normalization, losses):
+            monkeypatch.setattr(room, "triton_for", lambda _, module=module: module)
+        results.append(step())
+    assert calls == ["norm_forward", "sums_forward", "sums_backward", "norm_backward"]
+    plain, fused = results
+    assert len(plain) == 4
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.01, atol=1e-4)
+
+
+def test_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mean 100 and deviation 1, in many tiles; a program has several."""
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 32)
+    shape = (1, 2, *LARGE)
+    x = (100 + normal(*shape)).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = normal(2, seed=1), normal(2, seed=2)
+    _, mean, inverse = triton_kernels.norm_forward(x, weight, bias, EPS, 1.0)
+    values, exact_weight = x.double().flatten(2), weight.double()
+    exact_mean = values.mean(2)
+    exact_inverse = (values.var(2, correction=0) + EPS).rsqrt()
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-6, atol=0)
+    # With a slope of 1 there is no kink, and the sums do not cancel where grad follows x.
+    grad = (x - 99 + normal(*shape, seed=3)).contiguous(memory_format=torch.channels_last_3d)
+    dx, dweight, dbias = triton_kernels.norm_backward(grad, x, x, weight, bias, mean, inverse, 1.0)
+    g, z = grad.double().flatten(2), (values - exact_mean[..., None]) * exact_inverse[..., None]
+    g_mean, gz_mean = g.mean(2, keepdim=True), (g * z).mean(2, keepdim=True)
+    right = (exact_weight * exact_inverse)[..., None] * (g - g_mean - z * gz_mean)
+    torch.testing.assert_close(dbias.double(), g.sum((0, 2)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dweight.double(), (g * z).sum((0, 2)), rtol=5e-6, atol=0)
+    assert (dx.double().flatten(2) - right).abs().max() < 2e-5 * right.abs().max()
+
+
+def test_loss_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 32)
+    logits = normal(1, 2, *LARGE)
+    labels = (normal(1, 1, *LARGE, seed=1) > 1).to(torch.uint8)
+    cross_entropy, intersection, predicted, true = triton_kernels.sums_forward(logits, labels)
+    logarithms, truth = logits.double().log_softmax(1), torch.cat((labels == 0, labels == 1), 1)
+    space = (2, 3, 4)
+    torch.testing.assert_close(cross_entropy.double(), -(logarithms * truth).sum((1, *space)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(intersection.double(), (logarithms.exp() * truth).sum(space), rtol=1e-6, atol=0)
+    torch.testing.assert_close(predicted.double(), logarithms.exp().sum(space), rtol=1e-6, atol=0)
+    assert torch.equal(true.long(), truth.sum(space))

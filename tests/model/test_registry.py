@@ -1,0 +1,193 @@
+"""Networks by spec: what the room fills in, what a window must be, and what a spec out of a file may name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.registry import Typed
+from model.registry import NO_DOWNLOAD, build_network, check_window, freeze_unused, shadow_of
+
+HERE = "tests.model.test_registry"
+SEGRESNET = "monai.networks.nets:SegResNet(init_filters=8, blocks_down=(1,1), blocks_up=(1,))"
+
+
+class Net(nn.Module):
+    """Halves its window once and says what it was given."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: int = 4, spatial_dims: int = 2, pretrained: bool = True
+    ) -> None:
+        super().__init__()
+        self.given = (in_channels, out_channels, channels, spatial_dims, pretrained)
+        conv = nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+        self.down = conv(in_channels, channels, 3, 2, 1)
+        self.up = nn.Upsample(scale_factor=2)
+        self.out = conv(channels, out_channels, 1)
+        self.unused = conv(channels, 1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.out(self.up(self.down(image)))
+
+
+class Anything(Net):
+    def __init__(self, **settings: int) -> None:
+        super().__init__(settings["width"], settings["classes_out"], spatial_dims=3)
+
+
+class NoClasses(nn.Module):
+    def __init__(self, in_channels: int, depth: int = 2) -> None:
+        super().__init__()
+
+
+class Pair(Net):
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(image), None
+
+
+class OnTheHost(Net):
+    """Its own constant lies on the host, so that nothing can be found out on the meta device."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.device.type == "meta":
+            raise RuntimeError("expected all tensors on one device, found cpu and meta")
+        return super().forward(image)
+
+
+def no_network(channels: int, classes: int) -> dict[str, int]:
+    return {}
+
+
+def build(spec: str, channels: int = 2, classes: int = 3) -> nn.Module:
+    return build_network(Typed(spec), channels, classes, "instancenorm", "relu")
+
+
+def test_channels_classes_and_dimensions_are_filled_in_by_name_and_nothing_is_fetched() -> None:
+    network = build(f"{HERE}:Net(channels=5)")
+    assert isinstance(network, Net)
+    assert network.given == (2, 3, 5, 3, False), "channels is its own where there is in_channels"
+    assert build(f"{HERE}:Net(pretrained=True)").given[-1] is True, "asked for"  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("Net(in_channels=1)", "'in_channels' is filled in, leave it out; it takes channels=4, pretrained"),
+        ("Net(chanels=1)", "unknown argument 'chanels'; it takes channels=4"),
+        (
+            "NoClasses",
+            "takes none of out_channels, classes, num_classes, n_classes, which come from the data; "
+            "it takes in_channels, depth=2",
+        ),
+        ("no_network", "makes a dict, not a torch.nn.Module"),
+        ("Nett", "has no Nett to call; there is Net"),
+    ],
+)
+def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        build(f"{HERE}:{spec}")
+
+
+def test_a_network_that_takes_anything_is_told_in_the_spec_and_tried() -> None:
+    network = build(f"{HERE}:Anything(width=2, classes_out=3)")
+    check_window(network, (4, 4, 4), "--input_shape", 2, 3)
+    with pytest.raises(UserError, match=r"of \(2, 2, 4, 4, 4\) it makes \(2, 3, 4, 4, 4\), not \(2, 5, 4, 4, 4\)"):
+        check_window(network, (4, 4, 4), "--input_shape", 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("window", "nearest"), [((8, 8, 8), None), ((7, 8, 6), "8 8 6"), ((2, 3, 5), "2 4 4"), ((1, 4, 4), "2 4 4")]
+)
+def test_a_window_that_does_not_fit_names_the_nearest(window: tuple[int, int, int], nearest: str | None) -> None:
+    network = build(f"{HERE}:Net")
+    if nearest is None:
+        check_window(network, window, "--input_shape", 2, 3)
+        return
+    with pytest.raises(UserError, match=rf"^--input_shape {' '.join(map(str, window))}: .*; the nearest is {nearest}$"):
+        check_window(network, window, "--input_shape", 2, 3)
+    check_window(network, [int(size) for size in nearest.split()], "--input_shape", 2, 3)
+
+
+def test_an_output_that_is_no_tensor_is_refused_and_what_cannot_be_tried_is_let_through() -> None:
+    with pytest.raises(UserError, match="its output is a tuple, not a tensor of logits"):
+        check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", 2, 3)
+    check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", 2, 3)
+
+
+def test_looking_computes_nothing_and_changes_nothing() -> None:
+    network = build(f"{HERE}:Net").eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    shadow = shadow_of(network)
+    check_window(network, (4, 4, 4), "--input_shape", 2, 3)
+    assert not network.training
+    assert all(p.device.type == "meta" for p in shadow.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_what_the_logits_do_not_depend_on_is_frozen() -> None:
+    network = build(f"{HERE}:Net")
+    assert freeze_unused(network, 2, (4, 4, 4)) == ["unused.weight", "unused.bias"]
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["unused.weight", "unused.bias"]
+    assert freeze_unused(build("unet3d(filters=(2,4))"), 2, (4, 4, 4)) == []
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "os:system(command='touch {path}')",
+        f"{HERE}:Net",
+        "torch.nn:Conv3d(kernel_size=1)",
+        "monai.networks.nets:Transchex",  # fetches what it is told
+        "monai.networks.nets:get_efficientnet_image_size",  # a function
+        "monai.networks.nets:torch",
+        "monai.networks.nets.unet:UNet",  # not the module that is known
+        "monai.networks.nets:SegResNet(act='../../file')",
+    ],
+)
+def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: object) -> None:
+    if spec.startswith("monai"):
+        pytest.importorskip("monai")
+    path = f"{tmp_path}/executed"
+    with pytest.raises(UserError, match=r"out of a file.*give --model on the command line|has no torch to call"):
+        build_network(spec.format(path=path), 2, 3, "instancenorm", "relu")
+    assert not __import__("os").path.exists(path)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize(
+    "spec", [SEGRESNET, "monai.networks.nets:UNet(channels=(2, 4), strides=(2,))", "unet3d(filters=(2, 4))"]
+)
+def test_known_networks_come_from_the_command_line_and_from_files(spec: str, typed: bool) -> None:
+    pytest.importorskip("monai")
+    torch.manual_seed(0)
+    network = build_network(Typed(spec) if typed else spec, 2, 4, "instancenorm", "relu")
+    check_window(network, (4, 4, 8), "--input_shape", 2, 4)
+    assert network(torch.randn(1, 2, 4, 4, 8)).shape == (1, 4, 4, 4, 8)
+
+
+def test_a_missing_argument_of_monais_is_one_line() -> None:
+    pytest.importorskip("monai")
+    with pytest.raises(UserError, match=r"'channels' and 'strides'; it takes channels, strides, kernel_size=3"):
+        build("monai.networks.nets:UNet")
+
+
+def test_a_file_cannot_make_a_known_network_fetch_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    asked = []
+
+    class Fetching(nets.SegResNet):  # type: ignore[misc, name-defined]
+        def __init__(self, in_channels: int, out_channels: int, pretrained: bool, weights: str | None = "all") -> None:
+            asked.append((pretrained, weights))
+            super().__init__(3, 8, in_channels, out_channels)
+
+    Fetching.__module__ = "monai.networks.nets.made_up"
+    monkeypatch.setattr(nets, "Fetching", Fetching, raising=False)
+    spec = "monai.networks.nets:Fetching(pretrained=True, weights='all')"
+    build_network(spec, 1, 2, "instancenorm", "relu")
+    build_network(Typed(spec), 1, 2, "instancenorm", "relu")
+    assert asked == [(False, None), (True, "all")]
+    assert {"pretrained", "encoder_weights", "weights"} <= set(NO_DOWNLOAD)

@@ -1,0 +1,177 @@
+"""Pseudo-labels: the teacher's where it is sure, of training cases alone, and on record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from data_loading.dataset import (
+    INDEX_NAME,
+    DatasetIndex,
+    file_of,
+    peek,
+    pseudo_share,
+    read_case,
+    read_index,
+    write_json,
+)
+from data_loading.integrity import check_files, md5_of, split_digest
+from prediction.pseudo_labels import main
+from runtime.arguments import parse_arguments
+from runtime.checkpoint import format as checkpoints
+from runtime.training import TrainState
+
+MODEL = "tests.prediction.test_pseudo_labels:Reads"
+
+
+class Reads(nn.Module):
+    """A teacher that reads class and confidence off the image: 10 k + logit of class k against the others."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.classes = out_channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        value = (image / 10).round()
+        strength = image - 10 * value
+        logits = torch.stack([(value == k) * strength for k in range(self.classes)], dim=1)[:, :, 0]
+        return logits * self.scale
+
+
+def image_of(classes: np.ndarray, strength: np.ndarray | float) -> np.ndarray:
+    return 10.0 * classes + strength
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
+    rng = np.random.default_rng(0)
+    cases = {}
+    for number in range(4):
+        label, taught = (rng.integers(0, 3, (1, 4, 6, 8)) for _ in range(2))
+        # Softmax of (4, 0, 0) is 0.965, of (1, 0, 0) 0.576.
+        strength = np.where(rng.random((1, 4, 6, 8)) < 0.5, 4.0, 1.0)
+        cases[f"case_{number}"] = (image_of(taught, strength), label)
+    path = write_preprocessed(tmp_path / "data", cases)
+    index = read_index(path / INDEX_NAME)
+    spec = replace(index.spec, mean=0.0, deviation=1.0)  # intensities stay, and files have their digests
+    records = {
+        case: replace(record, digests={kind: md5_of(file_of(path, case, kind)) for kind in "xy"})
+        for case, record in index.cases.items()
+    }
+    write_json(path / INDEX_NAME, DatasetIndex(spec, index.split, records).to_json())
+    return path
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, folder: Path, make_state: Callable[..., TrainState]) -> Path:
+    state = make_state()
+    state.network = Reads(1, 3)
+    arguments = ["--data_dir", "DATA", "--val_input_shape", "4", "4", "8", "--model", MODEL]
+    data = split_digest(folder, peek(folder, [])[1])
+    config, spec = parse_arguments(arguments)[0], read_index(folder / INDEX_NAME).spec
+    content = checkpoints.snapshot(state, [0.0], config.to_json(), 1, data, spec.to_json())
+    checkpoints.save(tmp_path / "teacher.pth", content)
+    return tmp_path / "teacher.pth"
+
+
+def run(folder: Path, teacher: Path, results: Path, *more: object) -> int:
+    return main(
+        [
+            "--load_ckpt_path",
+            str(teacher),
+            "--data_dir",
+            str(folder),
+            "--results_dir",
+            str(results),
+            "--model",
+            MODEL,
+            *map(str, more),
+        ]
+    )
+
+
+def test_training_cases_again_with_the_teachers_label_where_it_is_sure(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    assert run(folder, teacher, results, "--threshold", 0.9, "--max_share", 0.25) == 0
+    before, after = read_index(folder / INDEX_NAME), read_index(results / INDEX_NAME)
+    names = [f"pseudo_{case}" for case in before.split["train"]]
+    assert after.split == {"train": [*before.split["train"], *names], "evaluation": before.split["evaluation"]}
+    assert after.pseudo is not None
+    assert (after.pseudo.cases, after.pseudo.threshold, after.pseudo.max_share) == (names, 0.9, 0.25)
+    assert after.pseudo.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert pseudo_share(results) == (3, 0.25)
+    assert pseudo_share(folder) == (0, 1.0)
+    for case in before.split["train"]:
+        image, manual = read_case(folder, case)
+        taught, is_sure = np.round(image / 10), np.isclose(image % 10, 4)
+        assert 0.3 < is_sure.mean() < 0.7
+        again, label = read_case(results, f"pseudo_{case}")
+        np.testing.assert_array_equal(again, image)
+        np.testing.assert_array_equal(label, np.where(is_sure, taught, manual))
+        np.testing.assert_array_equal(read_case(results, case)[1], manual)
+    assert check_files(results, names).changed == []
+
+
+def write_scans(folder: Path, images: dict[str, np.ndarray]) -> Path:
+    folder.mkdir()
+    for name, array in images.items():
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_unlabelled_scans_join_where_their_foreground_is_sure(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    classes = rng.integers(0, 3, (5, 6, 8))
+    scans = write_scans(
+        tmp_path / "scans",
+        {
+            "sure": image_of(classes, np.where(classes > 0, 4.0, 1.0)),
+            "unsure": image_of(classes, 1.0),
+            "empty": image_of(0 * classes, 4.0),
+        },
+    )
+    assert run(folder, teacher, tmp_path / "results", "--unlabelled", scans) == 0
+    index = read_index(tmp_path / "results" / INDEX_NAME)
+    assert index.pseudo is not None
+    assert index.pseudo.cases == ["pseudo_sure"]
+    assert index.split["train"][-1] == "pseudo_sure"
+    np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_sure")[1][0], classes)
+
+
+@pytest.mark.parametrize("case", ["case_0", "other_name"])
+def test_a_scan_of_the_data_set_itself_is_refused(case: str, folder: Path, teacher: Path, tmp_path: Path) -> None:
+    image, _ = read_case(folder, read_index(folder / INDEX_NAME).split["evaluation"][0])
+    scans = write_scans(tmp_path / "scans", {case: image[0]})
+    with pytest.raises(UserError, match=rf"--unlabelled {case} is (a case of|the same scan as case_0)"):
+        run(folder, teacher, tmp_path / "results", "--unlabelled", scans)
+    assert not (tmp_path / "results" / INDEX_NAME).exists()
+
+
+def test_what_does_not_fit_is_one_line(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    def refused(told: str, *more: Any, data: Path = folder, results: Path = tmp_path / "results") -> None:
+        with pytest.raises(UserError, match=told):
+            run(data, teacher, results, *more)
+
+    refused("holds a data set already", results=folder)
+    refused("no dataset.json in it", data=tmp_path)
+    scans = write_scans(tmp_path / "scans", {"unsure": image_of(np.ones((4, 6, 8)), 1.0)})
+    refused("no scan is labelled with such confidence", "--unlabelled", scans)
+    saved = torch.load(teacher, weights_only=True)
+    checkpoints.save(teacher, {**saved, "data": "another"})
+    refused("trained on another data set or split")
+    checkpoints.save(teacher, {**saved, "data": split_digest(folder, peek(folder, [])[1])})
+    run(folder, teacher, tmp_path / "results")
+    refused("has pseudo-labels itself", data=tmp_path / "results", results=tmp_path / "more")

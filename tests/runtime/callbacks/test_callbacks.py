@@ -1,0 +1,212 @@
+"""Callbacks of `--callbacks`: what they end, keep and tell, and that they know it again after a resume."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from runtime.callbacks.base import Callback, RunContext, build_callbacks
+from runtime.checkpoint.format import load, snapshot
+from runtime.distributed.world import World
+from runtime.logging.events import BlockStarted, EvaluationStopped, Event, StepDone, TrainingScored
+from runtime.training import TrainState
+
+MakeState = Callable[..., TrainState]
+Make = Callable[..., Callback]
+
+
+def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
+    return EvaluationStopped(epoch, dice, [dice, dice], loss, 1.0)
+
+
+@pytest.fixture
+def told() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def make(tmp_path: Path, told: list[Event]) -> Make:
+    def build(spec: str, rank: int = 0) -> Callback:
+        def scorer(cases: Any, emit: Any) -> Callable[[int], EvaluationStopped]:
+            return lambda epoch: EvaluationStopped(epoch, 0.1 * len(cases), [0.2, 0.3], 0.4, 5.0)
+
+        def take(state: TrainState, sums: list[float]) -> dict[str, Any]:
+            return snapshot(state, sums, {"a": 1}, 1, "")
+
+        world = World(rank, 2, torch.device("cpu"))
+        context = RunContext(tmp_path, world, ["c", "a", "b"], scorer, told.append, take)
+        (made,) = build_callbacks([spec], context)
+        return made
+
+    return build
+
+
+# Early stopping
+
+
+def evaluations_until_stop(callback: Callback, state: TrainState, values: list[float]) -> int:
+    for epoch, value in enumerate(values, 1):
+        callback.on(scored(epoch, value), state)
+        if state.stop:
+            return epoch
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "at"),
+    [
+        ("early_stopping(patience=2)", [0.1, 0.2, 0.2, 0.3, 0.3, 0.3], 6),
+        ("early_stopping(patience=1)", [0.1, 0.2, 0.1], 3),
+        ("early_stopping(patience=2)", [math.nan, math.nan], 2),
+        ("early_stopping(patience=2, min_delta=0.05)", [0.5, 0.52, 0.54, 0.9], 3),
+        ("early_stopping(patience=2)", [0.5, 0.4, 0.6, 0.5, 0.7], 0),
+        ("early_stopping(patience=1, mode='min')", [0.5, 0.4, 0.6], 3),
+    ],
+)
+def test_a_run_without_progress_ends(
+    make: Make, make_state: MakeState, spec: str, values: list[float], at: int
+) -> None:
+    state = make_state()
+    assert evaluations_until_stop(make(spec), state, values) == at
+    if at:
+        assert state.stop is not None
+        assert (state.stop.status, state.stop.exit_status) == ("aborted", 0)
+        assert "no progress in" in state.stop.reason
+
+
+def test_the_loss_can_be_followed(make: Make, make_state: MakeState) -> None:
+    state, callback = make_state(), make("early_stopping(patience=1, metric='loss')")
+    callback.on(scored(1, 0.1, loss=2.0), state)
+    callback.on(scored(2, 0.1, loss=1.0), state)
+    assert state.stop is None
+    callback.on(scored(3, 0.9, loss=1.5), state)
+    assert state.stop is not None
+    assert "the best loss: 1.0000 at epoch 2" in state.stop.reason
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_patience_goes_on_counting_after_a_resume(make: Make, make_state: MakeState, cut: int) -> None:
+    values, state = [0.3, 0.2, 0.2, 0.2], make_state()
+    first = make("early_stopping(patience=3)")
+    for epoch, value in enumerate(values[:cut], 1):
+        first.on(scored(epoch, value), state)
+    resumed = make_state()
+    resumed.records.update(state.records)
+    assert evaluations_until_stop(make("early_stopping(patience=3)"), resumed, values[cut:]) == 4 - cut
+
+
+def test_a_run_that_had_ended_ends_again_before_its_first_epoch(make: Make, make_state: MakeState) -> None:
+    state = make_state()
+    evaluations_until_stop(make("early_stopping(patience=1)"), state, [0.3, 0.2])
+    state.stop = None
+    make("early_stopping(patience=2)").on(BlockStarted(3, 1), state)
+    assert state.stop is None, "more patience: it goes on"
+    make("early_stopping(patience=1)").on(BlockStarted(3, 1), state)
+    assert state.stop is not None
+
+
+# Top k
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(file.name for file in (folder / "top").iterdir())
+
+
+def test_the_best_are_kept_the_last_beside_them_and_nothing_else_is_touched(
+    make: Make, make_state: MakeState, tmp_path: Path
+) -> None:
+    state, callback = make_state(), make("top_k(k=2)")
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "epoch_00001_0.1000.pth").write_text("another's")
+    (tmp_path / "top" / "mine.txt").write_text("mine")
+    for epoch, value in enumerate([0.5, 0.3, math.nan, 0.4, 0.5, 0.2], 2):
+        state.epoch = epoch
+        callback.on(scored(epoch, value), state)
+    assert kept(tmp_path) == [
+        "epoch_00001_0.1000.pth",
+        "epoch_00002_0.5000.pth",
+        "epoch_00006_0.5000.pth",
+        "last.pth",
+        "mine.txt",
+    ]
+    assert load(tmp_path / "top" / "epoch_00006_0.5000.pth").last_epoch == 6
+    assert load(tmp_path / "top" / "last.pth").last_epoch == 7
+    assert load(tmp_path / "top" / "last.pth").records["top_k"]["kept"] == [
+        [0.5, "epoch_00002_0.5000.pth"],
+        [0.5, "epoch_00006_0.5000.pth"],
+    ]
+
+
+def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tmp_path: Path) -> None:
+    state, first = make_state(), make("top_k(k=2, metric='loss')")
+    first.on(scored(1, 0.9, loss=3.0), state)
+    first.on(scored(2, 0.9, loss=2.0), state)
+    resumed, second = make_state(), make("top_k(k=2, metric='loss')")
+    resumed.records.update(state.records)
+    second.on(scored(2, 0.9, loss=2.0), resumed)  # done again: its checkpoint was older
+    second.on(scored(3, 0.1, loss=1.0), resumed)
+    assert kept(tmp_path) == ["epoch_00002_2.0000.pth", "epoch_00003_1.0000.pth", "last.pth"]
+
+
+def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -> None:
+    for spec in ("top_k(k=1)", "rate_monitor"):
+        callback, state = make(spec, rank=1), make_state()
+        callback.on(scored(1, 0.5), state)
+        callback.on(StepDone(1, 0, 0.5, 1.0, 1.0), state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    make: Make, make_state: MakeState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "top").write_text("a file")
+    make("top_k(k=1)").on(scored(1, 0.5), make_state())
+    assert "warning: --callbacks top_k:" in capsys.readouterr().err
+
+
+# Rates, and the training cases' Dice
+
+
+def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tmp_path: Path) -> None:
+    state, callback = make_state(rate=0.25), make("rate_monitor(every=2)")
+    for batch in range(5):
+        state.optimizer.param_groups[0]["lr"] = 0.1 * batch
+        callback.on(StepDone(3, batch, 0.5, 2.0, 8.0), state)
+    with (tmp_path / "rates.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["epoch"], row["batch"], float(row["learning_rate"])) for row in rows] == [
+        ("3", "1", 0.1),
+        ("3", "3", pytest.approx(0.3)),
+    ]
+    assert (rows[0]["loss_scale"], rows[0]["gradient_norm"]) == ("8.0", "2.0")
+
+
+def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state: MakeState, told: list[Event]) -> None:
+    callback = make("training_dice(cases=2)")
+    callback.on(StepDone(1, 0, 0.5, 1.0, 1.0), make_state())
+    callback.on(scored(7, 0.5), make_state())
+    assert told == [TrainingScored(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("early_stoping", "there is early_stopping"),
+        ("early_stopping(patience=0)", "patience is a whole number from 1 on"),
+        ("early_stopping(metric='f1')", "metric='f1'; there is mean_dice, loss"),
+        ("top_k(n=2)", "unknown argument 'n'; it takes k=3, metric='mean_dice', mode=None"),
+        ("top_k(k=0)", "k=0"),
+        ("training_dice(cases=0)", "cases=0"),
+    ],
+)
+def test_a_mistake_is_one_line(make: Make, spec: str, said: str) -> None:
+    with pytest.raises(UserError, match="--callbacks") as raised:
+        make(spec)
+    assert said in str(raised.value)

@@ -1,0 +1,332 @@
+"""`--resume`: the newest whole state, on every rank; what may be another than it was, and what that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from runtime.arguments import RunConfig
+from runtime.checkpoint.format import Checkpoint, save, snapshot
+from runtime.checkpoint.resume import (
+    INCIDENTAL_FLAGS,
+    ORDER_FLAGS,
+    STRUCTURAL_FLAGS,
+    changes,
+    describe,
+    find,
+    is_done,
+    newest_good,
+    to_boundary,
+)
+from runtime.distributed.world import World
+from runtime.training import Schedule, TrainState
+
+MakeState = Callable[..., TrainState]
+MakeConfig = Callable[..., RunConfig]
+
+LOADED = Checkpoint(
+    Path("c.pth"),
+    {},
+    7,
+    "d1635",
+    None,
+    {},
+    {},
+    best_epoch=3,
+    last_epoch=4,
+    best_dice=0.5,
+    batch=0,
+    evaluated=4,
+    loss_sums=[0.0],
+    optimizer={},
+    scaler={},
+)
+
+
+def of(**changed: Any) -> Checkpoint:
+    return dataclasses.replace(LOADED, **changed)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.pth"
+
+
+@pytest.fixture
+def three(path: Path, make_state: MakeState) -> list[Path]:
+    """Three generations, the newest first, of epochs 3, 2 and 1."""
+    state = make_state()
+    for epoch in (1, 2, 3):
+        state.epoch = epoch
+        save(path, snapshot(state, [0.0], {}, 1, "", {}), keep=3)
+    return [path, path.with_name("checkpoint.pth.1"), path.with_name("checkpoint.pth.2")]
+
+
+# Which one
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_the_newest_that_is_whole_and_a_warning_that_names_each_damaged_one(
+    damaged: int, path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in three[:damaged]:
+        file.write_bytes(file.read_bytes()[:-9])
+    found = newest_good(path)
+    assert found is not None
+    assert (found.last_epoch, found.path) == (3 - damaged, three[damaged])
+    warned = [line.split(": damaged")[0] for line in capsys.readouterr().err.splitlines()]
+    assert warned == [f"warning: --resume {file}" for file in three[:damaged]]
+
+
+def test_an_older_one_that_is_damaged_is_not_even_looked_at(
+    path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    three[1].write_bytes(b"")
+    assert newest_good(path) is not None
+    assert capsys.readouterr().err == ""
+
+
+def test_the_newest_may_be_missing_altogether(path: Path, three: list[Path]) -> None:
+    path.unlink()
+    found = newest_good(path)
+    assert found is not None
+    assert found.last_epoch == 2
+
+
+def test_nothing_there_is_a_first_start(path: Path) -> None:
+    assert newest_good(path) is None
+    assert newest_good(path.parent / "no folder" / "c.pth") is None
+
+
+def test_to_start_over_where_every_state_is_damaged_is_the_users_to_say(path: Path, three: list[Path]) -> None:
+    for file in three:
+        file.write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"none of the 3 checkpoint\(s\) of {path} is whole.*without --resume$"):
+        newest_good(path)
+
+
+def test_a_run_s_own_checkpoint_comes_before_the_one_to_start_from(path: Path, three: list[Path], world: World) -> None:
+    start = three[2].rename(path.with_name("start.pth"))
+    found = find(path, start, world)
+    assert found is not None
+    assert found.last_epoch == 3
+    for file in three[:2]:
+        file.unlink()
+    found = find(path, start, world)
+    assert found is not None
+    assert (found.last_epoch, found.path) == (1, start)
+    assert find(path, None, world) is None
+    assert find(None, None, world) is None
+
+
+def test_without_resume_a_run_s_own_checkpoint_is_not_looked_at(path: Path, three: list[Path], world: World) -> None:
+    assert find(None, None, world) is None
+
+
+def test_a_file_to_start_from_must_be_there(path: Path, world: World) -> None:
+    with pytest.raises(UserError, match=r"^--load_ckpt_path .*: no such file$"):
+        find(None, path, world)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire(World):
+    """Ranks of one process: rank 0's value is left in the box for the others."""
+
+    box: list[Any] = dataclasses.field(default_factory=list)
+
+    def broadcast(self, value: Any) -> Any:
+        if self.is_main:
+            self.box.append(value)
+        else:
+            assert value is None, "only rank 0 reads"
+        return self.box[-1]
+
+
+def test_rank_0_reads_for_all(path: Path, three: list[Path]) -> None:
+    """The folder may be on its disk alone."""
+    box: list[Any] = []
+    first, second = (find(path, None, Wire(rank, 2, torch.device("cpu"), box=box)) for rank in (0, 1))
+    assert first is second is box[0]
+
+
+def test_what_rank_0_cannot_read_is_every_ranks_mistake(path: Path) -> None:
+    box: list[Any] = []
+    for rank in (0, 1):
+        with pytest.raises(UserError, match="no such file"):
+            find(None, path, Wire(rank, 2, torch.device("cpu"), box=box))
+
+
+# Is there anything left
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"best_dice": 0.908, "best_epoch": 3}, "reached a mean Dice of 0.9080 at epoch 3"),
+        ({"last_epoch": 6, "evaluated": 6}, "has 6 epochs behind it"),
+        ({"last_epoch": 7, "evaluated": 6}, "has 7 epochs behind it"),
+        ({"last_epoch": 6, "evaluated": 4}, ""),  # the run was left in its last evaluation
+        ({"last_epoch": 5, "evaluated": 4}, ""),
+        ({"last_epoch": 5, "batch": 3}, ""),
+        ({"best_dice": 0.9079}, ""),
+        ({"best_dice": -1.0}, ""),
+    ],
+)
+def test_a_run_is_done_at_its_target_or_its_last_epochs_evaluation(changed: dict[str, Any], said: str) -> None:
+    assert is_done(of(**changed), Schedule(6, 2, 2), 0.908) == said
+
+
+def test_without_evaluations_nothing_is_pending() -> None:
+    assert is_done(of(last_epoch=6, evaluated=0), Schedule(6, None, 2), 0.908) == "has 6 epochs behind it"
+
+
+# What has changed
+
+
+def test_nothing_changed(make_config: MakeConfig) -> None:
+    config = make_config(lr_decay_epochs=(3, 5)).to_json()
+    assert changes(of(config=config), config, "d1635") == []
+
+
+def test_changed_flags_are_listed_with_what_they_were(make_config: MakeConfig) -> None:
+    stored = make_config().to_json()
+    current = make_config(epochs=9, lr_decay_epochs=(3, 5), learning_rate=0.5, input_shape=(64, 64, 64)).to_json()
+    assert changes(of(config=stored), current, "d1635") == [
+        "--epochs 9, was 1",
+        "--input_shape 64 64 64, was 128 128 128",
+        "--learning_rate 0.5, was 1.0",
+        "--lr_decay_epochs 3 5, was none",
+    ]
+
+
+OTHERS = {
+    "model": "unet3d(filters=(4,8))",
+    "normalization": "batchnorm",
+    "activation": "leaky_relu",
+    "optimizer": "adam",
+    "freeze": ("input_block.*",),
+}
+
+
+@pytest.mark.parametrize("flag", STRUCTURAL_FLAGS)
+def test_another_network_or_optimizer_is_another_run(flag: str, make_config: MakeConfig) -> None:
+    stored, current = make_config().to_json(), make_config(**{flag: OTHERS[flag]}, epochs=9).to_json()
+    with pytest.raises(UserError) as caught:
+        changes(of(config=stored), current, "d1635")
+    other, was = (" ".join(OTHERS[flag]), "none") if flag == "freeze" else (OTHERS[flag], stored[flag])
+    assert str(caught.value) == (f"c.pth is of another run: --{flag} {other}, was {was}; give those flags as they were")
+
+
+def test_flags_that_no_number_follows_from_are_not_mentioned(make_config: MakeConfig) -> None:
+    stored = make_config().to_json()
+    assert set(INCIDENTAL_FLAGS) < set(stored), "each is a flag"
+    assert not {*STRUCTURAL_FLAGS, *ORDER_FLAGS} & set(INCIDENTAL_FLAGS)
+    current = stored | {name: f"another than {stored[name]}" for name in INCIDENTAL_FLAGS}
+    assert changes(of(config=stored), current, "d1635") == []
+
+
+def test_every_other_flag_is_mentioned(make_config: MakeConfig) -> None:
+    stored = make_config().to_json()
+    expected = [name for name in stored if name not in {*INCIDENTAL_FLAGS, *STRUCTURAL_FLAGS}]
+    current = stored | dict.fromkeys(expected, "x")
+    told = changes(of(config=stored), current, "d1635")
+    assert [text.split()[0].removeprefix("--") for text in told] == expected
+    assert {"epochs", "batch_size", "learning_rate", "amp", "ga_steps", "loader"} <= set(expected)
+
+
+def test_a_flag_that_is_new_since_is_no_change(make_config: MakeConfig) -> None:
+    """As after an update."""
+    stored = make_config().to_json()
+    del stored["oversampling"]
+    assert changes(of(config=stored | {"gone": 1}), make_config().to_json(), "d1635") == []
+
+
+def test_another_data_set_or_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^c\.pth was trained on another data set or split than --data_dir holds$"):
+        changes(of(), {}, "d1636")
+    # A foreign file says nothing of its data, and random volumes have no digest.
+    assert changes(of(data=""), {}, "d1636") == []
+    assert changes(of(), {}, "") == []
+
+
+# The rest of an epoch
+
+
+FLAGS = {"batch_size": 2, "ga_steps": 1, "loader": "pytorch", "epochs": 9}
+
+
+def resumed(make_state: MakeState, loaded: Checkpoint, ranks: int = 1, seed: int = 7, **flags: Any) -> Any:
+    """(notes, epoch, batch, loss sum) of a state that goes on from there."""
+    state = make_state()
+    state.epoch, state.batch = loaded.last_epoch, loaded.batch
+    state.loss_sum = torch.tensor(1.5) if loaded.batch else None
+    notes = to_boundary(state, loaded, FLAGS | flags, ranks, seed)
+    return notes, state.epoch, state.batch, None if state.loss_sum is None else state.loss_sum.item()
+
+
+MIDWAY = of(config=FLAGS, batch=6, loss_sums=[1.5])
+
+
+def test_an_unchanged_run_goes_on_in_the_middle_of_its_epoch(make_state: MakeState) -> None:
+    assert resumed(make_state, MIDWAY) == ([], 4, 6, 1.5)
+    assert resumed(make_state, MIDWAY, epochs=50) == ([], 4, 6, 1.5)
+    assert resumed(make_state, of(config={}, batch=6), batch_size=9) == ([], 4, 6, 1.5), "a flag it does not state"
+
+
+@pytest.mark.parametrize(
+    ("changed", "because"),
+    [
+        ({"batch_size": 4}, "--batch_size is another"),
+        ({"ga_steps": 2}, "--ga_steps is another"),
+        ({"loader": "device"}, "--loader is another"),
+        ({"seed": 8}, "the seed is another"),
+        ({"batch_size": 4, "seed": 8}, "--batch_size and the seed are another"),
+    ],
+)
+def test_an_epoch_dealt_out_in_another_way_is_left(
+    changed: dict[str, Any], because: str, make_state: MakeState
+) -> None:
+    notes, *place = resumed(make_state, MIDWAY, **changed)
+    assert notes == [f"the rest of epoch 5 from batch 6 on is left out, since {because}"]
+    assert place == [5, 0, None]
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 4}, {"seed": 8}])
+def test_between_epochs_nothing_is_left_out(changed: dict[str, Any], make_state: MakeState) -> None:
+    assert resumed(make_state, of(config=FLAGS), **changed) == ([], 4, 0, None)
+
+
+def test_another_number_of_ranks_is_told_and_leaves_the_rest_of_the_epoch(make_state: MakeState) -> None:
+    told = "resumed on 3 rank(s), was 2: the global batch changes alike"
+    notes, *place = resumed(make_state, dataclasses.replace(MIDWAY, loss_sums=[1.5, 1.5]), ranks=3)
+    assert notes == [told, "the rest of epoch 5 from batch 6 on is left out, since the number of ranks is another"]
+    assert place == [5, 0, None]
+    between = of(config=FLAGS, loss_sums=[0.0, 0.0])
+    assert resumed(make_state, between, ranks=3) == ([told], 4, 0, None)
+    assert resumed(make_state, between, ranks=2) == ([], 4, 0, None)
+
+
+def test_a_foreign_checkpoint_says_nothing_of_ranks(make_state: MakeState) -> None:
+    assert resumed(make_state, of(seed=None, loss_sums=[]), ranks=3) == ([], 4, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "changed", "line"),
+    [
+        (LOADED, [], "resumed from c.pth after epoch 4"),
+        (MIDWAY, [], "resumed from c.pth after batch 6 of epoch 5"),
+        (
+            MIDWAY,
+            ["--a 1, was 2", "--b 3, was 4"],
+            "resumed from c.pth after batch 6 of epoch 5; changed: --a 1, was 2, --b 3, was 4",
+        ),
+    ],
+)
+def test_where_it_goes_on_is_told_in_a_line(loaded: Checkpoint, changed: list[str], line: str) -> None:
+    assert describe(loaded, changed) == line

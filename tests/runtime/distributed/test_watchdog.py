@@ -1,0 +1,582 @@
+"""No run hangs: who is silent, hangs or fails is named on every rank; what only takes long is left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import DistBackendError, HashStore
+
+from common.errors import RANK_LOST_EXIT, RankLost, UserError
+from runtime.distributed import watchdog as module
+from runtime.distributed.signals import Interruption
+from runtime.distributed.watchdog import Watchdog
+from runtime.distributed.world import Board, World
+from runtime.logging import events as ev
+
+CPU = torch.device("cpu")
+STATE: Any = None  # a watchdog looks at events alone
+ELSEWHERE = ["another machine", "pid:[1]"]
+
+
+@pytest.fixture
+def board() -> Board:
+    """What two ranks of this process share."""
+    return Board(HashStore())
+
+
+WATCH_THE_BOARD = Watchdog._watch_the_board
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat is a hundredth of a second, and nothing is ever late, the board least of all, unless a test says so."""
+    monkeypatch.setattr(module, "BEAT_S", 0.01)
+    for name in ("SILENCE_S", "STALL_S", "PATIENT_S"):
+        monkeypatch.setattr(module, name, 1000.0)
+    monkeypatch.setattr(Watchdog, "_watch_the_board", lambda self: None)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why a process would have been ended; its thread ends instead."""
+    causes: list[str] = []
+
+    def end(self: Watchdog, cause: str) -> None:
+        causes.append(cause)
+        self._ended.set()
+
+    monkeypatch.setattr(Watchdog, "_end", end)
+    return causes
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that `time.monotonic` will tell, set by the test; for those without threads."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def make(board: Board | None, rank: int = 0, size: int = 2, interruption: Interruption | None = None) -> Watchdog:
+    return Watchdog(World(rank, size, CPU, board=board), interruption or Interruption())
+
+
+def tell(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
+    for event in events:
+        watchdog.on(event, STATE)
+    return watchdog
+
+
+def note_of(board: Board, rank: int = 0) -> dict[str, Any]:
+    return json.loads(board.read(f"rank {rank}") or "{}")
+
+
+def pin_note(board: Board, rank: int, place: list[int], at: str, process: int = 1, machine: Any = ELSEWHERE) -> None:
+    note = {"beat": 1, "place": place, "at": at, "in": "read (loader.py:7)", "machine": machine, "pid": process}
+    board.pin(f"rank {rank}", json.dumps(note))
+
+
+def beats(board: Board, count: int, rank: int = 0) -> None:
+    """Waits for so many beats more."""
+    first = note_of(board, rank).get("beat", 0)
+    until(lambda: note_of(board, rank).get("beat", 0) >= first + count)
+
+
+def a_step(epoch: int, batch: int) -> list[ev.Event]:
+    return [ev.PhaseDone("data"), ev.PhaseDone("forward and backward"), ev.BatchDone(epoch, batch, 2)]
+
+
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+# The thread
+
+
+def test_a_world_of_one_has_no_thread() -> None:
+    with make(None, size=1) as watchdog:
+        assert watchers() == []
+        tell(watchdog, ev.EpochStarted(1, 0.1, 4), *a_step(1, 0))
+    with pytest.raises(ValueError, match="a bug"), make(None, size=1):
+        raise ValueError("a bug")
+
+
+def test_two_sound_ranks_watch_each_other_until_the_end(board: Board, ends: list[str]) -> None:
+    with make(board, 0) as first, make(board, 1) as second:
+        tell(first, ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), ev.PhaseDone("data"))
+        tell(second, ev.EpochStarted(2, 0.1, 4))
+        for rank in (0, 1):
+            beats(board, 5, rank)
+        assert len(watchers()) == 2
+    until(lambda: watchers() == [])
+    assert ends == []
+    assert board.read("fault") is None
+    notes = [note_of(board, rank) for rank in (0, 1)]
+    assert [note["place"] for note in notes] == [[2, 1, 1], [2, 0, 0]]
+    assert [note["at"] for note in notes] == ["epoch 2, batch 1, forward and backward", "epoch 2, waiting for data"]
+    assert {note["pid"] for note in notes} == {os.getpid()}
+
+
+def test_a_note_tells_which_function_the_main_thread_is_in(board: Board, ends: list[str]) -> None:
+    with make(board):
+        until(lambda: note_of(board).get("in", "").startswith("until (test_watchdog.py:"))
+    assert ends == []
+
+
+def test_a_place_is_further_on_with_every_mark() -> None:
+    watchdog, places, texts = make(None), [], []
+    epoch = [ev.EpochStarted(3, 0.1, 2), *a_step(3, 0), *a_step(3, 1), ev.EpochStopped(3, 0.5, 0.1, 4, 1.0)]
+    for event in [*epoch, ev.EpochStarted(4, 0.1, 2)]:
+        places.append(tell(watchdog, event)._place)
+        texts.append(watchdog._text)
+    assert places == sorted(set(places))
+    assert texts == [
+        "epoch 3, waiting for data",
+        "epoch 3, batch 0, forward and backward",
+        "epoch 3, batch 0, the optimizer's step",
+        "epoch 3, batch 1, waiting for data",
+        "epoch 3, batch 1, forward and backward",
+        "epoch 3, batch 1, the optimizer's step",
+        "epoch 3, batch 2, waiting for data",
+        "after epoch 3",
+        "epoch 4, waiting for data",
+    ]
+
+
+# A silent rank
+
+
+def test_a_silent_neighbour_is_named_with_its_place(
+    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pin_note(board, 1, [3, 2, 1], "epoch 3, batch 2, forward and backward", process=4711)
+    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    with make(board):
+        until(lambda: ends)
+    cause = (
+        "rank 1 (process 4711 on another machine) gave no sign of life for 1 s; "
+        "it was at epoch 3, batch 2, forward and backward"
+    )
+    assert ends[0] == cause
+    assert board.read("fault") == cause, "for the ranks that do not watch it"
+    assert "most recent call first" in capfd.readouterr().err, "where this rank's threads are"
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_silent_process_is_killed_where_it_is_on_this_machine(
+    here: bool, board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped would live on, and launchers wait for it. Its number means nothing on another machine."""
+    killed: list[tuple[int, int]] = []
+    pin_note(board, 1, [3, 2, 1], "epoch 3", 4711, module._machine() if here else ELSEWHERE)
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(module.os, "kill", lambda process, number: killed.append((process, number)))
+    with make(board):
+        until(lambda: ends)
+    assert killed == ([(4711, signal.SIGKILL)] if here else [])
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
+def test_one_that_cannot_be_killed_is_named_all_the_same(
+    error: type[OSError], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(process: int, number: int) -> None:
+        raise error
+
+    pin_note(board, 1, [3, 2, 1], "epoch 3", machine=module._machine())
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    monkeypatch.setattr(module.os, "kill", refuse)
+    with make(board):
+        until(lambda: ends)
+    assert "it was at epoch 3" in ends[0]
+
+
+def test_the_last_rank_watches_the_first(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):
+        pin_note(board, rank, [3, 2, 1], "epoch 3")
+    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    with make(board, rank=2, size=3):
+        until(lambda: ends)
+    assert ends[0].startswith("rank 0 ")
+
+
+def test_a_rank_that_has_not_begun_is_not_silent(
+    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.01)
+    with make(board):
+        beats(board, 20)
+    assert ends == []
+
+
+# A rank that hangs
+
+
+@pytest.mark.parametrize(
+    ("place", "at", "told"),
+    [
+        ([2, 1, 1], "epoch 2, batch 1, forward and backward", "rank 1 hangs at epoch 2, batch 1, forward and backward"),
+        ([2, 0, 0], "epoch 2, waiting for data", "rank 1 hangs at epoch 2, waiting for data"),
+        ([1, 9, 0], "epoch 1, batch 9, waiting for data", "rank 1 hangs at epoch 1, batch 9, waiting for data"),
+        ([2, 1, 2], "epoch 2, batch 1, the optimizer's step", "every rank hangs at epoch 2, batch 1, the optimizer"),
+        ([2, 2, 0], "epoch 2, batch 2, waiting for data", "rank 0 hangs at epoch 2, batch 1, the optimizer's step"),
+        ([3, 0, 0], "epoch 3, waiting for data", "rank 0 hangs at epoch 2, batch 1, the optimizer's step"),
+    ],
+)
+def test_where_nothing_moves_the_rank_that_is_behind_is_named(
+    place: list[int], at: str, told: str, board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one is at the optimizer's step of batch 1; the other one is at `place`."""
+    pin_note(board, 1, place, at)
+    monkeypatch.setattr(module, "STALL_S", 0.1)
+    with tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), *a_step(2, 1)[:2]):
+        until(lambda: ends)
+    assert ends[0].startswith(told)
+    assert ": nothing moved for " in ends[0]
+    assert ("rank 1 in read (loader.py:7)" in ends[0]) is not told.startswith("rank 0"), (
+        "in which function, of those that are named"
+    )
+    assert board.read("fault") == ends[0]
+
+
+def test_a_rank_without_a_note_is_at_the_start(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.05)
+    with tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+        until(lambda: ends)
+    assert ends[0].startswith("rank 1 hangs at the start: ")
+
+
+def test_a_cause_is_one_line_whatever_the_number_of_ranks(
+    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(1, 64):
+        pin_note(board, rank, [2, 1, 0], "epoch 2")
+    monkeypatch.setattr(module, "STALL_S", 0.05)
+    with tell(make(board, size=64), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+        until(lambda: ends)
+    assert ends[0].startswith("every rank hangs")
+    assert ends[0].count(" in ") == 8
+    assert "\n" not in ends[0]
+
+
+def test_only_one_cause_hangs_on_the_board(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank of a group that hangs finds out for itself; all end with the first one's words."""
+    board.pin_first("fault", "rank 5 failed: first")
+    monkeypatch.setattr(module, "STALL_S", 0.0)
+    watchdog = tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
+    watchdog._give_up(board, "rank 1 hangs")
+    assert ends == ["rank 5 failed: first"]
+
+
+# What only takes long
+
+
+def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STALL_S", 40.0)
+    monkeypatch.setattr(module, "PATIENT_S", 1800.0)
+    watchdog = make(None)
+
+    def after(seconds: float, *events: ev.Event) -> float:
+        clock[0] += seconds
+        return tell(watchdog, *events)._limit_s()
+
+    compute, step, done = a_step(1, 0)
+    assert after(0) == 1800, "before training"
+    assert after(1, ev.EpochStarted(1, 0.1, 4)) == 1800, "workers start"
+    assert after(7, compute) == 1800, "kernels are built"
+    assert after(3, step) == 1800
+    assert after(0, done) == 40, "a whole step is known"
+    assert after(7.9, compute) == 40
+    assert after(9, step) == pytest.approx(45), "five times the slowest mark"
+    assert after(1, done) == pytest.approx(45)
+    assert after(1, ev.EpochStopped(1, 0.5, 0.1, 8, 1.0)) == 1800
+    assert after(500, ev.EvaluationStarted(1, 3)) == 1800
+    assert after(500, ev.CaseEvaluated(1, "case_00000")) == 1800
+    assert after(500, ev.EvaluationStopped(1, 0.5, [0.5], 0.5, 1.0)) == 1800
+    assert after(500, ev.EpochStarted(2, 0.1, 4)) == pytest.approx(45), "an evaluation is no step"
+    assert after(0, ev.BlockStopped(1, 1), ev.StepDone(2, 0, 0.5, 1.0, 1.0)) == pytest.approx(45), "nothing is marked"
+    assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
+
+
+def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be batch 0."""
+    watchdog = tell(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseDone("data"))
+    assert watchdog._limit_s() == module.PATIENT_S
+    monkeypatch.setattr(module, "STALL_S", 40.0)
+    assert tell(watchdog, *a_step(5, 6)[1:])._limit_s() == 40
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [ev.EpochStarted(1, 0.1, 4)],
+        [ev.EpochStarted(1, 0.1, 4), ev.PhaseDone("data")],
+        [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EpochStopped(1, 0.5, 0.1, 8, 1.0)],
+        [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EvaluationStarted(1, 3)],
+        [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.RunStopped("aborted", "interrupted by SIGTERM", 1, 1.0)],
+    ],
+    ids=["the start", "workers start", "the first batch", "an epoch's end", "an evaluation", "the last checkpoint"],
+)
+def test_what_takes_long_is_no_stall(
+    events: list[ev.Event], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.02)
+    with tell(make(board), *events):
+        beats(board, 20)
+    assert ends == []
+
+
+def test_but_even_patience_ends(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENT_S", 0.05)
+    with tell(make(board), ev.EvaluationStarted(4, 3)):
+        until(lambda: ends)
+    assert "hangs at " in ends[0]
+
+
+# A signal
+
+
+def test_a_signal_is_passed_on_to_the_other_ranks(board: Board, ends: list[str]) -> None:
+    wishes = [Interruption() for _ in range(3)]
+    wishes[1].number = signal.SIGTERM
+    with make(board, 0, 3, wishes[0]), make(board, 1, 3, wishes[1]), make(board, 2, 3, wishes[2]):
+        until(lambda: all(wish.number for wish in wishes))
+    assert [wish.number for wish in wishes] == [signal.SIGTERM] * 3
+    assert ends == []
+
+
+def test_a_rank_s_own_signal_stays_its_own(board: Board, ends: list[str]) -> None:
+    wish = Interruption()
+    wish.number = signal.SIGINT
+    board.pin("signal", str(int(signal.SIGTERM)))
+    with make(board, interruption=wish):
+        beats(board, 3)
+    assert (wish.number, board.read("signal")) == (signal.SIGINT, str(int(signal.SIGTERM)))
+
+
+# A rank that fails
+
+
+def test_a_rank_that_fails_tells_the_others_and_fails_as_it_would(board: Board, ends: list[str]) -> None:
+    with make(board, 0):
+        with pytest.raises(UserError, match=r"^case_00001: damaged$"), make(board, 1):
+            raise UserError("case_00001: damaged")
+        until(lambda: ends)
+    assert board.read("fault") == "rank 1 failed: case_00001: damaged"
+    assert ends == ["ended with the group: rank 1 failed: case_00001: damaged"]
+
+
+def test_the_first_fault_is_the_one_that_hangs(board: Board, ends: list[str]) -> None:
+    board.pin_first("fault", "rank 2 failed: first")
+    with pytest.raises(ValueError, match="second"), make(board, 1):
+        raise ValueError("second")
+    assert board.read("fault") == "rank 2 failed: first"
+
+
+def test_a_run_that_ends_well_pins_nothing(board: Board, ends: list[str]) -> None:
+    with make(board, 0), make(board, 1):
+        pass
+    assert (board.read("fault"), ends) == (None, [])
+
+
+class Gone(Board):
+    """As when rank 0's process has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(HashStore())
+
+    def pin(self, name: str, text: str) -> None:
+        raise RuntimeError("Broken pipe\nException raised from sendBytes")
+
+    def pin_first(self, name: str, text: str) -> str:
+        raise RuntimeError("Broken pipe")
+
+    def read(self, name: str) -> str | None:
+        raise RuntimeError("Connection reset by peer")
+
+
+class Silent(Board):
+    """As when the network is cut: whoever asks waits."""
+
+    def __init__(self, is_cut: threading.Event) -> None:
+        super().__init__(HashStore())
+        self.is_cut, self.is_mended = is_cut, threading.Event()
+
+    def pin(self, name: str, text: str) -> None:
+        if self.is_cut.is_set():
+            self.is_mended.wait(60)
+        super().pin(name, text)
+
+
+def test_a_rank_whose_board_says_nothing_ends_for_that(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error comes from it, and it may be the main thread that hangs for the same reason."""
+    is_cut = threading.Event()
+    board = Silent(is_cut)
+    monkeypatch.setattr(Watchdog, "_watch_the_board", WATCH_THE_BOARD)
+    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    with make(board, 1):
+        beats(board, 5, 1)
+        is_cut.set()
+        until(lambda: ends)
+        board.is_mended.set()
+    assert ends == ["rank 0's machine gave no answer for 1 s"]
+
+
+def test_a_board_that_answers_is_left_alone(
+    board: Board, ends: list[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the run is, and however long ago the watchdog was made."""
+    monkeypatch.setattr(Watchdog, "_watch_the_board", WATCH_THE_BOARD)
+    monkeypatch.setattr(module, "PATIENT_S", math.inf)
+    watchdog = make(board, 1)
+    clock[0] += 5000
+    with watchdog:
+        for _ in range(3):
+            beats(board, 2, rank=1)
+            clock[0] += 900
+    assert ends == []
+
+
+def test_silence_counts_from_when_watching_begins(
+    board: Board, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is built in between."""
+    monkeypatch.setattr(Watchdog, "_watch", lambda self, board: None)
+    watchdog = make(board, 1)
+    clock[0] += 5000
+    with watchdog:
+        assert watchdog._beat_at == clock[0]
+
+
+def test_a_rank_whose_board_is_gone_ends_for_that(ends: list[str]) -> None:
+    with make(Gone(), 1):
+        until(lambda: ends)
+    assert ends == ["the connection to rank 0's machine is lost (Broken pipe)"]
+
+
+def test_at_the_end_of_a_run_a_board_may_go_first(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's process ends when it likes."""
+    failed = threading.Event()
+
+    class Going(Gone):
+        def pin(self, name: str, text: str) -> None:
+            failed.set()
+            super().pin(name, text)
+
+    monkeypatch.setattr(module, "BEAT_S", 60.0)
+    with make(Going(), 1):
+        assert failed.wait(60)
+    until(lambda: watchers() == [])
+    assert ends == []
+
+
+def test_an_error_is_told_even_if_the_board_is_gone(ends: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^damaged$"), make(Gone(), 1):
+        raise UserError("damaged")
+
+
+# A collective that failed
+
+
+LOST = RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore of it")
+
+
+def lose(board: Board, error: BaseException = LOST) -> str:
+    """What a rank says whose collective fails with the error."""
+    with pytest.raises(RankLost) as lost, make(board):
+        raise error
+    assert str(lost.value).endswith("; start again with --resume")
+    return str(lost.value).removesuffix("; start again with --resume")
+
+
+@pytest.mark.parametrize("error", [LOST, DistBackendError("NCCL communicator was aborted")])
+def test_the_cause_of_a_failed_collective_is_what_hangs_on_the_board(
+    error: RuntimeError, board: Board, ends: list[str]
+) -> None:
+    board.pin_first("fault", "rank 1 failed: CUDA out of memory")
+    assert lose(board, error) == "ended with the group: rank 1 failed: CUDA out of memory"
+
+
+def test_or_a_process_that_is_gone(board: Board, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+    pin_note(board, 1, [2, 1, 1], "epoch 2, batch 1, forward and backward", sleeper.pid, module._machine())
+    sleeper.kill()
+    gone = f"rank 1 (process {sleeper.pid}) was killed or has ended; it was at epoch 2, batch 1, forward and backward"
+    assert lose(board) == gone, "its parent has not looked yet"
+    sleeper.wait()
+    assert lose(board) == gone
+
+
+def test_or_no_more_than_torch_says(board: Board, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+    """A process that lives, one of another machine, and a board that is gone say nothing."""
+    pin_note(board, 1, [2, 1, 1], "epoch 2", sleeper.pid, module._machine())
+    pin_note(board, 0, [2, 1, 1], "epoch 2", 2**22 + 1, ELSEWHERE)
+    said = f"another rank was lost ({str(LOST).splitlines()[0]})"
+    assert lose(board) == said
+    guessed = RuntimeError(f"{str(LOST).splitlines()[0]} This is typically caused by something else")
+    assert lose(board, guessed) == said
+    assert lose(Gone()) == said
+
+
+def test_this_rank_s_own_error_is_no_loss_of_another(board: Board, ends: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), make(board):
+        raise RuntimeError("CUDA out of memory")
+    assert board.read("fault") == "rank 0 failed: CUDA out of memory"
+
+
+# The end of a process
+
+
+def test_the_end_is_the_cause_as_the_last_line_and_status_4(
+    board: Board, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Worker:
+        def kill(self) -> None:
+            sleeper.kill()
+
+    ended: list[int] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(module.multiprocessing, "active_children", lambda: [Worker()])
+    monkeypatch.setattr(module.os, "_exit", ended.append)
+    make(board, 1)._end("rank 0 hangs")
+    assert ended == [RANK_LOST_EXIT]
+    assert capfd.readouterr().err == "main.py (rank 1): error: rank 0 hangs; start again with --resume\n"
+    assert sleeper.wait(60) == -signal.SIGKILL, "a loader's worker that hangs would stay"
+
+
+@pytest.mark.parametrize(("rank", "slept"), [(0, [0.02]), (1, [])])
+def test_rank_0_ends_last_since_the_board_may_be_in_its_process(
+    rank: int, slept: list[float], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    with pytest.raises(ValueError, match="a bug"), make(board, rank):
+        raise ValueError("a bug")
+    assert waited == slept

@@ -1,0 +1,192 @@
+"""What ranks tell one another, between two real processes with gloo, and what a world of one makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.distributed import DistBackendError, DistError, HashStore
+
+from runtime.distributed import world as distributed
+from runtime.distributed.world import Board, World
+
+RunRanks = Callable[..., list[str]]
+
+CPU = torch.device("cpu")
+
+
+# The board
+
+
+@pytest.fixture
+def board() -> Board:
+    return Board(HashStore())
+
+
+def test_a_note_hangs_until_another_takes_its_place(board: Board) -> None:
+    assert board.read("place") is None
+    board.pin("place", "here")
+    assert (board.read("place"), board.read("other")) == ("here", None)
+    board.pin("place", "")
+    assert board.read("place") == ""
+    board.pin("place", "Zürich")
+    assert board.read("place") == "Zürich"
+
+
+def test_of_several_first_notes_one_hangs_and_all_hear_of_it(board: Board) -> None:
+    assert board.pin_first("fault", "first") == "first"
+    assert board.pin_first("fault", "second") == "first"
+    assert board.read("fault") == "first"
+
+
+def test_the_board_is_read_while_the_others_are_in_a_collective(run_ranks: RunRanks) -> None:
+    """From a thread, as the watchdog does; rank 0 lets rank 1 wait until its note has been read."""
+    code = """
+        import threading, time, torch
+
+        read = []
+
+        def look():
+            while world.board.read("note") is None:
+                time.sleep(0.01)
+            read.append(world.board.read("note"))
+            world.board.pin("seen", "yes")
+
+        if world.rank == 1:
+            thread = threading.Thread(target=look)
+            thread.start()
+        else:
+            time.sleep(0.2)
+            world.board.pin("note", "hello")
+            while world.board.read("seen") is None:
+                time.sleep(0.01)
+        world.barrier()
+        if world.rank == 1:
+            thread.join()
+        print(read)
+    """
+    assert run_ranks(code) == ["[]\n", "['hello']\n"]
+
+
+# Collectives
+
+
+def test_maximum_sum_and_values_of_all_ranks(run_ranks: RunRanks) -> None:
+    code = """
+        import json, torch
+        mine = torch.tensor([[1.0, 5.0, 0.0], [3.0, 2.0, 0.0]][world.rank])
+        given = mine.clone()
+        total = world.sum(mine)
+        kept = torch.equal(mine, given)
+        largest = world.max(mine.clone())
+        told = world.gather((world.rank, f"rank {world.rank}", [0.1]))
+        first = world.broadcast("mine" if world.is_main else None)
+        print(json.dumps([total.tolist(), kept, largest.tolist(), told, first, world.rank, world.size]))
+    """
+    heard = [json.loads(out) for out in run_ranks(code)]
+    told = [[0, "rank 0", [0.1]], [1, "rank 1", [0.1]]]
+    expected = [[4.0, 7.0, 0.0], True, [3.0, 5.0, 0.0], told, "mine"]
+    assert heard == [[*expected, 0, 2], [*expected, 1, 2]]
+
+
+def test_in_a_world_of_one_everything_is_its_own(world: World) -> None:
+    tensor = torch.tensor([1.0, 5.0])
+    called: list[str] = []
+    assert torch.equal(world.max(tensor), tensor)
+    assert torch.equal(world.sum(tensor, lambda: called.append("waited")), tensor)
+    assert world.gather("mine") == ["mine"]
+    assert world.broadcast("mine") == "mine"
+    assert world.board is None
+    world.wait_for_main("saved", 60)
+    assert called == [], "there is nobody to wait for"
+
+
+def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> None:
+    """Rank 1 comes only when rank 0 has given up waiting."""
+    code = """
+        import time, torch
+        looks = []
+
+        def leave():
+            looks.append("look")
+            if len(looks) == 3:
+                raise SystemError("left")
+
+        if world.is_main:
+            try:
+                world.sum(torch.ones(2), leave)
+            except SystemError as error:
+                print(error, len(looks))
+            world.board.pin("left", "yes")
+        else:
+            while world.board.read("left") is None:
+                time.sleep(0.01)
+            print(world.sum(torch.ones(2), lambda: None).tolist())
+    """
+    assert run_ranks(code) == ["left 3\n", "[2.0, 2.0]\n"]
+
+
+# Waiting for rank 0, and losing another
+
+
+def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [1000.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += 20.0
+
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed.time, "sleep", sleep)
+    second = World(1, 2, CPU, board=board)
+    second.wait_for_main("saved", 60)
+    assert len(slept) == 3
+    World(0, 2, CPU, board=board).wait_for_main("saved", 60)
+    second.wait_for_main("saved", 60)
+    assert len(slept) == 3, "rank 0 has come"
+    second.wait_for_main("another", 60)
+    assert len(slept) == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "size", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), 2, True),
+        (DistError("the group's"), 2, True),
+        (DistBackendError("NCCL communicator was aborted"), 2, True),
+        (RuntimeError("CUDA out of memory"), 2, False),
+        (RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), 1, False),
+    ],
+)
+def test_which_errors_tell_of_another_rank(error: RuntimeError, size: int, lost: bool) -> None:
+    assert World(0, size, CPU).lost_another(error) is lost
+
+
+def test_a_killed_rank_is_an_error_of_that_kind(run_ranks: RunRanks) -> None:
+    """As gloo words it today."""
+    code = """
+        import os, torch
+        world.barrier()
+        if not world.is_main:
+            os._exit(0)
+        try:
+            while True:
+                world.max(torch.ones(1))
+        except RuntimeError as error:
+            print(world.lost_another(error), flush=True)
+            os._exit(0)
+    """
+    assert run_ranks(code) == ["True\n", ""]
+
+
+def test_a_board_that_went_with_rank_0_means_that_rank_0_has_come() -> None:
+    class Gone(Board):
+        def __init__(self) -> None:
+            """No store."""
+
+        def read(self, name: str) -> str | None:
+            raise RuntimeError("Connection reset by peer")
+
+    World(1, 2, CPU, board=Gone()).wait_for_main("saved", 60)

@@ -1,0 +1,156 @@
+"""What a person sees: lines on stdout, bars on stderr only if verbose; a pipe holds no control characters."""
+
+from __future__ import annotations
+
+from functools import partial, partialmethod
+
+import pytest
+from tqdm import tqdm
+
+from runtime.arguments import RunConfig, parse_arguments
+from runtime.logging import console
+from runtime.logging import events as ev
+from runtime.logging.console import ConsoleTracker, EvaluationTracker
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return parse_arguments(["--data_dir", "DATA"])[0]
+
+
+def init_stopped(config: RunConfig, reasons: list[str], notes: list[str]) -> ev.InitStopped:
+    division = "open" if reasons else "closed"
+    return ev.InitStopped(config, {"master": 1234}, division, reasons, "1xABACUS", ["a"], 168, notes)
+
+
+def evaluation(epoch: int) -> list[ev.Event]:
+    return [
+        ev.EvaluationStarted(epoch, 2),
+        ev.CaseEvaluated(epoch, "case_00000"),
+        ev.CaseEvaluated(epoch, "case_00003"),
+        ev.EvaluationStopped(epoch, 0.65, [0.7, 0.6], 0.1234, 2.04),
+    ]
+
+
+def run(config: RunConfig) -> list[ev.Event]:
+    return [
+        ev.InitStarted(config, {}, False),
+        init_stopped(config, [], []),
+        ev.RunStarted(),
+        ev.DataOpened(168, 42, 168, 2, 1, ["background", "kidney", "tumour"]),
+        ev.BlockStarted(1, 1),
+        ev.EpochStarted(1, 0.125, 2),
+        ev.BatchDone(1, 0, 2),
+        ev.BatchDone(1, 1, 2),
+        ev.EpochStopped(1, 0.5, 0.125, 4, 1.0),
+        *evaluation(1),
+        ev.BlockStopped(1, 1),
+        ev.RunStopped("success", "mean Dice 0.6500 reached 0.6", 1, 61.26),
+    ]
+
+
+def tell(tracker: ev.Tracker, events: list[ev.Event]) -> None:
+    for event in events:
+        tracker.on(event)
+
+
+def test_a_quiet_run_is_three_lines_on_stdout_and_nothing_on_stderr(config: RunConfig, capsys: Captured) -> None:
+    tell(ConsoleTracker(verbose=False, epochs=1), run(config))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        "division closed; seed 1234; 1xABACUS",
+        "epoch 1: mean Dice 0.6500 (L1 0.7000, L2 0.6000), loss 0.1234, 2.0 s",
+        "success after 1 epochs and 61.3 s: mean Dice 0.6500 reached 0.6",
+    ]
+    assert out.endswith("\n")
+    assert "\r" not in out
+    assert "\x1b" not in out
+
+
+def test_a_verbose_run_has_the_same_lines_and_bars_on_stderr(config: RunConfig, capsys: Captured) -> None:
+    tell(ConsoleTracker(verbose=False, epochs=1), run(config))
+    quiet = capsys.readouterr().out
+    tell(ConsoleTracker(verbose=True, epochs=1), run(config))
+    out, err = capsys.readouterr()
+    assert out == quiet
+    assert "epoch 1/1 rate 0.125" in err
+    assert "2/2" in err
+    assert "loss 0.5000" in err
+    assert "evaluate" in err
+
+
+def test_reasons_for_the_open_division_and_notes_are_told(config: RunConfig, capsys: Captured) -> None:
+    ConsoleTracker(verbose=False, epochs=1).on(init_stopped(config, ["one", "two"], ["look here", "and there"]))
+    assert capsys.readouterr().out.splitlines() == [
+        "note: look here",
+        "note: and there",
+        "division open (one; two); seed 1234; 1xABACUS",
+    ]
+
+
+def test_a_bar_of_a_resumed_run_counts_what_remains(config: RunConfig, capsys: Captured) -> None:
+    tracker = ConsoleTracker(verbose=True, epochs=10)
+    tell(tracker, [ev.EpochStarted(8, 0.1, 5), ev.RunStopped("aborted", "stopped by hand", 8, 1.0)])
+    assert "0/15" in capsys.readouterr().err
+
+
+def test_a_bar_of_a_run_resumed_within_an_epoch_is_where_the_run_is(config: RunConfig, capsys: Captured) -> None:
+    stopped = ev.RunStopped("aborted", "stopped by hand", 8, 1.0)
+    tell(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.BatchDone(8, 3, 2), stopped])
+    assert "4/15" in capsys.readouterr().err
+
+
+class Eager(tqdm):  # type: ignore[type-arg]
+    """Draws every update."""
+
+    __init__ = partialmethod(tqdm.__init__, mininterval=0)  # type: ignore[assignment]
+
+
+def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "tqdm", Eager)
+    tracker = ConsoleTracker(verbose=True, epochs=3)
+    tell(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
+    tell(
+        tracker, [ev.StepDone(2, 0, 0.75, 1.0, 1.0), ev.BatchDone(2, 1, 2), ev.RunStopped("aborted", "by hand", 2, 1.0)]
+    )
+    drawn = capsys.readouterr().err
+    assert "Dice 0.6500, loss 0.7500" in drawn
+    assert "2/4" in drawn
+
+
+def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
+    tell(ConsoleTracker(verbose=True, epochs=3), [*evaluation(1)[:2], ev.RunStopped("aborted", "by hand", 1, 1.0)])
+    assert capsys.readouterr().err.endswith("\r")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured) -> None:
+    ConsoleTracker(verbose, epochs=3).on(ev.RunStopped("aborted", "the target was not reached in 3 epochs", 3, 0.0))
+    assert capsys.readouterr().out == "aborted after 3 epochs and 0.0 s: the target was not reached in 3 epochs\n"
+
+
+def test_an_evaluation_is_name_value_lines(capsys: Captured) -> None:
+    tell(EvaluationTracker(verbose=False), evaluation(7))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        "epoch 7",
+        "L1 dice 0.700000",
+        "L2 dice 0.600000",
+        "mean_dice 0.650000",
+        "eval_loss 0.123400",
+    ]
+
+
+def test_a_verbose_evaluation_counts_its_cases_on_stderr(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "tqdm", partial(tqdm, mininterval=0))  # every update is drawn
+    tell(EvaluationTracker(verbose=True), evaluation(7))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    assert [count for count in ("0/2", "1/2", "2/2") if count in err] == ["0/2", "1/2", "2/2"]
+    assert err.endswith("\r"), "the bar is wiped at the end"

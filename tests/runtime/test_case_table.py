@@ -1,0 +1,119 @@
+"""The table of an evaluation: distances and volumes by closed form, the worst case first."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, write_json
+from data_loading.io.volume import Geometry
+from data_loading.preprocessing import Transform
+from data_loading.spec import DatasetSpec
+from runtime import case_table
+from runtime.case_table import CaseTable
+from runtime.logging.events import EvaluationStopped
+
+SPEC = DatasetSpec("own", ("background", "kidney", "tumour"))
+# 10 voxels of 2 mm became 19 of 1 mm: the ends stay.
+TRANSFORM = Transform(Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)), (19, 20, 20), (0, 0, 0), (19, 20, 20))
+PLAIN = Transform(Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)), (10, 20, 20), (0, 0, 0), (10, 20, 20))
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    records = {case: CaseRecord(transform, {}, {}, [], {}) for case, transform in (("a", PLAIN), ("b", TRANSFORM))}
+    write_json(tmp_path / INDEX_NAME, DatasetIndex(SPEC, {"evaluation": ["a", "b"]}, records).to_json())
+    return tmp_path
+
+
+def block(*slices: slice, shape: tuple[int, int, int] = (10, 20, 20), value: int = 1) -> Tensor:
+    label = torch.zeros(1, 1, *shape, dtype=torch.uint8)
+    label[0, 0, *slices] = value
+    return label
+
+
+def logits_of(label: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(label[:, 0].long(), 3).movedim(-1, 1).float()
+
+
+TRUE = block(slice(2, 7), slice(4, 14), slice(4, 14))
+# One voxel further along the first axis, 2 mm.
+MOVED = block(slice(3, 8), slice(4, 14), slice(4, 14))
+
+
+def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
+    pytest.importorskip("monai", reason="pip install '.[monai]'")
+    table = CaseTable(data_dir, SPEC, "evaluation")
+    figures = table("a", logits_of(MOVED), TRUE)
+    assert figures.dtype == torch.float64
+    assert table.size == 8
+    assert figures[:4].tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])  # 500 voxels of 2 mm3 each
+    surface_dice, none, distance_mm, no_distance = figures[4:].tolist()
+    # The two faces that moved by 2 mm are wrong but for their rims; what lies along the movement stays a surface.
+    assert 0.4 < surface_dice < 0.8
+    assert distance_mm == pytest.approx(2.0)
+    assert not math.isfinite(none)
+    assert not math.isfinite(no_distance)
+    assert table("a", logits_of(TRUE), TRUE)[[4, 6]].tolist() == [1.0, 0.0]
+
+
+def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
+    pytest.importorskip("monai", reason="pip install '.[monai]'")
+    shape = (19, 20, 20)
+    true = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=shape)
+    moved = block(slice(5, 10), slice(4, 14), slice(4, 14), shape=shape)
+    figures = CaseTable(data_dir, SPEC, "evaluation")("b", logits_of(moved), true)
+    assert figures[0] == pytest.approx(0.5)
+    assert figures[6] == pytest.approx(3.0)
+
+
+def test_distances_are_those_of_a_turned_cropped_or_resized_grid(data_dir: Path) -> None:
+    source = Geometry(np.diag([2.0, 3.0, 5.0, 1.0]), (10, 20, 30), (2.0, 3.0, 5.0))
+    turned = Transform(source, (12, 5, 10), (0, 0, 0), (16, 16, 16), "SAR", (3, 5, 0, 26, 14, 10))
+    picture = Transform(source, (10, 40, 10), (0, 0, 0), (10, 40, 10), by_area=True)
+    records = {case: CaseRecord(way, {}, {}, [], {}) for case, way in (("a", turned), ("b", picture))}
+    write_json(data_dir / INDEX_NAME, DatasetIndex(SPEC, {"evaluation": ["a", "b"]}, records).to_json())
+    table = CaseTable(data_dir, SPEC, "evaluation")
+    assert table._spacing_of("a") == pytest.approx((5 * 22 / 11, 3 * 8 / 4, 2.0))
+    assert table._spacing_of("b") == pytest.approx((2.0, 1.5, 15.0))
+
+
+def test_a_picture_has_surfaces_too(data_dir: Path) -> None:
+    pytest.importorskip("monai", reason="pip install '.[monai]'")
+    shape = (1, 20, 20)
+    true, moved = (block(slice(0, 1), slice(4, 14), slice(a, a + 8), shape=shape) for a in (4, 7))
+    figures = CaseTable(data_dir, SPEC, "evaluation")("none", logits_of(moved), true)
+    assert figures[6] == pytest.approx(3.0)
+
+
+def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
+    table = CaseTable(data_dir, SPEC, "test")
+    table.keep({"a": [1.5, math.nan] + [0.25] * (table.size - 2), "b": [math.inf] * table.size})
+    per_case = {"a": [0.9, 0.7], "b": [0.5, 0.4]}
+    told = table.write(tmp_path / "logs", EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, per_case))
+    assert told.startswith(f"cases {tmp_path / 'logs' / 'evaluation.csv'}")
+    with (tmp_path / "logs" / "evaluation.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case"] for row in rows] == ["b", "a"]
+    assert [row["subset"] for row in rows] == ["test", "test"]
+    assert (rows[1]["mean_dice"], rows[1]["kidney_dice"], rows[1]["tumour_dice"]) == ("0.8", "0.9", "0.7")
+    assert (rows[1]["kidney_volume_ml"], rows[1]["tumour_volume_ml"]) == ("1.5", "")
+    assert rows[0]["kidney_true_volume_ml"] == ""
+
+
+def test_without_monai_its_columns_are_left_out_and_that_is_told(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(case_table, "HAS_MONAI", False)
+    table = CaseTable(data_dir, SPEC, "evaluation")
+    assert table("a", logits_of(MOVED), TRUE).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
+    table.keep({"a": [1.0] * 4})
+    told = table.write(tmp_path, EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, {"a": [0.9, 0.7]}))
+    assert told.endswith("(without surface Dice and Hausdorff distance: pip install '.[monai]')")
+    assert "hausdorff" not in (tmp_path / "evaluation.csv").read_text()

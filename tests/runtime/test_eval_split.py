@@ -1,0 +1,73 @@
+"""`--exec_mode evaluate --subset`: which part of the split is scored, and what is said where there is none."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from common.errors import UserError
+from data_loading.dataset import INDEX_NAME, DatasetIndex, read_index, write_json
+from model.registry import build_network
+from runtime.distributed.world import World
+
+MODEL = "unet3d(filters=(4, 8))"
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
+    rng = np.random.default_rng(0)
+    volumes = {name: (rng.normal(size=(1, 4, 8, 8)), rng.integers(0, 3, (1, 4, 8, 8))) for name in "abcd"}
+    folder = write_preprocessed(tmp_path / "data", volumes)
+    index = read_index(folder / INDEX_NAME)
+    split = {"train": ["b", "d"], "evaluation": ["a"], "test": ["c"]}
+    write_json(folder / INDEX_NAME, DatasetIndex(index.spec, split, index.cases).to_json())
+    return folder
+
+
+def evaluate(data_dir: Path, *more: str) -> list[dict[str, str]]:
+    checkpoint = data_dir.parent / "c.pth"
+    torch.manual_seed(0)
+    network = build_network(MODEL, 1, 3, "instancenorm", "relu")
+    torch.save(network.state_dict(), checkpoint)
+    arguments = [
+        "--exec_mode",
+        "evaluate",
+        "--data_dir",
+        str(data_dir),
+        "--load_ckpt_path",
+        str(checkpoint),
+        "--model",
+        MODEL,
+        "--val_input_shape",
+        "4",
+        "8",
+        "8",
+        "--log_dir",
+        str(data_dir.parent),
+        *more,
+    ]
+    config, given = main.parse_arguments(arguments)
+    main.evaluate_checkpoint(config, given, World(0, 1, torch.device("cpu")))
+    with (data_dir.parent / "evaluation.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize(("subset", "cases"), [(None, "a"), ("evaluation", "a"), ("test", "c"), ("train", "bd")])
+def test_the_part_that_is_asked_for_is_scored(data_dir: Path, subset: str | None, cases: str) -> None:
+    rows = evaluate(data_dir, *(["--subset", subset] if subset else []))
+    assert sorted(row["case"] for row in rows) == list(cases)
+    assert {row["subset"] for row in rows} == {subset or "evaluation"}
+
+
+def test_a_part_that_the_split_does_not_have_is_one_clear_line(data_dir: Path) -> None:
+    index = read_index(data_dir / INDEX_NAME)
+    del index.split["test"]
+    write_json(data_dir / INDEX_NAME, index.to_json())
+    with pytest.raises(UserError, match=r"its split has no test cases, but 2 of train, 1 of evaluation$"):
+        evaluate(data_dir, "--subset", "test")

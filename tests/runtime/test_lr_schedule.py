@@ -1,0 +1,109 @@
+"""Schedules against their closed forms; plateau against torch's own, through a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from runtime.logging.events import EvaluationStopped
+from runtime.lr_schedule import Plateau
+from runtime.optimizer import RateSettings, build_rate, learning_rate
+from runtime.training import TrainState
+
+MakeState = Callable[..., TrainState]
+RUN = RateSettings(0.8, 0.1, 4, (), 1.0, 24, {})
+
+
+def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
+    return EvaluationStopped(epoch, dice, [dice], loss, 1.0)
+
+
+@pytest.mark.parametrize("spec", ["multistep", "cosine", "polynomial", "plateau"])
+def test_every_schedule_begins_with_the_same_warm_up(spec: str) -> None:
+    rate = build_rate(spec, dataclasses.replace(RUN, records={}))
+    assert [rate(epoch) for epoch in range(1, 6)] == pytest.approx([0.275, 0.45, 0.625, 0.8, 0.8])
+
+
+def test_multistep_is_mlperfs_formula() -> None:
+    run = dataclasses.replace(RUN, lr_decay_epochs=(6, 9), lr_decay_factor=0.5)
+    rate = build_rate("multistep", run)
+    expected = [learning_rate(epoch, 0.8, 0.1, 4, (6, 9), 0.5) for epoch in range(1, 25)]
+    assert [rate(epoch) for epoch in range(1, 25)] == expected
+
+
+def test_cosine_and_polynomial_are_their_formulas() -> None:
+    cosine = build_rate("cosine(final=0.2)", RUN)
+    polynomial = build_rate("polynomial(power=2.0)", RUN)
+    for epoch in range(5, 25):
+        progress = (epoch - 5) / 20
+        assert cosine(epoch) == pytest.approx(0.2 + 0.3 * (1 + math.cos(math.pi * progress)))
+        assert polynomial(epoch) == pytest.approx(0.8 * (1 - progress) ** 2)
+    assert polynomial(24) > 0
+
+
+def test_plateau_halves_after_more_than_its_patience_and_knows_it_after_a_resume(make_state: MakeState) -> None:
+    dice = [0.1, 0.5, 0.5, math.nan, 0.4, 0.5, 0.6, 0.6, 0.6, 0.6]
+    whole = Plateau(dataclasses.replace(RUN, records={}), factor=0.5, patience=2)
+    rates = []
+    for epoch, value in enumerate(dice, 5):
+        whole.on(scored(epoch, value), make_state())
+        rates.append(whole(epoch + 1))
+    assert rates == pytest.approx([0.8] * 4 + [0.4] * 4 + [0.4, 0.2])
+    for stop in range(1, len(dice)):
+        state, resumed = make_state(), make_state()
+        first = Plateau(dataclasses.replace(RUN, records=state.records), factor=0.5, patience=2)
+        for epoch, value in enumerate(dice[:stop], 5):
+            first.on(scored(epoch, value), state)
+        resumed.records.update(state.records)
+        second = Plateau(dataclasses.replace(RUN, records=resumed.records), factor=0.5, patience=2)
+        for epoch, value in enumerate(dice[stop:], 5 + stop):
+            second.on(scored(epoch, value), resumed)
+        assert second(99) == pytest.approx(0.2)
+
+
+def test_plateau_takes_no_step_in_the_warm_up(make_state: MakeState) -> None:
+    plateau = Plateau(dataclasses.replace(RUN, records={}), patience=1)
+    for epoch in range(1, 5):
+        plateau.on(scored(epoch, 0.5), make_state())
+    assert plateau(5) == pytest.approx(0.8)
+
+
+def test_plateau_of_the_loss_goes_down(make_state: MakeState) -> None:
+    plateau = Plateau(dataclasses.replace(RUN, records={}), factor=0.1, patience=1, metric="loss")
+    for epoch, loss in enumerate([3.0, 2.0, 1.0, 1.5, 1.5], 5):
+        plateau.on(scored(epoch, 0.5, loss), make_state())
+    assert plateau(20) == pytest.approx(0.08)
+
+
+def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> None:
+    state = make_state()
+    Plateau(dataclasses.replace(RUN, records=state.records)).on(scored(5, 0.5), state)
+    torch.save(state.records, tmp_path / "r")
+    assert torch.load(tmp_path / "r", weights_only=True) == state.records
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("cosin", "there is cosine"),
+        ("cosine(last=1)", "unknown argument 'last'; it takes final"),
+        ("plateau(factor=1.5)", "plateau: Factor should be < 1.0"),
+        ("plateau(metric='accuracy')", "metric='accuracy'; there is mean_dice, loss"),
+        ("plateau(mode='up')", "mode='up'; it is 'max' or 'min'"),
+    ],
+)
+def test_a_mistake_is_one_line(spec: str, said: str) -> None:
+    with pytest.raises(UserError, match="--lr_schedule") as raised:
+        build_rate(spec, RUN)
+    assert said in str(raised.value)
+
+
+def test_decay_epochs_are_of_multistep() -> None:
+    with pytest.raises(UserError, match="--lr_decay_epochs is of --lr_schedule multistep"):
+        build_rate("cosine", dataclasses.replace(RUN, lr_decay_epochs=(3,)))

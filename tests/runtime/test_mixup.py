@@ -1,0 +1,242 @@
+"""Mixup: the losses are mixed; what crosses a cut is mixed, skips too; a step follows from its place alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.registry import Typed
+from model.losses import DiceCELoss
+from model.registry import build_network
+from runtime.mixup import ManifoldMixup, Mixup, count_cuts, mix
+from runtime.objective import make_objective, plain, split_specs
+from runtime.precision import Precision
+from runtime.seeding import seed_step
+from runtime.training import StepSettings, TrainState, train_step
+
+ORDER = torch.tensor([2, 0, 1])
+LOSS = DiceCELoss()
+NETWORKS = [
+    "unet3d(filters=(2,4,4))",
+    "unet3d(filters=(2,4), fused=False)",
+    "tests.runtime.test_mixup:Skips",
+    "slicewise(network='tests.runtime.test_mixup:Plane', context=3)",
+    "monai.networks.nets:SegResNet(init_filters=8, blocks_down=(1,1), blocks_up=(1,))",
+    "monai.networks.nets:UNet(channels=(2,4,4), strides=(2,2), num_res_units=1)",
+]
+
+
+class Skips(nn.Module):
+    """Uses its image and its first features again in the end, changes tensors in place, and needs no module for it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(in_channels, 3, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv3d(3, 3, 1)
+        self.last = nn.Conv3d(6 + in_channels, out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        early = self.first(image)
+        kept = early * 2
+        x = self.second(self.act(early))
+        x += kept
+        return self.last(torch.cat([x.sigmoid_(), kept.view_as(kept), image], dim=1))
+
+
+class Plane(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, 2, 1)
+        self.last = nn.Conv2d(2, out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(image)) + image.mean(1, keepdim=True))
+
+
+def build(spec: str) -> nn.Module:
+    if "monai" in spec:
+        pytest.importorskip("monai")
+    torch.manual_seed(0)
+    return build_network(Typed(spec), 1, 3, "instancenorm", "relu")
+
+
+def batch(samples: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(samples, 1, 4, 4, 8, generator=generator)
+    return image, torch.randint(3, (samples, 1, 4, 4, 8), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", [Mixup, ManifoldMixup])
+@pytest.mark.parametrize(("share", "order"), [(1.0, [0, 1, 2]), (0.0, [2, 0, 1])])
+def test_a_share_of_1_or_0_is_the_plain_loss(kind: type[Mixup], share: float, order: list[int]) -> None:
+    network, (image, label) = build(NETWORKS[0]), batch()
+    loss = kind(0.3).mixed(network, network, LOSS, image, label, share, ORDER)
+    assert torch.equal(loss, plain(network, network, LOSS, image[order], label[order]))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.7])
+def test_of_a_linear_network_logits_are_mixed_and_so_are_the_losses(share: float) -> None:
+    network, (image, label) = nn.Conv3d(1, 3, 1), batch()
+    logits = share * network(image) + (1 - share) * network(image[ORDER])
+    expected = share * LOSS(logits, label) + (1 - share) * LOSS(logits, label[ORDER])
+    torch.testing.assert_close(Mixup(1).mixed(network, network, LOSS, image, label, share, ORDER), expected)
+
+
+def test_two_layers_with_a_skip_cut_in_between_by_the_formula() -> None:
+    network, (image, _) = build(NETWORKS[2]), batch()
+    share = 0.3
+
+    def mixed(tensor: Tensor) -> Tensor:
+        return share * tensor + (1 - share) * tensor[ORDER]
+
+    assert isinstance(network, Skips)
+    early = network.first(image)
+    kept = 2 * early
+    # Behind the activation, the second of four leaf modules: three tensors cross.
+    x = network.second(mixed(F.relu(early))) + mixed(kept)
+    expected = network.last(torch.cat([x.sigmoid(), mixed(kept), mixed(image)], dim=1))
+    logits = ManifoldMixup().cut_at(2, network, network, image, lambda tensor: mix(tensor, share, ORDER))
+    torch.testing.assert_close(logits, expected)
+    assert count_cuts(network, image) == 4
+
+
+def test_at_the_input_manifold_mixup_is_mixup() -> None:
+    network, (image, _) = build(NETWORKS[0]), batch()
+    cut = ManifoldMixup().cut_at(0, network, network, image, lambda tensor: mix(tensor, 0.4, ORDER))
+    assert torch.equal(cut, network(mix(image, 0.4, ORDER)))
+
+
+@pytest.mark.parametrize("spec", NETWORKS)
+def test_every_tensor_that_crosses_a_cut_is_mixed_wherever_it_is(spec: str) -> None:
+    """A share of 0 is the other order alone: a tensor that crossed unmixed would leave samples of two orders."""
+    network, (image, _) = build(spec), batch()
+    expected = network(image[ORDER])
+    cuts = count_cuts(network, image)
+    assert cuts > 1
+    for cut in range(cuts):
+        logits = ManifoldMixup().cut_at(cut, network, network, image, lambda tensor: mix(tensor, 0.0, ORDER))
+        torch.testing.assert_close(logits, expected, msg=f"cut {cut} of {cuts}")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def test_a_mixed_step_has_the_gradient_of_the_mixed_loss() -> None:
+    network, (image, label) = build(NETWORKS[2]).double(), batch()
+    objective = ManifoldMixup(1.0)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels[:, 0].long())  # in float64, as ours is not
+
+    parameter = next(network.parameters())
+
+    def loss_at(offset: float) -> Tensor:
+        with torch.no_grad():
+            parameter.view(-1)[0] += offset
+        torch.manual_seed(4)
+        return objective(network, network, loss, image.double(), label)  # type: ignore[arg-type]
+
+    loss_at(0.0).backward()
+    with torch.no_grad():
+        above, below = loss_at(1e-6), loss_at(-2e-6)
+    slope = (above - below) / 2e-6
+    assert parameter.grad is not None
+    torch.testing.assert_close(parameter.grad.view(-1)[0], slope, rtol=1e-5, atol=1e-8)
+
+
+def test_groups_of_a_sample_stay_together() -> None:
+    tensor = torch.arange(12.0).view(6, 2)  # 3 samples of 2 slices
+    torch.testing.assert_close(mix(tensor, 0.0, ORDER), tensor[[4, 5, 0, 1, 2, 3]])
+    torch.testing.assert_close(mix(tensor, 0.25, ORDER), 0.25 * tensor + 0.75 * tensor[[4, 5, 0, 1, 2, 3]])
+
+
+def test_shares_follow_beta_and_every_cut_is_drawn() -> None:
+    shares, cuts = [], []
+
+    class Recording(ManifoldMixup):
+        def mixed(self, network: Any, predict: Any, loss: Any, image: Any, label: Any, share: float, order: Any) -> Any:
+            shares.append(share)
+            return super().mixed(network, predict, loss, image, label, share, order)
+
+        def cut_at(self, cut: int, *rest: Any) -> Tensor:
+            cuts.append(cut)
+            return torch.zeros(3, 3, 4, 4, 8)
+
+    network, objective = build(NETWORKS[2]), Recording(0.5)
+    torch.manual_seed(0)
+    for _ in range(2000):
+        objective(network, network, lambda logits, label: logits.sum(), *batch())  # type: ignore[arg-type]
+    drawn = torch.tensor(shares)
+    assert abs(drawn.mean() - 0.5) < 0.04
+    assert abs(drawn.var() - 1 / (4 * (2 * 0.5 + 1))) < 0.02
+    assert torch.bincount(torch.tensor(cuts)).min() > 400
+
+
+@pytest.mark.parametrize("kind", [Mixup, ManifoldMixup])
+def test_a_batch_of_one_is_the_plain_loss(kind: type[Mixup]) -> None:
+    network, (image, label) = build(NETWORKS[0]), batch(1)
+    assert torch.equal(kind()(network, network, LOSS, image, label), plain(network, network, LOSS, image, label))
+
+
+@pytest.mark.parametrize("spec", ["mixup(alpha=0.4)", "manifold_mixup(alpha=0.4)"])
+def test_a_step_follows_from_its_place_alone(spec: str, make_state: Callable[..., TrainState]) -> None:
+    """Whatever was drawn before, as in a run that was resumed; accumulated, under bf16."""
+    objective, _ = make_objective([spec], 3, False)
+    settings = StepSettings(LOSS, Precision(torch.device("cpu"), torch.bfloat16), 2, "NDHWC", 7, objective)
+    image, label = batch()
+
+    def steps(start: int, state: TrainState) -> list[Tensor]:
+        losses = []
+        for index in range(start, 4):
+            seed_step(settings.seed, 1, index)
+            losses.append(train_step(state, {"image": image, "label": label}, settings, index % 2 == 1))
+        return losses
+
+    whole, resumed = make_state(), make_state()
+    first = steps(0, whole)
+    for index in range(2):
+        seed_step(settings.seed, 1, index)
+        train_step(resumed, {"image": image, "label": label}, settings, index == 1)
+    torch.rand(17)
+    assert all(map(torch.equal, first[2:], steps(2, resumed)))
+    assert all(map(torch.equal, whole.network.state_dict().values(), resumed.network.state_dict().values()))
+    assert len({float(loss) for loss in first}) > 2, "the weights move, and each draws its own"
+
+
+def test_wrapped_for_averaging_the_gradients_are_the_same() -> None:
+    network, bare = build(NETWORKS[0]), build(NETWORKS[0])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network)
+        for step in range(3):  # a parameter without a gradient would end the second
+            for own, predict in ((network, model), (bare, bare)):
+                torch.manual_seed(step)
+                ManifoldMixup(1)(own, predict, LOSS, *batch()).backward()
+        for ours, theirs in zip(network.parameters(), bare.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        del model
+    finally:
+        dist.destroy_process_group()
+
+
+def test_specs_are_told_apart_and_wrong_ones_refused() -> None:
+    specs = ["mlperf", "mixup(alpha=0.2)", "torchio:RandomGamma(p=0.3)"]
+    assert split_specs(specs) == (["mlperf", "torchio:RandomGamma(p=0.3)"], ["mixup(alpha=0.2)"])
+    assert make_objective([], 2, True) == (plain, "")
+    assert make_objective(["mixup"], 2, True)[1] == ""
+    assert "does nothing with a --batch_size of 1" in make_objective(["manifold_mixup"], 1, False)[1]
+    for wrong, told in (
+        (["mixup", "manifold_mixup"], "in one way alone"),
+        (["mixup(alpha=0)"], "expected a number above 0"),
+        (["mixup(beta=1)"], "unknown argument 'beta'; it takes alpha=0.2"),
+    ):
+        with pytest.raises(UserError, match=told):
+            make_objective(wrong, 2, False)
+    with pytest.raises(UserError, match="--compile would not see"):
+        make_objective(["manifold_mixup"], 2, True)

@@ -1,0 +1,132 @@
+"""A checkpoint that names `os:system` runs nothing, whoever opens it; to be trusted, it must be named again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import main as program
+from common.errors import UserError
+from data_loading.spec import DatasetSpec
+from model.unet3d import Unet3d
+from runtime.arguments import RunConfig, parse_arguments
+from runtime.checkpoint import format as checkpoints
+from runtime.distributed.world import World
+from runtime.training import TrainState
+
+CLASSES = ("background", "kidney", "tumour")
+SMALL = ["--val_input_shape", "4", "4", "8"]
+
+
+def tiny(channels: int, classes: int, command: str = "") -> Unet3d:
+    """What a user trusts: a network by one's own import path."""
+    return Unet3d(channels, classes, filters=(3, 4))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
+    rng = np.random.default_rng(0)
+    cases = {f"case_{n}": (rng.normal(size=(1, 4, 6, 8)), rng.integers(0, 3, (1, 4, 6, 8))) for n in range(2)}
+    return write_preprocessed(tmp_path / "data", cases)
+
+
+@pytest.fixture
+def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> Callable[..., Path]:
+    """`write_checkpoint(model="os:system(…)")`: a sound checkpoint with these flags."""
+
+    def write(**flags: Any) -> Path:
+        state = make_state()
+        state.best_epoch, state.best_dice, state.best_network = 1, 0.5, state.network.state_dict()
+        config = (
+            parse_arguments(["--data_dir", "DATA", "--model", "unet3d(filters=(3,4))", *SMALL])[0].to_json() | flags
+        )
+        spec = DatasetSpec("made_up", CLASSES).to_json()
+        path = tmp_path / "checkpoint.pth"
+        checkpoints.save(path, checkpoints.snapshot(state, [0.0], config, 1, "", spec))
+        return path
+
+    return write
+
+
+def open_by_evaluate(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+    program.evaluate_checkpoint(config, given, world)
+
+
+def open_by_predict(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+    from prediction.predict import make_predictor
+
+    make_predictor(config, given, world)
+
+
+def open_by_report(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from report import cases
+
+    best = SimpleNamespace(epoch=1, per_case={"case_0": [0.5, 0.5]})
+    run: Any = SimpleNamespace(best=best, config={"data_dir": str(folder)}, seeds={"master": 1}, folder=folder)
+    model = config.model if "model" in given else None
+    cases.draw_cases(run, config.load_ckpt_path[0], folder, torch.device("cpu"), folder, model)
+
+
+WAYS = [open_by_evaluate, open_by_predict, open_by_report]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"model": "os:system(command='touch {path}')"},
+        {"model": "slicewise(network='os:system(command=\"touch {path}\")')"},
+        {"model": "tests.runtime.test_untrusted_specs:tiny"},
+        {"loss": "os:system(command='touch {path}')"},
+    ],
+    ids=str,
+)
+def test_a_spec_out_of_a_checkpoint_runs_nothing(
+    flags: dict[str, str],
+    way: Callable[..., None],
+    folder: Path,
+    write_checkpoint: Callable[..., Path],
+    world: World,
+    tmp_path: Path,
+) -> None:
+    witness = tmp_path / "executed"
+    path = write_checkpoint(**{name: spec.format(path=witness) for name, spec in flags.items()})
+    arguments = ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path)]
+    config, given = parse_arguments(arguments)
+    (flag,) = flags
+    if flag == "loss" and way is not open_by_evaluate:  # who computes no loss does not look at it
+        way(config, given, world, folder)
+    else:
+        with pytest.raises(UserError, match=rf"--{flag} .*out of a file.*give --{flag} on the command line as well"):
+            way(config, given, world, folder)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_named_again_is_trusted(
+    way: Callable[..., None], folder: Path, write_checkpoint: Callable[..., Path], world: World
+) -> None:
+    spec = "tests.runtime.test_untrusted_specs:tiny"
+    path = write_checkpoint(model=spec)
+    arguments = ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path), "--model", spec]
+    config, given = parse_arguments(arguments)
+    way(config, given, world, folder)
+
+
+@pytest.mark.parametrize("value", [3, ["unet3d"], None, {"name": "unet3d"}], ids=str)
+def test_a_spec_that_is_no_text_is_one_line(
+    value: Any, folder: Path, write_checkpoint: Callable[..., Path], world: World
+) -> None:
+    path = write_checkpoint(model=value)
+    config, given = parse_arguments(
+        ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path)]
+    )
+    with pytest.raises(UserError, match="expected a text"):
+        open_by_evaluate(config, given, world, folder)
