@@ -23,11 +23,11 @@ from data_loading.data_loader import EvaluationCases
 from model.registry import check_window
 from runtime import build, run_spec
 from runtime.arguments import RunConfig, checkpoint_path, parse_arguments, with_checkpoint_network
-from runtime.callbacks.base import Announcer, RunContext
+from runtime.callbacks.base import EventDispatcher, RunContext
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import PATIENCE_S
-from runtime.distributed.signals import Interruption
-from runtime.distributed.step_sync import Pulse, Wishes
+from runtime.distributed.signals import SignalHandler
+from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.evaluation import evaluate
@@ -69,7 +69,7 @@ def train_network(config: RunConfig, world: World) -> int:
         return run_spec.leave_done(config, plan, world)
     settings = build.make_step(config, plan, world)
 
-    interruption = Interruption(world.board)
+    interruption = SignalHandler(world.board)
     watchdog = Watchdog(world, interruption)
     saver = build.make_saver(config, plan, world)
     announce = build.make_announcer(config, plan, world)
@@ -82,24 +82,24 @@ def train_network(config: RunConfig, world: World) -> int:
     announce(events.RunStarted())
 
     loader, opened = build.open_data(config, plan, world)
-    scorer = build.make_scorer(config, plan, state, settings.loss, interruption, world)
-    rate = build.make_rate(config, state)
+    make_evaluate_fn = build.make_evaluate_fn(config, plan, state, settings.loss, interruption, world)
+    rate = build.make_lr_schedule(config, state)
     context = RunContext(
-        config.log_dir, world, plan.split["train"], scorer, announce, build.make_snapshot(config, plan)
+        config.log_dir, world, plan.split["train"], make_evaluate_fn, announce, build.make_snapshot(config, plan)
     )
-    announce.govern(state, build.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
+    announce.attach(state, build.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
     announce(opened)
-    score = scorer(plan.split["evaluation"], announce)
-    pulse = Pulse(world, lambda: Wishes(interruption.number, saver is not None and saver.is_due()))
+    score = make_evaluate_fn(plan.split["evaluation"], announce)
+    step_sync = StepSync(world, lambda: StepRequest(interruption.number, saver is not None and saver.is_due()))
     try:
         with interruption, watchdog:
-            state.stop = train(state, loader, plan.schedule, rate, settings, score, world, pulse, announce)
+            state.stop = train(state, loader, plan.schedule, rate, settings, score, world, step_sync, announce)
             if saver:
                 saver.finish(state)
         if state.stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
             report_run(config, world)
     finally:
-        announce(events.Closed(trackers.left_behind(config.log_dir, checkpoint_path(config))))
+        announce(events.RunFinalized(trackers.left_behind(config.log_dir, checkpoint_path(config))))
     # A launcher ends all as soon as one leaves with an exit status; rank 0, which may hold the board, may have left.
     with suppress(RuntimeError):
         world.wait_for_main("closed", PATIENCE_S)
@@ -131,12 +131,12 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     place(network, world.device, config.layout)
-    emit = Announcer([EvaluationTracker(config.verbose)] if world.is_main else [])
-    scoring = build.make_scoring(config, spec)
+    emit = EventDispatcher([EvaluationTracker(config.verbose)] if world.is_main else [])
+    scoring = build.make_sliding_window_config(config, spec)
     table = None
     with suppress(UserError):  # without its extras the benchmark evaluates all the same
         table = registry.load(CASE_TABLE, "--exec_mode evaluate", "")(config.data_dir, spec, config.subset)
-    dealt = build.deal_cases(config, cases, scoring, world)
+    dealt = build.make_case_assignment(config, cases, scoring, world)
     result = evaluate(
         epoch,
         network,

@@ -22,7 +22,7 @@ from data_loading.pytorch_loader import load_evaluation_case
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.distributed.world import World
-from runtime.evaluation import Scoring, deal, score_cases
+from runtime.evaluation import SlidingWindowConfig, assign_cases, score_cases
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
 from runtime.training import place
@@ -117,12 +117,12 @@ def check_same(naive: Tensor, ours: Tensor, precision: Precision) -> None:
         raise RuntimeError(f"the batched scores are not those of one window at a time: off by {away.tolist()}")
 
 
-def scoring(window: tuple[int, int, int], batch_size: int) -> Scoring:
-    return Scoring(window, 0.5, batch_size, CLASSES, PADDING, crops_remainder=True)
+def scoring(window: tuple[int, int, int], batch_size: int) -> SlidingWindowConfig:
+    return SlidingWindowConfig(window, 0.5, batch_size, CLASSES, PADDING, crops_remainder=True)
 
 
 def batched_scores(
-    folder: Path, cases: Sequence[str], network: nn.Module, how: Scoring, precision: Precision
+    folder: Path, cases: Sequence[str], network: nn.Module, how: SlidingWindowConfig, precision: Precision
 ) -> Tensor:
     """The project's own way, as `evaluate` goes it: (cases, K) float64 on the host, the loss first."""
     loaded = (load_evaluation_case(folder, case) for case in cases)
@@ -253,9 +253,9 @@ def window_counts() -> list[int]:
 
 
 def busiest(windows: Sequence[int], ranks: int) -> int:
-    """Windows of the rank that has most to do, as `deal` deals the cases out; a shared case's are split evenly."""
+    """Windows of the busiest rank under `assign_cases`; the windows of a shared case are split evenly."""
     load = [0] * ranks
-    for count, members in zip(windows, deal(windows, ranks), strict=True):
+    for count, members in zip(windows, assign_cases(windows, ranks), strict=True):
         for index, rank in enumerate(members):
             load[rank] += len(range(index, count, len(members)))
     return max(load)

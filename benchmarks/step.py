@@ -26,7 +26,7 @@ from runtime.optimizer import make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
 from runtime.training import StepSettings, TrainState, place, train_step
-from runtime.warmup import made_up_batch, peak_flops, seconds, training_flops
+from runtime.warmup import dummy_batch, peak_flops, seconds, training_flops
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
     )
     state = TrainState(network, network, optimizer, precision.make_scaler())
     settings = StepSettings(DiceCELoss() if way.one_pass_loss else NaiveDiceCE(), precision, 1, way.layout)
-    batch = made_up_batch(batch_size, CHANNELS, CLASSES, scale.shape, device)
+    batch = dummy_batch(batch_size, CHANNELS, CLASSES, scale.shape, device)
 
     def step() -> Tensor:
         with triton_used(way.triton):

@@ -194,7 +194,7 @@ def is_safe_case_id(case: str) -> bool:
     return bool(case) and not case.startswith(".") and not any(sign in case for sign in "/\\\0")
 
 
-def peek(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, dict[str, list[str]]]:
+def read_spec_and_split(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, dict[str, list[str]]]:
     """Spec (its orientation found in the cases) and split of a preprocessed folder: no volume is touched.
 
     Args:

@@ -17,7 +17,7 @@ from data_loading.dataset import map_case
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.pytorch_loader import Batch, LoaderSettings, describe_sample, draw_sample
-from data_loading.transforms import Augmentation, Drawn
+from data_loading.transforms import Augmentation, Transform
 
 # The rest is for weights, activations and the evaluation's volumes.
 MEMORY_SHARE = 0.5
@@ -74,7 +74,7 @@ class DeviceLoader:
             for permutation, index in self._order.batches(epoch)[batch]
         ]
 
-    def _draw(self, permutation: int, index: int) -> tuple[Shape, Drawn]:
+    def _draw(self, permutation: int, index: int) -> tuple[Shape, Transform]:
         shape = as_shape(self._volumes[index][0].shape[1:])
         return draw_sample(permutation, index, shape, self._boxes[index], self._settings)
 

@@ -1,4 +1,4 @@
-"""Other libraries' transforms as a `Draw`: a seed is drawn from the sample's generator, and they run under it alone."""
+"""Adapts other libraries' transforms: each runs under a seed drawn from the sample's own generator."""
 
 from __future__ import annotations
 

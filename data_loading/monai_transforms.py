@@ -17,7 +17,7 @@ from monai.transforms.transform import MapTransform, Randomizable, Transform
 from common import registry
 from common.errors import UserError
 from data_loading.library_transforms import DrawForeign
-from data_loading.transforms import Draw, Image, Label
+from data_loading.transforms import Image, Label, RandomTransform
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _seeded(transform: Any, seed: int) -> Any:
     return transform
 
 
-def adapt(found: registry.Named[Any]) -> Draw:
+def adapt(found: registry.Named[Any]) -> RandomTransform:
     """The transform that a spec names. Raises UserError for wrong arguments, or what is no transform."""
     make = found.make
     if not isinstance(make, type) or not issubclass(make, Transform):

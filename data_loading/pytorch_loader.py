@@ -25,8 +25,8 @@ from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampler import Capped, EpochOrder, sample_rng
-from data_loading.transforms import Draw, Drawn, draw_augmentation, draw_crop
+from data_loading.sampler import EpochSampler, PseudoLabelCap, sample_rng
+from data_loading.transforms import RandomTransform, Transform, draw_augmentation, draw_crop
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ class LoaderSettings:
     Attributes:
         patch: the crop's shape.
         device: where the network computes.
-        steps: of `EpochOrder`.
+        steps: of `EpochSampler`.
     """
 
     patch: Shape
@@ -74,13 +74,13 @@ class LoaderSettings:
     order_seed: int
     sample_seed: int
     device: torch.device = CPU
-    augment: Draw = draw_augmentation
+    augment: RandomTransform = draw_augmentation
     steps: int | None = None
-    capped: Capped = Capped()  # noqa: RUF009
+    capped: PseudoLabelCap = PseudoLabelCap()  # noqa: RUF009
 
-    def order(self, cases: int) -> EpochOrder:
+    def order(self, cases: int) -> EpochSampler:
         """In which order so many cases come to this rank. Raises UserError when an epoch has no batch."""
-        order = EpochOrder(cases, self.batch_size, self.rank, self.ranks, self.order_seed, self.steps, self.capped)
+        order = EpochSampler(cases, self.batch_size, self.rank, self.ranks, self.order_seed, self.steps, self.capped)
         len(order)
         return order
 
@@ -95,7 +95,7 @@ class EvaluationCase:
 
 
 class CropDataset(Dataset[dict[str, NDArray[Any]]]):
-    """Random crops of memory-mapped volumes; an item is asked for by (permutation, case index), see `EpochOrder`.
+    """Random crops of memory-mapped volumes; an item is asked for by (permutation, case index), see `EpochSampler`.
 
     A crop reads its own voxels alone. Which crop it is follows from the seed and that pair, whichever process asks.
     """
@@ -133,7 +133,7 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
     def _padding(self, image: NDArray[Any]) -> list[tuple[int, int]]:
         return edge_padding(as_shape(image.shape[1:]), self.settings.patch)
 
-    def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Drawn]:
+    def _draw(self, key: tuple[int, int], image: NDArray[Any]) -> tuple[Shape, Transform]:
         permutation, index = key
         padded = [n + sum(both) for n, both in zip(image.shape[1:], self._padding(image), strict=True)]
         # Boxes need no shift by the padding: a padded axis is as long as the patch, so its crop starts at 0 anyway.
@@ -144,14 +144,14 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         return describe_sample(self.cases[key[1]], *self._draw(key, self.open_case(key[1])[0]))
 
 
-def describe_sample(case: str, start: Shape, drawn: Drawn) -> str:
+def describe_sample(case: str, start: Shape, drawn: Transform) -> str:
     """A sample in a phrase, for a report: the crop's first voxel (D, H, W) and what changed its intensities."""
     return f"{case} at {start}, {drawn}"
 
 
 def draw_sample(
     permutation: int, index: int, shape: Shape, boxes: Boxes, settings: LoaderSettings
-) -> tuple[Shape, Drawn]:
+) -> tuple[Shape, Transform]:
     """The first voxel of a sample's crop and its augmentation: the same whichever loader or process asks.
 
     Args:
@@ -176,7 +176,7 @@ def _read_crop(array: NDArray[Any], start: Shape, patch: Shape, padding: list[tu
 class _EpochSampler:
     """Hands a DataLoader its batches of (permutation, case index); the epoch is set before each pass."""
 
-    def __init__(self, order: EpochOrder) -> None:
+    def __init__(self, order: EpochSampler) -> None:
         self.order = order
         self.current = 1
         self.start = 0

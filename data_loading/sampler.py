@@ -81,7 +81,7 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
 
 
 @dataclass(frozen=True)
-class Capped:
+class PseudoLabelCap:
     """Training cases of which a batch may hold only so many, such as pseudo-labelled ones: the last of all.
 
     Attributes:
@@ -106,7 +106,7 @@ class Capped:
         return min(Fraction(self.room(batch_size)), Fraction(self.count * batch_size, cases))
 
 
-def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: Capped = Capped()) -> int:
+def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: PseudoLabelCap = PseudoLabelCap()) -> int:
     """Batches that every rank gets in an epoch; the last incomplete round of batches is dropped.
 
     Raises:
@@ -129,7 +129,7 @@ def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: Capped = 
 
 
 @dataclass(frozen=True)
-class EpochOrder:
+class EpochSampler:
     """The seeded order of every epoch, dealt out over the ranks.
 
     All ranks draw the same permutations of the cases. An epoch is one of its own, less the incomplete last batches, of
@@ -148,7 +148,7 @@ class EpochOrder:
     ranks: int
     seed: int
     steps: int | None = None
-    capped: Capped = Capped()
+    capped: PseudoLabelCap = PseudoLabelCap()
 
     def __len__(self) -> int:
         return self.steps or batches_per_epoch(self.cases, self.batch_size, self.ranks, self.capped)
@@ -193,5 +193,5 @@ def _permutation(cases: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def sample_rng(seed: int, permutation: int, case: int) -> np.random.Generator:
-    """All randomness of one sample of `EpochOrder`, whichever rank or loader worker makes it."""
+    """All randomness of one sample of `EpochSampler`, whichever rank or loader worker makes it."""
     return np.random.default_rng([SAMPLE_STREAM, seed, permutation, case])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from data_loading.transforms import AXES, Augmentation, Draw, Image, Label, check_axes
+from data_loading.transforms import AXES, Augmentation, Image, Label, RandomTransform, check_axes
 
 
 def check_probability(p: float, who: str) -> None:
@@ -22,7 +22,7 @@ def check_probability(p: float, who: str) -> None:
         raise UserError(f"--augment {who}: {p!r} is not a probability")
 
 
-def flips(p: float = 0.5, axes: str = AXES) -> Draw:
+def flips(p: float = 0.5, axes: str = AXES) -> RandomTransform:
     """Flips each of the axes with probability p, independently.
 
     Raises:
@@ -51,7 +51,7 @@ def _draw_flips(p: float, axes: str, rng: np.random.Generator) -> Flips:
     return Flips((d, h, w))
 
 
-def rot90(p: float = 0.5, axes: str = "HW") -> Draw:
+def rot90(p: float = 0.5, axes: str = "HW") -> RandomTransform:
     """With probability p a turn by 90, 180 or 270 degrees, each as likely, in the plane of two axes.
 
     A patch that is no square in that plane is turned by 180 degrees alone, since its shape must stay.

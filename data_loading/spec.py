@@ -28,8 +28,8 @@ class DatasetSpec:
         crops_remainder: score as the MLPerf reference does, which cuts a small remainder off the edges
             before it scores (a quirk that the target was calibrated with); False scores whole volumes.
         orientation: which way the axes run (see `orientation.py`): scans are turned to it. None: preprocessing leaves
-            them as stored; `peek` then fills in the one that all of them have, so that a new scan is turned to what
-            the network knows.
+            them as stored, and `read_spec_and_split` fills in the orientation that all of them share, so that a new
+            scan is turned to what the network was trained on.
         foreground_crop: scans are cut to the box of what is no background (`preprocessing.foreground_box`).
         size: pictures are resized to this (H, W), each slice for itself; None: not.
     """

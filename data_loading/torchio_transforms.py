@@ -14,7 +14,7 @@ import torchio
 from common import registry
 from common.errors import UserError
 from data_loading.library_transforms import DrawForeign
-from data_loading.transforms import Draw, Image, Label
+from data_loading.transforms import Image, Label, RandomTransform
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TorchioTransform:
         return changed["image"].data.float().numpy(), changed["label"].data.to(torch.uint8).numpy()
 
 
-def adapt(found: registry.Named[Any]) -> Draw:
+def adapt(found: registry.Named[Any]) -> RandomTransform:
     """The transform that a spec names. Raises UserError for wrong arguments, or what is no transform."""
     transform = found.call({})
     if not isinstance(transform, torchio.Transform):

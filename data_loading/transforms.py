@@ -31,7 +31,7 @@ Image = NDArray[np.float32]
 Label = NDArray[np.uint8]
 
 
-class Drawn(Protocol):
+class Transform(Protocol):
     """An augmentation whose parameters are drawn; as text it says in a phrase what changes the intensities."""
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
@@ -40,7 +40,7 @@ class Drawn(Protocol):
 
 
 # All that is random comes from the sample's own generator.
-Draw = Callable[[np.random.Generator], Drawn]
+RandomTransform = Callable[[np.random.Generator], Transform]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Several:
+class Compose:
     """Drawn augmentations, one after the other."""
 
-    drawn: tuple[Drawn, ...]
+    drawn: tuple[Transform, ...]
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
         """As each of them, in their order."""
@@ -88,10 +88,10 @@ class Several:
 class DrawSeveral:
     """Draws several, in order, from one generator."""
 
-    draws: tuple[Draw, ...]
+    draws: tuple[RandomTransform, ...]
 
-    def __call__(self, rng: np.random.Generator) -> Several:
-        return Several(tuple(draw(rng) for draw in self.draws))
+    def __call__(self, rng: np.random.Generator) -> Compose:
+        return Compose(tuple(draw(rng) for draw in self.draws))
 
 
 def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, boxes: Boxes, oversampling: float) -> Shape:
@@ -139,7 +139,7 @@ def draw_augmentation(rng: np.random.Generator, flips: str = AXES) -> Augmentati
     return Augmentation((flip_d, flip_h, flip_w), float(factor), float(deviation), int(rng.integers(2**63)))
 
 
-def mlperf(flips: str = AXES) -> Draw:
+def mlperf(flips: str = AXES) -> RandomTransform:
     """The reference's augmentation; MLPerf's own with every axis.
 
     Args:
@@ -159,29 +159,29 @@ def check_axes(axes: str, who: str) -> None:
         raise UserError(f"--augment {who}: {axes!r}, expected axes of 'DHW', such as 'HW', or '' for none")
 
 
-AUGMENTATIONS: registry.Table[Draw] = {
+AUGMENTATIONS: registry.Table[RandomTransform] = {
     "mlperf": mlperf,
     "flips": "data_loading.spatial_transforms:flips",
     "rot90": "data_loading.spatial_transforms:rot90",
 }
-# Whose transforms are made a `Draw` of, by whom; anything else that a spec imports must be one.
+# Whose transforms are made a `RandomTransform` of, by whom; anything else that a spec imports must be one.
 ADAPTERS = {
     "torchio": "data_loading.torchio_transforms:adapt",
     "monai": "data_loading.monai_transforms:adapt",
 }
 
 
-def make_augmentation(specs: Sequence[str]) -> Draw:
+def make_augmentation(specs: Sequence[str]) -> RandomTransform:
     """What `--augment` names, in its order: draws a sample's augmentation. Raises UserError for one that is unknown."""
     draws = [_make_draw(spec) for spec in specs]
     return draws[0] if len(draws) == 1 else DrawSeveral(tuple(draws))
 
 
-def _make_draw(spec: str) -> Draw:
+def _make_draw(spec: str) -> RandomTransform:
     found = registry.find(spec, AUGMENTATIONS, "--augment")
     package = found.name.partition(":")[0].partition(".")[0]
     if ":" in found.name and package in ADAPTERS:
-        adapted: Draw = registry.load(ADAPTERS[package], f"--augment {found.name}", package)(found)
+        adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {found.name}", package)(found)
         return adapted
     draw = found.call({})
     if not callable(draw):

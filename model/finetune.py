@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from model.registry import shadow_of
+from model.registry import to_meta
 
 # Of `--freeze`: everything but the layer that gives the logits.
 ALL_BUT_OUTPUT = "all_but_output"
@@ -28,7 +28,7 @@ def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> st
         channels: of the image.
         window: (D, H, W) that the network takes.
     """
-    shadow = shadow_of(network).eval()
+    shadow = to_meta(network).eval()
     called: list[str] = []
     for name, module in shadow.named_modules():
         if any(True for _ in module.parameters(recurse=False)):

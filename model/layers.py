@@ -15,7 +15,7 @@ ACTIVATIONS = {"relu": 0.0, "leaky_relu": 0.01}
 
 
 @dataclass(frozen=True)
-class Kind:
+class BlockConfig:
     """What every block of a network has in common.
 
     Attributes:
@@ -36,16 +36,16 @@ class Kind:
         return [nn.BatchNorm3d(channels), nn.LeakyReLU(slope, inplace=True)]
 
 
-def conv_block(in_channels: int, out_channels: int, stride: int, kind: Kind) -> nn.Sequential:
+def conv_block(in_channels: int, out_channels: int, stride: int, kind: BlockConfig) -> nn.Sequential:
     """3x3x3 convolution (no bias: the norm's shift replaces it), affine norm, activation."""
     convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, *kind.make(out_channels))
 
 
-class TwoConvs(nn.Module):
+class DoubleConv(nn.Module):
     """Two convolution blocks, the first with `stride`. (N, C, D, H, W) -> (N, F, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, in_channels: int, filters: int, stride: int, kind: Kind) -> None:
+    def __init__(self, in_channels: int, filters: int, stride: int, kind: BlockConfig) -> None:
         super().__init__()
         self.conv1 = conv_block(in_channels, filters, stride, kind)
         self.conv2 = conv_block(filters, filters, 1, kind)
@@ -61,7 +61,7 @@ class UpBlock(nn.Module):
     no norm and no activation; it stands in a Sequential because the reference's parameter names say so.
     """
 
-    def __init__(self, in_channels: int, filters: int, kind: Kind) -> None:
+    def __init__(self, in_channels: int, filters: int, kind: BlockConfig) -> None:
         super().__init__()
         self.upsample_conv = nn.Sequential(nn.ConvTranspose3d(in_channels, filters, kernel_size=2, stride=2))
         self.conv1 = conv_block(2 * filters, filters, 1, kind)

@@ -25,7 +25,7 @@ def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OverlapSums:
+class DiceSums:
     """Sums over a sample's voxels, from which both losses follow.
 
     Attributes:
@@ -41,12 +41,12 @@ class OverlapSums:
     true: Tensor
 
 
-def overlap_sums(logits: Tensor, labels: Tensor) -> OverlapSums:
+def overlap_sums(logits: Tensor, labels: Tensor) -> DiceSums:
     """The sums in one pass over logits (N, K, D, H, W) and labels (N, 1, D, H, W), in fp32, and in one pass back.
 
     No one-hot tensor and no probabilities are kept: the way back computes the softmax again.
     """
-    return OverlapSums(*_OverlapSums.apply(logits, labels))
+    return DiceSums(*_OverlapSums.apply(logits, labels))
 
 
 class _OverlapSums(torch.autograd.Function):
@@ -124,7 +124,7 @@ class DiceLoss(nn.Module):
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
         return self.of_sums(overlap_sums(logits, labels))
 
-    def of_sums(self, sums: OverlapSums) -> Tensor:
+    def of_sums(self, sums: DiceSums) -> Tensor:
         """The loss from the sums over voxels."""
         ratio = dice_ratio(sums.intersection, sums.predicted + sums.true)
         return (1.0 - ratio[:, self.first_class :]).mean()

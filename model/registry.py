@@ -104,7 +104,7 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, channels: 
     if own := getattr(network, "check_window", None):
         own(shape, flag)
         return
-    shadow = shadow_of(network)
+    shadow = to_meta(network)
     problem = _problem(shadow, shape, channels, classes)
     # It makes tensors of its own elsewhere than its input's device: nothing can be known without computing.
     if not problem or "meta" in problem:
@@ -145,7 +145,7 @@ def _problem(shadow: nn.Module, shape: Sequence[int], channels: int, classes: in
     return ""
 
 
-def shadow_of(network: nn.Module) -> nn.Module:
+def to_meta(network: nn.Module) -> nn.Module:
     """A copy on the meta device, where tensors have shapes and no values; takes no memory."""
     tensors: Mapping[int, Any] = {
         id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
@@ -162,7 +162,7 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     """
     if isinstance(network, Unet3d):
         return []
-    shadow = shadow_of(network).train()
+    shadow = to_meta(network).train()
     try:
         shadow(torch.empty(2, channels, *shape, device="meta")).sum().backward()
     except Exception:  # as in `check_window`: nothing can be known without computing

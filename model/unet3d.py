@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from common.errors import UserError
-from model.layers import ACTIVATIONS, NORMALIZATIONS, Kind, OutputLayer, TwoConvs, UpBlock
+from model.layers import ACTIVATIONS, NORMALIZATIONS, BlockConfig, DoubleConv, OutputLayer, UpBlock
 
 # One entry a resolution, the bottleneck last.
 MLPERF_FILTERS = (32, 64, 128, 256, 320, 320)
@@ -43,13 +43,13 @@ class Unet3d(nn.Module):
         filters = tuple(filters)
         if len(filters) < 2 or not all(isinstance(n, int) and n > 0 for n in filters):
             raise UserError(f"unet3d: filters must be two or more positive numbers, got {filters}")
-        kind = Kind(normalization, activation, fused)
+        kind = BlockConfig(normalization, activation, fused)
         first, *inner, bottleneck = filters
-        self.input_block = TwoConvs(channels, first, 1, kind)
+        self.input_block = DoubleConv(channels, first, 1, kind)
         self.downsample = nn.ModuleList(
-            TwoConvs(above, here, 2, kind) for above, here in zip(filters, inner, strict=False)
+            DoubleConv(above, here, 2, kind) for above, here in zip(filters, inner, strict=False)
         )
-        self.bottleneck = TwoConvs(filters[-2], bottleneck, 2, kind)
+        self.bottleneck = DoubleConv(filters[-2], bottleneck, 2, kind)
         self.upsample = nn.ModuleList(
             UpBlock(below, here, kind) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
         )

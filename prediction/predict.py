@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common import registry
 from common.errors import UserError
-from data_loading.dataset import peek
+from data_loading.dataset import read_spec_and_split
 from data_loading.io.scan_discovery import Source, find_sources, is_file_name, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
 from data_loading.preprocessing import Transform, preprocess_image, to_source_grid
@@ -170,7 +170,7 @@ def spec_of(loaded: Checkpoint, data_dir: Path | None) -> tuple[DatasetSpec, str
         except (UserError, TypeError, AttributeError):
             raise UserError(f"--load_ckpt_path {loaded.path}: its data set's spec is of another version") from None
     if data_dir is not None:
-        return peek(data_dir, [])[0], ""
+        return read_spec_and_split(data_dir, [])[0], ""
     if loaded.config:
         raise UserError(
             f"--load_ckpt_path {loaded.path} does not hold its data set's constants, as an earlier version "

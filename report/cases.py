@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.dataset import INDEX_NAME, peek, read_index
+from data_loading.dataset import INDEX_NAME, read_index, read_spec_and_split
 from data_loading.pytorch_loader import load_evaluation_case
 from data_loading.spec import DatasetSpec
 from model.registry import build_network
 from report.records import Run
 from runtime.checkpoint.format import Checkpoint, load, load_network
-from runtime.evaluation import Scoring
+from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
 from runtime.precision import Precision, choose_precision
 from runtime.training import place
@@ -119,7 +119,7 @@ def draw_cases(
         raise UserError("nothing was evaluated")
     path = checkpoint or _checkpoint_of(run)
     data_dir = data_dir or Path(run.config["data_dir"])
-    spec, _ = peek(data_dir, [])
+    spec, _ = read_spec_and_split(data_dir, [])
     loaded = load(path, "checkpoint")
     if loaded.seed is not None and loaded.seed != run.seeds.get("master"):
         raise UserError(f"{path} is of another run")
@@ -127,7 +127,7 @@ def draw_cases(
         raise UserError(f"the best state in {path} is of epoch {loaded.best_epoch}, not of {best.epoch}")
     config = {**(loaded.config or run.config), **({"model": model} if model else {})}
     network = _network(config, spec, loaded, device)
-    scoring = Scoring(
+    scoring = SlidingWindowConfig(
         _shape(config["val_input_shape"]),
         float(config["overlap"]),
         int(config["val_batch_size"]),
@@ -173,7 +173,7 @@ def _network(config: Mapping[str, Any], spec: DatasetSpec, loaded: Checkpoint, d
 
 @torch.inference_mode()
 def _hang(
-    data_dir: Path, case: str, spec: DatasetSpec, network: nn.Module, scoring: Scoring, precision: Precision
+    data_dir: Path, case: str, spec: DatasetSpec, network: nn.Module, scoring: SlidingWindowConfig, precision: Precision
 ) -> Hung:
     """Predicts what is scored of a case, and turns it to where people look from."""
     loaded = load_evaluation_case(data_dir, case)

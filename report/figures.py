@@ -178,10 +178,10 @@ def _dice(run: Run, folder: Path) -> Chart | None:
             draw_line(axes, epochs, [evaluation.dice[index] for evaluation in found], index, name)
         means = [evaluation.mean_dice for evaluation in found]
         axes.plot(epochs, means, color=INKS["ink"], marker=".", markersize=7, linewidth=2.2, label="mean")
-        if run.training_dice:
+        if run.train_dice:
             axes.plot(
-                list(run.training_dice),
-                list(run.training_dice.values()),
+                list(run.train_dice),
+                list(run.train_dice.values()),
                 ":",
                 color=INKS["soft"],
                 marker=".",

@@ -147,14 +147,18 @@ def _verdict(run: Run, checked: Compliance) -> Html:
 
 
 def _rules(run: Run, checked: Compliance) -> Html:
-    departures = tag("ul", *(tag("li", departure) for departure in run.departures)) if run.departures else Html("")
+    rule_violations = (
+        tag("ul", *(tag("li", departure) for departure in run.rule_violations)) if run.rule_violations else Html("")
+    )
     told = join(
         [checked.told, tag("ul", *(tag("li", line) for line in checked.complaints)) if checked.complaints else ""]
     )
     entries: list[tuple[object, object]] = [("MLPerf's checker", told)]
     if run.division:
-        departs = "departs from the closed division's rules in:" if run.departures else "nothing departs from its rules"
-        entries.insert(0, ("Division", join([f"{run.division}, " + departs, departures])))
+        departs = (
+            "departs from the closed division's rules in:" if run.rule_violations else "nothing departs from its rules"
+        )
+        entries.insert(0, ("Division", join([f"{run.division}, " + departs, rule_violations])))
     if run.notes:
         entries.append(("Notes", tag("ul", *(tag("li", note) for note in run.notes))))
     return tag("section", tag("h2", "By MLPerf's rules"), pairs(entries, "facts"))

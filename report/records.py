@@ -50,7 +50,7 @@ class Run:
         clock_s, init_s: on the clock and before it, over all parts of a resumed run.
         parts: how many logs it is told by.
         status, reason: of its end; "" where the log has none.
-        training_dice: mean Dice of training cases by epoch, where `--callbacks training_dice` found it.
+        train_dice: mean Dice of training cases by epoch, where `--callbacks train_dice` found it.
         benchmark: what `--benchmark` measured, {} without.
     """
 
@@ -59,7 +59,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     seeds: dict[str, Any] = field(default_factory=dict)
     division: str = ""
-    departures: list[str] = field(default_factory=list)
+    rule_violations: list[str] = field(default_factory=list)
     platform: str = ""
     notes: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Run:
     reason: str = ""
     epochs: dict[int, Epoch] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    training_dice: dict[int, float] = field(default_factory=dict)
+    train_dice: dict[int, float] = field(default_factory=dict)
     benchmark: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -210,7 +210,7 @@ def _add_part(run: Run, events: list[Event]) -> None:
         if kind == "InitStarted":
             run.config, run.environment = event["config"], event["environment"]
         elif kind == "InitStopped":
-            run.seeds, run.division, run.departures = event["seeds"], event["division"], event["reasons"]
+            run.seeds, run.division, run.rule_violations = event["seeds"], event["division"], event["reasons"]
             run.platform, run.samples_per_epoch = event["platform"], event["samples_per_epoch"]
             run.notes += [note for note in event["notes"] if note not in run.notes]
         elif kind == "RunStarted":
@@ -226,8 +226,8 @@ def _add_part(run: Run, events: list[Event]) -> None:
         elif kind == "EvaluationStopped":
             clock_s = before_s + event["time_s"] - (opened_s or event["time_s"])
             run.evaluations[event["epoch"]] = _evaluation(event, clock_s)
-        elif kind == "TrainingScored":
-            run.training_dice[event["epoch"]] = _number(event["mean_dice"])
+        elif kind in ("TrainDiceEnd", "TrainingScored"):  # the second in logs of 0.1
+            run.train_dice[event["epoch"]] = _number(event["mean_dice"])
         elif kind == "RunStopped":
             run.status, run.reason, ended_s = str(event["status"]), str(event["reason"]), event["time_s"]
     if opened_s is not None:
@@ -238,7 +238,7 @@ def _forget(run: Run, epoch: int) -> None:
     """What an earlier part did from this epoch on was lost with its process: the checkpoint is older."""
     run.epochs = {number: found for number, found in run.epochs.items() if number < epoch}
     run.evaluations = {number: found for number, found in run.evaluations.items() if number < epoch}
-    run.training_dice = {number: found for number, found in run.training_dice.items() if number < epoch}
+    run.train_dice = {number: found for number, found in run.train_dice.items() if number < epoch}
 
 
 def _epoch(event: Event) -> Epoch:

@@ -21,12 +21,12 @@ from model.losses import build_loss
 from model.registry import build_network, check_window, freeze_unused
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.callbacks.base import (
-    Announcer,
     Callback,
     Diverged,
+    EventDispatcher,
     KeepBest,
-    Leave,
     RunContext,
+    StopOnSignal,
     TargetReached,
     build_callbacks,
 )
@@ -34,22 +34,22 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.checkpoint.writer import SaveCheckpoint
 from runtime.checks import checkpoint_bytes
-from runtime.distributed.signals import Interruption
+from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.environment import describe_environment, platform_name
-from runtime.evaluation import Plan, Scoring, evaluate
+from runtime.evaluation import CaseAssignment, SlidingWindowConfig, evaluate
 from runtime.flags import parse_interval
 from runtime.logging import events, trackers
 from runtime.logging.console import ConsoleTracker
 from runtime.logging.throughput import ThroughputTracker
 from runtime.objective import make_objective, split_specs
-from runtime.optimizer import Rate, RateSettings, build_rate, make_optimizer
+from runtime.optimizer import LRSchedule, LRScheduleConfig, build_lr_schedule, make_optimizer
 from runtime.preflight import Samples, failures, format_table, run_checks
-from runtime.run_spec import RunPlan
+from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
 from runtime.training import StepSettings, TrainState, make_schedule, place
-from runtime.warmup import calibrate, made_up_batch, warm_up
+from runtime.warmup import calibrate, dummy_batch, warm_up
 
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
@@ -63,7 +63,7 @@ def make_loss(config: RunConfig, spec: DatasetSpec, world: World) -> nn.Module:
     return build_loss(config.loss, config.include_background, len(spec.classes)).to(world.device)
 
 
-def make_step(config: RunConfig, plan: RunPlan, world: World) -> StepSettings:
+def make_step(config: RunConfig, plan: RunSpec, world: World) -> StepSettings:
     """How a micro-batch becomes a loss."""
     _, specs = split_specs(config.augment)
     objective, note = make_objective(specs, config.batch_size, config.compile)
@@ -78,7 +78,7 @@ def make_step(config: RunConfig, plan: RunPlan, world: World) -> StepSettings:
     )
 
 
-def build_state(config: RunConfig, plan: RunPlan, world: World) -> TrainState:
+def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
     """Network, optimizer and scaler, as they stand before the first step: new, or as the checkpoint has them."""
     seed_process(plan.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, plan.spec)
@@ -100,7 +100,7 @@ def build_state(config: RunConfig, plan: RunPlan, world: World) -> TrainState:
     return state
 
 
-def _transfer(config: RunConfig, plan: RunPlan, network: nn.Module) -> list[str]:
+def _transfer(config: RunConfig, plan: RunSpec, network: nn.Module) -> list[str]:
     """`--init_from`, where the run does not go on from a state of its own, and `--freeze`; a line for each."""
     if config.init_from is None and not config.freeze:
         return []
@@ -116,7 +116,7 @@ def _transfer(config: RunConfig, plan: RunPlan, network: nn.Module) -> list[str]
     return notes
 
 
-def pre_flight(config: RunConfig, plan: RunPlan, state: TrainState, world: World, announce: Announcer) -> None:
+def pre_flight(config: RunConfig, plan: RunSpec, state: TrainState, world: World, announce: EventDispatcher) -> None:
     """Looks, on each machine, for what would end the run later. Raises UserError, naming all of it."""
     if config.local_rank != 0:
         return
@@ -126,25 +126,25 @@ def pre_flight(config: RunConfig, plan: RunPlan, state: TrainState, world: World
         plan.split["train"],
         plan.split["evaluation"] if plan.schedule.first_evaluation else [],
         Samples(config.loader, config.num_workers, config.batch_size, config.input_shape, plan.spec.channels),
-        make_scoring(config, plan.spec),
+        make_sliding_window_config(config, plan.spec),
         path.parent if path else None,
         config.ckpt_keep,
         checkpoint_bytes(state.network, state.optimizer),
         world.device,
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
-    announce(events.Checked(format_table(checks), [dataclasses.asdict(check) for check in checks]))
+    announce(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)
 
 
 def prepare_device(
-    config: RunConfig, plan: RunPlan, state: TrainState, settings: StepSettings, world: World, announce: Announcer
+    config: RunConfig, plan: RunSpec, state: TrainState, settings: StepSettings, world: World, announce: EventDispatcher
 ) -> None:
     """Compiles, tunes and measures on made-up data, before the clock; the state is afterwards what it was."""
     spec = plan.spec
-    batch = made_up_batch(config.batch_size, spec.channels, len(spec.classes), config.input_shape, world.device)
-    windows = made_up_batch(config.val_batch_size, spec.channels, 1, config.val_input_shape, world.device)
+    batch = dummy_batch(config.batch_size, spec.channels, len(spec.classes), config.input_shape, world.device)
+    windows = dummy_batch(config.val_batch_size, spec.channels, 1, config.val_input_shape, world.device)
     warm_up(state, batch, windows, settings, config.untimed_steps)
     if config.benchmark:
         announce(calibrate(state, partial(make_network, config, spec), batch, settings, world))
@@ -155,7 +155,7 @@ def describe_start(config: RunConfig, world: World) -> events.InitStarted:
     return events.InitStarted(config, describe_environment(world.device, world.size), were_cleared)
 
 
-def describe_run(config: RunConfig, plan: RunPlan, state: TrainState, world: World) -> events.InitStopped:
+def describe_run(config: RunConfig, plan: RunSpec, state: TrainState, world: World) -> events.InitStopped:
     """All that can be told of a run before its clock starts."""
     platform = config.submission_platform or platform_name(world.device, world.size)
     others = (plan.precision.note, kernels.note(world.device), "" if config.benchmark else plan.schedule.note())
@@ -171,7 +171,7 @@ def describe_run(config: RunConfig, plan: RunPlan, state: TrainState, world: Wor
     )
 
 
-def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingLoader, events.DataOpened]:
+def open_data(config: RunConfig, plan: RunSpec, world: World) -> tuple[TrainingLoader, events.DataOpened]:
     """The training loader, the first to look at the volumes; and what to tell of the data."""
     training, evaluation = plan.split["train"], plan.split["evaluation"]
     if config.loader != "synthetic" and config.local_rank == 0:
@@ -202,8 +202,8 @@ def open_data(config: RunConfig, plan: RunPlan, world: World) -> tuple[TrainingL
     )
 
 
-def make_scoring(config: RunConfig, spec: DatasetSpec) -> Scoring:
-    return Scoring(
+def make_sliding_window_config(config: RunConfig, spec: DatasetSpec) -> SlidingWindowConfig:
+    return SlidingWindowConfig(
         config.val_input_shape,
         config.overlap,
         config.val_batch_size,
@@ -213,26 +213,28 @@ def make_scoring(config: RunConfig, spec: DatasetSpec) -> Scoring:
     )
 
 
-def deal_cases(config: RunConfig, cases: Sequence[str], scoring: Scoring, world: World) -> Plan:
+def make_case_assignment(
+    config: RunConfig, cases: Sequence[str], scoring: SlidingWindowConfig, world: World
+) -> CaseAssignment:
     """Who scores which case; reads the volumes' headers, so not before the clock runs."""
-    return Plan.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
+    return CaseAssignment.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
 
 
 Score = Callable[[int], events.EvaluationStopped]
 
 
-def make_scorer(
-    config: RunConfig, plan: RunPlan, state: TrainState, loss: nn.Module, interruption: Interruption, world: World
+def make_evaluate_fn(
+    config: RunConfig, plan: RunSpec, state: TrainState, loss: nn.Module, interruption: SignalHandler, world: World
 ) -> Callable[[Sequence[str], Callable[[events.Event], None]], Score]:
     """What makes, of cases and of who hears of each, a function that scores them after an epoch."""
-    scoring = make_scoring(config, plan.spec)
+    scoring = make_sliding_window_config(config, plan.spec)
 
     def make(cases: Sequence[str], emit: Callable[[events.Event], None]) -> Score:
         return partial(
             evaluate,
             network=state.network,
             loss=loss,
-            plan=deal_cases(config, cases, scoring, world),
+            plan=make_case_assignment(config, cases, scoring, world),
             load_case=EvaluationCases(config.data_dir, world.device),
             scoring=scoring,
             precision=plan.precision,
@@ -245,9 +247,9 @@ def make_scorer(
     return make
 
 
-def make_rate(config: RunConfig, state: TrainState) -> Rate:
+def make_lr_schedule(config: RunConfig, state: TrainState) -> LRSchedule:
     """The learning rate of each epoch."""
-    settings = RateSettings(
+    settings = LRScheduleConfig(
         config.learning_rate,
         config.init_learning_rate,
         config.lr_warmup_epochs,
@@ -256,13 +258,13 @@ def make_rate(config: RunConfig, state: TrainState) -> Rate:
         config.epochs,
         state.records,
     )
-    return build_rate(config.lr_schedule, settings)
+    return build_lr_schedule(config.lr_schedule, settings)
 
 
 def make_callbacks(
     config: RunConfig,
-    plan: RunPlan,
-    rate: Rate,
+    plan: RunSpec,
+    rate: LRSchedule,
     loader: TrainingLoader,
     saver: SaveCheckpoint | None,
     watchdog: Watchdog,
@@ -276,17 +278,17 @@ def make_callbacks(
     saving = [saver] if saver else []
     rule = make_schedule(config.epochs, plan.samples_per_epoch, None, None)
     diverged = Diverged(context.world, loader.describe, rule.first_evaluation or 1)
-    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, *saving, Leave()]
+    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, *saving, StopOnSignal()]
 
 
-def make_snapshot(config: RunConfig, plan: RunPlan) -> Callable[[TrainState, list[float]], dict[str, object]]:
+def make_snapshot(config: RunConfig, plan: RunSpec) -> Callable[[TrainState, list[float]], dict[str, object]]:
     """What makes a checkpoint's content of a state and every rank's losses."""
     return partial(
         checkpoints.snapshot, config=config.to_json(), seed=plan.seeds.master, data=plan.data, spec=plan.spec.to_json()
     )
 
 
-def make_saver(config: RunConfig, plan: RunPlan, world: World) -> SaveCheckpoint | None:
+def make_saver(config: RunConfig, plan: RunSpec, world: World) -> SaveCheckpoint | None:
     """What saves this run's checkpoints; None where it makes none."""
     path = checkpoint_path(config)
     if path is None:
@@ -295,10 +297,10 @@ def make_saver(config: RunConfig, plan: RunPlan, world: World) -> SaveCheckpoint
     return SaveCheckpoint(world, *parse_interval(config.ckpt_every), make_snapshot(config, plan), write)
 
 
-def make_announcer(config: RunConfig, plan: RunPlan, world: World) -> Announcer:
+def make_announcer(config: RunConfig, plan: RunSpec, world: World) -> EventDispatcher:
     """Who hears of this run's events: trackers on rank 0 alone."""
     if not world.is_main:
-        return Announcer([])
+        return EventDispatcher([])
     trackers.rotate_logs(config.log_dir)
     watching = [
         *trackers.make_trackers(config.trackers, config.log_dir),
@@ -312,4 +314,4 @@ def make_announcer(config: RunConfig, plan: RunPlan, world: World) -> Announcer:
         checkpoints.prepare(path)
         if not (config.resume and plan.loaded):
             checkpoints.set_aside(path)
-    return Announcer(watching)
+    return EventDispatcher(watching)

@@ -37,7 +37,7 @@ PERCENTILE = 95
 
 
 class CaseTable:
-    """A `Measure` of an evaluation, and the table that comes of it.
+    """A `CaseMetric` of an evaluation, and the table that comes of it.
 
     Args:
         data_dir: the preprocessed folder; distances and volumes are those on its grid.

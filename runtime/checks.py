@@ -19,7 +19,7 @@ from common.errors import UserError
 from data_loading.integrity import FilesFound, check_files
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Shape
-from runtime.evaluation import Scoring
+from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import tile
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +75,9 @@ def check_page_cache(data_bytes: int, free: int) -> Check:
     return Check("page cache", f"the volumes' {_size(data_bytes)} {where}; {_size(free)} are free")
 
 
-def check_evaluation(shapes: Sequence[Shape], channels: int, scoring: Scoring, free: int, sharing: int = 1) -> Check:
+def check_evaluation(
+    shapes: Sequence[Shape], channels: int, scoring: SlidingWindowConfig, free: int, sharing: int = 1
+) -> Check:
     """Whether the largest of these cases (D, H, W) can be scored.
 
     Args:
@@ -92,7 +94,7 @@ def check_evaluation(shapes: Sequence[Shape], channels: int, scoring: Scoring, f
     return Check("evaluation", found)
 
 
-def evaluation_bytes(shape: Shape, channels: int, scoring: Scoring) -> int:
+def evaluation_bytes(shape: Shape, channels: int, scoring: SlidingWindowConfig) -> int:
     """What is held at once when a case's last window is back: the case, its `WindowedVolume`, logits and loss.
 
     Counted on a CPU to the percent. Triton's loss takes less, but then the windows' activations come first.

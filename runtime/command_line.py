@@ -221,8 +221,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         nargs="*",
         default=(),
         metavar="CALLBACK",
-        help="who may end the run or keep something of it: 'early_stopping(patience=20)', 'top_k(k=3)', rate_monitor, "
-        "training_dice, or one's own package.module:name",
+        help="who may end the run or keep something of it: 'early_stopping(patience=20)', 'top_k(k=3)', lr_monitor, "
+        "train_dice, or one's own package.module:name",
     )
     add(
         "--augment",

@@ -20,7 +20,7 @@ from runtime.precision import Precision
 
 
 @dataclass(frozen=True)
-class Scoring:
+class SlidingWindowConfig:
     """How a case is scored; `classes` and what follows are the data set's (see `DatasetSpec`).
 
     Attributes:
@@ -50,8 +50,8 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who scores which case; every rank has the same plan but for its own `partners`.
+class CaseAssignment:
+    """Who scores which case; every rank has the same plan but for its own `subgroup`.
 
     Attributes:
         cases: in the order of the table of scores.
@@ -61,26 +61,26 @@ class Plan:
 
     cases: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
-    partners: World
+    subgroup: World
 
     @classmethod
-    def make(cls, cases: Sequence[str], windows: Sequence[int], world: World) -> Plan:
+    def make(cls, cases: Sequence[str], windows: Sequence[int], world: World) -> CaseAssignment:
         """Deals the cases out; where there are more ranks than cases, the windows of a case are shared.
 
         Args:
             windows: of each case.
         """
-        members = deal(windows, world.size)
+        members = assign_cases(windows, world.size)
         shared = [ranks for ranks in members if len(ranks) > 1]
-        partners = world.split(shared) if shared else World(0, 1, world.device)
-        return cls(tuple(cases), members, partners)
+        subgroup = world.split(shared) if shared else World(0, 1, world.device)
+        return cls(tuple(cases), members, subgroup)
 
     def of_rank(self, rank: int) -> list[int]:
         """Indices of the cases that this rank has a part in."""
         return [index for index, ranks in enumerate(self.members) if rank in ranks]
 
 
-def deal(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
+def assign_cases(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
     """The ranks of each case: longest case first, to the rank that has least to do; spare ranks help the longest.
 
     A case never has more ranks than windows.
@@ -99,7 +99,7 @@ def deal(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, members))
 
 
-class Measure(Protocol):
+class CaseMetric(Protocol):
     """What else is to be known of each case.
 
     Attributes:
@@ -121,15 +121,15 @@ def evaluate(
     epoch: int,
     network: nn.Module,
     loss: nn.Module,
-    plan: Plan,
+    plan: CaseAssignment,
     load_case: Callable[[str], EvaluationCase],
-    scoring: Scoring,
+    scoring: SlidingWindowConfig,
     precision: Precision,
     world: World,
     emit: Callable[[Event], None],
     check: Callable[[], None] = lambda: None,
     check_waiting: Callable[[], None] = lambda: None,
-    measure: Measure | None = None,
+    measure: CaseMetric | None = None,
 ) -> EvaluationStopped:
     """Scores every case once and shares the scores with all ranks.
 
@@ -154,7 +154,7 @@ def evaluate(
     table = torch.zeros(len(cases), width, dtype=torch.float64, device=world.device)
     mine = plan.of_rank(world.rank)
     loaded = (load_case(cases[index]) for index in mine)
-    scores = score_cases(loaded, network, loss, scoring, precision, plan.partners, check, check_waiting, measure)
+    scores = score_cases(loaded, network, loss, scoring, precision, plan.subgroup, check, check_waiting, measure)
     for index, row in zip(mine, scores, strict=True):
         if plan.members[index][0] == world.rank:
             table[index] = row
@@ -183,12 +183,12 @@ def score_cases(
     cases: Iterable[EvaluationCase],
     network: nn.Module,
     loss: nn.Module,
-    scoring: Scoring,
+    scoring: SlidingWindowConfig,
     precision: Precision,
-    partners: World,
+    subgroup: World,
     check: Callable[[], None] = lambda: None,
     check_waiting: Callable[[], None] = lambda: None,
-    measure: Measure | None = None,
+    measure: CaseMetric | None = None,
 ) -> Iterator[Tensor]:
     """The loss of each case's sliding-window logits and its Dice per foreground class: (K,) float64 on the device.
 
@@ -206,7 +206,7 @@ def score_cases(
             labels.append((case.case, case.label[..., *kept].to(precision.device, non_blocking=True)))
             image = case.image[..., *kept].to(precision.device, non_blocking=True)
             yield WindowedVolume(
-                image, scoring.window, scoring.overlap, scoring.padding_value, partners.rank, partners.size
+                image, scoring.window, scoring.overlap, scoring.padding_value, subgroup.rank, subgroup.size
             )
 
     def predict(windows: Tensor) -> Tensor:
@@ -216,6 +216,6 @@ def score_cases(
         return logits
 
     for volume in predict_windows(cut(), predict, scoring.batch_size):
-        (name, label), logits = labels.popleft(), volume.logits(lambda own: partners.sum(own, check_waiting))
+        (name, label), logits = labels.popleft(), volume.logits(lambda own: subgroup.sum(own, check_waiting))
         figures = [loss(logits, label).double().view(1), dice_score(logits, label)[0]]
         yield torch.cat([*figures, measure(name, logits, label)] if measure else figures)

@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from common.errors import UserError
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.logging.events import EvaluationStopped, Event
-from runtime.optimizer import RateSettings, warm_up_rate
+from runtime.optimizer import LRScheduleConfig, warm_up_rate
 from runtime.training import TrainState
 
 
 class _AfterWarmUp(ABC):
     """A schedule for the epochs that the warm-up leaves."""
 
-    def __init__(self, run: RateSettings) -> None:
+    def __init__(self, run: LRScheduleConfig) -> None:
         if run.lr_decay_epochs:
             raise UserError("--lr_decay_epochs is of --lr_schedule multistep; drop it")
         self._run = run
@@ -46,7 +46,7 @@ class _AfterWarmUp(ABC):
 class Cosine(_AfterWarmUp):
     """final + (base - final) * (1 + cos(pi * progress)) / 2 (SGDR without restarts, arXiv:1608.03983)."""
 
-    def __init__(self, run: RateSettings, final: float = 0.0) -> None:
+    def __init__(self, run: LRScheduleConfig, final: float = 0.0) -> None:
         super().__init__(run)
         self._final = final
 
@@ -58,7 +58,7 @@ class Cosine(_AfterWarmUp):
 class Polynomial(_AfterWarmUp):
     """final + (base - final) * (1 - progress)^power; nnU-Net's power is 0.9."""
 
-    def __init__(self, run: RateSettings, power: float = 0.9, final: float = 0.0) -> None:
+    def __init__(self, run: LRScheduleConfig, power: float = 0.9, final: float = 0.0) -> None:
         super().__init__(run)
         self._power, self._final = power, final
 
@@ -83,7 +83,7 @@ class Plateau(_AfterWarmUp):
 
     def __init__(
         self,
-        run: RateSettings,
+        run: LRScheduleConfig,
         factor: float = 0.5,
         patience: int = 5,
         metric: str = "mean_dice",

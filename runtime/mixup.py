@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from common.errors import UserError
-from model.registry import shadow_of
+from model.registry import to_meta
 from runtime.objective import Predict, plain
 
 
@@ -131,7 +131,7 @@ def count_cuts(network: nn.Module, image: Tensor) -> int:
     Raises:
         UserError: the network cannot be traced on the meta device.
     """
-    shadow = shadow_of(network).train()
+    shadow = to_meta(network).train()
     calls: list[None] = []
     for module in leaves(shadow):
         module.register_forward_hook(lambda *_: calls.append(None))

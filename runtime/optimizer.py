@@ -44,11 +44,11 @@ def warm_up_rate(epoch: int, base: float, initial: float, warmup_epochs: int) ->
     return initial + (base - initial) * epoch / warmup_epochs
 
 
-Rate = Callable[[int], float]
+LRSchedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class RateSettings:
+class LRScheduleConfig:
     """What a schedule is made with: the flags of the same names, and the run's records (see `TrainState`)."""
 
     learning_rate: float
@@ -60,7 +60,7 @@ class RateSettings:
     records: dict[str, dict[str, Any]]
 
 
-def multistep(run: RateSettings) -> Rate:
+def multistep(run: LRScheduleConfig) -> LRSchedule:
     """MLPerf's: constant after the warm-up, times `--lr_decay_factor` after each of `--lr_decay_epochs`."""
     return partial(
         learning_rate,
@@ -73,7 +73,7 @@ def multistep(run: RateSettings) -> Rate:
 
 
 # One that follows the run's scores is a callback too.
-SCHEDULES: registry.Table[Rate] = {
+SCHEDULES: registry.Table[LRSchedule] = {
     "multistep": multistep,
     "cosine": "runtime.lr_schedule:Cosine",
     "polynomial": "runtime.lr_schedule:Polynomial",
@@ -81,7 +81,7 @@ SCHEDULES: registry.Table[Rate] = {
 }
 
 
-def build_rate(spec: str, settings: RateSettings) -> Rate:
+def build_lr_schedule(spec: str, settings: LRScheduleConfig) -> LRSchedule:
     """What `--lr_schedule` names: the rate of each epoch, counted from 1. Raises UserError for an unknown one."""
     return registry.build(spec, SCHEDULES, "--lr_schedule", importable=True, run=settings)
 

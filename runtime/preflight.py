@@ -30,7 +30,7 @@ from runtime.checks import (
     check_shared_memory,
     free_bytes,
 )
-from runtime.evaluation import Scoring
+from runtime.evaluation import SlidingWindowConfig
 
 TABLE_WIDTH = 100
 
@@ -65,7 +65,7 @@ def run_checks(
     training: Sequence[str],
     evaluation: Sequence[str],
     samples: Samples,
-    scoring: Scoring,
+    scoring: SlidingWindowConfig,
     checkpoints: Path | None,
     keep: int,
     state_bytes: int,

@@ -7,33 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from data_loading.dataset import peek, pseudo_share
+from data_loading.dataset import pseudo_share, read_spec_and_split
 from data_loading.integrity import split_digest
 from data_loading.pytorch_loader import synthetic_cases
-from data_loading.sampler import Capped, batches_per_epoch
+from data_loading.sampler import PseudoLabelCap, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
-from runtime.mlperf.closed_division import RESUMED, Departure, settle_division
+from runtime.mlperf.closed_division import RESUMED, RuleViolation, settle_division
 from runtime.mlperf.convergence import expected_length
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import Seeds, draw_seeds
-from runtime.training import Schedule, make_schedule
+from runtime.training import EvalSchedule, make_schedule
 
 EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunSpec:
     """What is known of a run before anything is built or any volume is touched.
 
     Attributes:
         split: case ids by subset.
         data: digest of the data set and its split.
         loaded: the checkpoint to go on from, if any.
-        steps, capped: of `EpochOrder`.
+        steps, capped: of `EpochSampler`.
         done: why nothing is left to train, "" where something is.
         reasons: what makes it an open one.
         notes: what the user may not expect, a line each; parts that are built later add theirs.
@@ -45,8 +45,8 @@ class RunPlan:
     loaded: Checkpoint | None
     done: str
     steps: int | None
-    capped: Capped
-    schedule: Schedule
+    capped: PseudoLabelCap
+    schedule: EvalSchedule
     samples_per_epoch: int
     reasons: list[str]
     division: str
@@ -55,12 +55,12 @@ class RunPlan:
     notes: list[str]
 
 
-def plan_run(config: RunConfig, world: World) -> RunPlan:
+def plan_run(config: RunConfig, world: World) -> RunSpec:
     """Raises UserError where the flags, the data set and a checkpoint do not go together."""
     spec, split = open_split(config)
     data = split_digest(config.data_dir, split)
     loaded, notes = find_state(config, data, world)
-    capped = Capped(*pseudo_share(config.data_dir))
+    capped = PseudoLabelCap(*pseudo_share(config.data_dir))
     steps = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = steps or batches_per_epoch(len(split["train"]), config.batch_size, world.size, capped)
     samples_per_epoch = batches * config.batch_size * world.size
@@ -70,7 +70,9 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     done = resume.is_done(loaded, schedule, config.quality_threshold) if loaded else ""
     if not done:
         schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
-    others = [Departure("training cases", f"with {capped.count} pseudo-labelled", "MLPerf's")] if capped.count else []
+    others = (
+        [RuleViolation("training cases", f"with {capped.count} pseudo-labelled", "MLPerf's")] if capped.count else []
+    )
     others += [RESUMED] if loaded and config.resume else []
     asked = dataclasses.replace(config, division="auto") if done else config
     division, reasons = settle_division(
@@ -79,7 +81,7 @@ def plan_run(config: RunConfig, world: World) -> RunPlan:
     notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
-    return RunPlan(
+    return RunSpec(
         spec,
         split,
         data,
@@ -101,7 +103,7 @@ def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
     """The data set's constants and case ids; volumes stay closed until the clock runs."""
     if config.loader == "synthetic" and config.exec_mode == "train":
         return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
-    return peek(config.data_dir, evaluation_ids())
+    return read_spec_and_split(config.data_dir, evaluation_ids())
 
 
 def evaluation_ids() -> list[str]:
@@ -118,7 +120,7 @@ def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint |
     return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
 
 
-def leave_done(config: RunConfig, plan: RunPlan, world: World) -> int:
+def leave_done(config: RunConfig, plan: RunSpec, world: World) -> int:
     """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
     assert plan.loaded is not None
     told = f"{plan.loaded.path} {plan.done}"

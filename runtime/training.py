@@ -19,19 +19,19 @@ from torch.nn.utils import get_total_norm
 
 from common.errors import Interrupted, UserError
 from data_loading.pytorch_loader import Batch, TrainingLoader, is_of_worker, lost_worker
-from runtime.distributed.step_sync import Pulse
+from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World, without_communication
 from runtime.logging.events import (
-    BatchDone,
     BlockStarted,
     BlockStopped,
     EpochStarted,
     EpochStopped,
     EvaluationStopped,
     Event,
-    PhaseDone,
+    MicroBatchEnd,
+    PhaseEnd,
     RunStopped,
-    StepDone,
+    StepEnd,
 )
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
@@ -104,7 +104,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class EvalSchedule:
     """Up to `epochs`, with an evaluation at `first_evaluation` and every `interval` after it; None: never."""
 
     epochs: int
@@ -152,11 +152,11 @@ class Schedule:
 
 def make_schedule(
     epochs: int, samples_per_epoch: int, start_eval_at: int | None, evaluate_every: int | None
-) -> Schedule:
+) -> EvalSchedule:
     """The rule's schedule, scaled to this run's samples an epoch, where the user gave none."""
     first = start_eval_at or math.ceil(RULE_FIRST_EVALUATION * RULE_SAMPLES / samples_per_epoch)
     interval = evaluate_every or math.ceil(RULE_EVALUATION_INTERVAL * RULE_SAMPLES / samples_per_epoch)
-    return Schedule(epochs, first, interval)
+    return EvalSchedule(epochs, first, interval)
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,12 @@ Emit = Callable[[Event], None]
 def train(
     state: TrainState,
     loader: TrainingLoader,
-    schedule: Schedule,
+    schedule: EvalSchedule,
     learning_rate: Callable[[int], float],
     settings: StepSettings,
     evaluate: Callable[[int], EvaluationStopped],
     world: World,
-    pulse: Pulse,
+    step_sync: StepSync,
     emit: Emit,
 ) -> Stop:
     """Trains on from the state, until the schedule ends, a callback sets `state.stop`, or a signal asks to leave.
@@ -210,7 +210,7 @@ def train(
             for epoch in range(first, last + 1):
                 if state.stop:
                     break
-                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, pulse, emit)
+                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, step_sync, emit)
             score()
             emit(BlockStopped(first, max(1, state.epoch - first + 1)))
     except Interrupted as leaving:
@@ -233,7 +233,7 @@ def train_epoch(
     rate: float,
     settings: StepSettings,
     world: World,
-    pulse: Pulse,
+    step_sync: StepSync,
     emit: Emit,
 ) -> None:
     """The rest of one epoch from `state.batch` on, or up to the step at which a callback sets `state.stop`.
@@ -253,20 +253,20 @@ def train_epoch(
     rest = itertools.islice(loader.epoch(epoch, state.batch), batches - state.batch)
     for index, batch in enumerate(rest, state.batch):
         is_last = (index + 1) % settings.ga_steps == 0
-        emit(PhaseDone("data"))
+        emit(PhaseEnd("data"))
         seed_step(settings.seed, epoch, index)
-        step_losses.append(train_step(state, batch, settings, is_last, lambda phase: emit(PhaseDone(phase))))
+        step_losses.append(train_step(state, batch, settings, is_last, lambda phase: emit(PhaseEnd(phase))))
         total = total + step_losses[-1]
         samples += len(batch["image"])
-        emit(BatchDone(epoch, index, len(batch["image"])))
+        emit(MicroBatchEnd(epoch, index, len(batch["image"])))
         if is_last:
             state.batch, state.loss_sum = index + 1, total
-            for event in _beat(pulse, state, epoch, index, torch.stack(step_losses).mean()):
+            for event in _beat(step_sync, state, epoch, index, torch.stack(step_losses).mean()):
                 emit(event)
             step_losses.clear()
             if state.stop:
                 return
-    for event in pulse.rest():
+    for event in step_sync.drain():
         emit(event)
     if state.stop:
         return
@@ -276,9 +276,9 @@ def train_epoch(
     emit(EpochStopped(epoch, loss, rate, samples * world.size, time.perf_counter() - started))
 
 
-def _beat(pulse: Pulse, state: TrainState, epoch: int, batch: int, loss: Tensor) -> Iterator[StepDone]:
+def _beat(step_sync: StepSync, state: TrainState, epoch: int, batch: int, loss: Tensor) -> Iterator[StepEnd]:
     norm = loss if state.gradient_norm is None else state.gradient_norm
-    return pulse.beat(epoch, batch, loss, norm, loss_scale(state.scaler))
+    return step_sync.submit(epoch, batch, loss, norm, loss_scale(state.scaler))
 
 
 def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:

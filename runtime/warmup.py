@@ -27,7 +27,7 @@ REPETITIONS = 5
 
 
 @contextmanager
-def untouched(state: TrainState) -> Iterator[None]:
+def preserve_state(state: TrainState) -> Iterator[None]:
     """Weights, buffers, optimizer, scaler and random generators are afterwards, to the bit, what they were before."""
     saved = copy.deepcopy((state.network.state_dict(), state.optimizer.state_dict(), state.scaler.state_dict()))
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -41,7 +41,7 @@ def untouched(state: TrainState) -> Iterator[None]:
     state.optimizer.zero_grad(set_to_none=True)
 
 
-def made_up_batch(batch_size: int, channels: int, classes: int, shape: Sequence[int], device: torch.device) -> Batch:
+def dummy_batch(batch_size: int, channels: int, classes: int, shape: Sequence[int], device: torch.device) -> Batch:
     """Random image and label, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch_size, channels, *shape, generator=generator)
@@ -51,7 +51,7 @@ def made_up_batch(batch_size: int, channels: int, classes: int, shape: Sequence[
 
 def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: StepSettings, steps: int) -> None:
     """`steps` training steps, each with its evaluation of a batch of windows, that leave no trace in the state."""
-    with untouched(state):
+    with preserve_state(state):
         for _ in range(steps):
             state.model.train()
             for part in range(settings.ga_steps):
@@ -101,7 +101,7 @@ def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepSet
         ends.append(time.perf_counter())
 
     medians = []
-    with untouched(state):
+    with preserve_state(state):
         for averages in (True, False):
             times = []
             for _ in range(REPETITIONS + 1):

@@ -150,8 +150,8 @@ def _not_by_the_rules(logs: Sequence[Log]) -> Iterator[Problem]:
             if log.values[key] != rule:
                 what = f"{key} is {json.dumps(log.values[key])}, the closed division's {json.dumps(rule)}"
                 yield Problem(log.path, log.lines[key], what)
-        if log.departures:
-            yield Problem(log.path, log.lines["submission_division"], f"closed, but: {'; '.join(log.departures)}")
+        if log.rule_violations:
+            yield Problem(log.path, log.lines["submission_division"], f"closed, but: {'; '.join(log.rule_violations)}")
         schedule = make_schedule(1, log.values["samples_per_epoch"], None, None)
         first, interval = schedule.first_evaluation, schedule.interval
         scores = [record for record in log.records if record.key == "eval_accuracy"]

@@ -107,7 +107,7 @@ class Log:
         return bool(self.records[-1].metadata.get("status") == "success")
 
     @property
-    def departures(self) -> list[str]:
+    def rule_violations(self) -> list[str]:
         named = next((r.metadata.get("departures") for r in self.records if r.key == "submission_division"), None)
         return list(named or [])
 
@@ -186,7 +186,7 @@ def _examine(log: Log) -> Iterator[tuple[int, str]]:
             f"of the benchmark {benchmark!r}, not {BENCHMARK}: a foreign log",
         )
         return
-    if str(RESUMED) in log.departures:
+    if str(RESUMED) in log.rule_violations:
         yield log.lines["submission_division"], "of a resumed run: a result is one run from its start to its end"
     for before, after in zip(log.records, log.records[1:], strict=False):
         if after.time_ms < before.time_ms:

@@ -16,7 +16,7 @@ import torch
 from common import registry
 from common.errors import DIVERGED_EXIT, Interrupted, warn
 from runtime.distributed.world import World
-from runtime.logging.events import EvaluationStopped, Event, StepDone, Tracker
+from runtime.logging.events import EvaluationStopped, Event, StepEnd, Tracker
 from runtime.training import Stop, TrainState
 
 # Below this the network predicts nothing at all: MLPerf's reference calls the run diverged.
@@ -63,10 +63,10 @@ class Diverged:
             had_begun = state.best_dice >= DIVERGED_DICE or event.epoch >= self.first_epoch
             if had_begun or not math.isfinite(event.mean_dice):
                 state.stop = Stop("aborted", f"diverged: mean Dice {event.mean_dice}", DIVERGED_EXIT)
-        if isinstance(event, StepDone) and event.fault and not state.stop:
+        if isinstance(event, StepEnd) and event.fault and not state.stop:
             state.stop = Stop("aborted", f"diverged: {self._report(event)}", DIVERGED_EXIT)
 
-    def _report(self, event: StepDone) -> str:
+    def _report(self, event: StepEnd) -> str:
         """Every rank must call it. Names the ranks whose loss is no number; all, where it is the gradients alone."""
         samples = "; ".join(self.describe(event.epoch, event.batch))
         told = self.world.gather((event.loss, f"rank {self.world.rank}: loss {event.loss:g} on {samples}"))
@@ -79,11 +79,11 @@ class Diverged:
 
 
 @dataclass(frozen=True)
-class Leave:
+class StopOnSignal:
     """Ends the run at the step at which all ranks heard that a signal asks some rank to leave."""
 
     def on(self, event: Event, state: TrainState) -> None:
-        if isinstance(event, StepDone) and event.signal and not state.stop:
+        if isinstance(event, StepEnd) and event.signal and not state.stop:
             raise Interrupted(event.signal)
 
 
@@ -117,7 +117,7 @@ class RunContext:
     log_dir: Path
     world: World
     training: Sequence[str]
-    scorer: Callable[[Sequence[str], Callable[[Event], None]], Callable[[int], EvaluationStopped]]
+    make_evaluate_fn: Callable[[Sequence[str], Callable[[Event], None]], Callable[[int], EvaluationStopped]]
     announce: Callable[[Event], None]
     snapshot: Callable[[TrainState, list[float]], dict[str, Any]]
 
@@ -125,8 +125,8 @@ class RunContext:
 CALLBACKS: registry.Table[Callback] = {
     "early_stopping": "runtime.callbacks.early_stopping:EarlyStopping",
     "top_k": "runtime.callbacks.top_k:TopK",
-    "rate_monitor": "runtime.callbacks.lr_monitor:RateMonitor",
-    "training_dice": "runtime.callbacks.train_dice:TrainingDice",
+    "lr_monitor": "runtime.callbacks.lr_monitor:LRMonitor",
+    "train_dice": "runtime.callbacks.train_dice:TrainDice",
 }
 
 
@@ -135,7 +135,7 @@ def build_callbacks(specs: Sequence[str], context: RunContext) -> list[Callback]
     return [registry.build(spec, CALLBACKS, "--callbacks", importable=True, run=context) for spec in specs]
 
 
-class Announcer:
+class EventDispatcher:
     """Hands every event to the callbacks (all ranks), then to the trackers (rank 0: the others have none).
 
     A tracker that fails is told of once; it only watches, so the run goes on, and it hears of the next event too.
@@ -147,7 +147,7 @@ class Announcer:
         self._callbacks: Sequence[Callback] = ()
         self._state: TrainState | None = None
 
-    def govern(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    def attach(self, state: TrainState, callbacks: Sequence[Callback]) -> None:
         """From now on the callbacks hear of every event, in this order, and may change the state."""
         self._state, self._callbacks = state, callbacks
 

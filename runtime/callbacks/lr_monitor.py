@@ -1,15 +1,15 @@
-"""`--callbacks rate_monitor`: every step's rate as it was used, loss scale and gradient norm, in LOG_DIR/rates.csv."""
+"""`--callbacks lr_monitor`: every step's rate as it was used, loss scale and gradient norm, in LOG_DIR/rates.csv."""
 
 from __future__ import annotations
 
 import csv
 
 from runtime.callbacks.base import RunContext
-from runtime.logging.events import Event, StepDone
+from runtime.logging.events import Event, StepEnd
 from runtime.training import TrainState
 
 
-class RateMonitor:
+class LRMonitor:
     """Writes a line a step, read from the optimizer and not from the schedule.
 
     Args:
@@ -24,7 +24,7 @@ class RateMonitor:
             self._write("epoch", "batch", "learning_rate", "loss_scale", "gradient_norm", mode="w")
 
     def on(self, event: Event, state: TrainState) -> None:
-        if isinstance(event, StepDone) and self._path:
+        if isinstance(event, StepEnd) and self._path:
             self._steps += 1
             if self._steps % self._every == 0:
                 rate = state.optimizer.param_groups[0]["lr"]

@@ -11,7 +11,7 @@ from common.errors import UserError, warn
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
-from runtime.training import Schedule, TrainState
+from runtime.training import EvalSchedule, TrainState
 
 # Another one is another run: its state would mean nothing.
 STRUCTURAL_FLAGS = ("model", "normalization", "activation", "optimizer", "freeze")
@@ -99,7 +99,7 @@ def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | No
     return received
 
 
-def is_done(loaded: Checkpoint, schedule: Schedule, threshold: float) -> str:
+def is_done(loaded: Checkpoint, schedule: EvalSchedule, threshold: float) -> str:
     """Why there is nothing to go on with, a phrase; "" where there is, be it one evaluation."""
     if loaded.best_dice >= threshold:
         return f"reached a mean Dice of {loaded.best_dice:.4f} at epoch {loaded.best_epoch}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import DIVERGED_EXIT, UserError, warn
 from runtime.distributed.world import World
-from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepDone
+from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
 from runtime.training import TrainState
 
 # For rank 0's last checkpoint; launchers kill sooner.
@@ -53,7 +53,7 @@ class SaveCheckpoint:
         is_new_best = isinstance(event, EvaluationStopped) and state.best_epoch == event.epoch and not _diverged(state)
         is_epoch = isinstance(event, EpochStopped) and self._epochs > 0 and event.epoch % self._epochs == 0
         # A step with a fault has spoilt the weights.
-        if is_new_best or is_epoch or (isinstance(event, StepDone) and event.save and not event.fault):
+        if is_new_best or is_epoch or (isinstance(event, StepEnd) and event.save and not event.fault):
             self._begin(state)
 
     def _is_writing(self) -> bool:

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from common.errors import Interrupted
-from runtime.distributed.world import Board
+from runtime.distributed.world import KeyValueStore
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Within this a second signal is the same wish: a terminal and a launcher both pass Ctrl-C on.
@@ -18,7 +18,7 @@ SAME_WISH_S = 1.0
 LOOK_S = 0.5
 
 
-class Interruption:
+class SignalHandler:
     """While entered, SIGTERM and SIGINT only set `number`; a second one, a second later, has its usual effect.
 
     Args:
@@ -28,14 +28,14 @@ class Interruption:
         number: of the signal that came, or that another rank got; 0: none.
     """
 
-    def __init__(self, board: Board | None = None) -> None:
+    def __init__(self, board: KeyValueStore | None = None) -> None:
         self.number = 0
         self._board = board
         self._looked_at = 0.0
         self._came_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> SignalHandler:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -58,7 +58,7 @@ class Interruption:
         """
         if self.number:
             if self._board is not None:
-                self._board.pin_first("left an evaluation", str(self.number))
+                self._board.set_default("left an evaluation", str(self.number))
             raise Interrupted(self.number)
 
     def check_waiting(self) -> None:
@@ -69,5 +69,5 @@ class Interruption:
         now = time.monotonic()
         if self._board is not None and now - self._looked_at > LOOK_S:
             self._looked_at = now
-            if number := self._board.read("left an evaluation"):
+            if number := self._board.get("left an evaluation"):
                 raise Interrupted(int(number))

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from runtime.distributed.world import World
-from runtime.logging.events import StepDone
+from runtime.logging.events import StepEnd
 
 # After thirty halvings without one usable gradient a loss scaler (it starts at 2^16) will not recover.
 MIN_LOSS_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequest:
     """What this rank asks of all: to leave because of a signal (its number; 0: no), to save a checkpoint."""
 
     signal: int = 0
     save: bool = False
 
 
-class Pulse:
+class StepSync:
     """One beat a step.
 
     Args:
@@ -38,15 +38,15 @@ class Pulse:
             on a CPU, where it has ended.
     """
 
-    def __init__(self, world: World, wishes: Callable[[], Wishes] = Wishes, lag: int | None = None) -> None:
+    def __init__(self, world: World, wishes: Callable[[], StepRequest] = StepRequest, lag: int | None = None) -> None:
         self._world = world
         self._wishes = wishes
         self._lag = (1 if world.device.type == "cuda" else 0) if lag is None else lag
         self._under_way: deque[tuple[int, int, Tensor, Callable[[], None]]] = deque()
 
-    def beat(
+    def submit(
         self, epoch: int, batch: int, loss: Tensor, gradient_norm: Tensor, loss_scale: Tensor | None
-    ) -> Iterator[StepDone]:
+    ) -> Iterator[StepEnd]:
         """Sends this rank's vector and yields what has come back by now. Every rank must call it at every step.
 
         Args:
@@ -69,16 +69,16 @@ class Pulse:
         while len(self._under_way) > self._lag:
             yield self._hear()
 
-    def rest(self) -> Iterator[StepDone]:
+    def drain(self) -> Iterator[StepEnd]:
         """Yields all that is still under way; waits for the device."""
         while self._under_way:
             yield self._hear()
 
-    def _hear(self) -> StepDone:
+    def _hear(self) -> StepEnd:
         epoch, batch, vector, arrived = self._under_way.popleft()
         arrived()
         signal, save, fault, loss, norm, scale = vector.tolist()
-        return StepDone(epoch, batch, loss, norm, scale, int(signal), bool(save), bool(fault))
+        return StepEnd(epoch, batch, loss, norm, scale, int(signal), bool(save), bool(fault))
 
 
 def _start_copy(vector: Tensor) -> tuple[Tensor, Callable[[], None]]:

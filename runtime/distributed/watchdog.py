@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RANK_LOST_EXIT, RankLost, complaint
-from runtime.distributed.signals import Interruption
-from runtime.distributed.world import Board, World
+from runtime.distributed.signals import SignalHandler
+from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 from runtime.training import TrainState
 
@@ -48,7 +48,7 @@ class Watchdog:
         interruption: of this rank; a signal that came to another rank is noted in it, for where no step comes.
     """
 
-    def __init__(self, world: World, interruption: Interruption, name: str = "main.py") -> None:
+    def __init__(self, world: World, interruption: SignalHandler, name: str = "main.py") -> None:
         self._world = world
         self._interruption = interruption
         self._name = name
@@ -88,7 +88,7 @@ class Watchdog:
             raise RankLost(f"{_cause(board, self._world, error)}; start again with --resume") from None
         if error is not None:
             with suppress(RuntimeError):  # the board may be gone; the error is what counts
-                board.pin_first("fault", f"rank {self._world.rank} failed: {error}")
+                board.set_default("fault", f"rank {self._world.rank} failed: {error}")
                 self._let_others_read()
 
     def _let_others_read(self) -> None:
@@ -100,11 +100,11 @@ class Watchdog:
         """Marks progress, with where it was made."""
         if isinstance(event, ev.EpochStarted):
             self._mark(True, (event.epoch, 0, 0), f"epoch {event.epoch}, waiting for data")
-        elif isinstance(event, ev.PhaseDone):
+        elif isinstance(event, ev.PhaseEnd):
             epoch, batch, _ = self._place
             number, follows = FOLLOWING[event.phase]
             self._mark(True, (epoch, batch, number), f"epoch {epoch}, batch {batch}, {follows}")
-        elif isinstance(event, ev.BatchDone):
+        elif isinstance(event, ev.MicroBatchEnd):
             batch, self._has_stepped = event.batch + 1, True
             self._mark(True, (event.epoch, batch, 0), f"epoch {event.epoch}, batch {batch}, waiting for data")
         elif isinstance(
@@ -122,7 +122,7 @@ class Watchdog:
         knows_steps = self._is_training and self._has_stepped
         return max(STALL_S, SLOWEST_TIMES * self._slowest_s) if knows_steps else PATIENT_S
 
-    def _watch(self, board: Board) -> None:
+    def _watch(self, board: KeyValueStore) -> None:
         world = self._world
         watched = (world.rank + 1) % world.size
         seen, seen_at, beat = None, time.monotonic(), 0
@@ -131,11 +131,11 @@ class Watchdog:
                 beat += 1
                 self._beat_at = time.monotonic()
                 note = {"beat": beat, "place": self._place, "at": self._text, "in": _main_thread_is_in()}
-                board.pin(f"rank {world.rank}", json.dumps(note | {"machine": _machine(), "pid": os.getpid()}))
-                if fault := board.read("fault"):
+                board.set(f"rank {world.rank}", json.dumps(note | {"machine": _machine(), "pid": os.getpid()}))
+                if fault := board.get("fault"):
                     self._end(f"ended with the group: {fault}")
                 self._pass_on_signal(board)
-                latest = board.read(f"rank {watched}")
+                latest = board.get(f"rank {watched}")
                 if latest != seen:
                     seen, seen_at = latest, time.monotonic()
                 elif seen and time.monotonic() - seen_at > SILENCE_S:
@@ -147,13 +147,13 @@ class Watchdog:
             if not self._ended.wait(BEAT_S):
                 self._end(f"the connection to rank 0's machine is lost ({str(error).splitlines()[0]})")
 
-    def _pass_on_signal(self, board: Board) -> None:
+    def _pass_on_signal(self, board: KeyValueStore) -> None:
         if self._interruption.number:
-            board.pin_first("signal", str(self._interruption.number))
-        elif number := board.read("signal"):
+            board.set_default("signal", str(self._interruption.number))
+        elif number := board.get("signal"):
             self._interruption.number = int(number)
 
-    def _stalled(self, board: Board) -> str:
+    def _stalled(self, board: KeyValueStore) -> str:
         """Who is behind the others; every rank waits, but only one was waited for."""
         notes = _notes(board, self._world)
         places = {rank: tuple(note.get("place", (0, 0, 0))) for rank, note in notes.items()}
@@ -164,8 +164,8 @@ class Watchdog:
         at = notes[behind[0]].get("at", "the start")
         return f"{who} hangs at {at}: nothing moved for {self._limit_s():.0f} s ({functions})"
 
-    def _give_up(self, board: Board, cause: str) -> None:
-        hanging = board.pin_first("fault", cause)
+    def _give_up(self, board: KeyValueStore, cause: str) -> None:
+        hanging = board.set_default("fault", cause)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self._end(hanging)
 
@@ -194,8 +194,8 @@ def _machine() -> list[str]:
         return [socket.gethostname(), ""]
 
 
-def _notes(board: Board, world: World) -> dict[int, dict[str, Any]]:
-    return {rank: json.loads(board.read(f"rank {rank}") or "{}") for rank in range(world.size)}
+def _notes(board: KeyValueStore, world: World) -> dict[int, dict[str, Any]]:
+    return {rank: json.loads(board.get(f"rank {rank}") or "{}") for rank in range(world.size)}
 
 
 def _lost(rank: int, note: str) -> str:
@@ -210,12 +210,12 @@ def _lost(rank: int, note: str) -> str:
     )
 
 
-def _cause(board: Board, world: World, error: RuntimeError) -> str:
+def _cause(board: KeyValueStore, world: World, error: RuntimeError) -> str:
     """Why a collective failed: what some rank pinned up, or whose process is gone, or only what torch says."""
     deadline = time.monotonic() + 2 * BEAT_S
     while time.monotonic() < deadline:
         try:
-            if fault := board.read("fault"):
+            if fault := board.get("fault"):
                 return f"ended with the group: {fault}"
             for rank, note in _notes(board, world).items():
                 if note.get("machine") == _machine() and _is_gone(note["pid"]):

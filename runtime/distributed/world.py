@@ -31,21 +31,21 @@ TIMEOUT = timedelta(minutes=30)
 POLL_S = 0.01
 
 
-class Board:
+class KeyValueStore:
     """Notes that any rank may pin up and read at any time, outside of all collectives (torch's store)."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def pin(self, name: str, text: str) -> None:
+    def set(self, name: str, text: str) -> None:
         self._store.set(name, text)
 
-    def pin_first(self, name: str, text: str) -> str:
+    def set_default(self, name: str, text: str) -> str:
         """Pins the text up unless that name has one; returns the one that hangs there now."""
         hanging: bytes = self._store.compare_set(name, "", text)
         return hanging.decode()
 
-    def read(self, name: str) -> str | None:
+    def get(self, name: str) -> str | None:
         """The note of that name, None where there is none. Never waits for one."""
         return self._store.get(name).decode() if self._store.check([name]) else None
 
@@ -65,7 +65,7 @@ class World:
     size: int
     device: torch.device
     group: Any = None
-    board: Board | None = None
+    board: KeyValueStore | None = None
 
     @classmethod
     def join(cls, local_rank: int) -> World:
@@ -100,7 +100,7 @@ class World:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
             # A connection of its own: the group's is locked while it waits.
-            return cls(rank, size, device, board=Board(PrefixStore("board", store.clone())))
+            return cls(rank, size, device, board=KeyValueStore(PrefixStore("board", store.clone())))
         return cls(rank, size, device)
 
     def split(self, parts: Sequence[Sequence[int]]) -> World:
@@ -177,10 +177,10 @@ class World:
         if self.board is None:
             return
         if self.is_main:
-            self.board.pin(name, "done")
+            self.board.set(name, "done")
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError):  # a board that hung in rank 0's process has gone with it: rank 0 has come and left
-            while self.board.read(name) is None and time.monotonic() < deadline:
+            while self.board.get(name) is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
 
     def lost_another(self, error: RuntimeError) -> bool:

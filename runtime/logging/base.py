@@ -43,7 +43,7 @@ class Recorder(ABC):
             self._data_opened(event)
         elif isinstance(event, ev.EpochStarted):
             self._steps_per_epoch = event.batches // self._accumulation
-        elif isinstance(event, ev.StepDone):
+        elif isinstance(event, ev.StepEnd):
             self._step_done(event)
         elif isinstance(event, ev.EpochStopped):
             rates = {"learning_rate": event.learning_rate, "samples_per_s": event.samples / max(event.seconds, 1e-9)}
@@ -52,12 +52,12 @@ class Recorder(ABC):
             dice = {f"evaluation/dice_{name}": value for name, value in zip(self._classes, event.dice, strict=True)}
             rest = {"evaluation/mean_dice": event.mean_dice, "evaluation/loss": event.loss}
             self.numbers("epoch", event.epoch, rest | dice | {"evaluation/seconds": event.seconds})
-        elif isinstance(event, ev.TrainingScored):
+        elif isinstance(event, ev.TrainDiceEnd):
             dice = {f"train/dice_{name}": value for name, value in zip(self._classes, event.dice, strict=True)}
             self.numbers("epoch", event.epoch, {"train/mean_dice": event.mean_dice} | dice)
         elif isinstance(event, ev.RunStopped):
             self.end(event)
-        elif isinstance(event, ev.Closed):
+        elif isinstance(event, ev.RunFinalized):
             self.close([Path(file) for file in event.files])
 
     def _data_opened(self, event: ev.DataOpened) -> None:
@@ -68,7 +68,7 @@ class Recorder(ABC):
             self._facts["run"][name] = getattr(event, name)
         self.begin(self._facts)
 
-    def _step_done(self, event: ev.StepDone) -> None:
+    def _step_done(self, event: ev.StepEnd) -> None:
         step = (event.epoch - 1) * self._steps_per_epoch + (event.batch + 1) // self._accumulation
         if step % self._every == 0:
             values = {"loss": event.loss, "gradient_norm": event.gradient_norm, "loss_scale": event.loss_scale}

@@ -54,7 +54,7 @@ class ConsoleTracker:
         self._told: dict[str, str] = {}
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.Checked) and event.table:
+        if isinstance(event, ev.PreflightEnd) and event.table:
             self._say(event.table)
         if isinstance(event, ev.InitStopped | ev.DataOpened):
             for note in event.notes:
@@ -85,11 +85,11 @@ class ConsoleTracker:
                 remaining = self._epochs - event.epoch + 1
                 self._bar = tqdm(total=remaining * event.batches, desc="train", unit="batch", dynamic_ncols=True)
             self._bar.set_description(f"epoch {event.epoch}/{self._epochs} rate {event.learning_rate:.3g}")
-        elif isinstance(event, ev.BatchDone):
+        elif isinstance(event, ev.MicroBatchEnd):
             # Not one more each time: a resumed run may begin in the middle of an epoch.
             done = (event.epoch - self._first_epoch) * self._batches + event.batch + 1
             self._bar.update(done - self._bar.n)
-        elif isinstance(event, ev.StepDone):
+        elif isinstance(event, ev.StepEnd):
             self._tell("loss", event.loss)  # drawn with the next batch: a step must not cost a line on the terminal
         elif isinstance(event, ev.EpochStopped):
             self._tell("loss", event.loss, refresh=True)

@@ -26,7 +26,7 @@ class InitStarted(Event):
 
 
 @dataclass(frozen=True)
-class Checked(Event):
+class PreflightEnd(Event):
     """The pre-flight's result: a table for people, and for each check what was looked at, found, and to do."""
 
     table: str
@@ -105,14 +105,14 @@ class EpochStarted(Event):
 
 
 @dataclass(frozen=True)
-class PhaseDone(Event):
-    """Within an iteration: "data" (the batch is there), "forward and backward"; `BatchDone` ends the optimizer's."""
+class PhaseEnd(Event):
+    """Part of an iteration: "data" (the batch has arrived), "forward and backward"; `MicroBatchEnd` ends the last."""
 
     phase: str
 
 
 @dataclass(frozen=True)
-class BatchDone(Event):
+class MicroBatchEnd(Event):
     """One iteration of this rank. Carries no loss: reading it would make the host wait for the device."""
 
     epoch: int
@@ -121,7 +121,7 @@ class BatchDone(Event):
 
 
 @dataclass(frozen=True)
-class StepDone(Event):
+class StepEnd(Event):
     """A step of the optimizer, told when its numbers have reached the host: on a GPU a step later.
 
     Attributes:
@@ -189,7 +189,7 @@ class EvaluationStopped(Event):
 
 
 @dataclass(frozen=True)
-class TrainingScored(Event):
+class TrainDiceEnd(Event):
     """Scores of training cases, found as an evaluation finds its own; nothing is decided by them."""
 
     epoch: int
@@ -216,7 +216,7 @@ class RunStopped(Event):
 
 
 @dataclass(frozen=True)
-class Closed(Event):
+class RunFinalized(Event):
     """The last event, however a run ended that had started training: nothing of it is written any more.
 
     `files` are what it leaves behind: checkpoint, logs, report and pictures.

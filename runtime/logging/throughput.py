@@ -45,9 +45,9 @@ class ThroughputTracker:
             self._limits = event
         if isinstance(event, ev.EpochStarted) and not self._marks:
             self._mark()
-        if isinstance(event, ev.PhaseDone | ev.BatchDone):
+        if isinstance(event, ev.PhaseEnd | ev.MicroBatchEnd):
             self._mark()
-        if isinstance(event, ev.BatchDone):
+        if isinstance(event, ev.MicroBatchEnd):
             self._samples.append(event.samples)
         if isinstance(event, ev.RunStopped):
             self._report()

@@ -176,7 +176,7 @@ class JsonLinesTracker:
         self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated | ev.Closed):
+        if isinstance(event, ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated | ev.RunFinalized):
             return
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:

@@ -10,7 +10,7 @@ from common.errors import UserError
 from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
 from runtime.arguments import RunConfig
 from runtime.flags import PLACEHOLDER_ORG
-from runtime.training import RULE_SAMPLES, Schedule, make_schedule
+from runtime.training import RULE_SAMPLES, EvalSchedule, make_schedule
 
 CLOSED_CASES = {"train": 168, "evaluation": 42}
 # Every run must have ended after so many epochs of 168 samples.
@@ -41,7 +41,7 @@ NAMED_CASES = 3
 
 
 @dataclass(frozen=True)
-class Departure:
+class RuleViolation:
     """Where a run is not by the rules: what, how it is, how it must be ("" where that says itself)."""
 
     what: str
@@ -53,7 +53,7 @@ class Departure:
 
 
 # Its log has a beginning elsewhere; who reads logs looks for it.
-RESUMED = Departure("the run", "was resumed", "")
+RESUMED = RuleViolation("the run", "was resumed", "")
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Data:
     fingerprint: str
 
 
-def departures(
+def rule_violations(
     config: RunConfig,
     data: Data,
     evaluation_ids: Sequence[str],
     fingerprint: str,
-    schedule: Schedule,
+    schedule: EvalSchedule,
     samples_per_epoch: int,
-) -> list[Departure]:
+) -> list[RuleViolation]:
     """Everything that makes this run an open one; empty for a closed run.
 
     Args:
@@ -87,27 +87,27 @@ def departures(
     """
     found = _of_data(data, evaluation_ids, fingerprint)
     if config.loader == "synthetic":
-        found.append(Departure("--loader", "synthetic", "one of the data set's volumes"))
+        found.append(RuleViolation("--loader", "synthetic", "one of the data set's volumes"))
     for flag, expected in CLOSED_FLAGS.items():
         value = getattr(config, flag)
         if value != expected:
-            found.append(Departure(f"--{flag}", _plain(value), _plain(expected)))
+            found.append(RuleViolation(f"--{flag}", _plain(value), _plain(expected)))
     rule = make_schedule(schedule.epochs, samples_per_epoch, None, None)
     if (schedule.first_evaluation, schedule.interval) != (rule.first_evaluation, rule.interval):
         yours = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
-        found.append(Departure("evaluation", yours, f"from {rule.first_evaluation} every {rule.interval}"))
+        found.append(RuleViolation("evaluation", yours, f"from {rule.first_evaluation} every {rule.interval}"))
     last = math.ceil(RULE_LAST_EPOCH * RULE_SAMPLES / samples_per_epoch)
     if schedule.epochs > last:
-        found.append(Departure("--epochs", str(schedule.epochs), f"at most {last}"))
+        found.append(RuleViolation("--epochs", str(schedule.epochs), f"at most {last}"))
     return found
 
 
-def _of_data(data: Data, evaluation_ids: Sequence[str], fingerprint: str) -> list[Departure]:
-    found = [Departure("data set", data.name, "kits19")] if data.name != "kits19" else []
+def _of_data(data: Data, evaluation_ids: Sequence[str], fingerprint: str) -> list[RuleViolation]:
+    found = [RuleViolation("data set", data.name, "kits19")] if data.name != "kits19" else []
     for subset, count in CLOSED_CASES.items():
         cases = len(data.split.get(subset, ()))
         if cases != count:
-            found.append(Departure(f"{subset} cases", str(cases), str(count)))
+            found.append(RuleViolation(f"{subset} cases", str(cases), str(count)))
     if found:  # of another set's files and cases nothing more need be told
         return found
     expected = {f"case_{number}" for number in evaluation_ids}
@@ -115,24 +115,24 @@ def _of_data(data: Data, evaluation_ids: Sequence[str], fingerprint: str) -> lis
     for subset, ids in {"train": every - expected, "evaluation": expected}.items():
         if strange := sorted(set(data.split[subset]) - ids):
             more = f" and {len(strange) - NAMED_CASES} more" if len(strange) > NAMED_CASES else ""
-            found.append(Departure(f"{subset} cases", f"with {', '.join(strange[:NAMED_CASES])}{more}", "MLPerf's"))
+            found.append(RuleViolation(f"{subset} cases", f"with {', '.join(strange[:NAMED_CASES])}{more}", "MLPerf's"))
     if not data.fingerprint:
         rule = "MLPerf's; preprocess_dataset.py records them"
-        found.append(Departure("the files' MD5s", "not recorded", rule))
+        found.append(RuleViolation("the files' MD5s", "not recorded", rule))
     elif data.fingerprint != fingerprint:
-        found.append(Departure("the files' fingerprint", f"{data.fingerprint[:12]}…", f"{fingerprint[:12]}…"))
+        found.append(RuleViolation("the files' fingerprint", f"{data.fingerprint[:12]}…", f"{fingerprint[:12]}…"))
     return found
 
 
-def closed_breaches(config: RunConfig) -> list[Departure]:
+def closed_division_violations(config: RunConfig) -> list[RuleViolation]:
     """What makes no run an open one, but no result of the closed division either."""
     found = []
     if config.submission_org == PLACEHOLDER_ORG:
-        found.append(Departure("--submission_org", "a placeholder", "who submits"))
+        found.append(RuleViolation("--submission_org", "a placeholder", "who submits"))
     if config.seed >= 0:
-        found.append(Departure("--seed", str(config.seed), "-1, drawn from the system's entropy"))
+        found.append(RuleViolation("--seed", str(config.seed), "-1, drawn from the system's entropy"))
     if "mlperf" not in config.trackers:
-        found.append(Departure("--trackers", _plain(config.trackers), "mlperf among them, which writes the log"))
+        found.append(RuleViolation("--trackers", _plain(config.trackers), "mlperf among them, which writes the log"))
     return found
 
 
@@ -140,14 +140,14 @@ def _plain(value: object) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
-def format_breaches(found: Sequence[Departure]) -> str:
+def format_violations(found: Sequence[RuleViolation]) -> str:
     """A table for people: what, yours, the rule's."""
     rows = [("what", "yours", "the rule's"), *((one.what, one.yours, one.rule) for one in found)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{what:{widths[0]}}  {yours:{widths[1]}}  {rule}" for what, yours, rule in rows)
 
 
-def choose_division(asked: str, reasons: Sequence[Departure]) -> str:
+def choose_division(asked: str, reasons: Sequence[RuleViolation]) -> str:
     """`auto` is closed where nothing departs. Raises UserError when closed is asked for and something does."""
     if asked == "closed" and reasons:
         raise UserError(f"--division closed, but: {'; '.join(map(str, reasons))}")
@@ -159,9 +159,9 @@ def settle_division(
     name: str,
     split: Mapping[str, Sequence[str]],
     evaluation_ids: Sequence[str],
-    schedule: Schedule,
+    schedule: EvalSchedule,
     samples_per_epoch: int,
-    others: Sequence[Departure],
+    others: Sequence[RuleViolation],
     tells: bool,
 ) -> tuple[str, list[str]]:
     """The run's division and what makes it an open one; reads the data set's index, and no volume.
@@ -177,9 +177,9 @@ def settle_division(
     cases = [case for subset in split.values() for case in subset]
     known = "" if config.loader == "synthetic" else recorded_fingerprint(config.data_dir, cases)
     _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
-    found = departures(config, Data(name, split, known), evaluation_ids, fingerprint, schedule, samples_per_epoch)
+    found = rule_violations(config, Data(name, split, known), evaluation_ids, fingerprint, schedule, samples_per_epoch)
     found += others
-    breaches = [*found, *closed_breaches(config)] if config.division == "closed" else found
+    breaches = [*found, *closed_division_violations(config)] if config.division == "closed" else found
     if config.division == "closed" and breaches and tells:
-        print(format_breaches(breaches), flush=True)
+        print(format_violations(breaches), flush=True)
     return choose_division(config.division, breaches), list(map(str, found))

@@ -25,7 +25,7 @@ from benchmarks.evaluate import (
 from benchmarks.harness import Options, Table
 from data_loading.spec import KITS19
 from model.unet3d import Unet3d
-from runtime.evaluation import Scoring
+from runtime.evaluation import SlidingWindowConfig
 from runtime.precision import Precision
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_naive_way_scores_as_the_project_does(batch_size: int, tmp_path: Pat
 
 def test_the_suite_scores_as_kits19_is_scored() -> None:
     how = scoring(WINDOW, 4)
-    assert how == Scoring(WINDOW, 0.5, 4, len(KITS19.classes), KITS19.padding_value, KITS19.crops_remainder)
+    assert how == SlidingWindowConfig(WINDOW, 0.5, 4, len(KITS19.classes), KITS19.padding_value, KITS19.crops_remainder)
 
 
 def test_a_decided_network_leaves_no_voxel_near_a_tie_and_keeps_the_networks_part() -> None:

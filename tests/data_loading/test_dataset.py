@@ -31,9 +31,9 @@ from data_loading.dataset import (
     load_boxes,
     map_array,
     map_case,
-    peek,
     read_case,
     read_index,
+    read_spec_and_split,
     write_json,
 )
 from data_loading.io.volume import Geometry
@@ -153,7 +153,7 @@ def test_case_ids_that_leave_the_folder(case: str) -> None:
 
 def test_peek_reads_the_index_and_no_volume(tmp_path: Path) -> None:
     write_json(tmp_path / INDEX_NAME, INDEX.to_json())
-    assert peek(tmp_path, ["00007"]) == (replace(KITS19, orientation="RAS"), INDEX.split)
+    assert read_spec_and_split(tmp_path, ["00007"]) == (replace(KITS19, orientation="RAS"), INDEX.split)
 
 
 def test_peek_finds_the_orientation_that_all_cases_have(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_peek_finds_the_orientation_that_all_cases_have(tmp_path: Path) -> None:
     for case, orientation in (("case_0", None), ("case_1", None), ("case_2", "LPS")):
         INDEX.cases[case] = replace(RECORD, transform=turned)
         write_json(tmp_path / INDEX_NAME, INDEX.to_json())
-        assert peek(tmp_path, [])[0].orientation == orientation
+        assert read_spec_and_split(tmp_path, [])[0].orientation == orientation
     INDEX.cases.update({f"case_{number}": RECORD for number in (2, 0, 1)})
 
 
@@ -170,7 +170,7 @@ def test_peek_opens_a_folder_of_the_reference_by_its_file_names(tmp_path: Path) 
         for kind in "xy":
             file_of(tmp_path, f"case_{number:05d}", kind).touch()
     (tmp_path / "checksum.json").touch()
-    spec, split = peek(tmp_path, ["00000", "00005", "00206"])
+    spec, split = read_spec_and_split(tmp_path, ["00000", "00005", "00206"])
     assert spec == replace(KITS19, orientation="IPL")
     assert split == {"train": ["case_00003", "case_00007"], "evaluation": ["case_00000", "case_00005"]}
 
@@ -180,33 +180,33 @@ def test_peek_does_not_take_half_a_data_set_for_one_of_the_reference(tmp_path: P
         file_of(tmp_path, "case_00000", kind).touch()
     write_json(tmp_path / PARTIAL_INDEX_NAME, {})
     with pytest.raises(UserError, match="its preprocessing has not ended; run preprocess_dataset"):
-        peek(tmp_path, [])
+        read_spec_and_split(tmp_path, [])
     write_json(tmp_path / INDEX_NAME, INDEX.to_json())
-    assert peek(tmp_path, [])[1] == INDEX.split
+    assert read_spec_and_split(tmp_path, [])[1] == INDEX.split
 
 
 def test_peek_names_the_folder_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such folder"):
-        peek(tmp_path / "none", [])
+        read_spec_and_split(tmp_path / "none", [])
     with pytest.raises(UserError, match=r"no preprocessed cases in it; run preprocess_dataset\.py first"):
-        peek(tmp_path, [])
+        read_spec_and_split(tmp_path, [])
     data = tmp_path / "data" / "kits19"
     inner = data / "logs"
     inner.mkdir(parents=True)
     write_json(data / INDEX_NAME, INDEX.to_json())
     with pytest.raises(UserError, match=f"no preprocessed cases in it; did you mean {data}\\?"):
-        peek(data.parent, [])
+        read_spec_and_split(data.parent, [])
     with pytest.raises(UserError, match=f"did you mean {data}\\?"):
-        peek(inner, [])
+        read_spec_and_split(inner, [])
     (data / INDEX_NAME).unlink()
     file_of(data, "case_00000", "x").touch()
     with pytest.raises(UserError, match=f"did you mean {data}\\?"):
-        peek(data.parent, [])
+        read_spec_and_split(data.parent, [])
     for raw in ("raw/case_00000/imaging.nii.gz", "msd/imagesTr/a.nii.gz"):
         (tmp_path / raw).parent.mkdir(parents=True)
         (tmp_path / raw).touch()
         with pytest.raises(UserError, match=r"these are raw scans, run preprocess_dataset\.py on them first"):
-            peek(tmp_path / raw.split("/")[0], [])
+            read_spec_and_split(tmp_path / raw.split("/")[0], [])
 
 
 def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:

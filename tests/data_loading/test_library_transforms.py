@@ -18,7 +18,7 @@ from data_loading.data_loader import make_training_loader
 from data_loading.library_transforms import DrawForeign, ForeignDrawn, seeded
 from data_loading.pytorch_loader import LoaderSettings
 from data_loading.spec import DatasetSpec
-from data_loading.transforms import Augmentation, Draw, make_augmentation
+from data_loading.transforms import Augmentation, RandomTransform, make_augmentation
 
 HERE = "tests.data_loading.test_library_transforms"
 TORCHIO = [
@@ -48,7 +48,7 @@ def sample(shape: tuple[int, int, int] = (6, 8, 8)) -> tuple[np.ndarray, np.ndar
     return np.concatenate([label, 2.0 * label]).astype(np.float32), label
 
 
-def apply(draw: Draw, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def apply(draw: RandomTransform, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return draw(np.random.default_rng(seed)).apply(*sample())
 
 
@@ -73,7 +73,7 @@ class Add:
         return f"plus {self.value:g}"
 
 
-def adding(value: float) -> Draw:
+def adding(value: float) -> RandomTransform:
     return lambda rng: Add(value, rng.random())
 
 
@@ -234,7 +234,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
     return write_preprocessed(tmp_path_factory.mktemp("data"), cases)
 
 
-def samples(folder: Path, name: str, draw: Draw, workers: int, start: int = 0) -> dict[str, Any]:
+def samples(folder: Path, name: str, draw: RandomTransform, workers: int, start: int = 0) -> dict[str, Any]:
     """Of the second epoch, by what they are."""
     settings = LoaderSettings((6, 6, 6), 0.4, 1, workers, 0, 1, 5, 6, augment=draw)
     loader, _ = make_training_loader(name, folder, [f"case_{n}" for n in range(1, 5)], SPEC, settings)

@@ -30,7 +30,7 @@ from data_loading.pytorch_loader import (
     load_evaluation_case,
     synthetic_cases,
 )
-from data_loading.sampler import EpochOrder, sample_rng
+from data_loading.sampler import EpochSampler, sample_rng
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import draw_augmentation, draw_crop
 
@@ -320,7 +320,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
 
 
 def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = [CASES[index] for _, index in EpochOrder(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
+    second = [CASES[index] for _, index in EpochSampler(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
     named = ", ".join(second)
 
     def killed(data_dir: Path, case: str) -> Arrays:

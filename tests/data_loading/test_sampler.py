@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_loading.sampler import Capped, EpochOrder, batches_per_epoch, sample_rng, split_cases, split_patients
+from data_loading.sampler import (
+    EpochSampler,
+    PseudoLabelCap,
+    batches_per_epoch,
+    sample_rng,
+    split_cases,
+    split_patients,
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -23,7 +30,7 @@ from data_loading.sampler import Capped, EpochOrder, batches_per_epoch, sample_r
 )
 def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int, seed: int, epoch: int) -> None:
     rounds = cases // (batch_size * ranks)
-    orders = [EpochOrder(cases, batch_size, rank, ranks, seed) for rank in range(ranks)]
+    orders = [EpochSampler(cases, batch_size, rank, ranks, seed) for rank in range(ranks)]
     if rounds == 0:
         with pytest.raises(UserError):
             orders[0].batches(epoch)
@@ -36,7 +43,7 @@ def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int
     assert len(set(met)) == len(met) == rounds * batch_size * ranks
     assert set(met) <= set(range(cases))
     # Dealt out in turn: together they are what a single rank meets first.
-    alone = [batch[0][1] for batch in EpochOrder(cases, 1, 0, 1, seed).batches(epoch)]
+    alone = [batch[0][1] for batch in EpochSampler(cases, 1, 0, 1, seed).batches(epoch)]
     flat = [[case for batch in shard for _, case in batch] for shard in shards]
     assert [case for turn in zip(*flat, strict=True) for case in turn] == alone[: len(met)]
     assert shards == [order.batches(epoch) for order in orders]
@@ -54,7 +61,7 @@ def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int
 def test_with_steps_the_epochs_are_one_endless_stream(
     cases: int, batch_size: int, ranks: int, steps: int, seed: int, epochs: int
 ) -> None:
-    orders = [EpochOrder(cases, batch_size, rank, ranks, seed, steps) for rank in range(ranks)]
+    orders = [EpochSampler(cases, batch_size, rank, ranks, seed, steps) for rank in range(ranks)]
     shards = [[batch for epoch in range(1, epochs + 1) for batch in order.batches(epoch)] for order in orders]
     assert all(len(shard) == epochs * steps for shard in shards)
     stream = [key for turn in zip(*shards, strict=True) for batch in turn for key in batch]
@@ -65,12 +72,12 @@ def test_with_steps_the_epochs_are_one_endless_stream(
         assert sorted(case for at, case in stream if at == number) == list(range(cases))
     # The permutations are those of epochs without steps.
     if batch_size <= cases:
-        assert EpochOrder(cases, batch_size, 0, 1, seed).batches(1)[0] == shards[0][0]
+        assert EpochSampler(cases, batch_size, 0, 1, seed).batches(1)[0] == shards[0][0]
 
 
 def test_epochs_and_seeds_have_their_own_orders() -> None:
     orders = {
-        (seed, epoch): tuple(case for batch in EpochOrder(168, 2, 0, 1, seed).batches(epoch) for _, case in batch)
+        (seed, epoch): tuple(case for batch in EpochSampler(168, 2, 0, 1, seed).batches(epoch) for _, case in batch)
         for seed in (0, 1, 2)
         for epoch in (1, 2, 3)
     }
@@ -80,7 +87,7 @@ def test_epochs_and_seeds_have_their_own_orders() -> None:
 def test_every_case_is_left_out_alike() -> None:
     # 7 cases in batches of 2: one a epoch is dropped, and not always the same.
     dropped = [
-        (set(range(7)) - {case for batch in EpochOrder(7, 2, 0, 1, 0).batches(epoch) for _, case in batch}).pop()
+        (set(range(7)) - {case for batch in EpochSampler(7, 2, 0, 1, 0).batches(epoch) for _, case in batch}).pop()
         for epoch in range(1, 701)
     ]
     counts = np.bincount(dropped, minlength=7)
@@ -151,7 +158,7 @@ def test_every_sample_has_its_own_randomness() -> None:
 
 
 def test_order_split_and_samples_of_one_seed_have_nothing_in_common() -> None:
-    permutation = [case for _, case in EpochOrder(50, 50, 0, 1, 3).batches(1)[0]]
+    permutation = [case for _, case in EpochSampler(50, 50, 0, 1, 3).batches(1)[0]]
     assert permutation != sample_rng(3, 1, 0).permutation(50).tolist()
     assert permutation != np.random.default_rng(3).permutation(50).tolist()
     held_out = split_cases([f"{number:02d}" for number in range(50)], 0.2, 3)[1]
@@ -252,9 +259,9 @@ def test_one_patient_with_several_cases_cannot_be_split() -> None:
 def test_a_batch_never_holds_more_than_its_share(
     others: int, count: int, share: float, batch_size: int, ranks: int, seed: int
 ) -> None:
-    capped, cases = Capped(count, share), others + count
+    capped, cases = PseudoLabelCap(count, share), others + count
     try:
-        orders = [EpochOrder(cases, batch_size, rank, ranks, seed, None, capped) for rank in range(ranks)]
+        orders = [EpochSampler(cases, batch_size, rank, ranks, seed, None, capped) for rank in range(ranks)]
         batches = [order.batches(3) for order in orders]
     except UserError:
         # One round more than there is would need other cases, or more of these than there is room for.
@@ -273,7 +280,7 @@ def test_a_batch_never_holds_more_than_its_share(
 
 @pytest.mark.parametrize("steps", [None, 7])
 def test_capped_cases_and_the_others_each_come_in_turn(steps: int | None) -> None:
-    order = EpochOrder(20, 4, 0, 1, 1, steps, Capped(10, 0.25))
+    order = EpochSampler(20, 4, 0, 1, 1, steps, PseudoLabelCap(10, 0.25))
     assert len(order) == (steps or 3), "10 others, 3 of them in a batch"
     met = [case for epoch in range(1, 101) for batch in order.batches(epoch) for _, case in batch]
     counts = np.bincount(met, minlength=20)
@@ -286,7 +293,7 @@ def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
     met = [
         case
         for epoch in range(1, 51)
-        for batch in EpochOrder(12, 4, 0, 1, 1, None, Capped(2, 0.5)).batches(epoch)
+        for batch in EpochSampler(12, 4, 0, 1, 1, None, PseudoLabelCap(2, 0.5)).batches(epoch)
         for _, case in batch
     ]
     counts = np.bincount(met, minlength=12)
@@ -294,9 +301,11 @@ def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
 
 
 def test_without_such_cases_the_order_is_what_it_was() -> None:
-    assert EpochOrder(9, 2, 0, 2, 7, None, Capped(0, 0.3)).batches(4) == EpochOrder(9, 2, 0, 2, 7).batches(4)
+    assert EpochSampler(9, 2, 0, 2, 7, None, PseudoLabelCap(0, 0.3)).batches(4) == EpochSampler(9, 2, 0, 2, 7).batches(
+        4
+    )
 
 
 def test_a_share_that_leaves_no_batch_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^2 training cases and 8 pseudo-labelled ones, .* a share of 0\.25, "):
-        batches_per_epoch(10, 4, 1, Capped(8, 0.25))
+        batches_per_epoch(10, 4, 1, PseudoLabelCap(8, 0.25))

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.integration
 OPEN = (
     *TINY,
     *("--batch_size", 4, "--steps_per_epoch", 5, "--start_eval_at", 2, "--evaluate_every", 1),
-    *("--callbacks", "early_stopping(patience=2, min_delta=2.0)", "top_k(k=2)", "rate_monitor"),
-    "training_dice(cases=2)",
+    *("--callbacks", "early_stopping(patience=2, min_delta=2.0)", "top_k(k=2)", "lr_monitor"),
+    "train_dice(cases=2)",
     *("--lr_schedule", "plateau(factor=0.5, patience=1, threshold=9.0)"),
 )
 
@@ -55,7 +55,7 @@ def test_an_epoch_has_the_steps_that_were_asked_for(opened: Path) -> None:
 
 
 def test_training_cases_are_scored_beside_the_evaluation(opened: Path) -> None:
-    scored = events_of(opened, "TrainingScored")
+    scored = events_of(opened, "TrainDiceEnd")
     assert [event["epoch"] for event in scored] == [2, 3, 4]
     assert all(0 <= float(event["mean_dice"]) <= 1 for event in scored)  # type: ignore[arg-type]
 

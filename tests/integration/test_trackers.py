@@ -82,8 +82,8 @@ def test_one_s_own_tracker_and_one_that_fails(program: Program, balls: Path, tmp
     own = f"{__name__}:Own(name='mine')"
     done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", 1, "--trackers", own)
     names = (tmp_path / "mine").read_text().split()
-    assert names[:2] == ["InitStarted", "Checked"]
-    assert names[-2:] == ["RunStopped", "Closed"]
+    assert names[:2] == ["InitStarted", "PreflightEnd"]
+    assert names[-2:] == ["RunStopped", "RunFinalized"]
     assert [line for line in done.stderr.splitlines() if "Own" in line] == [
         "warning: Own failed (ValueError: not today); its record may be incomplete, training goes on"
     ]
@@ -94,7 +94,7 @@ def test_a_launcher_lets_the_trackers_of_a_run_gone_wrong_close(program: Program
     arguments = ("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", 9, "--learning_rate", 1e30)
     done = program(*arguments, "--trackers", f"{__name__}:Own(name='mine', slow_s=4.0)", ranks=2, ok=False)
     assert "diverged" in done.stdout
-    assert (tmp_path / "mine").read_text().split()[-1] == "Closed"
+    assert (tmp_path / "mine").read_text().split()[-1] == "RunFinalized"
 
 
 class Own:
@@ -105,7 +105,7 @@ class Own:
         self._slow_s = slow_s
 
     def on(self, event: object) -> None:
-        if type(event).__name__ == "Closed":
+        if type(event).__name__ == "RunFinalized":
             time.sleep(self._slow_s)
         with self._file.open("a") as file:
             print(type(event).__name__, file=file)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.registry import Typed
-from model.registry import NO_DOWNLOAD, build_network, check_window, freeze_unused, shadow_of
+from model.registry import NO_DOWNLOAD, build_network, check_window, freeze_unused, to_meta
 
 HERE = "tests.model.test_registry"
 SEGRESNET = "monai.networks.nets:SegResNet(init_filters=8, blocks_down=(1,1), blocks_up=(1,))"
@@ -121,7 +121,7 @@ def test_an_output_that_is_no_tensor_is_refused_and_what_cannot_be_tried_is_let_
 def test_looking_computes_nothing_and_changes_nothing() -> None:
     network = build(f"{HERE}:Net").eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    shadow = shadow_of(network)
+    shadow = to_meta(network)
     check_window(network, (4, 4, 4), "--input_shape", 2, 3)
     assert not network.training
     assert all(p.device.type == "meta" for p in shadow.parameters())

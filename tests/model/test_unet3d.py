@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from model.layers import Kind, UpBlock
+from model.layers import BlockConfig, UpBlock
 from model.normalization import InstanceNormActivation
 from model.registry import NETWORKS, build_network, check_window
 from model.unet3d import MLPERF_FILTERS, Unet3d
@@ -177,7 +177,7 @@ def test_any_number_of_resolutions(resolutions: int) -> None:
 
 
 def test_up_block_joins_upsampled_then_skip() -> None:
-    block = UpBlock(3, 2, Kind("instancenorm", "relu"))
+    block = UpBlock(3, 2, BlockConfig("instancenorm", "relu"))
     seen: list[Tensor] = []
     block.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x, skip = ramp(1, 3, 2, 2, 2), 7 + ramp(1, 2, 4, 4, 4)

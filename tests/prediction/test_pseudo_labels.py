@@ -19,10 +19,10 @@ from data_loading.dataset import (
     INDEX_NAME,
     DatasetIndex,
     file_of,
-    peek,
     pseudo_share,
     read_case,
     read_index,
+    read_spec_and_split,
     write_json,
 )
 from data_loading.integrity import check_files, md5_of, split_digest
@@ -78,7 +78,7 @@ def teacher(tmp_path: Path, folder: Path, make_state: Callable[..., TrainState])
     state = make_state()
     state.network = Reads(1, 3)
     arguments = ["--data_dir", "DATA", "--val_input_shape", "4", "4", "8", "--model", MODEL]
-    data = split_digest(folder, peek(folder, [])[1])
+    data = split_digest(folder, read_spec_and_split(folder, [])[1])
     config, spec = parse_arguments(arguments)[0], read_index(folder / INDEX_NAME).spec
     content = checkpoints.snapshot(state, [0.0], config.to_json(), 1, data, spec.to_json())
     checkpoints.save(tmp_path / "teacher.pth", content)
@@ -172,6 +172,6 @@ def test_what_does_not_fit_is_one_line(folder: Path, teacher: Path, tmp_path: Pa
     saved = torch.load(teacher, weights_only=True)
     checkpoints.save(teacher, {**saved, "data": "another"})
     refused("trained on another data set or split")
-    checkpoints.save(teacher, {**saved, "data": split_digest(folder, peek(folder, [])[1])})
+    checkpoints.save(teacher, {**saved, "data": split_digest(folder, read_spec_and_split(folder, [])[1])})
     run(folder, teacher, tmp_path / "results")
     refused("has pseudo-labels itself", data=tmp_path / "results", results=tmp_path / "more")

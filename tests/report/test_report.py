@@ -105,7 +105,7 @@ def page_of(folder: Path) -> str:
 
 def test_a_run_is_read_back(tmp_path: Path) -> None:
     run = read_run(log_run(tmp_path / "mine", scores={2: 0.8, 4: 0.85}, reasons=["one"]))
-    assert (run.name, run.parts, run.division, run.departures) == ("mine", 1, "open", ["one"])
+    assert (run.name, run.parts, run.division, run.rule_violations) == ("mine", 1, "open", ["one"])
     assert (run.classes, run.train_cases, run.evaluation_cases) == (["kidney", "tumour"], 8, 3)
     assert (run.target, run.samples_per_epoch, run.seeds["master"]) == (0.9, 8, 7)
     assert [epoch.loss for epoch in run.epochs.values()] == [1.0, 0.5, pytest.approx(1 / 3), 0.25]

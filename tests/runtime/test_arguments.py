@@ -180,7 +180,7 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["-v"], "verbose", True),
     (["--trackers", "jsonl", "wandb(project='kits')"], "trackers", ("jsonl", "wandb(project='kits')")),
     (["--trackers"], "trackers", ()),
-    (["--callbacks", "top_k(k=1)", "rate_monitor"], "callbacks", ("top_k(k=1)", "rate_monitor")),
+    (["--callbacks", "top_k(k=1)", "lr_monitor"], "callbacks", ("top_k(k=1)", "lr_monitor")),
     (["--steps_per_epoch", "50"], "steps_per_epoch", 50),
     (["--init_from", "c.pth"], "init_from", Path("c.pth")),
     (["--freeze", "input_block.*", "all_but_output"], "freeze", ("input_block.*", "all_but_output")),

@@ -16,16 +16,20 @@ from common.errors import Interrupted
 from data_loading.pytorch_loader import EvaluationCase
 from model.losses import DiceCELoss, dice_score
 from runtime.distributed.world import World
-from runtime.evaluation import Plan, Scoring, deal, evaluate, score_cases
+from runtime.evaluation import CaseAssignment, SlidingWindowConfig, assign_cases, evaluate, score_cases
 from runtime.inference import sliding_window
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
 from runtime.training import TrainState
 
-SCORING = Scoring(window=(4, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=False)
+SCORING = SlidingWindowConfig(
+    window=(4, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=False
+)
 CASES = ["case_00003", "case_00000", "case_00012"]
 # Stride 4 in depth: 9 mod 4 = 1 is below 4 // 2, and cut; 10 mod 4 = 2 is not.
-CROPPING = Scoring(window=(8, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=True)
+CROPPING = SlidingWindowConfig(
+    window=(8, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=True
+)
 
 
 def made_up(case: str) -> EvaluationCase:
@@ -56,12 +60,12 @@ def score_all(cases: list[str], world: World, events: list[Event] | None = None)
     return evaluate(7, network, DiceCELoss(), plan(cases, world), made_up, SCORING, precision, world, emit)
 
 
-def plan(cases: list[str], world: World) -> Plan:
-    return Plan.make(cases, [SCORING.windows(made_up(case).image.shape[2:]) for case in cases], world)
+def plan(cases: list[str], world: World) -> CaseAssignment:
+    return CaseAssignment.make(cases, [SCORING.windows(made_up(case).image.shape[2:]) for case in cases], world)
 
 
 def score_case(
-    case: EvaluationCase, network: nn.Module, loss: nn.Module, scoring: Scoring, precision: Precision
+    case: EvaluationCase, network: nn.Module, loss: nn.Module, scoring: SlidingWindowConfig, precision: Precision
 ) -> Tensor:
     (row,) = score_cases([case], network, loss, scoring, precision, World(0, 1, torch.device("cpu")))
     return row
@@ -222,7 +226,7 @@ def test_the_same_on_any_number_of_ranks(ranks: int, count: int, world: World) -
 def test_cases_are_dealt_out_longest_first(
     windows: list[int], ranks: int, members: tuple[tuple[int, ...], ...]
 ) -> None:
-    assert deal(windows, ranks) == members
+    assert assign_cases(windows, ranks) == members
 
 
 def test_no_value_comes_to_the_host_while_cases_are_scored(

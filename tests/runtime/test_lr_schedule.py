@@ -13,11 +13,11 @@ import torch
 from common.errors import UserError
 from runtime.logging.events import EvaluationStopped
 from runtime.lr_schedule import Plateau
-from runtime.optimizer import RateSettings, build_rate, learning_rate
+from runtime.optimizer import LRScheduleConfig, build_lr_schedule, learning_rate
 from runtime.training import TrainState
 
 MakeState = Callable[..., TrainState]
-RUN = RateSettings(0.8, 0.1, 4, (), 1.0, 24, {})
+RUN = LRScheduleConfig(0.8, 0.1, 4, (), 1.0, 24, {})
 
 
 def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
@@ -26,20 +26,20 @@ def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
 
 @pytest.mark.parametrize("spec", ["multistep", "cosine", "polynomial", "plateau"])
 def test_every_schedule_begins_with_the_same_warm_up(spec: str) -> None:
-    rate = build_rate(spec, dataclasses.replace(RUN, records={}))
+    rate = build_lr_schedule(spec, dataclasses.replace(RUN, records={}))
     assert [rate(epoch) for epoch in range(1, 6)] == pytest.approx([0.275, 0.45, 0.625, 0.8, 0.8])
 
 
 def test_multistep_is_mlperfs_formula() -> None:
     run = dataclasses.replace(RUN, lr_decay_epochs=(6, 9), lr_decay_factor=0.5)
-    rate = build_rate("multistep", run)
+    rate = build_lr_schedule("multistep", run)
     expected = [learning_rate(epoch, 0.8, 0.1, 4, (6, 9), 0.5) for epoch in range(1, 25)]
     assert [rate(epoch) for epoch in range(1, 25)] == expected
 
 
 def test_cosine_and_polynomial_are_their_formulas() -> None:
-    cosine = build_rate("cosine(final=0.2)", RUN)
-    polynomial = build_rate("polynomial(power=2.0)", RUN)
+    cosine = build_lr_schedule("cosine(final=0.2)", RUN)
+    polynomial = build_lr_schedule("polynomial(power=2.0)", RUN)
     for epoch in range(5, 25):
         progress = (epoch - 5) / 20
         assert cosine(epoch) == pytest.approx(0.2 + 0.3 * (1 + math.cos(math.pi * progress)))
@@ -100,10 +100,10 @@ def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> No
 )
 def test_a_mistake_is_one_line(spec: str, said: str) -> None:
     with pytest.raises(UserError, match="--lr_schedule") as raised:
-        build_rate(spec, RUN)
+        build_lr_schedule(spec, RUN)
     assert said in str(raised.value)
 
 
 def test_decay_epochs_are_of_multistep() -> None:
     with pytest.raises(UserError, match="--lr_decay_epochs is of --lr_schedule multistep"):
-        build_rate("cosine", dataclasses.replace(RUN, lr_decay_epochs=(3,)))
+        build_lr_schedule("cosine", dataclasses.replace(RUN, lr_decay_epochs=(3,)))

@@ -39,7 +39,7 @@ from runtime.checks import (
     free_bytes,
 )
 from runtime.distributed.world import World
-from runtime.evaluation import Scoring, score_cases
+from runtime.evaluation import SlidingWindowConfig, score_cases
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.preflight import Samples, failures, format_table, run_checks
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 GIB = 2**30
 CASES = ["a", "b", "c"]
 SHAPE = (20, 24, 16)
-SCORING = Scoring((16, 16, 16), 0.5, 1, 3, None, False)
+SCORING = SlidingWindowConfig((16, 16, 16), 0.5, 1, 3, None, False)
 SAMPLES = Samples("pytorch", 2, 2, (8, 8, 8), 1)
 
 

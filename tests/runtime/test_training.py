@@ -20,12 +20,11 @@ from common.errors import DIVERGED_EXIT, Interrupted, UserError
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import training
-from runtime.callbacks.base import Announcer, Diverged, Leave, TargetReached
+from runtime.callbacks.base import Diverged, EventDispatcher, StopOnSignal, TargetReached
 from runtime.distributed import step_sync as pulses
-from runtime.distributed.step_sync import Pulse, Wishes
+from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.world import World
 from runtime.logging.events import (
-    BatchDone,
     BlockStarted,
     BlockStopped,
     EpochStarted,
@@ -33,14 +32,15 @@ from runtime.logging.events import (
     EvaluationStarted,
     EvaluationStopped,
     Event,
-    PhaseDone,
+    MicroBatchEnd,
+    PhaseEnd,
     RunStopped,
-    StepDone,
+    StepEnd,
 )
 from runtime.optimizer import learning_rate, make_optimizer
 from runtime.precision import Precision
 from runtime.training import (
-    Schedule,
+    EvalSchedule,
     StepSettings,
     Stop,
     TrainState,
@@ -82,12 +82,12 @@ def run_epoch(
         events.append(event)
         emit(event)
 
-    train_epoch(state, epoch, loader, rate, settings_of(ga_steps), world, Pulse(world, lag=lag), announce)
+    train_epoch(state, epoch, loader, rate, settings_of(ga_steps), world, StepSync(world, lag=lag), announce)
     return events
 
 
-def steps_of(events: list[Event]) -> list[StepDone]:
-    return [event for event in events if isinstance(event, StepDone)]
+def steps_of(events: list[Event]) -> list[StepEnd]:
+    return [event for event in events if isinstance(event, StepEnd)]
 
 
 def assert_close_weights(a: nn.Module, b: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -201,7 +201,7 @@ def test_channels_last_trains_to_the_same_numbers(make_state: MakeState, make_ba
         events: list[Event] = []
         for epoch in (1, 2):
             train_epoch(
-                state, epoch, make_batches(3, 2), 0.1, settings_of(layout=layout), ALONE, Pulse(ALONE), events.append
+                state, epoch, make_batches(3, 2), 0.1, settings_of(layout=layout), ALONE, StepSync(ALONE), events.append
             )
         losses.append([event.loss for event in events if isinstance(event, EpochStopped)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -290,10 +290,10 @@ def test_events_of_an_epoch(make_state: MakeState, make_batches: MakeBatches) ->
     events = run_epoch(make_state(), make_batches(3, 2), rate=0.25, epoch=4)
     expected: list[Event] = [EpochStarted(4, 0.25, 3)]
     for index in range(3):
-        expected += [PhaseDone("data"), PhaseDone("forward and backward"), BatchDone(4, index, 2)]
-        expected += [StepDone(4, index, 0.0, 0.0, 1.0)]
+        expected += [PhaseEnd("data"), PhaseEnd("forward and backward"), MicroBatchEnd(4, index, 2)]
+        expected += [StepEnd(4, index, 0.0, 0.0, 1.0)]
     # The numbers have a test of their own.
-    without = [replace(e, loss=0.0, gradient_norm=0.0) if isinstance(e, StepDone) else e for e in events]
+    without = [replace(e, loss=0.0, gradient_norm=0.0) if isinstance(e, StepEnd) else e for e in events]
     assert without[:-1] == expected
 
 
@@ -318,7 +318,7 @@ def test_an_incomplete_group_is_left_out(
     run_epoch(four, make_batches(4, 1), ga_steps=2)
     assert same_weights(five.network, four.network)
     assert [event.batches for event in events if isinstance(event, EpochStarted)] == [4]
-    assert sum(isinstance(event, BatchDone) for event in events) == 4
+    assert sum(isinstance(event, MicroBatchEnd) for event in events) == 4
     assert [event.samples for event in events if isinstance(event, EpochStopped)] == [4]
     assert all(p.grad is None for p in five.network.parameters())
 
@@ -394,7 +394,7 @@ def test_the_host_reads_a_step_with_the_next_one_and_one_loss_an_epoch(
     forbid_reading: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All that is read of a step is the pulse's vector, once it has arrived; as on a GPU, where the lag is 1."""
+    """All that is read of a step is the step_sync's vector, once it has arrived; as on a GPU, where the lag is 1."""
     state, loader = make_state(momentum=0.9), make_batches(6, 1)
     run_epoch(state, loader)  # momentum's buffers exist from now on
     log = forbid_reading()
@@ -404,16 +404,16 @@ def test_the_host_reads_a_step_with_the_next_one_and_one_loss_an_epoch(
         return vector, lambda: log.append("arrived")
 
     def emit(event: Event) -> None:
-        if isinstance(event, BatchDone | StepDone):
+        if isinstance(event, MicroBatchEnd | StepEnd):
             log.append(f"{type(event).__name__} {event.batch}")
 
     monkeypatch.setattr(pulses, "_start_copy", copied)
     run_epoch(state, loader, ga_steps=2, lag=1, emit=emit)
     assert log == [
-        *("BatchDone 0", "BatchDone 1", "sent"),
-        *("BatchDone 2", "BatchDone 3", "sent", "arrived", "tolist", "StepDone 1"),
-        *("BatchDone 4", "BatchDone 5", "sent", "arrived", "tolist", "StepDone 3"),
-        *("arrived", "tolist", "StepDone 5", "item"),
+        *("MicroBatchEnd 0", "MicroBatchEnd 1", "sent"),
+        *("MicroBatchEnd 2", "MicroBatchEnd 3", "sent", "arrived", "tolist", "StepEnd 1"),
+        *("MicroBatchEnd 4", "MicroBatchEnd 5", "sent", "arrived", "tolist", "StepEnd 3"),
+        *("arrived", "tolist", "StepEnd 5", "item"),
     ]
 
 
@@ -475,9 +475,9 @@ def test_at_a_steps_end_the_state_says_where_it_is(
 
     def emit(event: Event) -> None:
         place = state.epoch, state.batch, None if state.loss_sum is None else state.loss_sum.item()
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             found.append(place)
-        elif isinstance(event, BatchDone) and found:
+        elif isinstance(event, MicroBatchEnd) and found:
             assert place == found[-1], "what is done of the next step does not count yet"
 
     state.epoch = 6
@@ -497,7 +497,7 @@ def test_the_rest_of_an_epoch_is_the_whole_epochs_bit_for_bit(
     whole, states = dropping_state(), []
 
     def emit(event: Event) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, StepEnd):
             states.append(copy.deepcopy(whole))
 
     stopped = run_epoch(whole, make_batches(5, 2), epoch=3, ga_steps=ga_steps, emit=emit)[-1]
@@ -507,7 +507,7 @@ def test_the_rest_of_an_epoch_is_the_whole_epochs_bit_for_bit(
     for count, (state, done) in enumerate(zip(states, places, strict=True), start=1):
         torch.manual_seed(1000 + done)
         rest = run_epoch(state, make_batches(5, 2), epoch=3, ga_steps=ga_steps, lag=lag)
-        assert [event.batch for event in rest if isinstance(event, BatchDone)] == list(range(done, places[-1]))
+        assert [event.batch for event in rest if isinstance(event, MicroBatchEnd)] == list(range(done, places[-1]))
         assert [event.batch + 1 for event in steps_of(rest)] == places[count:]
         assert same_weights(state.network, whole.network)
         assert (rest[-1].loss, state.epoch, state.batch) == (stopped.loss, 3, 0)
@@ -526,7 +526,9 @@ def test_what_a_step_draws_is_of_the_ranks_seed_the_epoch_and_the_batch(make_bat
         state = dropping_state()
         torch.manual_seed(before)
         events: list[Event] = []
-        train_epoch(state, epoch, make_batches(2, 1), 0.0, settings_of(seed=seed), ALONE, Pulse(ALONE), events.append)
+        train_epoch(
+            state, epoch, make_batches(2, 1), 0.0, settings_of(seed=seed), ALONE, StepSync(ALONE), events.append
+        )
         return steps_of(events)[0].loss
 
     assert loss(before=9) == loss()
@@ -541,12 +543,12 @@ def test_a_stop_at_a_step_leaves_the_rest_of_the_epoch(make_state: MakeState, ma
     state = make_state()
 
     def emit(event: Event) -> None:
-        if isinstance(event, StepDone) and event.batch == 1:
+        if isinstance(event, StepEnd) and event.batch == 1:
             state.stop = Stop("aborted", "enough")
 
     events = run_epoch(state, make_batches(4, 1), emit=emit)
-    assert sum(isinstance(event, BatchDone) for event in events) == 2
-    assert isinstance(events[-1], StepDone), "an epoch that was not completed has no mean loss"
+    assert sum(isinstance(event, MicroBatchEnd) for event in events) == 2
+    assert isinstance(events[-1], StepEnd), "an epoch that was not completed has no mean loss"
     assert (state.epoch, state.batch) == (0, 2)
 
 
@@ -555,11 +557,11 @@ def test_a_stop_at_an_epochs_last_step_is_no_whole_epoch(make_state: MakeState, 
     state = make_state()
 
     def emit(event: Event) -> None:
-        if isinstance(event, StepDone) and event.batch == 3:
+        if isinstance(event, StepEnd) and event.batch == 3:
             state.stop = Stop("aborted", "enough")
 
     events = run_epoch(state, make_batches(4, 1), lag=1, emit=emit)
-    assert isinstance(events[-1], StepDone)
+    assert isinstance(events[-1], StepEnd)
     assert (state.epoch, state.batch) == (0, 4)
     state.stop = None
     (started, stopped) = run_epoch(state, make_batches(4, 1))
@@ -571,30 +573,30 @@ def test_a_stop_at_an_epochs_last_step_is_no_whole_epoch(make_state: MakeState, 
 
 
 def test_evaluates_from_the_first_on_every_interval() -> None:
-    schedule = Schedule(epochs=12, first_evaluation=4, interval=3)
+    schedule = EvalSchedule(epochs=12, first_evaluation=4, interval=3)
     assert [epoch for epoch in range(1, 13) if schedule.evaluates(epoch)] == [4, 7, 10]
 
 
 def test_no_first_evaluation_means_never() -> None:
-    assert not any(Schedule(50, None, 1).evaluates(epoch) for epoch in range(1, 51))
+    assert not any(EvalSchedule(50, None, 1).evaluates(epoch) for epoch in range(1, 51))
 
 
 @pytest.mark.parametrize(
     ("schedule", "start", "blocks"),
     [
-        (Schedule(6, 2, 2), 1, [(1, 2), (3, 4), (5, 6)]),
-        (Schedule(7, 3, 2), 1, [(1, 3), (4, 5), (6, 7)]),
-        (Schedule(8, 3, 2), 1, [(1, 3), (4, 5), (6, 7), (8, 8)]),
-        (Schedule(3, 1, 1), 1, [(1, 1), (2, 2), (3, 3)]),
-        (Schedule(5, 9, 1), 1, [(1, 5)]),
-        (Schedule(5, None, 1), 1, [(1, 5)]),
-        (Schedule(8, 3, 2), 5, [(5, 5), (6, 7), (8, 8)]),
-        (Schedule(8, 3, 2), 6, [(6, 7), (8, 8)]),
-        (Schedule(8, 3, 2), 9, []),
+        (EvalSchedule(6, 2, 2), 1, [(1, 2), (3, 4), (5, 6)]),
+        (EvalSchedule(7, 3, 2), 1, [(1, 3), (4, 5), (6, 7)]),
+        (EvalSchedule(8, 3, 2), 1, [(1, 3), (4, 5), (6, 7), (8, 8)]),
+        (EvalSchedule(3, 1, 1), 1, [(1, 1), (2, 2), (3, 3)]),
+        (EvalSchedule(5, 9, 1), 1, [(1, 5)]),
+        (EvalSchedule(5, None, 1), 1, [(1, 5)]),
+        (EvalSchedule(8, 3, 2), 5, [(5, 5), (6, 7), (8, 8)]),
+        (EvalSchedule(8, 3, 2), 6, [(6, 7), (8, 8)]),
+        (EvalSchedule(8, 3, 2), 9, []),
     ],
 )
 def test_blocks_end_with_an_evaluation_or_the_run(
-    schedule: Schedule, start: int, blocks: list[tuple[int, int]]
+    schedule: EvalSchedule, start: int, blocks: list[tuple[int, int]]
 ) -> None:
     assert list(schedule.blocks(start)) == blocks
 
@@ -608,19 +610,19 @@ def test_the_rules_schedule(samples_per_epoch: int) -> None:
 
 
 def test_the_rules_schedule_of_a_full_epoch_and_of_one_that_drops_two_samples() -> None:
-    assert make_schedule(1, 168, None, None) == Schedule(1, 1000, 20)
-    assert make_schedule(1, 166, None, None) == Schedule(1, 1013, 21)
+    assert make_schedule(1, 168, None, None) == EvalSchedule(1, 1000, 20)
+    assert make_schedule(1, 166, None, None) == EvalSchedule(1, 1013, 21)
 
 
 def test_the_users_schedule() -> None:
-    assert make_schedule(9, 168, 3, None) == Schedule(9, 3, 20)
-    assert make_schedule(9, 168, None, 2) == Schedule(9, 1000, 2)
-    assert make_schedule(9, 168, 3, 2) == Schedule(9, 3, 2)
+    assert make_schedule(9, 168, 3, None) == EvalSchedule(9, 3, 20)
+    assert make_schedule(9, 168, None, 2) == EvalSchedule(9, 1000, 2)
+    assert make_schedule(9, 168, 3, 2) == EvalSchedule(9, 3, 2)
 
 
 def test_check_refuses_an_epoch_without_a_step() -> None:
     with pytest.raises(UserError, match=r"--ga_steps 5, but an epoch has 4 batches: no step"):
-        Schedule(9, 1, 1).check(batches=4, ga_steps=5, warmup_steps=None)
+        EvalSchedule(9, 1, 1).check(batches=4, ga_steps=5, warmup_steps=None)
 
 
 @pytest.mark.parametrize(("epochs", "warmup_steps"), [(1, 4), (2, 8), (1, 200)])
@@ -628,20 +630,20 @@ def test_check_refuses_a_benchmark_that_ends_in_its_warm_up(epochs: int, warmup_
     """5 batches and groups of 2: 4 iterations an epoch."""
     enough = warmup_steps // 4 + 2
     with pytest.raises(UserError, match=rf"{epochs} epoch\(s\) of 4 iterations .*use --epochs {enough} or"):
-        Schedule(epochs, None, 1).check(5, 2, warmup_steps)
-    Schedule(enough, None, 1).check(5, 2, warmup_steps)
+        EvalSchedule(epochs, None, 1).check(5, 2, warmup_steps)
+    EvalSchedule(enough, None, 1).check(5, 2, warmup_steps)
 
 
 def test_check_passes_a_run_with_a_result() -> None:
-    Schedule(1, None, 1).check(batches=4, ga_steps=4, warmup_steps=None)
-    Schedule(1, None, 1).check(batches=5, ga_steps=2, warmup_steps=3)
-    Schedule(1, None, 1).check(batches=5, ga_steps=2, warmup_steps=0)
+    EvalSchedule(1, None, 1).check(batches=4, ga_steps=4, warmup_steps=None)
+    EvalSchedule(1, None, 1).check(batches=5, ga_steps=2, warmup_steps=3)
+    EvalSchedule(1, None, 1).check(batches=5, ga_steps=2, warmup_steps=0)
 
 
 def test_note_speaks_up_where_nothing_will_be_evaluated() -> None:
-    assert Schedule(5, 5, 1).note() == ""
-    assert "no evaluation in these 5 epochs (the first is due at epoch 6)" in Schedule(5, 6, 1).note()
-    assert "there are no cases" in Schedule(5, None, 1).note()
+    assert EvalSchedule(5, 5, 1).note() == ""
+    assert "no evaluation in these 5 epochs (the first is due at epoch 6)" in EvalSchedule(5, 6, 1).note()
+    assert "there are no cases" in EvalSchedule(5, None, 1).note()
 
 
 # A run
@@ -660,7 +662,7 @@ class Run:
         self.scores = scores
         self.signals = signals or {}
         self.threshold = threshold
-        self.announce = Announcer([self])
+        self.announce = EventDispatcher([self])
 
     def on(self, event: Event) -> None:
         self.events.append(event)
@@ -670,20 +672,24 @@ class Run:
         score = self.scores.get(epoch, 0.5)
         return EvaluationStopped(epoch, score, [score], 0.1, 0.0)
 
-    def wish(self) -> Wishes:
-        return Wishes(self.signals.get(sum(isinstance(event, StepDone) for event in self.events), 0))
+    def wish(self) -> StepRequest:
+        return StepRequest(self.signals.get(sum(isinstance(event, StepEnd) for event in self.events), 0))
 
     def start(
         self,
         state: TrainState,
         loader: training.TrainingLoader,
-        schedule: Schedule,
+        schedule: EvalSchedule,
         rate: Callable[[int], float] = lambda epoch: 0.1,
     ) -> RunStopped:
         """How the log ends; the run itself ends in the same words, and ends the log but once."""
-        self.announce.govern(state, [TargetReached(self.threshold), Diverged(self.world, loader.describe, 1), Leave()])
-        pulse = Pulse(self.world, self.wish)
-        self.stop = train(state, loader, schedule, rate, settings_of(), self.evaluate, self.world, pulse, self.announce)
+        self.announce.attach(
+            state, [TargetReached(self.threshold), Diverged(self.world, loader.describe, 1), StopOnSignal()]
+        )
+        step_sync = StepSync(self.world, self.wish)
+        self.stop = train(
+            state, loader, schedule, rate, settings_of(), self.evaluate, self.world, step_sync, self.announce
+        )
         stopped = self.last()
         assert (stopped.status, stopped.reason) == (self.stop.status, self.stop.reason)
         return stopped
@@ -698,7 +704,7 @@ class Run:
         return [
             f"{type(event).__name__} {getattr(event, 'epoch', getattr(event, 'first_epoch', ''))}"
             for event in self.events
-            if not isinstance(event, PhaseDone | BatchDone | StepDone)
+            if not isinstance(event, PhaseEnd | MicroBatchEnd | StepEnd)
         ]
 
     def losses(self) -> list[float]:
@@ -707,7 +713,7 @@ class Run:
 
 def test_events_come_in_the_documented_order(make_state: MakeState, make_batches: MakeBatches) -> None:
     run = Run({})
-    run.start(make_state(), make_batches(2, 1), Schedule(5, 2, 2))
+    run.start(make_state(), make_batches(2, 1), EvalSchedule(5, 2, 2))
     assert run.names() == [
         "BlockStarted 1",
         "EpochStarted 1",
@@ -739,7 +745,7 @@ def test_a_run_that_reaches_its_target_stops_at_once_with_success(
     make_state: MakeState, make_batches: MakeBatches
 ) -> None:
     run = Run({2: 0.9079, 4: 0.908})
-    stopped = run.start(make_state(), make_batches(1, 1), Schedule(50, 2, 2))
+    stopped = run.start(make_state(), make_batches(1, 1), EvalSchedule(50, 2, 2))
     assert (stopped.status, stopped.epoch) == ("success", 4)
     assert "0.9080 reached 0.908" in stopped.reason
     assert run.stop.exit_status == 0
@@ -750,7 +756,7 @@ def test_a_run_without_its_target_is_aborted_at_its_last_epoch(
     make_state: MakeState, make_batches: MakeBatches
 ) -> None:
     run = Run({})
-    stopped = run.start(make_state(), make_batches(1, 1), Schedule(3, 1, 1))
+    stopped = run.start(make_state(), make_batches(1, 1), EvalSchedule(3, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 3)
     assert "not reached in 3 epochs" in stopped.reason
     assert run.stop.exit_status == 0, "a whole run: to start it again would train no further"
@@ -758,7 +764,7 @@ def test_a_run_without_its_target_is_aborted_at_its_last_epoch(
 
 def test_a_score_of_nothing_is_aborted(make_state: MakeState, make_batches: MakeBatches) -> None:
     run = Run({2: 1e-7})
-    stopped = run.start(make_state(), make_batches(1, 1), Schedule(9, 1, 1))
+    stopped = run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 2)
     assert "diverged" in stopped.reason
     assert run.stop.exit_status == DIVERGED_EXIT
@@ -769,13 +775,13 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(make_state: MakeState
     with torch.no_grad():
         state.network.output.conv.bias.fill_(float("nan"))
     run = Run({})
-    stopped = run.start(state, make_batches(3, 1), Schedule(9, 1, 1))
+    stopped = run.start(state, make_batches(3, 1), EvalSchedule(9, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 0)
     assert stopped.reason.startswith("diverged: epoch 1, batch 0: ")
     assert stopped.reason.endswith("rank 0: loss nan on sample 0 of batch 0")
     assert run.stop.exit_status == DIVERGED_EXIT
     assert run.names() == ["BlockStarted 1", "EpochStarted 1", "BlockStopped 1", "RunStopped 0"]
-    assert [event.batch for event in run.events if isinstance(event, BatchDone)] == [0]
+    assert [event.batch for event in run.events if isinstance(event, MicroBatchEnd)] == [0]
     assert [event.epochs for event in run.events if isinstance(event, BlockStopped)] == [1]
 
 
@@ -784,7 +790,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_while_the_loss_is_one(
 ) -> None:
     state = make_state()
     state.network.output.conv.bias.register_hook(lambda gradient: gradient * math.inf)
-    stopped = Run({}).start(state, make_batches(3, 1), Schedule(9, 1, 1))
+    stopped = Run({}).start(state, make_batches(3, 1), EvalSchedule(9, 1, 1))
     assert stopped.reason.startswith("diverged: epoch 1, batch 0: gradient norm inf, loss scale 1, rank 0: loss 0.9")
 
 
@@ -792,7 +798,7 @@ def test_a_run_goes_on_from_the_states_epoch(make_state: MakeState, make_batches
     state, loader = make_state(), make_batches(1, 1)
     state.epoch = 3
     run = Run({})
-    run.start(state, loader, Schedule(6, 2, 2))
+    run.start(state, loader, EvalSchedule(6, 2, 2))
     assert loader.epochs == [4, 5, 6]
     blocks = [(event.first_epoch, event.epochs) for event in run.events if isinstance(event, BlockStarted)]
     assert blocks == [(4, 1), (5, 2)]
@@ -800,7 +806,7 @@ def test_a_run_goes_on_from_the_states_epoch(make_state: MakeState, make_batches
 
 def test_every_epoch_takes_its_own_rate(make_state: MakeState, make_batches: MakeBatches) -> None:
     run = Run({})
-    run.start(make_state(), make_batches(1, 1), Schedule(4, None, 1), rate=lambda epoch: 0.1 / epoch)
+    run.start(make_state(), make_batches(1, 1), EvalSchedule(4, None, 1), rate=lambda epoch: 0.1 / epoch)
     rates = [event.learning_rate for event in run.events if isinstance(event, EpochStarted | EpochStopped)]
     assert rates == pytest.approx([0.1 / epoch for epoch in (1, 1, 2, 2, 3, 3, 4, 4)])
 
@@ -817,7 +823,7 @@ def test_a_run_that_is_stopped_at_an_epochs_end_is_not_evaluated(
                 state.stop = Stop("aborted", "enough")
 
     run = Stopping({})
-    assert run.start(state, make_batches(1, 1), Schedule(3, 1, 1)).reason == "enough"
+    assert run.start(state, make_batches(1, 1), EvalSchedule(3, 1, 1)).reason == "enough"
     assert run.names() == ["BlockStarted 1", "EpochStarted 1", "EpochStopped 1", "BlockStopped 1", "RunStopped 1"]
 
 
@@ -826,7 +832,7 @@ def test_a_run_that_is_stopped_at_an_epochs_end_is_not_evaluated(
 
 def test_a_signal_is_followed_at_a_steps_end(make_state: MakeState, make_batches: MakeBatches) -> None:
     state, run = make_state(), Run({}, signals={4: signal.SIGTERM})
-    stopped = run.start(state, make_batches(3, 1), Schedule(9, 9, 1))
+    stopped = run.start(state, make_batches(3, 1), EvalSchedule(9, 9, 1))
     assert run.stop == Stop("aborted", "interrupted by SIGTERM", 143)
     assert (stopped.epoch, state.epoch, state.batch) == (1, 1, 2), "the second step of epoch 2"
     assert run.names()[-2:] == ["EpochStarted 2", "RunStopped 1"]
@@ -839,7 +845,7 @@ def test_a_signal_is_followed_in_an_evaluation(make_state: MakeState, make_batch
             raise Interrupted(signal.SIGINT)
 
     state, run = make_state(), Left({})
-    run.start(state, make_batches(1, 1), Schedule(9, 2, 2))
+    run.start(state, make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert run.stop == Stop("aborted", "interrupted by SIGINT", 130)
     assert (state.epoch, state.batch, state.evaluated) == (2, 0, 0), "the evaluation is still to be made"
     assert run.names()[-2:] == ["EvaluationStarted 2", "RunStopped 2"]
@@ -850,14 +856,14 @@ def test_a_run_that_left_goes_on_as_if_it_had_not(
 ) -> None:
     """At any step of two epochs, but for what a checkpoint does between."""
     whole, straight = make_state(momentum=0.9), Run({})
-    straight.start(whole, make_batches(3, 1), Schedule(2, 1, 1))
+    straight.start(whole, make_batches(3, 1), EvalSchedule(2, 1, 1))
     for beats in range(6):
         state = make_state(momentum=0.9)
         first, second = Run({}, signals={beats: signal.SIGTERM}), Run({})
-        first.start(state, make_batches(3, 1), Schedule(2, 1, 1))
+        first.start(state, make_batches(3, 1), EvalSchedule(2, 1, 1))
         assert first.stop.exit_status == 143
         state.stop = None
-        second.start(state, make_batches(3, 1), Schedule(2, 1, 1))
+        second.start(state, make_batches(3, 1), EvalSchedule(2, 1, 1))
         assert same_weights(state.network, whole.network)
         assert first.losses() + second.losses() == straight.losses()
         scored = [event.epoch for event in first.events + second.events if isinstance(event, EvaluationStopped)]
@@ -878,7 +884,7 @@ def test_an_evaluation_that_an_earlier_process_owes_comes_first_and_once(
 ) -> None:
     state, run = make_state(), Run({})
     state.epoch, state.evaluated = 2, evaluated
-    run.start(state, make_batches(1, 1), Schedule(epochs, 2, 2))
+    run.start(state, make_batches(1, 1), EvalSchedule(epochs, 2, 2))
     assert run.names()[: len(names)] == names
     assert run.names().count("EvaluationStopped 2") == (evaluated < 2)
     assert run.names().count("EvaluationStopped 4") == (epochs == 4)
@@ -888,14 +894,14 @@ def test_an_evaluation_that_an_earlier_process_owes_comes_first_and_once(
 def test_nothing_is_owed_for_an_epoch_without_an_evaluation(make_state: MakeState, make_batches: MakeBatches) -> None:
     state, run = make_state(), Run({})
     state.epoch, state.evaluated = 3, 2
-    run.start(state, make_batches(1, 1), Schedule(4, 2, 2))
+    run.start(state, make_batches(1, 1), EvalSchedule(4, 2, 2))
     assert run.names()[0] == "BlockStarted 4"
 
 
 def test_an_evaluation_owed_may_end_the_run(make_state: MakeState, make_batches: MakeBatches) -> None:
     state, run = make_state(), Run({2: 0.95})
     state.epoch = 2
-    assert run.start(state, make_batches(1, 1), Schedule(9, 2, 2)).status == "success"
+    assert run.start(state, make_batches(1, 1), EvalSchedule(9, 2, 2)).status == "success"
     assert run.names() == ["EvaluationStarted 2", "EvaluationStopped 2", "RunStopped 2"]
 
 
@@ -909,7 +915,7 @@ def test_who_hears_of_a_score_finds_it_in_the_state(make_state: MakeState, make_
             if isinstance(event, EvaluationStopped):
                 found.append(state.evaluated)
 
-    Looking({}).start(state, make_batches(1, 1), Schedule(3, 1, 1))
+    Looking({}).start(state, make_batches(1, 1), EvalSchedule(3, 1, 1))
     assert found == [1, 2, 3]
 
 
@@ -932,7 +938,7 @@ def test_whatever_is_raised_closes_the_log_and_is_raised_again(
 
     run = Failing({})
     with pytest.raises(type(error)) as caught:
-        run.start(make_state(), make_batches(1, 1), Schedule(9, 2, 2))
+        run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert caught.value is error
     assert (run.last().status, run.last().reason, run.last().epoch) == ("aborted", reason, 2)
 
@@ -956,7 +962,7 @@ def test_a_log_does_not_guess_which_rank_was_lost(
     run = Failing({})
     run.world = world
     with pytest.raises(RuntimeError, match=r"^gloo"):
-        run.start(make_state(), make_batches(1, 1), Schedule(9, 2, 2))
+        run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert run.last().reason == reason
 
 
@@ -972,7 +978,7 @@ def test_a_worker_of_the_loader_that_was_killed_is_no_bug_of_ours(
     state.network.register_forward_pre_hook(interrupt)
     run = Run({})
     with pytest.raises(UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed\. .*--resume$"):
-        run.start(state, make_batches(1, 1), Schedule(9, 2, 2))
+        run.start(state, make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert (run.last().status, run.last().epoch) == ("aborted", 0)
 
 
@@ -1007,5 +1013,5 @@ GOLDEN = {
 def test_golden_losses(kind: str, make_state: MakeState, make_batches: MakeBatches) -> None:
     optimizer, rate, losses = GOLDEN[kind]
     run = Run({})
-    run.start(make_state(**optimizer), make_batches(4, 2), Schedule(6, 3, 3), rate)
+    run.start(make_state(**optimizer), make_batches(4, 2), EvalSchedule(6, 3, 3), rate)
     assert run.losses() == pytest.approx(losses, rel=1e-3)

@@ -15,7 +15,7 @@ from model.unet3d import Unet3d
 from runtime.distributed.world import World
 from runtime.precision import Precision
 from runtime.training import StepSettings, TrainState, train_step
-from runtime.warmup import calibrate, made_up_batch, peak_flops, training_flops, untouched, warm_up
+from runtime.warmup import calibrate, dummy_batch, peak_flops, preserve_state, training_flops, warm_up
 
 SHAPE = (4, 4, 8)
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_a_warm_up_leaves_no_trace(
     optimizer: str, steps_before: int, make_state: Callable[..., TrainState], settings: StepSettings
 ) -> None:
     state = make_state(optimizer)
-    batch = made_up_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
     for _ in range(steps_before):
         train_step(state, batch, settings, is_last=True)
     before = everything(state)
@@ -67,7 +67,7 @@ def test_a_warm_up_leaves_no_trace(
 def test_the_first_loss_is_the_same_with_and_without(
     make_state: Callable[..., TrainState], settings: StepSettings
 ) -> None:
-    batch = made_up_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
     plain, warmed = make_state(), make_state()
     warm_up(warmed, batch, batch, settings, steps=2)
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_the_steps_themselves_do_change_the_state(
     state.network.register_forward_pre_hook(
         lambda network, inputs: weights.append(next(network.parameters()).detach().clone())
     )
-    batch = made_up_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
     warm_up(state, batch, batch, settings, steps=2)
     assert len(weights) == 4  # a training step and an evaluation of windows, twice
     assert not torch.equal(weights[0], weights[1])
@@ -95,7 +95,7 @@ def test_random_numbers_drawn_inside_are_given_back(make_state: Callable[..., Tr
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    with untouched(state):
+    with preserve_state(state):
         torch.rand(100)
     assert torch.equal(torch.rand(4), expected)
 
@@ -133,7 +133,7 @@ def test_a_calibration_leaves_no_trace_and_one_rank_communicates_nothing(
     monkeypatch.setattr("runtime.warmup.PEAK_SIZES", {"cpu": 64})
     state = make_state()
     before = everything(state)
-    batch = made_up_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
     found = calibrate(state, lambda: Unet3d(1, 3, filters=(3, 4)), batch, settings, world)
     assert same(everything(state), before)
     assert found.communication_ms == 0

@@ -36,7 +36,7 @@ def test_a_log_is_read(write_open: WriteRun, tmp_path: Path) -> None:
     assert log.problems == []
     assert (log.clock_ms, log.converged, log.epochs, log.unit) == (12_345, True, 6, 168)
     assert log.evaluations == [(2, 0.5), (4, 0.5), (6, 0.91)]
-    assert (log.is_closed, log.departures) == (False, ["--overlap 0.25, not 0.5"])
+    assert (log.is_closed, log.rule_violations) == (False, ["--overlap 0.25, not 0.5"])
     # A line a millisecond, the next one after epoch_start being its epoch_stop.
     assert log.seconds_in("epoch") == pytest.approx(0.006)
 

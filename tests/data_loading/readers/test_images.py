@@ -17,7 +17,7 @@ pytest.importorskip("PIL", reason="pip install '.[images]'")
 from PIL import Image
 
 from common.errors import UserError
-from data_loading.dataset import peek
+from data_loading.dataset import read_spec_and_split
 from data_loading.readers.images import read_mask, read_picture
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
@@ -55,7 +55,7 @@ def test_a_grey_picture_is_a_volume_of_one_slice(folders: Folders, tmp_path: Pat
     x, y = arrays(tmp_path / "out", "3")
     np.testing.assert_array_equal(x, picture_of(3)[np.newaxis, np.newaxis])
     np.testing.assert_array_equal(y[0, 0], mask_of(3) // 255)
-    assert peek(tmp_path / "out", [])[0].orientation == "IPL"
+    assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "IPL"
 
 
 def test_one_colour_picture_gives_all_of_them_three_channels(folders: Folders, tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "a flag of scans",
         lambda data, masks: None,
         "--orientation RAS",
-        "--orientation means nothing for --dataset images, which takes --drop_empty, --intensity, --labels, --labels_dir, "
-        "--size, --split, --window",
+        "--orientation means nothing for --dataset images, which takes --drop_empty, --intensity, --labels, "
+        "--labels_dir, --size, --split, --window",
     ),
     ("no size", lambda data, masks: None, "--size 0 5", "--size 0 5: must be at least 1 pixel each way"),
 ]

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_loading.dataset import peek
+from data_loading.dataset import read_spec_and_split
 from data_loading.readers import nifti as scans
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
@@ -49,7 +49,7 @@ def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
         x, y = arrays(tmp_path / "out", f"p{number}")
         np.testing.assert_array_equal(x[0], nib.load(folders[0] / f"p{number}.nii.gz").get_fdata(dtype=np.float32))
         np.testing.assert_array_equal(y[0], np.searchsorted([0, 3, 7], mask_of(number)))
-    assert peek(tmp_path / "out", [])[0].orientation == "LAS"
+    assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "LAS"
     assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split": [0.5, 0.25, 0.25]}
 
 
@@ -151,7 +151,7 @@ def test_turned_cropped_and_resampled_as_the_flags_say(folders: tuple[Path, Path
     index = preprocess("nifti", *folders, tmp_path / "out", flags)
     spec = index.spec
     assert (spec.orientation, spec.spacing_mm, spec.intensity_window) == ("SPR", (1.5, 1.5, 2.0), (50.0, 400.0))
-    assert (spec.intensity, spec.foreground_crop, peek(tmp_path / "out", [])[0]) == ("unit", True, spec)
+    assert (spec.intensity, spec.foreground_crop, read_spec_and_split(tmp_path / "out", [])[0]) == ("unit", True, spec)
     for case, record in index.cases.items():
         x, y = arrays(tmp_path / "out", case)
         assert x.min() == 0

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from common.errors import DIVERGED_EXIT, Interrupted
-from runtime.callbacks.base import Announcer, Diverged, KeepBest, Leave, TargetReached
+from runtime.callbacks.base import Diverged, EventDispatcher, KeepBest, StopOnSignal, TargetReached
 from runtime.distributed.world import World
-from runtime.logging.events import EpochStopped, EvaluationStopped, Event, RunStarted, RunStopped, StepDone
+from runtime.logging.events import EpochStopped, EvaluationStopped, Event, RunStarted, RunStopped, StepEnd
 from runtime.training import Stop, TrainState
 
 MakeState = Callable[..., TrainState]
@@ -27,8 +27,8 @@ def scored(mean_dice: float, epoch: int = 4) -> EvaluationStopped:
     return EvaluationStopped(epoch, mean_dice, [mean_dice, mean_dice], 0.5, 1.0)
 
 
-def step_done(loss: float = 0.5, norm: float = 1.0, scale: float = 1.0, **heard: Any) -> StepDone:
-    return StepDone(4, 7, loss, norm, scale, **heard)
+def step_done(loss: float = 0.5, norm: float = 1.0, scale: float = 1.0, **heard: Any) -> StepEnd:
+    return StepEnd(4, 7, loss, norm, scale, **heard)
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,16 @@ def test_not_diverged(event: Event, make_state: MakeState) -> None:
 def test_leaves_at_the_step_at_which_a_signal_is_heard(number: int, status: int, make_state: MakeState) -> None:
     state = make_state()
     with pytest.raises(Interrupted) as left:
-        Leave().on(step_done(signal=number), state)
+        StopOnSignal().on(step_done(signal=number), state)
     assert left.value.exit_status == status
 
 
 def test_does_not_leave_without_a_signal_or_from_a_run_that_ends_anyway(make_state: MakeState) -> None:
     state = make_state()
     for event in (step_done(save=True, fault=True), scored(0.5), RunStopped("aborted", "", 4, 1.0)):
-        Leave().on(event, state)
+        StopOnSignal().on(event, state)
     state.stop = diverged_ = Stop("aborted", "diverged", DIVERGED_EXIT)
-    Leave().on(step_done(signal=signal.SIGTERM), state)
+    StopOnSignal().on(step_done(signal=signal.SIGTERM), state)
     assert state.stop is diverged_, "to start it again would end in the same: its exit status must say so"
 
 
@@ -216,8 +216,8 @@ class Recorder:
 
 def test_every_event_goes_to_callbacks_then_to_trackers_in_order(make_state: MakeState) -> None:
     log: list[tuple[str, Event]] = []
-    announce = Announcer([Recorder("t1", log), Recorder("t2", log)])
-    announce.govern(make_state(), [Recorder("c1", log), Recorder("c2", log)])
+    announce = EventDispatcher([Recorder("t1", log), Recorder("t2", log)])
+    announce.attach(make_state(), [Recorder("c1", log), Recorder("c2", log)])
     event = RunStarted()
     announce(event)
     assert log == [("c1", event), ("c2", event), ("t1", event), ("t2", event)]
@@ -225,16 +225,16 @@ def test_every_event_goes_to_callbacks_then_to_trackers_in_order(make_state: Mak
 
 def test_before_callbacks_govern_only_trackers_hear(make_state: MakeState) -> None:
     log: list[tuple[str, Event]] = []
-    announce = Announcer([Recorder("tracker", log)])
+    announce = EventDispatcher([Recorder("tracker", log)])
     announce(RunStarted())
-    announce.govern(make_state(), [Recorder("callback", log)])
+    announce.attach(make_state(), [Recorder("callback", log)])
     assert [name for name, _ in log] == ["tracker"]
 
 
 def test_callbacks_see_the_state_and_may_stop_the_run(make_state: MakeState) -> None:
     state = make_state()
-    announce = Announcer([])
-    announce.govern(state, [TargetReached(0.5), KeepBest()])
+    announce = EventDispatcher([])
+    announce.attach(state, [TargetReached(0.5), KeepBest()])
     announce(scored(0.7))
     assert state.stop is not None
     assert state.best_dice == 0.7
@@ -243,8 +243,8 @@ def test_callbacks_see_the_state_and_may_stop_the_run(make_state: MakeState) -> 
 def test_what_a_callback_raises_is_heard_by_no_tracker(make_state: MakeState) -> None:
     """It ends the run: a wish to leave, or a checkpoint that cannot be made."""
     log: list[tuple[str, Event]] = []
-    announce = Announcer([Recorder("tracker", log)])
-    announce.govern(make_state(), [Leave()])
+    announce = EventDispatcher([Recorder("tracker", log)])
+    announce.attach(make_state(), [StopOnSignal()])
     with pytest.raises(Interrupted):
         announce(step_done(signal=signal.SIGINT))
     assert log == []
@@ -274,7 +274,7 @@ def test_a_failing_tracker_is_told_of_once_by_its_name_and_hears_on(
     error: Exception, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log: list[tuple[str, Event]] = []
-    announce = Announcer([Broken(error, log), Recorder("sound", log)])
+    announce = EventDispatcher([Broken(error, log), Recorder("sound", log)])
     for event in (scored(0.5), scored(0.6)):
         announce(event)
     assert [name for name, _ in log] == ["broken", "sound"] * 2
@@ -284,7 +284,7 @@ def test_a_failing_tracker_is_told_of_once_by_its_name_and_hears_on(
 
 
 def test_each_failing_tracker_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    announce = Announcer([Broken(ValueError("one"), []), Broken(ValueError("two"), [])])
+    announce = EventDispatcher([Broken(ValueError("one"), []), Broken(ValueError("two"), [])])
     announce(RunStarted())
     announce(RunStarted())
     assert [line.split("(")[1].split(")")[0] for line in capsys.readouterr().err.splitlines()] == [

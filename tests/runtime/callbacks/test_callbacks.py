@@ -15,7 +15,7 @@ from common.errors import UserError
 from runtime.callbacks.base import Callback, RunContext, build_callbacks
 from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
-from runtime.logging.events import BlockStarted, EvaluationStopped, Event, StepDone, TrainingScored
+from runtime.logging.events import BlockStarted, EvaluationStopped, Event, StepEnd, TrainDiceEnd
 from runtime.training import TrainState
 
 MakeState = Callable[..., TrainState]
@@ -34,14 +34,14 @@ def told() -> list[Event]:
 @pytest.fixture
 def make(tmp_path: Path, told: list[Event]) -> Make:
     def build(spec: str, rank: int = 0) -> Callback:
-        def scorer(cases: Any, emit: Any) -> Callable[[int], EvaluationStopped]:
+        def make_evaluate_fn(cases: Any, emit: Any) -> Callable[[int], EvaluationStopped]:
             return lambda epoch: EvaluationStopped(epoch, 0.1 * len(cases), [0.2, 0.3], 0.4, 5.0)
 
         def take(state: TrainState, sums: list[float]) -> dict[str, Any]:
             return snapshot(state, sums, {"a": 1}, 1, "")
 
         world = World(rank, 2, torch.device("cpu"))
-        context = RunContext(tmp_path, world, ["c", "a", "b"], scorer, told.append, take)
+        context = RunContext(tmp_path, world, ["c", "a", "b"], make_evaluate_fn, told.append, take)
         (made,) = build_callbacks([spec], context)
         return made
 
@@ -156,10 +156,10 @@ def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tm
 
 
 def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -> None:
-    for spec in ("top_k(k=1)", "rate_monitor"):
+    for spec in ("top_k(k=1)", "lr_monitor"):
         callback, state = make(spec, rank=1), make_state()
         callback.on(scored(1, 0.5), state)
-        callback.on(StepDone(1, 0, 0.5, 1.0, 1.0), state)
+        callback.on(StepEnd(1, 0, 0.5, 1.0, 1.0), state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,10 +175,10 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
 
 
 def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tmp_path: Path) -> None:
-    state, callback = make_state(rate=0.25), make("rate_monitor(every=2)")
+    state, callback = make_state(rate=0.25), make("lr_monitor(every=2)")
     for batch in range(5):
         state.optimizer.param_groups[0]["lr"] = 0.1 * batch
-        callback.on(StepDone(3, batch, 0.5, 2.0, 8.0), state)
+        callback.on(StepEnd(3, batch, 0.5, 2.0, 8.0), state)
     with (tmp_path / "rates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["epoch"], row["batch"], float(row["learning_rate"])) for row in rows] == [
@@ -189,10 +189,10 @@ def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tm
 
 
 def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state: MakeState, told: list[Event]) -> None:
-    callback = make("training_dice(cases=2)")
-    callback.on(StepDone(1, 0, 0.5, 1.0, 1.0), make_state())
+    callback = make("train_dice(cases=2)")
+    callback.on(StepEnd(1, 0, 0.5, 1.0, 1.0), make_state())
     callback.on(scored(7, 0.5), make_state())
-    assert told == [TrainingScored(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
+    assert told == [TrainDiceEnd(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state:
         ("early_stopping(metric='f1')", "metric='f1'; there is mean_dice, loss"),
         ("top_k(n=2)", "unknown argument 'n'; it takes k=3, metric='mean_dice', mode=None"),
         ("top_k(k=0)", "k=0"),
-        ("training_dice(cases=0)", "cases=0"),
+        ("train_dice(cases=0)", "cases=0"),
     ],
 )
 def test_a_mistake_is_one_line(make: Make, spec: str, said: str) -> None:

@@ -35,9 +35,9 @@ from runtime.checkpoint.format import (
     set_aside,
     snapshot,
 )
-from runtime.distributed.step_sync import Pulse
+from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World
-from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepDone
+from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
 from runtime.precision import Precision
 from runtime.training import StepSettings, Stop, TrainingLoader, TrainState, place, train_epoch
 from tests.runtime.conftest import disk_of
@@ -66,11 +66,11 @@ def train_epochs(
 
     def emit(event: Event) -> None:
         events.append(event)
-        if isinstance(event, StepDone) and (event.epoch, event.batch) == (last, leave_after):
+        if isinstance(event, StepEnd) and (event.epoch, event.batch) == (last, leave_after):
             state.stop = Stop("aborted", "interrupted")
 
     for epoch in range(first, last + 1):
-        train_epoch(state, epoch, loader, 0.05, settings, world, Pulse(world), emit)
+        train_epoch(state, epoch, loader, 0.05, settings, world, StepSync(world), emit)
     return [event.loss for event in events if isinstance(event, EpochStopped)]
 
 

@@ -25,7 +25,7 @@ from runtime.checkpoint.resume import (
     to_boundary,
 )
 from runtime.distributed.world import World
-from runtime.training import Schedule, TrainState
+from runtime.training import EvalSchedule, TrainState
 
 MakeState = Callable[..., TrainState]
 MakeConfig = Callable[..., RunConfig]
@@ -179,11 +179,11 @@ def test_what_rank_0_cannot_read_is_every_ranks_mistake(path: Path) -> None:
     ],
 )
 def test_a_run_is_done_at_its_target_or_its_last_epochs_evaluation(changed: dict[str, Any], said: str) -> None:
-    assert is_done(of(**changed), Schedule(6, 2, 2), 0.908) == said
+    assert is_done(of(**changed), EvalSchedule(6, 2, 2), 0.908) == said
 
 
 def test_without_evaluations_nothing_is_pending() -> None:
-    assert is_done(of(last_epoch=6, evaluated=0), Schedule(6, None, 2), 0.908) == "has 6 epochs behind it"
+    assert is_done(of(last_epoch=6, evaluated=0), EvalSchedule(6, None, 2), 0.908) == "has 6 epochs behind it"
 
 
 # What has changed

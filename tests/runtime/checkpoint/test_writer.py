@@ -20,7 +20,6 @@ from runtime.checkpoint.format import load, save, snapshot
 from runtime.checkpoint.writer import SaveCheckpoint
 from runtime.distributed.world import World
 from runtime.logging.events import (
-    BatchDone,
     BlockStarted,
     BlockStopped,
     CaseEvaluated,
@@ -29,9 +28,10 @@ from runtime.logging.events import (
     EvaluationStarted,
     EvaluationStopped,
     Event,
-    PhaseDone,
+    MicroBatchEnd,
+    PhaseEnd,
     RunStopped,
-    StepDone,
+    StepEnd,
 )
 from runtime.training import Stop, TrainState
 
@@ -40,7 +40,7 @@ MakeState = Callable[..., TrainState]
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 FULL = OSError(errno.ENOSPC, "No space left on device")
-DUE = StepDone(4, 1, 0.5, 1.0, 1.0, save=True)
+DUE = StepEnd(4, 1, 0.5, 1.0, 1.0, save=True)
 take = partial(snapshot, config={}, seed=1, data="")
 
 
@@ -110,14 +110,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("event", "saves"),
     [
         (DUE, True),
-        (StepDone(4, 1, 0.5, 1.0, 1.0), False),
-        (StepDone(4, 1, 0.5, 1.0, 1.0, save=True, fault=True), False),  # its step has spoilt the weights
+        (StepEnd(4, 1, 0.5, 1.0, 1.0), False),
+        (StepEnd(4, 1, 0.5, 1.0, 1.0, save=True, fault=True), False),  # its step has spoilt the weights
         (scored(4), True),
         (scored(3), False),  # the best is of epoch 4
         (epoch_done(4), False),
         (EpochStarted(4, 0.1, 1), False),
-        (PhaseDone("data"), False),
-        (BatchDone(4, 0, 1), False),
+        (PhaseEnd("data"), False),
+        (MicroBatchEnd(4, 0, 1), False),
         (EvaluationStarted(4, 1), False),
         (CaseEvaluated(4, "case_00000"), False),
         (BlockStarted(4, 1), False),
@@ -418,14 +418,14 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
 
         def write(content):
             time.sleep(0.5)
-            world.board.pin("order", world.board.read("order") + " written")
+            world.board.set("order", world.board.get("order") + " written")
 
         state = TrainState(None, None, None, None)
         if world.is_main:
-            world.board.pin("order", "began")
+            world.board.set("order", "began")
         world.barrier()
         SaveCheckpoint(world, 0, 0, lambda state, sums: {}, write).finish(state)
-        print(world.board.read("order"))
+        print(world.board.get("order"))
         world.barrier()
     """
     assert run_ranks(code) == ["began written\n"] * 2

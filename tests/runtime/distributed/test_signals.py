@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import Interrupted
 from runtime.distributed import signals as interruption
-from runtime.distributed.signals import Interruption
+from runtime.distributed.signals import SignalHandler
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -39,7 +39,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, object]]]
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_a_number_and_nothing_else(number: int) -> None:
-    with Interruption() as wish:
+    with SignalHandler() as wish:
         assert wish.number == 0
         wish.check()
         signal.raise_signal(number)
@@ -48,7 +48,7 @@ def test_the_first_signal_is_a_number_and_nothing_else(number: int) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_check_raises_once_a_signal_came(number: int, status: int) -> None:
-    with Interruption() as wish:
+    with SignalHandler() as wish:
         signal.raise_signal(number)
         for _ in range(2):
             with pytest.raises(Interrupted) as left:
@@ -61,7 +61,7 @@ def test_a_second_signal_within_a_second_is_the_same_wish(
     second: int, clock: list[float], ended: list[tuple[int, object]]
 ) -> None:
     """A terminal tells every process of its group, and the launcher passes it on."""
-    with Interruption() as wish:
+    with SignalHandler() as wish:
         signal.raise_signal(signal.SIGTERM)
         for passed in (0.0, 0.5, 0.5):
             clock[0] += passed
@@ -75,7 +75,7 @@ def test_a_second_signal_within_a_second_is_the_same_wish(
 def test_a_later_one_has_its_usual_effect(
     first: int, second: int, clock: list[float], ended: list[tuple[int, object]]
 ) -> None:
-    with Interruption():
+    with SignalHandler():
         signal.raise_signal(first)
         clock[0] += 1.01
         signal.raise_signal(second)
@@ -85,7 +85,7 @@ def test_a_later_one_has_its_usual_effect(
 def test_a_signal_that_came_to_another_rank_leaves_this_ones_first_a_wish(
     clock: list[float], ended: list[tuple[int, object]]
 ) -> None:
-    with Interruption() as wish:
+    with SignalHandler() as wish:
         wish.number = signal.SIGTERM  # as the watchdog notes it
         clock[0] += 60
         signal.raise_signal(signal.SIGTERM)
@@ -99,7 +99,7 @@ def test_a_signal_that_came_to_another_rank_leaves_this_ones_first_a_wish(
 def test_afterwards_signals_have_the_effect_that_they_had(fails: bool) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
-        with Interruption():
+        with SignalHandler():
             assert [signal.getsignal(number) for number in SIGNALS] != before
             if fails:
                 raise ValueError("a bug")
@@ -115,7 +115,7 @@ PROGRAM = """
     from runtime.distributed import signals as interruption
     interruption.SAME_WISH_S = 0.0
     first, second = map(int, sys.argv[1:])
-    with interruption.Interruption() as wish:
+    with interruption.SignalHandler() as wish:
         os.kill(os.getpid(), first)
         print("still here", wish.number, flush=True)
         time.sleep(0.01)
@@ -139,17 +139,17 @@ class Notes:
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
 
-    def pin_first(self, name: str, text: str) -> str:
+    def set_default(self, name: str, text: str) -> str:
         return self.notes.setdefault(name, text)
 
-    def read(self, name: str) -> str | None:
+    def get(self, name: str) -> str | None:
         return self.notes.get(name)
 
 
 def test_an_evaluation_is_left_by_all_only_where_a_ranks_part_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "LOOK_S", 0.0)
     board = Notes()
-    working, waiting = Interruption(board), Interruption(board)  # type: ignore[arg-type]
+    working, waiting = SignalHandler(board), SignalHandler(board)  # type: ignore[arg-type]
     waiting.number = signal.SIGINT
     waiting.check_waiting()  # its own wish does not count: its part is given, and may make the whole
     working.check()
@@ -164,7 +164,7 @@ def test_an_evaluation_is_left_by_all_only_where_a_ranks_part_is_missing(monkeyp
 
 
 def test_a_rank_alone_waits_for_nobody() -> None:
-    wish = Interruption()
+    wish = SignalHandler()
     wish.number = signal.SIGTERM
     wish.check_waiting()
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""The pulse: every step's numbers come once and in order, and all ranks hear the same of wishes and faults."""
+"""The step_sync: every step's numbers come once and in order, and all ranks hear the same of wishes and faults."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.distributed.step_sync import MIN_LOSS_SCALE, Pulse, Wishes
+from runtime.distributed.step_sync import MIN_LOSS_SCALE, StepRequest, StepSync
 from runtime.distributed.world import World
-from runtime.logging.events import StepDone
+from runtime.logging.events import StepEnd
 
 # (epoch, batch, loss, gradient norm) of some steps; every number is exact in fp32.
 STEPS = [(3, 1, 0.5, 2.0), (3, 3, 0.25, 1.5), (3, 5, 0.125, 1.0), (4, 1, 0.75, 0.5)]
 
 
-def beat(pulse: Pulse, epoch: int, batch: int, loss: float, norm: float, scale: float | None = None) -> list[StepDone]:
+def submit(
+    step_sync: StepSync, epoch: int, batch: int, loss: float, norm: float, scale: float | None = None
+) -> list[StepEnd]:
     loss_scale = None if scale is None else torch.tensor(scale)
-    return list(pulse.beat(epoch, batch, torch.tensor(loss), torch.tensor(norm), loss_scale))
+    return list(step_sync.submit(epoch, batch, torch.tensor(loss), torch.tensor(norm), loss_scale))
 
 
-def hear(world: World, loss: float, norm: float, scale: float | None = None, wishes: Wishes | None = None) -> StepDone:
+def hear(
+    world: World, loss: float, norm: float, scale: float | None = None, wishes: StepRequest | None = None
+) -> StepEnd:
     """What a step of these numbers is told as, at once."""
-    (event,) = beat(Pulse(world, lambda: wishes or Wishes(), lag=0), 1, 0, loss, norm, scale)
+    (event,) = submit(StepSync(world, lambda: wishes or StepRequest(), lag=0), 1, 0, loss, norm, scale)
     return event
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_every_step_comes_once_in_order_so_many_beats_later(lag: int, world: World) -> None:
-    pulse = Pulse(world, lag=lag)
-    came = [beat(pulse, *step) for step in STEPS]
-    rest = list(pulse.rest())
-    expected = [StepDone(*step, loss_scale=1.0) for step in STEPS]
+    step_sync = StepSync(world, lag=lag)
+    came = [submit(step_sync, *step) for step in STEPS]
+    rest = list(step_sync.drain())
+    expected = [StepEnd(*step, loss_scale=1.0) for step in STEPS]
     assert [len(events) for events in came] == [0] * lag + [1] * (4 - lag)
     assert [event for events in [*came, rest] for event in events] == expected
-    assert list(pulse.rest()) == [], "each is told once"
+    assert list(step_sync.drain()) == [], "each is told once"
 
 
 def test_the_lag_is_of_the_device(world: World) -> None:
     """On a CPU a step has ended when its numbers are sent; on a GPU reading them would wait for it."""
-    assert len(beat(Pulse(world), *STEPS[0])) == 1
-    pulse = Pulse(World(0, 1, torch.device("cuda")))
-    assert beat(pulse, *STEPS[0]) == []
-    assert beat(pulse, *STEPS[1]) == [StepDone(*STEPS[0], loss_scale=1.0)]
+    assert len(submit(StepSync(world), *STEPS[0])) == 1
+    step_sync = StepSync(World(0, 1, torch.device("cuda")))
+    assert submit(step_sync, *STEPS[0]) == []
+    assert submit(step_sync, *STEPS[1]) == [StepEnd(*STEPS[0], loss_scale=1.0)]
 
 
 def test_a_beat_reads_what_was_sent_before_and_nothing_else(
     world: World, forbid_reading: Callable[[], list[str]]
 ) -> None:
-    pulse = Pulse(world, lag=1)
+    step_sync = StepSync(world, lag=1)
     steps = [(epoch, batch, torch.tensor(loss), torch.tensor(norm), None) for epoch, batch, loss, norm in STEPS]
     reads = forbid_reading()
-    assert list(pulse.beat(*steps[0])) == []
+    assert list(step_sync.submit(*steps[0])) == []
     assert reads == []
     for count, step in enumerate(steps[1:], start=1):
-        (event,) = pulse.beat(*step)
-        assert event == StepDone(*STEPS[count - 1], loss_scale=1.0)
+        (event,) = step_sync.submit(*step)
+        assert event == StepEnd(*STEPS[count - 1], loss_scale=1.0)
         assert reads == ["tolist"] * count, "one vector a step"
 
 
@@ -67,9 +71,9 @@ def test_a_beat_reads_what_was_sent_before_and_nothing_else(
 def test_sending_runs_where_no_value_can_be_read(scaled: bool) -> None:
     """On the meta device tensors have no values: whatever reads one raises, in C++ too."""
     meta = torch.device("meta")
-    pulse = Pulse(World(0, 1, meta), lambda: Wishes(15, True), lag=1)
+    step_sync = StepSync(World(0, 1, meta), lambda: StepRequest(15, True), lag=1)
     loss, norm = torch.zeros((), device=meta), torch.zeros((), device=meta)
-    assert list(pulse.beat(1, 0, loss, norm, torch.ones((), device=meta) if scaled else None)) == []
+    assert list(step_sync.submit(1, 0, loss, norm, torch.ones((), device=meta) if scaled else None)) == []
 
 
 class Poisoned(Tensor):
@@ -80,14 +84,14 @@ class Poisoned(Tensor):
 
 
 def test_what_is_under_way_is_not_touched_before_its_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulse = Pulse(world, lag=1)
+    step_sync = StepSync(world, lag=1)
     with monkeypatch.context() as patch:
         patch.setattr(
             "runtime.distributed.step_sync._start_copy", lambda vector: (vector.as_subclass(Poisoned), lambda: None)
         )
-        assert beat(pulse, *STEPS[0]) == []
+        assert submit(step_sync, *STEPS[0]) == []
     with pytest.raises(AssertionError, match="would wait"):
-        beat(pulse, *STEPS[1])
+        submit(step_sync, *STEPS[1])
 
 
 def test_a_copy_is_waited_for_before_it_is_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +101,7 @@ def test_a_copy_is_waited_for_before_it_is_read(world: World, monkeypatch: pytes
         return host, lambda: host.copy_(vector)
 
     monkeypatch.setattr("runtime.distributed.step_sync._start_copy", copy)
-    assert hear(world, 0.5, 2.0) == StepDone(1, 0, 0.5, 2.0, 1.0)
+    assert hear(world, 0.5, 2.0) == StepEnd(1, 0, 0.5, 2.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +134,9 @@ def test_faults(loss: float, norm: float, scale: float | None, fault: bool, worl
 
 
 def test_wishes_are_asked_at_every_beat(world: World) -> None:
-    asked = iter([Wishes(), Wishes(save=True), Wishes(15), Wishes(2, True)])
-    pulse = Pulse(world, lambda: next(asked), lag=0)
-    heard = [event for step in STEPS for event in beat(pulse, *step)]
+    asked = iter([StepRequest(), StepRequest(save=True), StepRequest(15), StepRequest(2, True)])
+    step_sync = StepSync(world, lambda: next(asked), lag=0)
+    heard = [event for step in STEPS for event in submit(step_sync, *step)]
     assert [(event.signal, event.save) for event in heard] == [(0, False), (0, True), (15, False), (2, True)]
     assert not any(event.fault for event in heard), "a wish is no fault"
 
@@ -141,14 +145,15 @@ def test_all_ranks_hear_the_same_wishes_and_faults_and_their_own_loss(run_ranks:
     """Rank 1 gets the signal and goes wrong, rank 0 wants to save."""
     code = """
         import json, math, torch
-        from runtime.distributed.step_sync import Pulse, Wishes
-        mine = [(Wishes(), Wishes(15)), (Wishes(save=True), Wishes()), (Wishes(2, True), Wishes(15))]
-        pulse = Pulse(world, lambda: mine.pop(0)[world.rank], lag=1)
+        from runtime.distributed.step_sync import StepRequest, StepSync
+        ask = StepRequest
+        mine = [(ask(), ask(15)), (ask(save=True), ask()), (ask(2, True), ask(15))]
+        step_sync = StepSync(world, lambda: mine.pop(0)[world.rank], lag=1)
         losses = [(0.5, 0.25), (0.5, 0.25), (0.5, math.nan)]
         events = []
         for batch, loss in enumerate(losses):
-            events += pulse.beat(1, batch, torch.tensor(loss[world.rank]), torch.tensor(2.0), None)
-        events += pulse.rest()
+            events += step_sync.submit(1, batch, torch.tensor(loss[world.rank]), torch.tensor(2.0), None)
+        events += step_sync.drain()
         print(json.dumps([[e.batch, e.signal, e.save, e.fault, e.loss] for e in events]))
     """
     heard = [json.loads(out) for out in run_ranks(code)]
@@ -160,9 +165,9 @@ def test_all_ranks_hear_the_same_wishes_and_faults_and_their_own_loss(run_ranks:
 
 def test_a_vector_that_a_step_changes_later_was_copied(world: World) -> None:
     """A scaler updates its scale in place, a loss may be added up in place."""
-    pulse = Pulse(world, lag=1)
+    step_sync = StepSync(world, lag=1)
     loss, norm, scale = torch.tensor(0.5), torch.tensor(2.0), torch.tensor(1024.0)
-    assert list(pulse.beat(1, 0, loss, norm, scale)) == []
+    assert list(step_sync.submit(1, 0, loss, norm, scale)) == []
     for tensor in (loss, norm, scale):
         tensor.fill_(7.0)
-    assert list(pulse.rest()) == [StepDone(1, 0, 0.5, 2.0, 1024.0)]
+    assert list(step_sync.drain()) == [StepEnd(1, 0, 0.5, 2.0, 1024.0)]

@@ -19,9 +19,9 @@ from torch.distributed import DistBackendError, HashStore
 
 from common.errors import RANK_LOST_EXIT, RankLost, UserError
 from runtime.distributed import watchdog as module
-from runtime.distributed.signals import Interruption
+from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
-from runtime.distributed.world import Board, World
+from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 
 CPU = torch.device("cpu")
@@ -30,9 +30,9 @@ ELSEWHERE = ["another machine", "pid:[1]"]
 
 
 @pytest.fixture
-def board() -> Board:
+def board() -> KeyValueStore:
     """What two ranks of this process share."""
-    return Board(HashStore())
+    return KeyValueStore(HashStore())
 
 
 WATCH_THE_BOARD = Watchdog._watch_the_board
@@ -84,8 +84,10 @@ def until(holds: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def make(board: Board | None, rank: int = 0, size: int = 2, interruption: Interruption | None = None) -> Watchdog:
-    return Watchdog(World(rank, size, CPU, board=board), interruption or Interruption())
+def make(
+    board: KeyValueStore | None, rank: int = 0, size: int = 2, interruption: SignalHandler | None = None
+) -> Watchdog:
+    return Watchdog(World(rank, size, CPU, board=board), interruption or SignalHandler())
 
 
 def tell(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
@@ -94,23 +96,25 @@ def tell(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
     return watchdog
 
 
-def note_of(board: Board, rank: int = 0) -> dict[str, Any]:
-    return json.loads(board.read(f"rank {rank}") or "{}")
+def note_of(board: KeyValueStore, rank: int = 0) -> dict[str, Any]:
+    return json.loads(board.get(f"rank {rank}") or "{}")
 
 
-def pin_note(board: Board, rank: int, place: list[int], at: str, process: int = 1, machine: Any = ELSEWHERE) -> None:
+def pin_note(
+    board: KeyValueStore, rank: int, place: list[int], at: str, process: int = 1, machine: Any = ELSEWHERE
+) -> None:
     note = {"beat": 1, "place": place, "at": at, "in": "read (loader.py:7)", "machine": machine, "pid": process}
-    board.pin(f"rank {rank}", json.dumps(note))
+    board.set(f"rank {rank}", json.dumps(note))
 
 
-def beats(board: Board, count: int, rank: int = 0) -> None:
+def beats(board: KeyValueStore, count: int, rank: int = 0) -> None:
     """Waits for so many beats more."""
     first = note_of(board, rank).get("beat", 0)
     until(lambda: note_of(board, rank).get("beat", 0) >= first + count)
 
 
 def a_step(epoch: int, batch: int) -> list[ev.Event]:
-    return [ev.PhaseDone("data"), ev.PhaseDone("forward and backward"), ev.BatchDone(epoch, batch, 2)]
+    return [ev.PhaseEnd("data"), ev.PhaseEnd("forward and backward"), ev.MicroBatchEnd(epoch, batch, 2)]
 
 
 def watchers() -> list[threading.Thread]:
@@ -128,23 +132,23 @@ def test_a_world_of_one_has_no_thread() -> None:
         raise ValueError("a bug")
 
 
-def test_two_sound_ranks_watch_each_other_until_the_end(board: Board, ends: list[str]) -> None:
+def test_two_sound_ranks_watch_each_other_until_the_end(board: KeyValueStore, ends: list[str]) -> None:
     with make(board, 0) as first, make(board, 1) as second:
-        tell(first, ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), ev.PhaseDone("data"))
+        tell(first, ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), ev.PhaseEnd("data"))
         tell(second, ev.EpochStarted(2, 0.1, 4))
         for rank in (0, 1):
             beats(board, 5, rank)
         assert len(watchers()) == 2
     until(lambda: watchers() == [])
     assert ends == []
-    assert board.read("fault") is None
+    assert board.get("fault") is None
     notes = [note_of(board, rank) for rank in (0, 1)]
     assert [note["place"] for note in notes] == [[2, 1, 1], [2, 0, 0]]
     assert [note["at"] for note in notes] == ["epoch 2, batch 1, forward and backward", "epoch 2, waiting for data"]
     assert {note["pid"] for note in notes} == {os.getpid()}
 
 
-def test_a_note_tells_which_function_the_main_thread_is_in(board: Board, ends: list[str]) -> None:
+def test_a_note_tells_which_function_the_main_thread_is_in(board: KeyValueStore, ends: list[str]) -> None:
     with make(board):
         until(lambda: note_of(board).get("in", "").startswith("until (test_watchdog.py:"))
     assert ends == []
@@ -174,7 +178,7 @@ def test_a_place_is_further_on_with_every_mark() -> None:
 
 
 def test_a_silent_neighbour_is_named_with_its_place(
-    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pin_note(board, 1, [3, 2, 1], "epoch 3, batch 2, forward and backward", process=4711)
     monkeypatch.setattr(module, "SILENCE_S", 0.6)
@@ -185,13 +189,13 @@ def test_a_silent_neighbour_is_named_with_its_place(
         "it was at epoch 3, batch 2, forward and backward"
     )
     assert ends[0] == cause
-    assert board.read("fault") == cause, "for the ranks that do not watch it"
+    assert board.get("fault") == cause, "for the ranks that do not watch it"
     assert "most recent call first" in capfd.readouterr().err, "where this rank's threads are"
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_a_silent_process_is_killed_where_it_is_on_this_machine(
-    here: bool, board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    here: bool, board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is stopped would live on, and launchers wait for it. Its number means nothing on another machine."""
     killed: list[tuple[int, int]] = []
@@ -205,7 +209,7 @@ def test_a_silent_process_is_killed_where_it_is_on_this_machine(
 
 @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
 def test_one_that_cannot_be_killed_is_named_all_the_same(
-    error: type[OSError], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    error: type[OSError], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(process: int, number: int) -> None:
         raise error
@@ -218,7 +222,9 @@ def test_one_that_cannot_be_killed_is_named_all_the_same(
     assert "it was at epoch 3" in ends[0]
 
 
-def test_the_last_rank_watches_the_first(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_rank_watches_the_first(
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for rank in (0, 1):
         pin_note(board, rank, [3, 2, 1], "epoch 3")
     monkeypatch.setattr(module, "SILENCE_S", 0.05)
@@ -228,7 +234,7 @@ def test_the_last_rank_watches_the_first(board: Board, ends: list[str], monkeypa
 
 
 def test_a_rank_that_has_not_begun_is_not_silent(
-    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SILENCE_S", 0.01)
     with make(board):
@@ -251,7 +257,7 @@ def test_a_rank_that_has_not_begun_is_not_silent(
     ],
 )
 def test_where_nothing_moves_the_rank_that_is_behind_is_named(
-    place: list[int], at: str, told: str, board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    place: list[int], at: str, told: str, board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This one is at the optimizer's step of batch 1; the other one is at `place`."""
     pin_note(board, 1, place, at)
@@ -263,10 +269,12 @@ def test_where_nothing_moves_the_rank_that_is_behind_is_named(
     assert ("rank 1 in read (loader.py:7)" in ends[0]) is not told.startswith("rank 0"), (
         "in which function, of those that are named"
     )
-    assert board.read("fault") == ends[0]
+    assert board.get("fault") == ends[0]
 
 
-def test_a_rank_without_a_note_is_at_the_start(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_note_is_at_the_start(
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "STALL_S", 0.05)
     with tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
         until(lambda: ends)
@@ -274,7 +282,7 @@ def test_a_rank_without_a_note_is_at_the_start(board: Board, ends: list[str], mo
 
 
 def test_a_cause_is_one_line_whatever_the_number_of_ranks(
-    board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in range(1, 64):
         pin_note(board, rank, [2, 1, 0], "epoch 2")
@@ -286,9 +294,11 @@ def test_a_cause_is_one_line_whatever_the_number_of_ranks(
     assert "\n" not in ends[0]
 
 
-def test_only_one_cause_hangs_on_the_board(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_cause_hangs_on_the_board(
+    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rank of a group that hangs finds out for itself; all end with the first one's words."""
-    board.pin_first("fault", "rank 5 failed: first")
+    board.set_default("fault", "rank 5 failed: first")
     monkeypatch.setattr(module, "STALL_S", 0.0)
     watchdog = tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
     watchdog._give_up(board, "rank 1 hangs")
@@ -321,13 +331,13 @@ def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(500, ev.CaseEvaluated(1, "case_00000")) == 1800
     assert after(500, ev.EvaluationStopped(1, 0.5, [0.5], 0.5, 1.0)) == 1800
     assert after(500, ev.EpochStarted(2, 0.1, 4)) == pytest.approx(45), "an evaluation is no step"
-    assert after(0, ev.BlockStopped(1, 1), ev.StepDone(2, 0, 0.5, 1.0, 1.0)) == pytest.approx(45), "nothing is marked"
+    assert after(0, ev.BlockStopped(1, 1), ev.StepEnd(2, 0, 0.5, 1.0, 1.0)) == pytest.approx(45), "nothing is marked"
     assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
 
 
 def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """It need not be batch 0."""
-    watchdog = tell(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseDone("data"))
+    watchdog = tell(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseEnd("data"))
     assert watchdog._limit_s() == module.PATIENT_S
     monkeypatch.setattr(module, "STALL_S", 40.0)
     assert tell(watchdog, *a_step(5, 6)[1:])._limit_s() == 40
@@ -338,7 +348,7 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeyp
     [
         [],
         [ev.EpochStarted(1, 0.1, 4)],
-        [ev.EpochStarted(1, 0.1, 4), ev.PhaseDone("data")],
+        [ev.EpochStarted(1, 0.1, 4), ev.PhaseEnd("data")],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EpochStopped(1, 0.5, 0.1, 8, 1.0)],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EvaluationStarted(1, 3)],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.RunStopped("aborted", "interrupted by SIGTERM", 1, 1.0)],
@@ -346,7 +356,7 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeyp
     ids=["the start", "workers start", "the first batch", "an epoch's end", "an evaluation", "the last checkpoint"],
 )
 def test_what_takes_long_is_no_stall(
-    events: list[ev.Event], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    events: list[ev.Event], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STALL_S", 0.02)
     with tell(make(board), *events):
@@ -354,7 +364,7 @@ def test_what_takes_long_is_no_stall(
     assert ends == []
 
 
-def test_but_even_patience_ends(board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_but_even_patience_ends(board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENT_S", 0.05)
     with tell(make(board), ev.EvaluationStarted(4, 3)):
         until(lambda: ends)
@@ -364,8 +374,8 @@ def test_but_even_patience_ends(board: Board, ends: list[str], monkeypatch: pyte
 # A signal
 
 
-def test_a_signal_is_passed_on_to_the_other_ranks(board: Board, ends: list[str]) -> None:
-    wishes = [Interruption() for _ in range(3)]
+def test_a_signal_is_passed_on_to_the_other_ranks(board: KeyValueStore, ends: list[str]) -> None:
+    wishes = [SignalHandler() for _ in range(3)]
     wishes[1].number = signal.SIGTERM
     with make(board, 0, 3, wishes[0]), make(board, 1, 3, wishes[1]), make(board, 2, 3, wishes[2]):
         until(lambda: all(wish.number for wish in wishes))
@@ -373,67 +383,67 @@ def test_a_signal_is_passed_on_to_the_other_ranks(board: Board, ends: list[str])
     assert ends == []
 
 
-def test_a_rank_s_own_signal_stays_its_own(board: Board, ends: list[str]) -> None:
-    wish = Interruption()
+def test_a_rank_s_own_signal_stays_its_own(board: KeyValueStore, ends: list[str]) -> None:
+    wish = SignalHandler()
     wish.number = signal.SIGINT
-    board.pin("signal", str(int(signal.SIGTERM)))
+    board.set("signal", str(int(signal.SIGTERM)))
     with make(board, interruption=wish):
         beats(board, 3)
-    assert (wish.number, board.read("signal")) == (signal.SIGINT, str(int(signal.SIGTERM)))
+    assert (wish.number, board.get("signal")) == (signal.SIGINT, str(int(signal.SIGTERM)))
 
 
 # A rank that fails
 
 
-def test_a_rank_that_fails_tells_the_others_and_fails_as_it_would(board: Board, ends: list[str]) -> None:
+def test_a_rank_that_fails_tells_the_others_and_fails_as_it_would(board: KeyValueStore, ends: list[str]) -> None:
     with make(board, 0):
         with pytest.raises(UserError, match=r"^case_00001: damaged$"), make(board, 1):
             raise UserError("case_00001: damaged")
         until(lambda: ends)
-    assert board.read("fault") == "rank 1 failed: case_00001: damaged"
+    assert board.get("fault") == "rank 1 failed: case_00001: damaged"
     assert ends == ["ended with the group: rank 1 failed: case_00001: damaged"]
 
 
-def test_the_first_fault_is_the_one_that_hangs(board: Board, ends: list[str]) -> None:
-    board.pin_first("fault", "rank 2 failed: first")
+def test_the_first_fault_is_the_one_that_hangs(board: KeyValueStore, ends: list[str]) -> None:
+    board.set_default("fault", "rank 2 failed: first")
     with pytest.raises(ValueError, match="second"), make(board, 1):
         raise ValueError("second")
-    assert board.read("fault") == "rank 2 failed: first"
+    assert board.get("fault") == "rank 2 failed: first"
 
 
-def test_a_run_that_ends_well_pins_nothing(board: Board, ends: list[str]) -> None:
+def test_a_run_that_ends_well_pins_nothing(board: KeyValueStore, ends: list[str]) -> None:
     with make(board, 0), make(board, 1):
         pass
-    assert (board.read("fault"), ends) == (None, [])
+    assert (board.get("fault"), ends) == (None, [])
 
 
-class Gone(Board):
+class Gone(KeyValueStore):
     """As when rank 0's process has ended."""
 
     def __init__(self) -> None:
         super().__init__(HashStore())
 
-    def pin(self, name: str, text: str) -> None:
+    def set(self, name: str, text: str) -> None:
         raise RuntimeError("Broken pipe\nException raised from sendBytes")
 
-    def pin_first(self, name: str, text: str) -> str:
+    def set_default(self, name: str, text: str) -> str:
         raise RuntimeError("Broken pipe")
 
-    def read(self, name: str) -> str | None:
+    def get(self, name: str) -> str | None:
         raise RuntimeError("Connection reset by peer")
 
 
-class Silent(Board):
+class Silent(KeyValueStore):
     """As when the network is cut: whoever asks waits."""
 
     def __init__(self, is_cut: threading.Event) -> None:
         super().__init__(HashStore())
         self.is_cut, self.is_mended = is_cut, threading.Event()
 
-    def pin(self, name: str, text: str) -> None:
+    def set(self, name: str, text: str) -> None:
         if self.is_cut.is_set():
             self.is_mended.wait(60)
-        super().pin(name, text)
+        super().set(name, text)
 
 
 def test_a_rank_whose_board_says_nothing_ends_for_that(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +461,7 @@ def test_a_rank_whose_board_says_nothing_ends_for_that(ends: list[str], monkeypa
 
 
 def test_a_board_that_answers_is_left_alone(
-    board: Board, ends: list[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
+    board: KeyValueStore, ends: list[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long the run is, and however long ago the watchdog was made."""
     monkeypatch.setattr(Watchdog, "_watch_the_board", WATCH_THE_BOARD)
@@ -466,7 +476,7 @@ def test_a_board_that_answers_is_left_alone(
 
 
 def test_silence_counts_from_when_watching_begins(
-    board: Board, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    board: KeyValueStore, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network is built in between."""
     monkeypatch.setattr(Watchdog, "_watch", lambda self, board: None)
@@ -487,9 +497,9 @@ def test_at_the_end_of_a_run_a_board_may_go_first(ends: list[str], monkeypatch: 
     failed = threading.Event()
 
     class Going(Gone):
-        def pin(self, name: str, text: str) -> None:
+        def set(self, name: str, text: str) -> None:
             failed.set()
-            super().pin(name, text)
+            super().set(name, text)
 
     monkeypatch.setattr(module, "BEAT_S", 60.0)
     with make(Going(), 1):
@@ -509,7 +519,7 @@ def test_an_error_is_told_even_if_the_board_is_gone(ends: list[str]) -> None:
 LOST = RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore of it")
 
 
-def lose(board: Board, error: BaseException = LOST) -> str:
+def lose(board: KeyValueStore, error: BaseException = LOST) -> str:
     """What a rank says whose collective fails with the error."""
     with pytest.raises(RankLost) as lost, make(board):
         raise error
@@ -519,13 +529,13 @@ def lose(board: Board, error: BaseException = LOST) -> str:
 
 @pytest.mark.parametrize("error", [LOST, DistBackendError("NCCL communicator was aborted")])
 def test_the_cause_of_a_failed_collective_is_what_hangs_on_the_board(
-    error: RuntimeError, board: Board, ends: list[str]
+    error: RuntimeError, board: KeyValueStore, ends: list[str]
 ) -> None:
-    board.pin_first("fault", "rank 1 failed: CUDA out of memory")
+    board.set_default("fault", "rank 1 failed: CUDA out of memory")
     assert lose(board, error) == "ended with the group: rank 1 failed: CUDA out of memory"
 
 
-def test_or_a_process_that_is_gone(board: Board, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+def test_or_a_process_that_is_gone(board: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
     pin_note(board, 1, [2, 1, 1], "epoch 2, batch 1, forward and backward", sleeper.pid, module._machine())
     sleeper.kill()
     gone = f"rank 1 (process {sleeper.pid}) was killed or has ended; it was at epoch 2, batch 1, forward and backward"
@@ -534,7 +544,7 @@ def test_or_a_process_that_is_gone(board: Board, ends: list[str], sleeper: subpr
     assert lose(board) == gone
 
 
-def test_or_no_more_than_torch_says(board: Board, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+def test_or_no_more_than_torch_says(board: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
     """A process that lives, one of another machine, and a board that is gone say nothing."""
     pin_note(board, 1, [2, 1, 1], "epoch 2", sleeper.pid, module._machine())
     pin_note(board, 0, [2, 1, 1], "epoch 2", 2**22 + 1, ELSEWHERE)
@@ -545,17 +555,20 @@ def test_or_no_more_than_torch_says(board: Board, ends: list[str], sleeper: subp
     assert lose(Gone()) == said
 
 
-def test_this_rank_s_own_error_is_no_loss_of_another(board: Board, ends: list[str]) -> None:
+def test_this_rank_s_own_error_is_no_loss_of_another(board: KeyValueStore, ends: list[str]) -> None:
     with pytest.raises(RuntimeError, match="out of memory"), make(board):
         raise RuntimeError("CUDA out of memory")
-    assert board.read("fault") == "rank 0 failed: CUDA out of memory"
+    assert board.get("fault") == "rank 0 failed: CUDA out of memory"
 
 
 # The end of a process
 
 
 def test_the_end_is_the_cause_as_the_last_line_and_status_4(
-    board: Board, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    board: KeyValueStore,
+    sleeper: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     class Worker:
         def kill(self) -> None:
@@ -573,7 +586,7 @@ def test_the_end_is_the_cause_as_the_last_line_and_status_4(
 
 @pytest.mark.parametrize(("rank", "slept"), [(0, [0.02]), (1, [])])
 def test_rank_0_ends_last_since_the_board_may_be_in_its_process(
-    rank: int, slept: list[float], board: Board, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    rank: int, slept: list[float], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waited.append)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed import DistBackendError, DistError, HashStore
 
 from runtime.distributed import world as distributed
-from runtime.distributed.world import Board, World
+from runtime.distributed.world import KeyValueStore, World
 
 RunRanks = Callable[..., list[str]]
 
@@ -21,24 +21,24 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board(HashStore())
+def board() -> KeyValueStore:
+    return KeyValueStore(HashStore())
 
 
-def test_a_note_hangs_until_another_takes_its_place(board: Board) -> None:
-    assert board.read("place") is None
-    board.pin("place", "here")
-    assert (board.read("place"), board.read("other")) == ("here", None)
-    board.pin("place", "")
-    assert board.read("place") == ""
-    board.pin("place", "Zürich")
-    assert board.read("place") == "Zürich"
+def test_a_note_hangs_until_another_takes_its_place(board: KeyValueStore) -> None:
+    assert board.get("place") is None
+    board.set("place", "here")
+    assert (board.get("place"), board.get("other")) == ("here", None)
+    board.set("place", "")
+    assert board.get("place") == ""
+    board.set("place", "Zürich")
+    assert board.get("place") == "Zürich"
 
 
-def test_of_several_first_notes_one_hangs_and_all_hear_of_it(board: Board) -> None:
-    assert board.pin_first("fault", "first") == "first"
-    assert board.pin_first("fault", "second") == "first"
-    assert board.read("fault") == "first"
+def test_of_several_first_notes_one_hangs_and_all_hear_of_it(board: KeyValueStore) -> None:
+    assert board.set_default("fault", "first") == "first"
+    assert board.set_default("fault", "second") == "first"
+    assert board.get("fault") == "first"
 
 
 def test_the_board_is_read_while_the_others_are_in_a_collective(run_ranks: RunRanks) -> None:
@@ -49,18 +49,18 @@ def test_the_board_is_read_while_the_others_are_in_a_collective(run_ranks: RunRa
         read = []
 
         def look():
-            while world.board.read("note") is None:
+            while world.board.get("note") is None:
                 time.sleep(0.01)
-            read.append(world.board.read("note"))
-            world.board.pin("seen", "yes")
+            read.append(world.board.get("note"))
+            world.board.set("seen", "yes")
 
         if world.rank == 1:
             thread = threading.Thread(target=look)
             thread.start()
         else:
             time.sleep(0.2)
-            world.board.pin("note", "hello")
-            while world.board.read("seen") is None:
+            world.board.set("note", "hello")
+            while world.board.get("seen") is None:
                 time.sleep(0.01)
         world.barrier()
         if world.rank == 1:
@@ -119,9 +119,9 @@ def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> N
                 world.sum(torch.ones(2), leave)
             except SystemError as error:
                 print(error, len(looks))
-            world.board.pin("left", "yes")
+            world.board.set("left", "yes")
         else:
-            while world.board.read("left") is None:
+            while world.board.get("left") is None:
                 time.sleep(0.01)
             print(world.sum(torch.ones(2), lambda: None).tolist())
     """
@@ -131,7 +131,7 @@ def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> N
 # Waiting for rank 0, and losing another
 
 
-def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: KeyValueStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now, slept = [1000.0], []
 
     def sleep(seconds: float) -> None:
@@ -182,7 +182,7 @@ def test_a_killed_rank_is_an_error_of_that_kind(run_ranks: RunRanks) -> None:
 
 
 def test_a_board_that_went_with_rank_0_means_that_rank_0_has_come() -> None:
-    class Gone(Board):
+    class Gone(KeyValueStore):
         def __init__(self) -> None:
             """No store."""
 

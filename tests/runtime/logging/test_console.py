@@ -42,8 +42,8 @@ def run(config: RunConfig) -> list[ev.Event]:
         ev.DataOpened(168, 42, 168, 2, 1, ["background", "kidney", "tumour"]),
         ev.BlockStarted(1, 1),
         ev.EpochStarted(1, 0.125, 2),
-        ev.BatchDone(1, 0, 2),
-        ev.BatchDone(1, 1, 2),
+        ev.MicroBatchEnd(1, 0, 2),
+        ev.MicroBatchEnd(1, 1, 2),
         ev.EpochStopped(1, 0.5, 0.125, 4, 1.0),
         *evaluation(1),
         ev.BlockStopped(1, 1),
@@ -99,7 +99,7 @@ def test_a_bar_of_a_resumed_run_counts_what_remains(config: RunConfig, capsys: C
 
 def test_a_bar_of_a_run_resumed_within_an_epoch_is_where_the_run_is(config: RunConfig, capsys: Captured) -> None:
     stopped = ev.RunStopped("aborted", "stopped by hand", 8, 1.0)
-    tell(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.BatchDone(8, 3, 2), stopped])
+    tell(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.MicroBatchEnd(8, 3, 2), stopped])
     assert "4/15" in capsys.readouterr().err
 
 
@@ -116,7 +116,8 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
     tracker = ConsoleTracker(verbose=True, epochs=3)
     tell(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
     tell(
-        tracker, [ev.StepDone(2, 0, 0.75, 1.0, 1.0), ev.BatchDone(2, 1, 2), ev.RunStopped("aborted", "by hand", 2, 1.0)]
+        tracker,
+        [ev.StepEnd(2, 0, 0.75, 1.0, 1.0), ev.MicroBatchEnd(2, 1, 2), ev.RunStopped("aborted", "by hand", 2, 1.0)],
     )
     drawn = capsys.readouterr().err
     assert "Dice 0.6500, loss 0.7500" in drawn

@@ -25,7 +25,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from common.errors import UserError
 from runtime.arguments import RunConfig
-from runtime.callbacks.base import Announcer
+from runtime.callbacks.base import EventDispatcher
 from runtime.logging import events as ev
 from runtime.logging import mlflow as mlflow_tracker
 from runtime.logging.base import Recorder
@@ -74,14 +74,14 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
     for epoch in (1, 2):
         told.append(ev.EpochStarted(epoch, 0.1 * epoch, 4))
         for batch in range(4):
-            told.append(ev.BatchDone(epoch, batch, 2))
+            told.append(ev.MicroBatchEnd(epoch, batch, 2))
             if batch % 2:
                 loss = math.nan if (epoch, batch) == (2, 3) else 1.0 / (epoch + batch)
-                told.append(ev.StepDone(epoch, batch, loss, 0.5 * epoch, 65536.0))
+                told.append(ev.StepEnd(epoch, batch, loss, 0.5 * epoch, 65536.0))
         told.append(ev.EpochStopped(epoch, 0.5 / epoch, 0.1 * epoch, 8, 2.0))
         told.append(ev.EvaluationStopped(epoch, 0.3 * epoch, [0.4 * epoch, 0.2 * epoch], 0.25, 1.5))
     stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0)
-    return [*told, stopped, ev.Closed([str(file) for file in files])]
+    return [*told, stopped, ev.RunFinalized([str(file) for file in files])]
 
 
 # What a tool must have of that run: name: {epoch or step: value}.
@@ -310,7 +310,7 @@ def test_mlflow_keeps_its_database_in_the_log_folder_and_marks_an_aborted_run(
 
 def test_mlflow_takes_many_metrics_at_once(tmp_path: Path, make_config: MakeConfig, database: str) -> None:
     events = run(make_config(), [])
-    steps: list[ev.Event] = [ev.StepDone(1, 2 * step + 1, 1.0, 1.0, 1.0) for step in range(1200)]
+    steps: list[ev.Event] = [ev.StepEnd(1, 2 * step + 1, 1.0, 1.0, 1.0) for step in range(1200)]
     tell(tmp_path, "mlflow", [*events[:4], ev.EpochStarted(1, 0.1, 2400), *steps, *events[-2:]])
     client, found = mlflow_run(database)
     assert len(metrics(client, found)["step/loss"]) == 1200
@@ -326,7 +326,7 @@ def test_a_server_that_fails_is_a_warning_and_the_run_goes_on(
         raise ConnectionError("the server is gone")
 
     monkeypatch.setattr(MlflowClient, "log_batch", fail)
-    announce = Announcer([tracker])
+    announce = EventDispatcher([tracker])
     for event in run(make_config(), []):
         announce(event)
     warned = capsys.readouterr().err.splitlines()
@@ -435,7 +435,8 @@ for tool in {tools!r}:
 
 
 def test_no_tool_is_imported_unless_it_is_named() -> None:
-    program = "import sys, main; print({'tensorboard', 'wandb', 'mlflow', 'prediction', 'report', 'submission'} & set(sys.modules))"
+    tools = {"tensorboard", "wandb", "mlflow", "prediction", "report", "submission"}
+    program = f"import sys, main; print({tools} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -49,11 +49,11 @@ def iterate(tracker: ThroughputTracker, clock: list[float], iterations: list[Pha
     tracker.on(ev.EpochStarted(1, 0.1, len(iterations)))
     for index, (data, compute, step) in enumerate(iterations):
         clock[0] += data
-        tracker.on(ev.PhaseDone("data"))
+        tracker.on(ev.PhaseEnd("data"))
         clock[0] += compute
-        tracker.on(ev.PhaseDone("forward and backward"))
+        tracker.on(ev.PhaseEnd("forward and backward"))
         clock[0] += step
-        tracker.on(ev.BatchDone(1, index, samples))
+        tracker.on(ev.MicroBatchEnd(1, index, samples))
 
 
 def end(tracker: ThroughputTracker, folder: Path) -> dict[str, float | str]:

@@ -60,8 +60,12 @@ def blocks(scores: dict[int, float]) -> Iterator[ev.Event]:
         for epoch in range(first, last + 1):
             yield ev.EpochStarted(epoch, 0.1, 2)
             for batch in (0, 1):
-                yield from (ev.PhaseDone("data"), ev.PhaseDone("forward and backward"), ev.BatchDone(epoch, batch, 84))
-                yield ev.StepDone(epoch, batch, 0.5, 1.0, 1.0)
+                yield from (
+                    ev.PhaseEnd("data"),
+                    ev.PhaseEnd("forward and backward"),
+                    ev.MicroBatchEnd(epoch, batch, 84),
+                )
+                yield ev.StepEnd(epoch, batch, 0.5, 1.0, 1.0)
             yield ev.EpochStopped(epoch, 0.5, 0.1, 168, 1.0)
         yield ev.EvaluationStarted(last, 42)
         yield ev.CaseEvaluated(last, "case_00000")
@@ -318,7 +322,7 @@ def test_json_lines_hold_every_event_but_batches_steps_and_cases(
     before = time.time()
     tell(JsonLinesTracker(tmp_path), events)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    left_out = ev.PhaseDone | ev.BatchDone | ev.StepDone | ev.CaseEvaluated
+    left_out = ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated
     kept = [event for event in events if not isinstance(event, left_out)]
     assert [record["event"] for record in records] == [type(event).__name__ for event in kept]
     assert all(before <= record["time_s"] <= time.time() for record in records)

@@ -14,15 +14,15 @@ from runtime.arguments import RunConfig, parse_arguments
 from runtime.mlperf.closed_division import (
     RESUMED,
     Data,
-    Departure,
+    RuleViolation,
     choose_division,
-    closed_breaches,
-    departures,
-    format_breaches,
+    closed_division_violations,
+    format_violations,
+    rule_violations,
     settle_division,
 )
 from runtime.mlperf.convergence import find_reference
-from runtime.training import Schedule, make_schedule
+from runtime.training import EvalSchedule, make_schedule
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -39,13 +39,13 @@ def told(
     config: RunConfig,
     name: str = "kits19",
     split: dict[str, list[str]] = SPLIT,
-    schedule: Schedule = SCHEDULE,
+    schedule: EvalSchedule = SCHEDULE,
     samples_per_epoch: int = 168,
     fingerprint: str = MD5S,
 ) -> list[str]:
     """What departs, as phrases."""
     data = Data(name, split, fingerprint)
-    return list(map(str, departures(config, data, IDS, MD5S, schedule, samples_per_epoch)))
+    return list(map(str, rule_violations(config, data, IDS, MD5S, schedule, samples_per_epoch)))
 
 
 def test_a_run_by_the_rules_departs_from_nothing(make_config: MakeConfig) -> None:
@@ -128,7 +128,7 @@ def test_another_data_set_and_other_counts(make_config: MakeConfig) -> None:
         replace(SCHEDULE, first_evaluation=None),
     ],
 )
-def test_another_schedule_is_told_beside_the_rules(schedule: Schedule, make_config: MakeConfig) -> None:
+def test_another_schedule_is_told_beside_the_rules(schedule: EvalSchedule, make_config: MakeConfig) -> None:
     (phrase,) = told(make_config(), schedule=schedule)
     assert phrase == (
         f"evaluation from epoch {schedule.first_evaluation} every {schedule.interval}, not from 1000 every 20"
@@ -137,13 +137,13 @@ def test_another_schedule_is_told_beside_the_rules(schedule: Schedule, make_conf
 
 def test_the_rules_schedule_is_that_of_the_runs_samples(make_config: MakeConfig) -> None:
     """166 samples an epoch (batch 2 on 83 ranks, say): the rule's epochs are 1013 and 21."""
-    assert told(make_config(), schedule=Schedule(9999, 1013, 21), samples_per_epoch=166) == []
+    assert told(make_config(), schedule=EvalSchedule(9999, 1013, 21), samples_per_epoch=166) == []
     assert len(told(make_config(), samples_per_epoch=166)) == 1
 
 
 def test_every_departure_is_told(make_config: MakeConfig) -> None:
     config = make_config(optimizer="adam", overlap=0.25, benchmark=True)
-    assert len(told(config, "phantom", {"train": [], "evaluation": []}, Schedule(1, 1, 1))) == 7
+    assert len(told(config, "phantom", {"train": [], "evaluation": []}, EvalSchedule(1, 1, 1))) == 7
 
 
 def test_the_cap_on_epochs_is_the_rules(make_config: MakeConfig) -> None:
@@ -179,13 +179,13 @@ def test_volumes_must_be_mlperfs_and_known_to_be(make_config: MakeConfig) -> Non
 
 
 def test_a_result_has_no_placeholders(make_config: MakeConfig) -> None:
-    assert closed_breaches(make_config(submission_org="ACME", seed=-1)) == []
-    breaches = closed_breaches(make_config(seed=7, trackers=("jsonl",)))
+    assert closed_division_violations(make_config(submission_org="ACME", seed=-1)) == []
+    breaches = closed_division_violations(make_config(seed=7, trackers=("jsonl",)))
     assert [breach.what for breach in breaches] == ["--submission_org", "--seed", "--trackers"]
 
 
 def test_the_table_has_what_yours_and_the_rules() -> None:
-    table = format_breaches([Departure("--overlap", "0.25", "0.5"), Departure("the run", "was resumed", "")])
+    table = format_violations([RuleViolation("--overlap", "0.25", "0.5"), RuleViolation("the run", "was resumed", "")])
     assert table.splitlines() == [
         "what       yours        the rule's",
         "--overlap  0.25         0.5",
@@ -193,7 +193,7 @@ def test_the_table_has_what_yours_and_the_rules() -> None:
     ]
 
 
-OVERLAP = Departure("--overlap", "0.25", "0.5")
+OVERLAP = RuleViolation("--overlap", "0.25", "0.5")
 
 
 @pytest.mark.parametrize(
@@ -206,13 +206,13 @@ OVERLAP = Departure("--overlap", "0.25", "0.5")
         ("open", [OVERLAP], "open"),
     ],
 )
-def test_the_division_follows_from_the_reasons(asked: str, reasons: list[Departure], division: str) -> None:
+def test_the_division_follows_from_the_reasons(asked: str, reasons: list[RuleViolation], division: str) -> None:
     assert choose_division(asked, reasons) == division
 
 
 def test_closed_with_a_departure_is_refused_with_every_reason() -> None:
     with pytest.raises(UserError, match=r"^--division closed, but: train cases 1, not 168; --overlap 0\.25, not 0\.5$"):
-        choose_division("closed", [Departure("train cases", "1", "168"), OVERLAP])
+        choose_division("closed", [RuleViolation("train cases", "1", "168"), OVERLAP])
 
 
 def test_settling_tells_all_breaches_in_one_table(
@@ -258,7 +258,7 @@ def test_the_recipes_are_by_the_rules_and_say_what_to_expect(
     config, _ = parse_arguments([f"@{path}", "--data_dir", "DATA", "--submission_org", "ACME"])
     schedule = make_schedule(config.epochs, 168, config.start_eval_at, config.evaluate_every)
     assert told(config, schedule=schedule) == []
-    assert closed_breaches(config) == []
+    assert closed_division_violations(config) == []
     assert config.batch_size * ranks * config.ga_steps == batch
     assert config.epochs == 10_000
     reference = find_reference(batch)
