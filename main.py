@@ -33,9 +33,10 @@ from runtime.distributed.world import World
 from runtime.evaluation import evaluate
 from runtime.logging import events, trackers
 from runtime.logging.console import EvaluationTracker
+from runtime.memory_format import to_device
 from runtime.precision import choose_precision
 from runtime.seeding import seed_process
-from runtime.training import place, train
+from runtime.training import train
 
 # Programs of their own, imported when `--exec_mode` names one: (config, flags given, world) -> exit status.
 Program = Callable[[RunConfig, frozenset[str], World], int]
@@ -130,7 +131,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     check_window(network, config.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
-    place(network, world.device, config.layout)
+    to_device(network, world.device, config.layout)
     emit = EventDispatcher([EvaluationTracker(config.verbose)] if world.is_main else [])
     scoring = build.make_sliding_window_config(config, spec)
     table = None

@@ -23,9 +23,9 @@ from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.distributed.world import World
 from runtime.evaluation import SlidingWindowConfig, assign_cases, score_cases
+from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
-from runtime.training import place
 
 BATCH_SIZES = (1, 2, 4, 8)
 RANKS = (2, 4, 8, 16, 42, 64)
@@ -82,7 +82,7 @@ def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Ta
     """
     seed_process(0, deterministic=False, autotune=device.type == "cuda")
     cases = write_cases(folder, scale.volumes)
-    network = place(Decided(Unet3d(CHANNELS, CLASSES, filters=scale.filters)), device, "NDHWC").eval()
+    network = to_device(Decided(Unet3d(CHANNELS, CLASSES, filters=scale.filters)), device, "NDHWC").eval()
     precision = choose_precision(True, "auto", device)
     windows = sum(scoring(scale.window, 1).windows(shape) for shape in scale.volumes)
     rows = []

@@ -22,10 +22,12 @@ from model.kernels import dispatch as kernels
 from model.losses import SMOOTHING, SPATIAL, DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.logging.throughput import peak_memory_bytes
+from runtime.memory_format import to_device
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
-from runtime.training import StepSettings, TrainState, place, train_step
+from runtime.train_state import TrainState
+from runtime.training import StepSettings, train_step
 from runtime.warmup import dummy_batch, peak_flops, seconds, training_flops
 
 T = TypeVar("T")
@@ -173,7 +175,7 @@ def unmeasurable(choice: Choice, device: torch.device) -> str:
 def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
     """One training step on made-up data, a call each; returns the loss."""
     torch.manual_seed(0)
-    network = place(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
+    network = to_device(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
     if way.compiled:
         network.compile()
     precision = choose_precision(way.amp, "auto", device)

@@ -34,9 +34,9 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
 from runtime.inference import sliding_window
+from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
-from runtime.training import place as place_network
 
 VOLUMES_NAME = "volumes.csv"
 # Which augmentations flip, and by which argument they say along what axes: all of them where it is left out.
@@ -126,7 +126,7 @@ def make_predictor(config: RunConfig, given: frozenset[str], world: World) -> tu
         network = build_network(own.model, spec.channels, len(spec.classes), own.normalization, own.activation)
         check_window(network, own.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
         checkpoints.load_network(network, loaded.state(config.checkpoint)[0], path)
-        place_network(network.eval(), world.device, own.layout)
+        to_device(network.eval(), world.device, own.layout)
         members.append(Member(network, own.val_input_shape, own.overlap, own.amp, own.amp_dtype, own.layout))
         specs.append(spec)
         notes += [note] if note else []
@@ -278,7 +278,7 @@ def mean_probabilities(image: Tensor, predictor: Predictor, where: Place) -> NDA
     total: Tensor | None = None
     image = image.to(where.volume)
     for member in predictor.members:
-        place_network(member.network, where.network, member.layout)
+        to_device(member.network, where.network, member.layout)
         precision = choose_precision(member.amp, member.amp_dtype, where.network)
         for axes in predictor.flips:
             own = _logits(image.flip(axes) if axes else image, member, precision, predictor.spec, where)

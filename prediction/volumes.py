@@ -13,9 +13,7 @@ from scipy import ndimage
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.volume import Geometry
-
-ML_PER_MM3 = 1e-3
+from data_loading.io.volume import ML_PER_MM3, Geometry
 
 
 @dataclass(frozen=True, order=True)

@@ -29,8 +29,8 @@ from report.records import Run
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
+from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
-from runtime.training import place
 
 # Bright on a black ground, and told apart however one sees colours; the prediction is dashed besides.
 TRUTH, PREDICTION = "#56b4e9", "#f0a818"
@@ -167,7 +167,7 @@ def _network(config: Mapping[str, Any], spec: DatasetSpec, loaded: Checkpoint, d
         config["model"], spec.channels, len(spec.classes), config["normalization"], config["activation"]
     )
     load_network(network, loaded.best, loaded.path)
-    place(network, device, config["layout"])
+    to_device(network, device, config["layout"])
     return network.eval()
 
 

@@ -38,17 +38,20 @@ from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.environment import describe_environment, platform_name
+from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, SlidingWindowConfig, evaluate
 from runtime.flags import parse_interval
 from runtime.logging import events, trackers
 from runtime.logging.console import ConsoleTracker
 from runtime.logging.throughput import ThroughputTracker
+from runtime.memory_format import to_device
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import LRSchedule, LRScheduleConfig, build_lr_schedule, make_optimizer
 from runtime.preflight import Samples, failures, format_table, run_checks
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
-from runtime.training import StepSettings, TrainState, make_schedule, place
+from runtime.train_state import TrainState
+from runtime.training import StepSettings
 from runtime.warmup import calibrate, dummy_batch, warm_up
 
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
@@ -86,7 +89,7 @@ def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
         check_window(network, getattr(config, flag), f"--{flag}", plan.spec.channels, len(plan.spec.classes))
     freeze_unused(network, plan.spec.channels, config.input_shape)
     plan.notes.extend(_transfer(config, plan, network))
-    place(network, world.device, config.layout)
+    to_device(network, world.device, config.layout)
     if config.compile:
         network.compile()  # in place: names, state and everyone's references stay
     trained = [p for p in network.parameters() if p.requires_grad]

@@ -18,7 +18,7 @@ from common.errors import UserError
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.logging.events import EvaluationStopped, Event
 from runtime.optimizer import LRScheduleConfig, warm_up_rate
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 
 class _AfterWarmUp(ABC):

@@ -16,11 +16,11 @@ from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
+from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.mlperf.closed_division import RESUMED, RuleViolation, settle_division
 from runtime.mlperf.convergence import expected_length
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import Seeds, draw_seeds
-from runtime.training import EvalSchedule, make_schedule
 
 EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
 

@@ -6,12 +6,10 @@ The host waits for the device once an epoch, when the mean loss is read; what it
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from common.errors import Interrupted, UserError
 from data_loading.pytorch_loader import Batch, TrainingLoader, is_of_worker, lost_worker
 from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World, without_communication
+from runtime.eval_schedule import EvalSchedule
 from runtime.logging.events import (
     BlockStarted,
     BlockStopped,
@@ -33,130 +32,11 @@ from runtime.logging.events import (
     RunStopped,
     StepEnd,
 )
+from runtime.memory_format import MEMORY_FORMATS
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
 from runtime.seeding import seed_step
-
-# MLPerf's schedule counts in samples of KiTS19's training set: an evaluation from epoch 1000 on, every 20.
-RULE_SAMPLES = 168
-RULE_FIRST_EVALUATION = 1000
-RULE_EVALUATION_INTERVAL = 20
-
-MEMORY_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last_3d}
-# Of a 2-D network's weights.
-PLANE_FORMATS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last}
-
-
-def place(network: nn.Module, device: torch.device, layout: str) -> nn.Module:
-    """The network on the device, its weights in the layout's memory order."""
-    network.to(device)
-    for p in (*network.parameters(), *network.buffers()):
-        if formats := PLANE_FORMATS[layout] if p.dim() == 4 else MEMORY_FORMATS[layout] if p.dim() == 5 else None:
-            # A copy has the strides that a gradient gets; `contiguous` would leave those of a single channel.
-            p.data = p.data.clone(memory_format=formats)
-    for p in network.parameters():
-        # A 1x1x1 kernel is in both orders; its gradient comes with NCDHW's strides, and DDP copies where they differ.
-        if p.dim() == 5 and p[0, 0].numel() == 1:
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
-    return network
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Why a run ends: "success" or "aborted", the reason, and the program's exit status."""
-
-    status: str
-    reason: str
-    exit_status: int = 0
-
-
-@dataclass
-class TrainState:
-    """What training changes; a checkpoint holds all of it.
-
-    Attributes:
-        network: the bare network; `model` is it, wrapped for gradient averaging.
-        epoch: the last one that was completed.
-        batch: micro-batches of the next epoch that are done, up to the last whole step.
-        loss_sum: of those, this rank's losses: a scalar on the device; None where `batch` is 0.
-        evaluated: the last epoch with an evaluation behind it.
-        gradient_norm: of the last step, a scalar on the device; no checkpoint needs it.
-        best_epoch, best_dice, best_network: of the best evaluation yet, the weights on the host.
-        stop: why the run must end; None: go on.
-        records: what callbacks and schedules must know again after a resume, by their names: plain Python, and alike
-            on all ranks as far as decisions follow from it.
-    """
-
-    network: nn.Module
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: Tensor | None = None
-    evaluated: int = 0
-    gradient_norm: Tensor | None = None
-    best_epoch: int = 0
-    best_dice: float = -1.0
-    best_network: dict[str, Tensor] | None = None
-    stop: Stop | None = None
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvalSchedule:
-    """Up to `epochs`, with an evaluation at `first_evaluation` and every `interval` after it; None: never."""
-
-    epochs: int
-    first_evaluation: int | None
-    interval: int
-
-    def evaluates(self, epoch: int) -> bool:
-        first = self.first_evaluation
-        return first is not None and epoch >= first and (epoch - first) % self.interval == 0
-
-    def check(self, batches: int, ga_steps: int, warmup_steps: int | None) -> None:
-        """Refuses, before anything is touched, a run that would end without a result.
-
-        Args:
-            batches: of a rank in an epoch.
-            warmup_steps: of `--benchmark`; None without it.
-
-        Raises:
-            UserError: an epoch without a step, or nothing left to time after the warm-up.
-        """
-        if batches < ga_steps:
-            raise UserError(f"--ga_steps {ga_steps}, but an epoch has {batches} batches: no step would ever be made")
-        iterations = batches - batches % ga_steps
-        if warmup_steps is not None and self.epochs * iterations <= warmup_steps:
-            raise UserError(
-                f"--benchmark: {self.epochs} epoch(s) of {iterations} iterations leave nothing to time after "
-                f"--warmup_steps {warmup_steps}; use --epochs {warmup_steps // iterations + 2} or a shorter warm-up"
-            )
-
-    def note(self) -> str:
-        """One line where no evaluation will take place, which a user seldom means; else ""."""
-        if self.first_evaluation is not None and self.first_evaluation <= self.epochs:
-            return ""
-        when = f"the first is due at epoch {self.first_evaluation}" if self.first_evaluation else "there are no cases"
-        return f"no evaluation in these {self.epochs} epochs ({when}); --start_eval_at and --evaluate_every set others"
-
-    def blocks(self, start: int) -> Iterator[tuple[int, int]]:
-        """(first, last) epochs of each stretch up to and with an evaluation, from epoch `start` on."""
-        first = start
-        for epoch in range(start, self.epochs + 1):
-            if self.evaluates(epoch) or epoch == self.epochs:
-                yield first, epoch
-                first = epoch + 1
-
-
-def make_schedule(
-    epochs: int, samples_per_epoch: int, start_eval_at: int | None, evaluate_every: int | None
-) -> EvalSchedule:
-    """The rule's schedule, scaled to this run's samples an epoch, where the user gave none."""
-    first = start_eval_at or math.ceil(RULE_FIRST_EVALUATION * RULE_SAMPLES / samples_per_epoch)
-    interval = evaluate_every or math.ceil(RULE_EVALUATION_INTERVAL * RULE_SAMPLES / samples_per_epoch)
-    return EvalSchedule(epochs, first, interval)
+from runtime.train_state import Stop, TrainState
 
 
 @dataclass(frozen=True)

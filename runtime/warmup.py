@@ -19,7 +19,8 @@ from data_loading.pytorch_loader import Batch
 from runtime.distributed.world import World
 from runtime.logging.events import Calibrated
 from runtime.precision import Precision
-from runtime.training import StepSettings, TrainState, train_step
+from runtime.train_state import TrainState
+from runtime.training import StepSettings, train_step
 
 # A product large enough to reach the peak, small enough to take a second: 2 * size^3 operations.
 PEAK_SIZES = {"cuda": 8192, "cpu": 2048}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from runtime.eval_schedule import make_schedule
 from runtime.mlperf.rulesets import counts_samples
-from runtime.training import make_schedule
 from submission.logs import BENCHMARK, Log, Problem, read_log
 
 RUNS = 40

@@ -27,6 +27,7 @@ from common.files import replacing
 
 # A voxel passes through the stored type, float32 and the resampled float32: about this many bytes
 # besides the stored ones are needed at once.
+ML_PER_MM3 = 1e-3
 WORKING_BYTES_PER_VOXEL = 12
 # Image and label of one case must agree this well, in mm (the KiTS19 pairs agree to 1e-5).
 AFFINE_TOLERANCE_MM = 1e-3

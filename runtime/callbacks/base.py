@@ -17,7 +17,7 @@ from common import registry
 from common.errors import DIVERGED_EXIT, Interrupted, warn
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd, Tracker
-from runtime.training import Stop, TrainState
+from runtime.train_state import Stop, TrainState
 
 # Below this the network predicts nothing at all: MLPerf's reference calls the run diverged.
 DIVERGED_DICE = 1e-6

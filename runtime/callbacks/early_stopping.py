@@ -6,7 +6,7 @@ from common.errors import UserError
 from runtime.callbacks.base import RunContext
 from runtime.callbacks.monitor import METRICS, is_better, mode_of
 from runtime.logging.events import BlockStarted, EvaluationStopped, Event
-from runtime.training import Stop, TrainState
+from runtime.train_state import Stop, TrainState
 
 
 class EarlyStopping:

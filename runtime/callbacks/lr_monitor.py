@@ -6,7 +6,7 @@ import csv
 
 from runtime.callbacks.base import RunContext
 from runtime.logging.events import Event, StepEnd
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 
 class LRMonitor:

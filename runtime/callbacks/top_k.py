@@ -10,7 +10,7 @@ from runtime.callbacks.base import RunContext
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.checkpoint.format import save
 from runtime.logging.events import EvaluationStopped, Event
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 FOLDER = "top"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from common.errors import UserError
 from runtime.callbacks.base import RunContext
 from runtime.logging.events import EvaluationStopped, Event, TrainDiceEnd
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 
 class TrainDice:

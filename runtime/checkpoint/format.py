@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import replacing
 from model.finetune import differences
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 FORMAT = 2
 DIGEST_MARK = b"sha256:"

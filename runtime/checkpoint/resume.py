@@ -11,7 +11,8 @@ from common.errors import UserError, warn
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
-from runtime.training import EvalSchedule, TrainState
+from runtime.eval_schedule import EvalSchedule
+from runtime.train_state import TrainState
 
 # Another one is another run: its state would mean nothing.
 STRUCTURAL_FLAGS = ("model", "normalization", "activation", "optimizer", "freeze")

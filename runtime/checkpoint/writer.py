@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import DIVERGED_EXIT, UserError, warn
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 # For rank 0's last checkpoint; launchers kill sooner.
 PATIENCE_S = 300.0

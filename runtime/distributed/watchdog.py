@@ -24,7 +24,7 @@ from common.errors import RANK_LOST_EXIT, RankLost, complaint
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 BEAT_S = 2.0
 # A process that lives writes every two seconds, whatever its main thread does; a machine that swaps may take longer.

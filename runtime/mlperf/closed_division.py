@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from common.errors import UserError
 from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
 from runtime.arguments import RunConfig
+from runtime.eval_schedule import RULE_SAMPLES, EvalSchedule, make_schedule
 from runtime.flags import PLACEHOLDER_ORG
-from runtime.training import RULE_SAMPLES, EvalSchedule, make_schedule
 
 CLOSED_CASES = {"train": 168, "evaluation": 42}
 # Every run must have ended after so many epochs of 168 samples.

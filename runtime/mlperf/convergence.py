@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.arguments import RunConfig
+from runtime.eval_schedule import RULE_SAMPLES
 from runtime.logging.throughput import measured_samples_per_s
 from runtime.mlperf.rulesets import DEFAULT_RULESET, counts_samples
-from runtime.training import RULE_SAMPLES
 
 BENCHMARK = "unet3d"
 

@@ -19,7 +19,7 @@ from model.unet3d import Unet3d
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.optimizer import make_optimizer
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 from tests.faults import Row
 from tests.faults.runs import Run, differences, history, is_same, write_balls
 

@@ -29,7 +29,7 @@ from data_loading.integrity import check_files, md5_of, split_digest
 from prediction.pseudo_labels import main
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 MODEL = "tests.prediction.test_pseudo_labels:Reads"
 

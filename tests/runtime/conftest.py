@@ -23,7 +23,7 @@ from runtime.arguments import RunConfig, parse_arguments
 from runtime.distributed.world import World
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from runtime.evaluation import CaseAssignment, SlidingWindowConfig, assign_cases
 from runtime.inference import sliding_window
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 SCORING = SlidingWindowConfig(
     window=(4, 4, 4), overlap=0.5, batch_size=3, classes=3, padding_value=-2.2, crops_remainder=False

@@ -14,7 +14,7 @@ from common.errors import UserError
 from runtime.logging.events import EvaluationStopped
 from runtime.lr_schedule import Plateau
 from runtime.optimizer import LRScheduleConfig, build_lr_schedule, learning_rate
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
 RUN = LRScheduleConfig(0.8, 0.1, 4, (), 1.0, 24, {})

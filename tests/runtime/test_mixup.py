@@ -19,7 +19,8 @@ from runtime.mixup import ManifoldMixup, Mixup, count_cuts, mix
 from runtime.objective import make_objective, plain, split_specs
 from runtime.precision import Precision
 from runtime.seeding import seed_step
-from runtime.training import StepSettings, TrainState, train_step
+from runtime.train_state import TrainState
+from runtime.training import StepSettings, train_step
 
 ORDER = torch.tensor([2, 0, 1])
 LOSS = DiceCELoss()

@@ -24,6 +24,7 @@ from runtime.callbacks.base import Diverged, EventDispatcher, StopOnSignal, Targ
 from runtime.distributed import step_sync as pulses
 from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.world import World
+from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.logging.events import (
     BlockStarted,
     BlockStopped,
@@ -37,19 +38,11 @@ from runtime.logging.events import (
     RunStopped,
     StepEnd,
 )
+from runtime.memory_format import to_device
 from runtime.optimizer import learning_rate, make_optimizer
 from runtime.precision import Precision
-from runtime.training import (
-    EvalSchedule,
-    StepSettings,
-    Stop,
-    TrainState,
-    make_schedule,
-    place,
-    train,
-    train_epoch,
-    train_step,
-)
+from runtime.train_state import Stop, TrainState
+from runtime.training import StepSettings, train, train_epoch, train_step
 
 MakeState = Callable[..., TrainState]
 # Any loader of `conftest.Batches`, by number and size of the batches.
@@ -177,7 +170,7 @@ class TwoChannels(nn.Module):
     ("layout", "memory_format"), [("NCDHW", torch.contiguous_format), ("NDHWC", torch.channels_last_3d)]
 )
 def test_the_layout_is_that_of_image_and_weights(layout: str, memory_format: torch.memory_format) -> None:
-    network = place(TwoChannels(), CPU, layout)
+    network = to_device(TwoChannels(), CPU, layout)
     state = TrainState(
         network, network, make_optimizer("sgd", network.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
     )
@@ -186,16 +179,16 @@ def test_the_layout_is_that_of_image_and_weights(layout: str, memory_format: tor
     (image,) = network.seen
     assert image.is_contiguous(memory_format=memory_format)
     assert torch.equal(image, batch["image"])
-    unet = place(Unet3d(1, 3, filters=(2, 4)), CPU, layout)
+    unet = to_device(Unet3d(1, 3, filters=(2, 4)), CPU, layout)
     assert unet.input_block.conv2[0].weight.is_contiguous(memory_format=memory_format)
-    plane = place(nn.Conv2d(2, 2, 3), CPU, layout)
+    plane = to_device(nn.Conv2d(2, 2, 3), CPU, layout)
     is_last = memory_format == torch.channels_last_3d
     assert plane.weight.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def test_channels_last_trains_to_the_same_numbers(make_state: MakeState, make_batches: MakeBatches) -> None:
     plain, last = make_state(), make_state()
-    place(last.network, CPU, "NDHWC")
+    to_device(last.network, CPU, "NDHWC")
     losses = []
     for state, layout in ((plain, "NCDHW"), (last, "NDHWC")):
         events: list[Event] = []

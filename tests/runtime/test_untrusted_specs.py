@@ -18,7 +18,7 @@ from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.checkpoint import format as checkpoints
 from runtime.distributed.world import World
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 CLASSES = ("background", "kidney", "tumour")
 SMALL = ["--val_input_shape", "4", "4", "8"]

@@ -14,7 +14,8 @@ from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime.distributed.world import World
 from runtime.precision import Precision
-from runtime.training import StepSettings, TrainState, train_step
+from runtime.train_state import TrainState
+from runtime.training import StepSettings, train_step
 from runtime.warmup import calibrate, dummy_batch, peak_flops, preserve_state, training_flops, warm_up
 
 SHAPE = (4, 4, 8)

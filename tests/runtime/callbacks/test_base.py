@@ -16,7 +16,7 @@ from common.errors import DIVERGED_EXIT, Interrupted
 from runtime.callbacks.base import Diverged, EventDispatcher, KeepBest, StopOnSignal, TargetReached
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, RunStarted, RunStopped, StepEnd
-from runtime.training import Stop, TrainState
+from runtime.train_state import Stop, TrainState
 
 MakeState = Callable[..., TrainState]
 

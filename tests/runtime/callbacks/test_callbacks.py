@@ -16,7 +16,7 @@ from runtime.callbacks.base import Callback, RunContext, build_callbacks
 from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
 from runtime.logging.events import BlockStarted, EvaluationStopped, Event, StepEnd, TrainDiceEnd
-from runtime.training import TrainState
+from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
 Make = Callable[..., Callback]

@@ -38,8 +38,10 @@ from runtime.checkpoint.format import (
 from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
+from runtime.memory_format import to_device
 from runtime.precision import Precision
-from runtime.training import StepSettings, Stop, TrainingLoader, TrainState, place, train_epoch
+from runtime.train_state import Stop, TrainState
+from runtime.training import StepSettings, TrainingLoader, train_epoch
 from tests.runtime.conftest import disk_of
 
 MakeState = Callable[..., TrainState]
@@ -145,7 +147,7 @@ def test_every_field_comes_back_bit_for_bit(
     optimizer: str, layout: str, path: Path, make_state: MakeState, make_batches: MakeBatches
 ) -> None:
     state = make_state(optimizer)
-    place(state.network, CPU, layout)
+    to_device(state.network, CPU, layout)
     train_epochs(state, make_batches(2, 1), 1, 1, layout)
     KeepBest().on(EvaluationStopped(1, 0.1 + 0.2, [0.3], 0.1, 1.0), state)
     assert state.best_network is not None
@@ -220,7 +222,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(
 ) -> None:
     def start() -> TrainState:
         state = make_state(optimizer, **OPTIMIZERS[optimizer])
-        place(state.network, CPU, layout)
+        to_device(state.network, CPU, layout)
         return state
 
     straight, loader = start(), make_batches(3, 1)

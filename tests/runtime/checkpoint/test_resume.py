@@ -25,7 +25,8 @@ from runtime.checkpoint.resume import (
     to_boundary,
 )
 from runtime.distributed.world import World
-from runtime.training import EvalSchedule, TrainState
+from runtime.eval_schedule import EvalSchedule
+from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
 MakeConfig = Callable[..., RunConfig]

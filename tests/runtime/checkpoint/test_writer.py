@@ -33,7 +33,7 @@ from runtime.logging.events import (
     RunStopped,
     StepEnd,
 )
-from runtime.training import Stop, TrainState
+from runtime.train_state import Stop, TrainState
 
 MakeState = Callable[..., TrainState]
 
@@ -414,7 +414,7 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
     code = """
         import time
         from runtime.checkpoint.writer import SaveCheckpoint
-        from runtime.training import TrainState
+        from runtime.train_state import TrainState
 
         def write(content):
             time.sleep(0.5)

@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import UserError
 from runtime.arguments import RunConfig, parse_arguments
+from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.mlperf.closed_division import (
     RESUMED,
     Data,
@@ -22,7 +23,6 @@ from runtime.mlperf.closed_division import (
     settle_division,
 )
 from runtime.mlperf.convergence import find_reference
-from runtime.training import EvalSchedule, make_schedule
 
 MakeConfig = Callable[..., RunConfig]
 
