@@ -72,7 +72,7 @@ def train_network(config: RunConfig, world: World) -> int:
 
     interruption = SignalHandler(world.board)
     watchdog = Watchdog(world, interruption)
-    saver = build.make_saver(config, plan, world)
+    saver = build.make_checkpoint_writer(config, plan, world)
     announce = build.make_announcer(config, plan, world)
     announce(build.describe_start(config, world))
     state = build.build_state(config, plan, world)
@@ -91,12 +91,11 @@ def train_network(config: RunConfig, world: World) -> int:
     announce.attach(state, build.make_callbacks(config, plan, rate, loader, saver, watchdog, context))
     announce(opened)
     score = make_evaluate_fn(plan.split["evaluation"], announce)
-    step_sync = StepSync(world, lambda: StepRequest(interruption.number, saver is not None and saver.is_due()))
+    step_sync = StepSync(world, lambda: StepRequest(interruption.number, saver.is_due()))
     try:
         with interruption, watchdog:
             state.stop = train(state, loader, plan.schedule, rate, settings, score, world, step_sync, announce)
-            if saver:
-                saver.finish(state)
+            saver.finish(state, state.stop)
         if state.stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
             report_run(config, world)
     finally:

@@ -32,7 +32,7 @@ from runtime.callbacks.base import (
 )
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
-from runtime.checkpoint.writer import SaveCheckpoint
+from runtime.checkpoint.writer import CheckpointWriter
 from runtime.checks import checkpoint_bytes
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
@@ -269,7 +269,7 @@ def make_callbacks(
     plan: RunSpec,
     rate: LRSchedule,
     loader: TrainingLoader,
-    saver: SaveCheckpoint | None,
+    saver: CheckpointWriter,
     watchdog: Watchdog,
     context: RunContext,
 ) -> list[Callback]:
@@ -278,10 +278,9 @@ def make_callbacks(
     schedule: object = rate
     if isinstance(schedule, Callback):
         own.insert(0, schedule)
-    saving = [saver] if saver else []
     rule = make_schedule(config.epochs, plan.samples_per_epoch, None, None)
     diverged = Diverged(context.world, loader.describe, rule.first_evaluation or 1)
-    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, *saving, StopOnSignal()]
+    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, saver, StopOnSignal()]
 
 
 def make_snapshot(config: RunConfig, plan: RunSpec) -> Callable[[TrainState, list[float]], dict[str, object]]:
@@ -291,13 +290,17 @@ def make_snapshot(config: RunConfig, plan: RunSpec) -> Callable[[TrainState, lis
     )
 
 
-def make_saver(config: RunConfig, plan: RunSpec, world: World) -> SaveCheckpoint | None:
-    """What saves this run's checkpoints; None where it makes none."""
+def make_checkpoint_writer(config: RunConfig, plan: RunSpec, world: World) -> CheckpointWriter:
+    """Saves this run's checkpoints; does nothing in a run that keeps none."""
     path = checkpoint_path(config)
-    if path is None:
-        return None
-    write = partial(checkpoints.save, path, keep=config.ckpt_keep)
-    return SaveCheckpoint(world, *parse_interval(config.ckpt_every), make_snapshot(config, plan), write)
+    minutes, epochs = parse_interval(config.ckpt_every)
+    return CheckpointWriter(
+        world=world,
+        snapshot=make_snapshot(config, plan),
+        write=partial(checkpoints.save, path, keep=config.ckpt_keep) if path else None,
+        minutes=minutes,
+        epochs=epochs,
+    )
 
 
 def make_announcer(config: RunConfig, plan: RunSpec, world: World) -> EventDispatcher:

@@ -1,4 +1,4 @@
-"""When and how a run saves: from a copy, in a thread, while training goes on."""
+"""When a run saves a checkpoint, and how: from a copy of the state, in a thread, while training continues."""
 
 from __future__ import annotations
 
@@ -11,97 +11,81 @@ from typing import Any
 from common.errors import DIVERGED_EXIT, UserError, warn
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
-from runtime.train_state import TrainState
+from runtime.train_state import Stop, TrainState
 
-# For rank 0's last checkpoint; launchers kill sooner.
+# For rank 0's last checkpoint; launchers kill a job sooner than this.
 PATIENCE_S = 300.0
 
 
-class SaveCheckpoint:
-    """A callback on every rank; rank 0 writes. Saves when it is due, after each evaluation with a new best, at the end.
+class CheckpointWriter:
+    """Saves the run's state; exists on every rank, rank 0 writes the file.
 
-    A disk that is full is a warning while the run goes on, and a UserError at its end.
+    A failed save (such as a full disk) is a warning during the run and a UserError at its end.
 
     Args:
-        minutes, epochs: how often; 0: not by these.
-        take: makes a snapshot of the state, given every rank's sum of losses.
-        write: writes a snapshot to the disk, in a thread of its own.
+        world: all ranks of the run.
+        snapshot: returns a checkpoint's content, given the state and the loss sum of each rank.
+        write: writes this content to the disk; None: the run keeps no checkpoints, and every method does nothing.
+        minutes: interval between two saves; 0: not by time.
+        epochs: interval between two saves; 0: not by epoch.
     """
 
     def __init__(
         self,
+        *,
         world: World,
-        minutes: float,
-        epochs: int,
-        take: Callable[[TrainState, list[float]], dict[str, Any]],
-        write: Callable[[dict[str, Any]], None],
+        snapshot: Callable[[TrainState, list[float]], dict[str, Any]],
+        write: Callable[[dict[str, Any]], None] | None,
+        minutes: float = 0.0,
+        epochs: int = 0,
     ) -> None:
         self._world = world
-        self._minutes = minutes
-        self._epochs = epochs
-        self._take = take
+        self._snapshot = snapshot
         self._write = write
-        self._writer: threading.Thread | None = None
-        self._began_at = time.monotonic()
+        self._minutes = minutes if write else 0.0
+        self._epochs = epochs if write else 0
+        self._thread: threading.Thread | None = None
+        self._last_save_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether this rank wants a checkpoint at the next step's end; rank 0's clock decides for all."""
-        waited_s = time.monotonic() - self._began_at
-        return self._world.is_main and 0 < self._minutes <= waited_s / 60 and not self._is_writing()
+        """Whether to save at the end of the next step, by rank 0's clock: always False on the other ranks.
 
-    def on(self, event: Event, state: TrainState) -> None:
-        is_new_best = isinstance(event, EvaluationStopped) and state.best_epoch == event.epoch and not _diverged(state)
-        is_epoch = isinstance(event, EpochStopped) and self._epochs > 0 and event.epoch % self._epochs == 0
-        # A step with a fault has spoilt the weights.
-        if is_new_best or is_epoch or (isinstance(event, StepEnd) and event.save and not event.fault):
-            self._begin(state)
-
-    def _is_writing(self) -> bool:
-        return self._writer is not None and self._writer.is_alive()
-
-    def _begin(self, state: TrainState) -> None:
-        """Copies the state and starts writing; waits first for a disk that is slower than the interval."""
-        content = self._snapshot(state)
-        if content is not None:
-            self._wait()
-            self._writer = threading.Thread(target=self._write_or_warn, args=(content,), name="checkpoint")
-            self._writer.start()
-        self._began_at = time.monotonic()
-
-    def _snapshot(self, state: TrainState) -> dict[str, Any] | None:
-        """The state on rank 0, None on the others; every rank must call it at the same step.
-
-        Reading the losses and the norm is a host sync, of a checkpoint's step alone. It finds what a beat of the pulse
-        may still have under way: a last step that spoilt the weights, of which no checkpoint is made.
+        The ranks agree through `StepSync`. Nothing is due while the previous checkpoint is still being written.
         """
-        sums = [0.0] * self._world.size
-        if state.batch and state.loss_sum is not None:  # alike on all ranks; in an evaluation there is none to gather
-            sums = self._world.gather(state.loss_sum.item())
-        norm = 0.0 if state.gradient_norm is None or state.scaler.is_enabled() else state.gradient_norm.item()
-        if not self._world.is_main or not all(map(math.isfinite, [*sums, norm])):
-            return None
-        return self._take(state, sums)
+        waited_s = time.monotonic() - self._last_save_s
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return self._world.is_main and 0 < self._minutes <= waited_s / 60 and not is_writing
 
-    def _write_or_warn(self, content: dict[str, Any]) -> None:
-        try:
-            self._write(content)
-        except OSError as error:
-            warn(f"{_problem(error)}, training goes on")
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        """Whether to save after this epoch (counted from 1); the same on every rank."""
+        return self._epochs > 0 and epoch % self._epochs == 0
 
-    def _wait(self) -> None:
-        if self._writer is not None:
-            self._writer.join()
+    def save(self, state: TrainState) -> None:
+        """Copies the state and starts writing it. Every rank must call it at the same step.
 
-    def finish(self, state: TrainState) -> None:
-        """Saves the last state, once the run has ended; that of a run gone wrong is left out for the last good one.
+        Waits first for the previous write if the disk is slower than the interval. A state with a loss or gradient that
+        is not finite is not saved.
+        """
+        content = self._copy(state)
+        if content is not None:
+            self._join()
+            self._thread = threading.Thread(target=self._write_or_warn, args=(content,), name="checkpoint")
+            self._thread.start()
+        self._last_save_s = time.monotonic()
 
-        Every rank waits for rank 0's writing: a launcher kills all as soon as one leaves with an exit status.
+    def finish(self, state: TrainState, stop: Stop) -> None:
+        """Saves the last state of the run, unless it diverged: then the last good checkpoint remains.
+
+        Every rank must call it, and waits until rank 0 has written: a launcher kills all ranks as soon as one exits
+        with a status other than 0.
 
         Raises:
-            UserError: the disk is full, or the folder gone.
+            UserError: the disk is full, or the folder is gone.
         """
-        self._wait()
-        content = None if _diverged(state) else self._snapshot(state)
+        if self._write is None:
+            return
+        self._join()
+        content = None if stop.exit_status == DIVERGED_EXIT else self._copy(state)
         if content is not None:
             try:
                 self._write(content)
@@ -109,9 +93,41 @@ class SaveCheckpoint:
                 raise UserError(f"{_problem(error)}; the end of this run is lost") from None
         self._world.wait_for_main("saved", PATIENCE_S)
 
+    def on(self, event: Event, state: TrainState) -> None:
+        """Saves after events, until the training loop calls `save` itself."""
+        is_diverged = state.stop is not None and state.stop.exit_status == DIVERGED_EXIT
+        is_new_best = isinstance(event, EvaluationStopped) and state.best_epoch == event.epoch and not is_diverged
+        is_epoch = isinstance(event, EpochStopped) and self.is_due_after_epoch(event.epoch)
+        # A step with a fault has damaged the weights.
+        if is_new_best or is_epoch or (isinstance(event, StepEnd) and event.save and not event.fault):
+            self.save(state)
 
-def _diverged(state: TrainState) -> bool:
-    return state.stop is not None and state.stop.exit_status == DIVERGED_EXIT
+    def _copy(self, state: TrainState) -> dict[str, Any] | None:
+        """A copy of the state on rank 0; None on the other ranks, without checkpoints, and for a damaged state.
+
+        Reading the losses and the gradient norm is a host sync, which only steps with a checkpoint pay for. It detects
+        what `StepSync` may still have under way: a last step that damaged the weights.
+        """
+        if self._write is None:
+            return None
+        sums = [0.0] * self._world.size
+        if state.batch and state.loss_sum is not None:  # the same on all ranks; None during an evaluation
+            sums = self._world.gather(state.loss_sum.item())
+        norm = 0.0 if state.gradient_norm is None or state.scaler.is_enabled() else state.gradient_norm.item()
+        if not self._world.is_main or not all(map(math.isfinite, [*sums, norm])):
+            return None
+        return self._snapshot(state, sums)
+
+    def _write_or_warn(self, content: dict[str, Any]) -> None:
+        assert self._write is not None
+        try:
+            self._write(content)
+        except OSError as error:
+            warn(f"{_problem(error)}, training goes on")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _problem(error: OSError) -> str:

@@ -17,7 +17,7 @@ import torch
 from common.errors import DIVERGED_EXIT, UserError
 from runtime.checkpoint import writer as saving
 from runtime.checkpoint.format import load, save, snapshot
-from runtime.checkpoint.writer import SaveCheckpoint
+from runtime.checkpoint.writer import CheckpointWriter
 from runtime.distributed.world import World
 from runtime.logging.events import (
     BlockStarted,
@@ -41,6 +41,7 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DUE = StepEnd(4, 1, 0.5, 1.0, 1.0, save=True)
+ENDED = Stop("aborted", "not reached")
 take = partial(snapshot, config={}, seed=1, data="")
 
 
@@ -54,12 +55,12 @@ def scored(epoch: int) -> EvaluationStopped:
 
 def saver(
     write: Callable[[dict[str, Any]], None], minutes: float = 0.0, epochs: int = 0, world: World = ALONE
-) -> SaveCheckpoint:
-    return SaveCheckpoint(world, minutes, epochs, take, write)
+) -> CheckpointWriter:
+    return CheckpointWriter(world=world, snapshot=take, write=write, minutes=minutes, epochs=epochs)
 
 
-def wait_for_writer(callback: SaveCheckpoint) -> None:
-    callback._wait()
+def wait_for_writer(callback: CheckpointWriter) -> None:
+    callback._join()
 
 
 class Disk:
@@ -200,6 +201,18 @@ def test_nothing_is_due_while_the_last_one_is_written(slow: Disk, make_state: Ma
     assert callback.is_due()
 
 
+def test_a_run_without_checkpoints_saves_nothing(make_state: MakeState, clock: list[float]) -> None:
+    world, state = Gathering(0, 3, CPU, sums=[1.0] * 3), make_state()
+    state.batch, state.loss_sum = 4, torch.tensor(1.0)
+    writer = CheckpointWriter(world=world, snapshot=take, write=None, minutes=1, epochs=1)
+    clock[0] += 61
+    assert not writer.is_due()
+    assert not writer.is_due_after_epoch(1)
+    writer.save(state)
+    writer.finish(state, ENDED)
+    assert world.gathered == [], "no host sync either"
+
+
 # A copy, in a thread
 
 
@@ -259,7 +272,7 @@ def test_other_ranks_write_nothing(make_state: MakeState) -> None:
     callback = saver(disk.write, epochs=1, world=World(1, 2, CPU))
     for event in (scored(4), epoch_done(4)):
         callback.on(event, state)
-    callback.finish(state)
+    callback.finish(state, ENDED)
     assert disk.threads == []
 
 
@@ -279,7 +292,7 @@ def test_every_ranks_sum_of_losses_is_saved(make_state: MakeState) -> None:
     disk, state = Disk(), make_state()
     world = Gathering(0, 3, CPU, sums=[1.5, 2.5, 3.5])
     state.batch, state.loss_sum = 4, torch.tensor(1.5)
-    saver(disk.write, world=world).finish(state)
+    saver(disk.write, world=world).finish(state, ENDED)
     assert disk.written[0]["last"]["loss_sums"] == [1.5, 2.5, 3.5]
     assert world.gathered == [1.5]
 
@@ -287,7 +300,7 @@ def test_every_ranks_sum_of_losses_is_saved(make_state: MakeState) -> None:
 def test_between_epochs_nothing_is_gathered(make_state: MakeState) -> None:
     """A rank that was interrupted in an evaluation saves while others may still compute."""
     disk, world = Disk(), Gathering(0, 3, CPU)
-    saver(disk.write, world=world).finish(make_state())
+    saver(disk.write, world=world).finish(make_state(), ENDED)
     assert disk.written[0]["last"]["loss_sums"] == [0.0] * 3
     assert world.gathered == []
 
@@ -306,7 +319,7 @@ def test_a_sum_of_losses_that_is_no_number_is_never_saved(number: float, rank: i
     callback = saver(disk.write, world=Gathering(0, 2, CPU, sums=sums))
     callback.on(DUE, state)
     callback.on(scored(4), state)
-    callback.finish(state)
+    callback.finish(state, ENDED)
     assert disk.threads == []
 
 
@@ -327,7 +340,7 @@ def test_a_gradient_that_is_no_number_has_spoilt_the_weights(number: float, make
     callback = saver(disk.write, epochs=1)
     callback.on(DUE, state)
     callback.on(epoch_done(1), state)
-    callback.finish(state)
+    callback.finish(state, ENDED)
     assert disk.threads == []
 
 
@@ -335,7 +348,7 @@ def test_under_a_loss_scaler_such_a_step_was_skipped(make_state: MakeState) -> N
     disk, state = Disk(), make_state()
     state.scaler = torch.amp.GradScaler("cpu", enabled=True)
     state.gradient_norm = torch.tensor(math.inf)
-    saver(disk.write).finish(state)
+    saver(disk.write).finish(state, ENDED)
     assert len(disk.written) == 1
 
 
@@ -344,8 +357,8 @@ def test_after_a_divergence_the_last_good_one_stays(make_state: MakeState) -> No
     state.epoch = 3
     callback = saver(disk.write, epochs=1)
     callback.on(epoch_done(3), state)
-    state.epoch, state.stop = 4, Stop("aborted", "diverged: mean Dice 0.0", DIVERGED_EXIT)
-    callback.finish(state)
+    state.epoch = 4
+    callback.finish(state, Stop("aborted", "diverged: mean Dice 0.0", DIVERGED_EXIT))
     assert disk.epochs() == [3]
 
 
@@ -353,16 +366,16 @@ def test_after_a_divergence_the_last_good_one_stays(make_state: MakeState) -> No
 
 
 @pytest.mark.parametrize(
-    "stop", [Stop("success", "reached"), Stop("aborted", "not reached"), Stop("aborted", "interrupted", 143), None]
+    "stop", [Stop("success", "reached"), Stop("aborted", "not reached"), Stop("aborted", "interrupted", 143)]
 )
-def test_the_end_is_saved_after_what_is_under_way(stop: Stop | None, slow: Disk, make_state: MakeState) -> None:
+def test_the_end_is_saved_after_what_is_under_way(stop: Stop, slow: Disk, make_state: MakeState) -> None:
     state = make_state()
     callback = saver(slow.write, epochs=1)
     state.epoch = 1
     callback.on(epoch_done(1), state)
-    state.epoch, state.stop = 2, stop
+    state.epoch = 2
     threading.Timer(0.05, slow.let_go).start()
-    callback.finish(state)
+    callback.finish(state, stop)
     assert slow.epochs() == [1, 2]
     assert slow.threads == ["checkpoint", "MainThread"], "when it returns, the file is there"
 
@@ -392,7 +405,7 @@ def test_a_full_disk_is_a_warning_each_time_and_training_goes_on(
 )
 def test_at_the_end_a_full_disk_is_the_users_to_mend(error: OSError, what: str, make_state: MakeState) -> None:
     with pytest.raises(UserError) as caught:
-        saver(Disk(error).write).finish(make_state())
+        saver(Disk(error).write).finish(make_state(), ENDED)
     assert str(caught.value) == (
         f"the checkpoint could not be saved ({what}); the last good one is untouched; the end of this run is lost"
     )
@@ -413,8 +426,8 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
     """A launcher kills all as soon as one leaves with an exit status."""
     code = """
         import time
-        from runtime.checkpoint.writer import SaveCheckpoint
-        from runtime.train_state import TrainState
+        from runtime.checkpoint.writer import CheckpointWriter
+        from runtime.train_state import Stop, TrainState
 
         def write(content):
             time.sleep(0.5)
@@ -424,7 +437,8 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
         if world.is_main:
             world.board.set("order", "began")
         world.barrier()
-        SaveCheckpoint(world, 0, 0, lambda state, sums: {}, write).finish(state)
+        stop = Stop("aborted", "not reached")
+        CheckpointWriter(world=world, snapshot=lambda state, sums: {}, write=write).finish(state, stop)
         print(world.board.get("order"))
         world.barrier()
     """
