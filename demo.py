@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import Parser, UserError, run_program
+from common.cli import Parser
+from common.errors import UserError, run_program
 
 PROJECT = Path(__file__).resolve().parent
 # Of five patients, MLPerf's list evaluates 00000 and 00003. The view is that of a small patient: at the benchmark's

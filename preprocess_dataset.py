@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common import registry
-from common.errors import Parser, UserError, run_program
+from common.cli import Parser
+from common.errors import UserError, run_program
 from data_loading.readers.base import RawDataset, flags_of
 from data_loading.readers.kits19 import RAW_LAYOUTS, RawReader
 from data_loading.spec import INTENSITIES

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Options, Table
-from common.errors import Parser, UserError, run_program
+from common.cli import Parser
+from common.errors import UserError, run_program
 from runtime.environment import describe_environment
 
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")

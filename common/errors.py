@@ -6,13 +6,11 @@ the run. Anything else that escapes is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
 # sysexits.h EX_USAGE is 64, but argparse exits with 2 and users script against that.
 USER_ERROR_EXIT = 2
@@ -24,13 +22,6 @@ RANK_LOST_EXIT = 4
 
 class UserError(Exception):
     """Bad input: the message says in one line what is wrong and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake on the command line as a `UserError` instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
 class RankLost(Exception):  # noqa: N818 - an end, not an error of this process

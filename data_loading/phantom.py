@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
-from common.errors import Parser, UserError, run_program
+from common.cli import Parser
+from common.errors import UserError, run_program
 from data_loading.io.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
 
 DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second a case

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.errors import Parser, UserError, run_program, warn
+from common.cli import Parser
+from common.errors import UserError, run_program, warn
 from common.files import replacing
 from common.registry import Typed
 from data_loading.dataset import (

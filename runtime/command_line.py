@@ -8,7 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from common.errors import Parser, UserError
+from common.cli import Parser
+from common.errors import UserError
 from common.registry import Typed
 from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS

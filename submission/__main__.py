@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.errors import Interrupted, Parser, run_program
+from common.cli import Parser
+from common.errors import Interrupted, run_program
 from runtime.flags import number
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 from submission.inspection import RUNS

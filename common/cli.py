@@ -1,0 +1,68 @@
+"""Command-line parsing: one-line errors, and old spellings that keep working for one version."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from common.errors import UserError, warn
+
+# The version that drops the old spellings.
+REMOVED_IN = "0.3"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a command-line mistake as a `UserError` instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+    def add_old_spelling(self, old: str, new: argparse.Action) -> None:
+        """Accepts `old`, such as "--subset", for the flag that `add_argument` returned; `--help` does not list it."""
+        self.add_argument(old, action=_OldSpelling, new=new, default=argparse.SUPPRESS)
+
+
+class _OldSpelling(argparse.Action):
+    """Warns, then does what the flag under its new name does."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, new: Any, default: str) -> None:
+        super().__init__(
+            option_strings,
+            new.dest,
+            nargs=new.nargs,
+            const=new.const,
+            default=default,
+            type=new.type,
+            choices=new.choices,
+            help=argparse.SUPPRESS,
+            metavar=new.metavar,
+        )
+        self.new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        warn_renamed(str(option), self.new.option_strings[0])
+        self.new(parser, namespace, values, option)
+
+
+def renamed_values(flag: str, renamed: Mapping[str, str]) -> Callable[[str], str]:
+    """Returns an argparse `type` that replaces old names among a flag's values, and warns about each.
+
+    Args:
+        renamed: from old to new; a value may be a spec, whose arguments "(…)" stay as they are.
+    """
+
+    def convert(text: str) -> str:
+        name, bracket, arguments = text.partition("(")
+        if name not in renamed:
+            return text
+        warn_renamed(f"{flag} {name}", f"{flag} {renamed[name]}")
+        return f"{renamed[name]}{bracket}{arguments}"
+
+    return convert
+
+
+def warn_renamed(old: str, new: str) -> None:
+    warn(f"{old} is now {new}; the old spelling will be removed in {REMOVED_IN}")
