@@ -18,7 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from common import registry
-from common.errors import DIVERGED_EXIT, UserError, run_program, warn
+from common.errors import DIVERGED_EXIT, UserError, run_program
+from common.messages import logger
 from data_loading.data_loader import EvaluationCases
 from model.registry import check_window
 from runtime import build, run_spec
@@ -67,7 +68,7 @@ def train_network(config: RunConfig, world: World) -> int:
     """A whole run, from the command line to the last line of the log; its exit status."""
     plan = run_spec.plan_run(config, world)
     if plan.done:
-        return run_spec.leave_done(config, plan, world)
+        return run_spec.leave_done(config, plan)
     settings = build.make_step(config, plan, world)
 
     interruption = SignalHandler(world.board)
@@ -110,9 +111,9 @@ def report_run(config: RunConfig, world: World) -> None:
     """Writes the run's page; what goes wrong there costs the page, not the run."""
     try:
         write = registry.load(REPORT, "report.html", "report")
-        print(f"report {write(config.log_dir, None, None, world.device, config.model)}", flush=True)
+        logger.info(f"report {write(config.log_dir, None, None, world.device, config.model)}")
     except Exception as error:
-        warn(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
+        logger.warning(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) -> None:

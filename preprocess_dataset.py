@@ -23,6 +23,7 @@ from typing import Any
 from common import registry
 from common.cli import Parser
 from common.errors import UserError, run_program
+from common.messages import logger
 from data_loading.readers.base import RawDataset, flags_of
 from data_loading.readers.kits19 import RAW_LAYOUTS, RawReader
 from data_loading.spec import INTENSITIES
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--results_dir {results_dir} holds the {what} themselves; name another folder")
     raw = read_raw(dataset, data_dir, seed, arguments)
     for note in raw.notes:
-        print(note)
+        logger.info(note)
     preprocess(raw, results_dir, num_workers)
     return 0
 

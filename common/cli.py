@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from common.errors import UserError, warn
+from common.errors import UserError
+from common.messages import logger
 
 # The version that drops the old spellings.
 REMOVED_IN = "0.3"
@@ -65,4 +66,4 @@ def renamed_values(flag: str, renamed: Mapping[str, str]) -> Callable[[str], str
 
 
 def warn_renamed(old: str, new: str) -> None:
-    warn(f"{old} is now {new}; the old spelling will be removed in {REMOVED_IN}")
+    logger.warning(f"{old} is now {new}; the old spelling will be removed in {REMOVED_IN}")

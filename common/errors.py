@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 # sysexits.h EX_USAGE is 64, but argparse exits with 2 and users script against that.
 USER_ERROR_EXIT = 2
@@ -66,12 +65,6 @@ def run_program(program: Callable[[], int | None], name: str) -> int:
     except KeyboardInterrupt:
         print(f"{_prefix(name)}: interrupted", file=sys.stderr, flush=True)
         return interrupted_exit(signal.SIGINT)
-
-
-def warn(message: str) -> None:
-    """A line on stderr; where even that fails, as on a full disk, what goes on does not end for it."""
-    with suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def complaint(name: str, message: str) -> str:

@@ -24,8 +24,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.errors import UserError, warn
+from common.errors import UserError
 from common.files import replacing
+from common.messages import logger
 from data_loading.dataset import (
     INDEX_NAME,
     PARTIAL_INDEX_NAME,
@@ -78,9 +79,9 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
     done_now = len(todo) - len(dropped)
     _summarise(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
     if dropped:
-        print(f"{len(dropped)} training cases dropped for their empty masks")
+        logger.info(f"{len(dropped)} training cases dropped for their empty masks")
     for line in _doubts(raw.spec, split, records):
-        warn(line)
+        logger.warning(line)
 
 
 def _without(split: Mapping[str, Sequence[str]], dropped: Collection[str]) -> dict[str, list[str]]:
@@ -99,7 +100,7 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     try:
         index = read_index(partial_index)
     except UserError as error:
-        print(f"starting afresh: {error}")
+        logger.info(f"starting afresh: {error}")
         return {}
     if replace(index.spec, name=raw.spec.name) != raw.spec:
         return {}

@@ -9,8 +9,7 @@ evaluation (padded, never cropped), and its mean probabilities go back to the sc
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from common import registry
 from common.errors import UserError
+from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
 from data_loading.io.scan_discovery import Source, find_sources, is_file_name, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
@@ -89,7 +89,8 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     except OSError as error:
         raise UserError(f"--output {config.output}: cannot be made: {error.strerror}") from None
     if world.is_main:
-        _say(notes)
+        for line in notes:
+            note(line)
     rows: list[Row] = []
     faults = []
     for source in world.shard(sources):
@@ -97,7 +98,7 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
             rows += predict_scan(source, predictor, config.save_probabilities)
         except (UserError, OSError) as error:  # the other scans are predicted all the same
             faults.append(str(error))
-            _say([str(error)], "error")
+            logger.error(str(error))
     rows = sorted(itertools.chain.from_iterable(world.gather(rows)))
     faults = list(itertools.chain.from_iterable(world.gather(faults)))
     if world.is_main and rows:
@@ -202,7 +203,8 @@ def predict_scan(source: Source, predictor: Predictor, save_probabilities: bool)
             mask = arg_max(_each(classes, add), geometry)
     else:
         mask = arg_max(classes, geometry)
-    _say(source.write(Volume(mask[np.newaxis], geometry), spec.classes))
+    for line in source.write(Volume(mask[np.newaxis], geometry), spec.classes):
+        note(line)
     return measure(source.name, mask, geometry, spec.classes)
 
 
@@ -263,7 +265,7 @@ def predict_image(
     tried = ""
     for candidate in places(largest, predictor.budget, predictor.batch_size, name):
         if candidate.note:
-            _say([f"{name}: {candidate.note}{tried}"])
+            note(f"{name}: {candidate.note}{tried}")
         try:
             return mean_probabilities(torch.from_numpy(image)[None], predictor, candidate)
         except torch.OutOfMemoryError:
@@ -299,8 +301,3 @@ def _logits(image: Tensor, member: Member, precision: Precision, spec: DatasetSp
         return logits.to(where.volume)
 
     return sliding_window(image, predict, member.window, member.overlap, spec.padding_value, where.batch_size)
-
-
-def _say(lines: Sequence[str], kind: str = "note") -> None:
-    for line in lines:
-        print(f"{kind}: {line}", file=sys.stderr, flush=True)

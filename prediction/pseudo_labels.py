@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from common.cli import Parser
-from common.errors import UserError, run_program, warn
+from common.errors import UserError, run_program
 from common.files import replacing
+from common.messages import logger
 from common.registry import Typed
 from data_loading.dataset import (
     INDEX_NAME,
@@ -113,7 +114,9 @@ def check_teacher(path: Path, data_dir: Path, index: DatasetIndex) -> None:
             "cases of this one's evaluation may be known to it"
         )
     if not known:
-        warn(f"{path} does not say what it was trained on: whether it knows the evaluation's cases cannot be told")
+        logger.warning(
+            f"{path} does not say what it was trained on: whether it knows the evaluation's cases cannot be told"
+        )
 
 
 def load_teacher(path: Path, data_dir: Path, model: str | None) -> Predict:

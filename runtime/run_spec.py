@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.messages import logger
 from data_loading.dataset import pseudo_share, read_spec_and_split
 from data_loading.integrity import split_digest
 from data_loading.pytorch_loader import synthetic_cases
@@ -75,9 +76,7 @@ def plan_run(config: RunConfig, world: World) -> RunSpec:
     )
     others += [RESUMED] if loaded and config.resume else []
     asked = dataclasses.replace(config, division="auto") if done else config
-    division, reasons = settle_division(
-        asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others, world.is_main
-    )
+    division, reasons = settle_division(asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others)
     notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
@@ -120,12 +119,11 @@ def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint |
     return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
 
 
-def leave_done(config: RunConfig, plan: RunSpec, world: World) -> int:
+def leave_done(config: RunConfig, plan: RunSpec) -> int:
     """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
     assert plan.loaded is not None
     told = f"{plan.loaded.path} {plan.done}"
     if not config.resume:
         raise UserError(f"--load_ckpt_path {told}; use larger --epochs or another --quality_threshold")
-    if world.is_main:
-        print(f"nothing left to do: {told}", flush=True)
+    logger.info(f"nothing left to do: {told}")
     return 0

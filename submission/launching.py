@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from common.errors import Interrupted, UserError, warn
+from common.errors import Interrupted, UserError
+from common.messages import logger
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
@@ -99,5 +100,6 @@ def clear_caches(command: str | None) -> bool:
         return False
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        warn(f"the page cache could not be cleared ({done.stderr.strip()[-200:] or done.returncode}); the log says so")
+        reason = done.stderr.strip()[-200:] or done.returncode
+        logger.warning(f"the page cache could not be cleared ({reason}); the log says so")
     return done.returncode == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import replacing
+from common.messages import logger
 from runtime.environment import commit
 from submission import checkers, scripts
 from submission.inspection import (
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         verdicts = checkers.ask_all(tree, system, options.ruleset, logs[0].is_closed)
         print(checkers.format_verdicts(verdicts), flush=True)
         if refused := [verdict.checker for verdict in verdicts if not verdict.accepted]:
-            print(f"not packed: refused by MLPerf's checker of {', '.join(refused)}", flush=True)
+            logger.info(f"not packed: refused by MLPerf's checker of {', '.join(refused)}")
             return 1
         _move(tree, options.result_dir, [Path("systems") / f"{system}.json", implementation(options.implementation)])
     _tell(options.result_dir, own, series, logs, description, given)
@@ -168,4 +169,4 @@ def _tell(
             flush=True,
         )
     else:
-        print(f"packed: {result_dir}", flush=True)
+        logger.info(f"packed: {result_dir}")

@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError, warn
+from common.errors import UserError
+from common.messages import logger
 from runtime.mlperf.convergence import Reference, find_reference
 from submission.inspection import inspect, read_results, results_folder, runs_folder
 from submission.logs import Log, Problem
@@ -102,9 +103,9 @@ def run(options: argparse.Namespace) -> int:
         draw([one.converged_at for one in timed(logs)], reference, picture)
         print(f"\npicture {picture}")
     except ModuleNotFoundError as error:
-        warn(f"no picture: it needs {error.name}, which is not installed: pip install '.[report]'")
+        logger.warning(f"no picture: it needs {error.name}, which is not installed: pip install '.[report]'")
     except OSError as error:
-        warn(f"no picture: {picture} cannot be written: {error.strerror or error}")
+        logger.warning(f"no picture: {picture} cannot be written: {error.strerror or error}")
     return 0 if found.scaling else 1
 
 

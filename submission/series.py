@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from common.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError, warn
+from common.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError
 from common.files import replacing
+from common.messages import logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
 from runtime.flags import PLACEHOLDER_ORG
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     with _alone(folder):
         series = begin(folder, system, options.arguments, launch, configuration_of(config, launch))
         if series.runs:
-            print(f"{len(series.runs)} of {options.runs} runs are done, in {folder}", flush=True)
+            logger.info(f"{len(series.runs)} of {options.runs} runs are done, in {folder}")
         began, before = time.monotonic(), len(series.runs)
         while len(series.runs) < options.runs:
             done = _make_run(series, folder, options.clear_caches, options.runs)
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             series.runs.append(done)
             series.save(folder)
             seconds_a_run = (time.monotonic() - began) / (len(series.runs) - before)
-            print(_progress(series, options.runs, seconds_a_run), flush=True)
+            logger.info(_progress(series, options.runs, seconds_a_run))
         _mend_places(series, folder, results)
     return 0
 
@@ -119,7 +120,7 @@ def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Do
     if (folder / name).exists():  # this program was ended while the run was going
         _set_aside(series, folder, name, "the series was ended in it")
     for _ in range(ATTEMPTS):
-        print(f"run {len(series.runs) + 1} of {total}: {folder / name / 'console.txt'}", flush=True)
+        logger.info(f"run {len(series.runs) + 1} of {total}: {folder / name / 'console.txt'}")
         status = launch_run(series.launch, series.arguments, folder / name, clear_caches(clear))
         log = _read(folder / name / "unet3d.log")
         why = _why_broken(status, log, series.seeds)
@@ -132,7 +133,7 @@ def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Do
         aside = _set_aside(series, folder, name, str(why))
         if status == USER_ERROR_EXIT:
             raise UserError(f"the run was refused: {_last_line(aside / 'console.txt')}")
-        warn(f"{name} {why}; see {aside / 'console.txt'}")
+        logger.warning(f"{name} {why}; see {aside / 'console.txt'}")
     raise UserError(
         f"{name} was broken off {ATTEMPTS} times, the last one: {series.broken[-1].why}; "
         "mend the cause and start the series again: it goes on from here"

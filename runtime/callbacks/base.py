@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from common import registry
-from common.errors import DIVERGED_EXIT, Interrupted, warn
+from common.errors import DIVERGED_EXIT, Interrupted
+from common.messages import logger
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd, Tracker
 from runtime.train_state import Stop, TrainState
@@ -162,4 +163,6 @@ class EventDispatcher:
                 if id(tracker) not in self._failed:
                     self._failed.add(id(tracker))
                     what = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-                    warn(f"{type(tracker).__name__} failed ({what}); its record may be incomplete, training goes on")
+                    logger.warning(
+                        f"{type(tracker).__name__} failed ({what}); its record may be incomplete, training goes on"
+                    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 
-from common.errors import UserError, warn
+from common.errors import UserError
+from common.messages import logger
 from runtime.callbacks.base import RunContext
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.checkpoint.format import save
@@ -56,7 +57,8 @@ class TopK:
                 save(self._folder / name, content)
             save(self._folder / "last.pth", content)
         except OSError as error:
-            warn(f"--callbacks top_k: {self._folder} cannot be written ({error.strerror or error}), training goes on")
+            reason = error.strerror or error
+            logger.warning(f"--callbacks top_k: {self._folder} cannot be written ({reason}), training goes on")
         for _, evicted in ranked[self._k :]:
             with suppress(OSError):
                 (self._folder / str(evicted)).unlink(missing_ok=True)

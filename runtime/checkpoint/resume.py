@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, warn
+from common.errors import UserError
+from common.messages import logger
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
@@ -65,7 +66,7 @@ def newest_good(path: Path) -> Checkpoint | None:
             found = checkpoints.load(file, "--resume")
         except UserError as error:
             damaged.append(str(error))
-            warn(str(error))
+            logger.warning(str(error))
             continue
         return found
     if damaged:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common.errors import DIVERGED_EXIT, UserError, warn
+from common.errors import DIVERGED_EXIT, UserError
+from common.messages import logger
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
 from runtime.train_state import Stop, TrainState
@@ -123,7 +124,7 @@ class CheckpointWriter:
         try:
             self._write(content)
         except OSError as error:
-            warn(f"{_problem(error)}, training goes on")
+            logger.warning(f"{_problem(error)}, training goes on")
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -14,6 +14,7 @@ os.environ["WANDB_ERROR_REPORTING"] = "false"
 
 from wandb import Artifact, Image, Settings, init
 
+from common.messages import logger
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
 
@@ -72,7 +73,7 @@ class WeightsAndBiases(Recorder):
             settings=settings,
         )
         if not self._run.offline and self._run.url:
-            print(f"wandb: {self._run.url}", flush=True)
+            logger.info(f"wandb: {self._run.url}")
         for axis, prefixes in (("step", ("step",)), ("epoch", ("train", "evaluation"))):
             self._run.define_metric(axis, hidden=True)
             for prefix in prefixes:

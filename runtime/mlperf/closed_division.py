@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.messages import logger
 from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
 from runtime.arguments import RunConfig
 from runtime.eval_schedule import RULE_SAMPLES, EvalSchedule, make_schedule
@@ -162,14 +163,12 @@ def settle_division(
     schedule: EvalSchedule,
     samples_per_epoch: int,
     others: Sequence[RuleViolation],
-    tells: bool,
 ) -> tuple[str, list[str]]:
     """The run's division and what makes it an open one; reads the data set's index, and no volume.
 
     Args:
         name, split: of the data set.
         others: departures that no flag and no case tells.
-        tells: prints the table of breaches, where `--division closed` cannot be.
 
     Raises:
         UserError: `--division closed`, but the rules are broken.
@@ -180,6 +179,6 @@ def settle_division(
     found = rule_violations(config, Data(name, split, known), evaluation_ids, fingerprint, schedule, samples_per_epoch)
     found += others
     breaches = [*found, *closed_division_violations(config)] if config.division == "closed" else found
-    if config.division == "closed" and breaches and tells:
-        print(format_violations(breaches), flush=True)
+    if config.division == "closed" and breaches:
+        logger.info(format_violations(breaches))
     return choose_division(config.division, breaches), list(map(str, found))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import signal
-import sys
 
 import pytest
 
@@ -18,7 +16,6 @@ from common.errors import (
     complaint,
     interrupted_exit,
     run_program,
-    warn,
 )
 
 
@@ -68,25 +65,6 @@ def test_an_interruption_names_its_signal(number: int, name: str, status: int) -
 
 def test_a_complaint_is_one_line_whatever_it_tells() -> None:
     assert complaint("main.py", "a\n b \t c") == "main.py: error: a b c"
-
-
-def test_a_warning_is_a_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    warn("the disk is full")
-    assert capsys.readouterr() == ("", "warning: the disk is full\n")
-
-
-def test_a_warning_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """stderr may be a file on the very disk that is full."""
-    tried: list[str] = []
-
-    class Full:
-        def write(self, text: str) -> int:
-            tried.append(text)
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(sys, "stderr", Full())
-    warn("the disk is full")
-    assert tried == ["warning: the disk is full"]
 
 
 def test_another_rank_says_which(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
