@@ -19,7 +19,7 @@ from contextlib import suppress
 
 from common import registry
 from common.errors import DIVERGED_EXIT, UserError, run_program
-from common.messages import logger
+from common.messages import logger, notes_held
 from data_loading.data_loader import EvaluationCases
 from model.registry import check_window
 from runtime import build, run_spec
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         world.leave()
 
 
+@notes_held()
 def train_network(config: RunConfig, world: World) -> int:
     """A whole run, from the command line to the last line of the log; its exit status."""
     plan = run_spec.plan_run(config, world)

@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
+from common.messages import notes_held, take_notes
 from data_loading.data_loader import make_training_loader
 from data_loading.dataset import load_boxes
 from data_loading.preprocessing import Shape
@@ -72,15 +73,17 @@ def measure_rates(
     rows = [row("naive, one process", naive_rate, 1.0), row("pytorch, one process", rate, ratio)]
 
     workers = worker_count(options)
-    loader, _ = make_training_loader("pytorch", folder, many, KITS19, replace(settings, num_workers=workers))
+    loader = make_training_loader("pytorch", folder, many, KITS19, replace(settings, num_workers=workers))
     rate, ratio, _ = against_naive(lambda epoch: drain(loader, epoch), len(many))
     rows.append(row(f"pytorch, {workers} worker(s)", rate, ratio))
 
     # Every volume lies in the device's memory once: here an "epoch" is as many passes as give the same samples.
     passes = LOADER_SAMPLES // len(cases)
-    device_loader, note = make_training_loader("device", folder, cases, KITS19, settings)
+    with notes_held():
+        device_loader = make_training_loader("device", folder, cases, KITS19, settings)
+        fallback = take_notes()
     name = f"device ({options.device.type}), no worker"
-    if note:
+    if fallback:
         rows.append([name, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED])
     else:
         rate, ratio, _ = against_naive(
@@ -92,7 +95,7 @@ def measure_rates(
         f"Volumes of {sizes[0]} voxels, crops of {sizes[1]}, warm caches, {pairs} pairs, each in turn with the naive "
         "way in one process; ratios are medians of pairs. Target: pytorch in one process at least 20 times the naive "
         "way.",
-        *([note] if note else []),
+        *fallback,
     ]
     columns = ["loader", "samples/s", "ms a sample", "times the naive way"]
     return Table("Loaders: samples a second", columns, rows, notes)

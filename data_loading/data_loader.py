@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.messages import note
 from data_loading.dataset import file_of, load_boxes, map_array
 from data_loading.device_loader import DeviceLoader, bytes_needed, load_volumes, memory_budget
 from data_loading.pytorch_loader import (
@@ -26,25 +27,22 @@ from data_loading.transforms import Augmentation
 # Of a GPU's free memory when the first evaluation begins: KiTS19's evaluation volumes are 6.6 GB over all ranks.
 EVALUATION_SHARE = 0.25
 
-# A loader, and one line for the user where it is another one than they asked for, else "".
-Made = tuple[TrainingLoader, str]
-
 
 def make_training_loader(
     name: str, data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings
-) -> Made:
+) -> TrainingLoader:
     """The loader of that name. Raises UserError for one that does not exist or cannot be filled."""
     if name not in LOADERS:
         raise UserError(f"--loader {name!r} does not exist; there are {', '.join(sorted(LOADERS))}")
     return LOADERS[name](data_dir, cases, spec, settings)
 
 
-def _pytorch(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> Made:
+def _pytorch(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> TrainingLoader:
     boxes = load_boxes(data_dir, cases, len(spec.classes))
-    return PytorchLoader(CropDataset(data_dir, cases, boxes, settings), settings), ""
+    return PytorchLoader(CropDataset(data_dir, cases, boxes, settings), settings)
 
 
-def _device(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> Made:
+def _device(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> TrainingLoader:
     drawn = settings.augment(np.random.default_rng(0))
     if settings.device.type == "cuda" and not isinstance(drawn, Augmentation):
         raise UserError(
@@ -53,20 +51,20 @@ def _device(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: L
     shapes = [map_array(file_of(data_dir, case, "x"), np.float32).shape for case in cases]
     needed, budget = bytes_needed(shapes), memory_budget(settings.device)
     if needed > budget:
-        note = (
+        note(
             f"--loader device: the volumes need {needed / 2**30:.1f} GiB, half of the free memory is "
             f"{budget / 2**30:.1f} GiB; going on with --loader pytorch"
         )
-        return _pytorch(data_dir, cases, spec, settings)[0], note
+        return _pytorch(data_dir, cases, spec, settings)
     boxes = load_boxes(data_dir, cases, len(spec.classes))
-    return DeviceLoader(cases, load_volumes(data_dir, cases, settings), boxes, settings), ""
+    return DeviceLoader(cases, load_volumes(data_dir, cases, settings), boxes, settings)
 
 
-def _synthetic(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> Made:
-    return SyntheticLoader(len(cases), spec.channels, len(spec.classes), settings), ""
+def _synthetic(data_dir: Path, cases: Sequence[str], spec: DatasetSpec, settings: LoaderSettings) -> TrainingLoader:
+    return SyntheticLoader(len(cases), spec.channels, len(spec.classes), settings)
 
 
-LOADERS: dict[str, Callable[[Path, Sequence[str], DatasetSpec, LoaderSettings], Made]] = {
+LOADERS: dict[str, Callable[[Path, Sequence[str], DatasetSpec, LoaderSettings], TrainingLoader]] = {
     "pytorch": _pytorch,
     "device": _device,
     "synthetic": _synthetic,

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from common.errors import UserError
+from common.messages import note, take_notes
 from data_loading.data_loader import EvaluationCases, make_training_loader
 from data_loading.integrity import check_files, verify_changed
 from data_loading.pytorch_loader import LoaderSettings, TrainingLoader, shape_of
@@ -69,8 +70,7 @@ def make_loss(config: RunConfig, spec: DatasetSpec, world: World) -> nn.Module:
 def make_step(config: RunConfig, plan: RunSpec, world: World) -> StepSettings:
     """How a micro-batch becomes a loss."""
     _, specs = split_specs(config.augment)
-    objective, note = make_objective(specs, config.batch_size, config.compile)
-    plan.notes.extend([note] if note else [])
+    objective = make_objective(specs, config.batch_size, config.compile)
     return StepSettings(
         make_loss(config, plan.spec, world),
         plan.precision,
@@ -88,7 +88,7 @@ def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
     for flag in ("input_shape", "val_input_shape"):
         check_window(network, getattr(config, flag), f"--{flag}", plan.spec.channels, len(plan.spec.classes))
     freeze_unused(network, plan.spec.channels, config.input_shape)
-    plan.notes.extend(_transfer(config, plan, network))
+    _transfer(config, plan, network)
     to_device(network, world.device, config.layout)
     if config.compile:
         network.compile()  # in place: names, state and everyone's references stay
@@ -99,24 +99,22 @@ def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
     state = TrainState(network, world.wrap(network), optimizer, plan.precision.make_scaler())
     if plan.loaded:
         checkpoints.restore(state, plan.loaded, world.rank)
-        plan.notes.extend(resume.to_boundary(state, plan.loaded, config.to_json(), world.size, plan.seeds.master))
+        resume.to_boundary(state, plan.loaded, config.to_json(), world.size, plan.seeds.master)
     return state
 
 
-def _transfer(config: RunConfig, plan: RunSpec, network: nn.Module) -> list[str]:
-    """`--init_from`, where the run does not go on from a state of its own, and `--freeze`; a line for each."""
+def _transfer(config: RunConfig, plan: RunSpec, network: nn.Module) -> None:
+    """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; notes each."""
     if config.init_from is None and not config.freeze:
-        return []
+        return
     output = output_layer(network, plan.spec.channels, config.input_shape)
-    notes = []
     if config.init_from is not None and plan.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
         taken = load_part(network, weights, output, f"--init_from {loaded.path}")
-        notes.append(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {taken}")
+        note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {taken}")
     if config.freeze:
-        notes.append(f"--freeze: {freeze(network, config.freeze, output)}")
-    return notes
+        note(f"--freeze: {freeze(network, config.freeze, output)}")
 
 
 def pre_flight(config: RunConfig, plan: RunSpec, state: TrainState, world: World, announce: EventDispatcher) -> None:
@@ -161,7 +159,9 @@ def describe_start(config: RunConfig, world: World) -> events.InitStarted:
 def describe_run(config: RunConfig, plan: RunSpec, state: TrainState, world: World) -> events.InitStopped:
     """All that can be told of a run before its clock starts."""
     platform = config.submission_platform or platform_name(world.device, world.size)
-    others = (plan.precision.note, kernels.note(world.device), "" if config.benchmark else plan.schedule.note())
+    for text in (plan.precision.note, kernels.note(world.device), "" if config.benchmark else plan.schedule.note()):
+        if text:
+            note(text)
     return events.InitStopped(
         config,
         dataclasses.asdict(plan.seeds),
@@ -170,7 +170,7 @@ def describe_run(config: RunConfig, plan: RunSpec, state: TrainState, world: Wor
         platform,
         trackers.tensor_names(state.network),
         plan.samples_per_epoch,
-        [note for note in (*plan.notes, *others) if note],
+        take_notes(),
     )
 
 
@@ -193,7 +193,7 @@ def open_data(config: RunConfig, plan: RunSpec, world: World) -> tuple[TrainingL
         plan.steps,
         plan.capped,
     )
-    loader, note = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
+    loader = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
     return loader, events.DataOpened(
         len(training),
         len(evaluation),
@@ -201,7 +201,7 @@ def open_data(config: RunConfig, plan: RunSpec, world: World) -> tuple[TrainingL
         config.batch_size * world.size * config.ga_steps,
         config.ga_steps,
         list(plan.spec.classes),
-        [note] if note else [],
+        take_notes(),
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common import registry
 from common.errors import UserError
+from common.messages import note
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -45,18 +46,19 @@ def split_specs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
     return [spec for spec in specs if spec not in mixing], mixing
 
 
-def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> tuple[Objective, str]:
-    """The objective that `--augment` names, and a line for the user, or "".
+def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> Objective:
+    """Returns the objective that `--augment` names, and notes where it has no effect.
 
     Raises:
         UserError: several, unknown arguments, or one that `--compile` would leave out.
     """
     if not specs:
-        return plain, ""
+        return plain
     if len(specs) > 1:
         raise UserError(f"--augment {' '.join(specs)}: samples can be mixed in one way alone")
     objective = registry.build(specs[0], OBJECTIVES, "--augment")
     if is_compiled and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")
-    alone = f"--augment {specs[0]} does nothing with a --batch_size of 1: there is no sample to mix with"
-    return objective, alone if batch_size == 1 else ""
+    if batch_size == 1:
+        note(f"--augment {specs[0]} does nothing with a --batch_size of 1: there is no sample to mix with")
+    return objective

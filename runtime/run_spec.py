@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.messages import logger
+from common.messages import logger, note
 from data_loading.dataset import pseudo_share, read_spec_and_split
 from data_loading.integrity import split_digest
 from data_loading.pytorch_loader import synthetic_cases
@@ -37,7 +37,6 @@ class RunSpec:
         steps, capped: of `EpochSampler`.
         done: why nothing is left to train, "" where something is.
         reasons: what makes it an open one.
-        notes: what the user may not expect, a line each; parts that are built later add theirs.
     """
 
     spec: DatasetSpec
@@ -53,14 +52,13 @@ class RunSpec:
     division: str
     seeds: Seeds
     precision: Precision
-    notes: list[str]
 
 
 def plan_run(config: RunConfig, world: World) -> RunSpec:
     """Raises UserError where the flags, the data set and a checkpoint do not go together."""
     spec, split = open_split(config)
     data = split_digest(config.data_dir, split)
-    loaded, notes = find_state(config, data, world)
+    loaded = find_state(config, data, world)
     capped = PseudoLabelCap(*pseudo_share(config.data_dir))
     steps = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = steps or batches_per_epoch(len(split["train"]), config.batch_size, world.size, capped)
@@ -77,7 +75,8 @@ def plan_run(config: RunConfig, world: World) -> RunSpec:
     others += [RESUMED] if loaded and config.resume else []
     asked = dataclasses.replace(config, division="auto") if done else config
     division, reasons = settle_division(asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others)
-    notes += [expected_length(config, world.size)] if world.is_main and not (reasons or done) else []
+    if not (reasons or done):
+        note(expected_length(config, world.size))
     seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
     return RunSpec(
@@ -94,7 +93,6 @@ def plan_run(config: RunConfig, world: World) -> RunSpec:
         division,
         seeds,
         precision,
-        notes,
     )
 
 
@@ -110,13 +108,15 @@ def evaluation_ids() -> list[str]:
     return EVALUATION_CASES.read_text(encoding="utf-8").split()
 
 
-def find_state(config: RunConfig, data: str, world: World) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, if any, and what the user is to know of it."""
+def find_state(config: RunConfig, data: str, world: World) -> Checkpoint | None:
+    """Returns the checkpoint to continue from, if any."""
     own = checkpoint_path(config) if config.resume else None
     loaded = resume.find(own, next(iter(config.load_ckpt_path), None), world)
-    if loaded is None:
-        return None, [f"--resume: {own} is not there yet, starting from the beginning"] if config.resume else []
-    return loaded, [resume.describe(loaded, resume.changes(loaded, config.to_json(), data))]
+    if loaded is not None:
+        note(resume.describe(loaded, resume.changes(loaded, config.to_json(), data)))
+    elif config.resume:
+        note(f"--resume: {own} is not there yet, starting from the beginning")
+    return loaded
 
 
 def leave_done(config: RunConfig, plan: RunSpec) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.messages import logger
+from common.messages import logger, note
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
@@ -139,26 +139,20 @@ def _plain(value: Any) -> str:
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
-def to_boundary(state: TrainState, loaded: Checkpoint, config: dict[str, Any], ranks: int, seed: int) -> list[str]:
-    """Where an epoch is dealt out in another way than when the state was saved, the rest of it is left out.
-
-    Returns:
-        A line for the user, or none.
-    """
+def to_boundary(state: TrainState, loaded: Checkpoint, config: dict[str, Any], ranks: int, seed: int) -> None:
+    """Skips the rest of an epoch whose sharding has changed since the state was saved, and notes it."""
     reasons = [f"--{name}" for name in ORDER_FLAGS if name in loaded.config and loaded.config[name] != config[name]]
     reasons += ["the seed"] if loaded.seed != seed else []
-    notes = []
     if len(loaded.loss_sums) not in (0, ranks):
         reasons.append("the number of ranks")
-        notes.append(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}: the global batch changes alike")
+        note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}: the global batch changes alike")
     if state.batch and reasons:
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, None
         verb = "are" if len(reasons) > 1 else "is"
-        notes.append(
+        note(
             f"the rest of epoch {state.epoch} from batch {loaded.batch} on is left out, since "
             f"{' and '.join(reasons)} {verb} another"
         )
-    return notes
 
 
 def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:

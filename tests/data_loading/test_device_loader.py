@@ -48,9 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
 
 
 def make(name: str, folder: Path, settings: LoaderSettings = SETTINGS) -> TrainingLoader:
-    loader, note = make_training_loader(name, folder, CASES, SPEC, settings)
-    assert note == ""
-    return loader
+    return make_training_loader(name, folder, CASES, SPEC, settings)
 
 
 def without_noise(rng: np.random.Generator) -> Augmentation:
@@ -169,13 +167,16 @@ def test_no_value_comes_to_the_host(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list(loader.epoch(1))) == len(loader) == 3
 
 
-def test_too_little_memory_falls_back_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_falls_back_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     needed = bytes_needed([(1, *shape) for shape in SHAPES])
     monkeypatch.setattr(table, "memory_budget", lambda device: needed)
     assert isinstance(make("device", folder), DeviceLoader)
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(table, "memory_budget", lambda device: needed - 1)
-    loader, note = make_training_loader("device", folder, CASES, SPEC, SETTINGS)
-    assert isinstance(loader, PytorchLoader)
+    assert isinstance(make("device", folder), PytorchLoader)
+    note = capsys.readouterr().err
     assert "--loader pytorch" in note
     assert "GiB" in note
 

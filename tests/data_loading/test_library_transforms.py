@@ -237,7 +237,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
 def samples(folder: Path, name: str, draw: RandomTransform, workers: int, start: int = 0) -> dict[str, Any]:
     """Of the second epoch, by what they are."""
     settings = LoaderSettings((6, 6, 6), 0.4, 1, workers, 0, 1, 5, 6, augment=draw)
-    loader, _ = make_training_loader(name, folder, [f"case_{n}" for n in range(1, 5)], SPEC, settings)
+    loader = make_training_loader(name, folder, [f"case_{n}" for n in range(1, 5)], SPEC, settings)
     return {loader.describe(2, index)[0]: batch for index, batch in enumerate(loader.epoch(2, start), start)}
 
 

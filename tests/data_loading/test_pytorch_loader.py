@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: WritePr
 
 
 def batches(folder: Path, epochs: Sequence[int] = (1, 2), **changes: Any) -> list[list[Batch]]:
-    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, **changes))
+    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, **changes))
     return [list(loader.epoch(epoch)) for epoch in epochs]
 
 
@@ -147,7 +147,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_epochs_can_be_taken_in_any_order_and_left_early(folder: Path) -> None:
     # A resumed run begins in the middle; a stopped one abandons an epoch while its workers are ahead.
     first, second = batches(folder, (1, 2))
-    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, num_workers=2))
+    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, num_workers=2))
     assert_same([list(loader.epoch(2))], [second])
     for batch in loader.epoch(7):
         assert len(batch) == 2
@@ -175,7 +175,7 @@ def test_two_ranks_share_one_permutation(folder: Path) -> None:
     alone = samples()
     ranks = [samples(rank=rank, ranks=2) for rank in range(2)]
     assert [sample for turn in zip(*ranks, strict=True) for sample in turn] == alone[:6]
-    assert len(make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2))[0]) == 1
+    assert len(make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2))) == 1
 
 
 def test_too_few_cases_are_told_before_the_first_epoch(folder: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_file_that_changes_under_way_is_one_clear_line(
 ) -> None:
     folder = write_preprocessed(tmp_path, VOLUMES)
     settings = replace(SETTINGS, batch_size=1, num_workers=num_workers)
-    loader, _ = make_training_loader("pytorch", folder, CASES, SPEC, settings)
+    loader = make_training_loader("pytorch", folder, CASES, SPEC, settings)
     for epoch in (1, 2):
         assert len(list(loader.epoch(epoch))) == len(CASES), "all of them are mapped by now"
     path = file_of(folder, CASES[0], kind)
@@ -314,7 +314,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
 
     monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
     settings = replace(SETTINGS, batch_size=1, num_workers=1)
-    loader, _ = make_training_loader("pytorch", folder, CASES[3:4], SPEC, settings)
+    loader = make_training_loader("pytorch", folder, CASES[3:4], SPEC, settings)
     with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot be of the same"):
         list(loader.epoch(1))
 
@@ -367,7 +367,7 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
     made = {}
     for seed in (22, 22, 23):
         settings = replace(SETTINGS, patch=(4, 5, 6), sample_seed=seed)
-        loader, _ = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec, settings)
+        loader = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec, settings)
         epoch = list(loader.epoch(1))
         assert len(loader) == len(epoch) == 32
         if seed in made:
@@ -386,7 +386,7 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
 
 def test_the_synthetic_loader_splits_its_samples_over_ranks(tmp_path: Path) -> None:
     settings = replace(SETTINGS, patch=(2, 2, 2), batch_size=5, ranks=3, rank=2)
-    loader, _ = make_training_loader("synthetic", tmp_path, synthetic_cases(), SPEC, settings)
+    loader = make_training_loader("synthetic", tmp_path, synthetic_cases(), SPEC, settings)
     assert len(loader) == len(list(loader.epoch(4))) == 64 // 15
     assert all(len(batch["image"]) == 5 for batch in loader.epoch(1))
 

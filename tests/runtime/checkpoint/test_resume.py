@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.messages import notes_held, take_notes
 from runtime.arguments import RunConfig
 from runtime.checkpoint.format import Checkpoint, save, snapshot
 from runtime.checkpoint.resume import (
@@ -267,7 +268,9 @@ def resumed(make_state: MakeState, loaded: Checkpoint, ranks: int = 1, seed: int
     state = make_state()
     state.epoch, state.batch = loaded.last_epoch, loaded.batch
     state.loss_sum = torch.tensor(1.5) if loaded.batch else None
-    notes = to_boundary(state, loaded, FLAGS | flags, ranks, seed)
+    with notes_held():
+        to_boundary(state, loaded, FLAGS | flags, ranks, seed)
+        notes = take_notes()
     return notes, state.epoch, state.batch, None if state.loss_sum is None else state.loss_sum.item()
 
 
