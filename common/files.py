@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,3 +21,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def rotate(files: Sequence[Path]) -> None:
+    """Renames an earlier run's files to the first number that is free for all of them: log.jsonl to log.1.jsonl.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    number = 1
+    while any(_numbered(file, number).exists() for file in files):
+        number += 1
+    for file in files:
+        if file.exists():
+            file.rename(_numbered(file, number))
+
+
+def _numbered(file: Path, number: int) -> Path:
+    return file.with_name(f"{file.stem}.{number}{file.suffix}")

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from common.errors import UserError
+from common.files import rotate
 from common.messages import note, take_notes
 from data_loading.data_loader import EvaluationCases, make_training_loader
 from data_loading.integrity import check_files, verify_changed
@@ -33,7 +34,7 @@ from runtime.callbacks.base import (
 )
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
-from runtime.checkpoint.writer import CheckpointWriter
+from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
 from runtime.checks import checkpoint_bytes
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
@@ -98,8 +99,8 @@ def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
     )
     state = TrainState(network, world.wrap(network), optimizer, plan.precision.make_scaler())
     if plan.loaded:
-        checkpoints.restore(state, plan.loaded, world.rank)
-        resume.to_boundary(state, plan.loaded, config.to_json(), world.size, plan.seeds.master)
+        resume.restore(state, plan.loaded, world.rank)
+        resume.skip_partial_epoch(state, plan.loaded, config.to_json(), ranks=world.size, seed=plan.seeds.master)
     return state
 
 
@@ -297,7 +298,7 @@ def make_checkpoint_writer(config: RunConfig, plan: RunSpec, world: World) -> Ch
     return CheckpointWriter(
         world=world,
         snapshot=make_snapshot(config, plan),
-        write=partial(checkpoints.save, path, keep=config.ckpt_keep) if path else None,
+        write=partial(save, path, keep=config.ckpt_keep) if path else None,
         minutes=minutes,
         epochs=epochs,
     )
@@ -317,7 +318,7 @@ def make_announcer(config: RunConfig, plan: RunSpec, world: World) -> EventDispa
         watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
     path = checkpoint_path(config)
     if path is not None:
-        checkpoints.prepare(path)
+        prepare(path)
         if not (config.resume and plan.loaded):
-            checkpoints.set_aside(path)
+            rotate(find_checkpoints(path))
     return EventDispatcher(watching)

@@ -63,7 +63,8 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
     add(
         "--save_ckpt_path",
         type=Path,
-        help="where to keep the last and the best state, in one file (None: LOG_DIR/checkpoint.pth)",
+        help="file of the newest checkpoint, with the last and the best state (None: LOG_DIR/checkpoint.pth); without "
+        "--resume, an earlier run's checkpoints are renamed (checkpoint.1.pth)",
     )
     add(
         "--load_ckpt_path",
@@ -99,7 +100,13 @@ def _add_io(group: argparse._ArgumentGroup) -> None:
         help="10m: every ten minutes, in the middle of an epoch too; 2e: every two epochs; never: only where "
         "--save_ckpt_path is given, and then for a new best and at the end",
     )
-    add("--ckpt_keep", type=number(int, 1), default=2, help="so many checkpoints are kept: FILE, FILE.1, …")
+    add(
+        "--ckpt_keep",
+        type=number(int, 1),
+        default=2,
+        help="number of checkpoints to keep: the newest at --save_ckpt_path, earlier ones named by their step "
+        "(checkpoint_000123.pth)",
+    )
     add(
         "--loader",
         default="pytorch",

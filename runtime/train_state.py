@@ -25,6 +25,7 @@ class TrainState:
     Attributes:
         network: the bare network; `model` is it, wrapped for gradient averaging.
         epoch: the last one that was completed.
+        step: optimizer steps of the run so far.
         batch: micro-batches of the next epoch that are done, up to the last whole step.
         loss_sum: of those, this rank's losses: a scalar on the device; None where `batch` is 0.
         evaluated: the last epoch with an evaluation behind it.
@@ -40,6 +41,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch: int = 0
+    step: int = 0
     batch: int = 0
     loss_sum: Tensor | None = None
     evaluated: int = 0

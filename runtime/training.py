@@ -140,7 +140,7 @@ def train_epoch(
         samples += len(batch["image"])
         emit(MicroBatchEnd(epoch, index, len(batch["image"])))
         if is_last:
-            state.batch, state.loss_sum = index + 1, total
+            state.step, state.batch, state.loss_sum = state.step + 1, index + 1, total
             for event in _beat(step_sync, state, epoch, index, torch.stack(step_losses).mean()):
                 emit(event)
             step_losses.clear()

@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.messages import logger
 from runtime.callbacks.base import RunContext
 from runtime.callbacks.monitor import METRICS, mode_of
-from runtime.checkpoint.format import save
+from runtime.checkpoint.writer import save
 from runtime.logging.events import EvaluationStopped, Event
 from runtime.train_state import TrainState
 

@@ -1,25 +1,28 @@
-"""`--resume`: the newest good state, what has changed since it was saved, and what that means."""
+"""`--resume`: finds the newest intact checkpoint, compares the run with it, and restores the state."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.errors import UserError
 from common.messages import logger, note
-from runtime.checkpoint import format as checkpoints
-from runtime.checkpoint.format import Checkpoint
+from runtime.checkpoint.format import Checkpoint, load, load_network
+from runtime.checkpoint.writer import find_checkpoints
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule
 from runtime.train_state import TrainState
 
-# Another one is another run: its state would mean nothing.
+# A change of these makes another run, for which the state has no meaning.
 STRUCTURAL_FLAGS = ("model", "normalization", "activation", "optimizer", "freeze")
-# The place in the middle of an epoch counts in batches of these.
+# These decide which samples are left in the middle of an epoch.
 ORDER_FLAGS = ("batch_size", "ga_steps", "loader", "steps_per_epoch")
-# Nothing of a run's numbers follows from these.
+# These have no influence on a run's numbers.
 INCIDENTAL_FLAGS = (
     "data_dir",
     "log_dir",
@@ -52,47 +55,50 @@ INCIDENTAL_FLAGS = (
     "save_probabilities",
     "max_memory_gb",
 )
+# Settings that distinguish SGD, Adam and LAMB. Comparing all of them would refuse checkpoints of other torch versions.
+OPTIMIZER_SETTINGS = {"momentum", "betas", "eps"}
 
 
 def newest_good(path: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; those that are not are named on stderr. None where there is none at all.
+    """Returns the newest intact checkpoint of the run that saves to `path`; None if there are no files.
+
+    Damaged files are named on stderr.
 
     Raises:
         UserError: there are files, and every one is damaged.
     """
-    damaged = []
-    for file in checkpoints.generations(path):
+    damaged = 0
+    for file in find_checkpoints(path):
         try:
-            found = checkpoints.load(file, "--resume")
+            return load(file, "--resume")
         except UserError as error:
-            damaged.append(str(error))
+            damaged += 1
             logger.warning(str(error))
-            continue
-        return found
     if damaged:
         raise UserError(
-            f"--resume: none of the {len(damaged)} checkpoint(s) of {path} is whole; restore one, or start from the "
+            f"--resume: none of the {damaged} checkpoint(s) of {path} is intact; restore one, or start from the "
             "beginning without --resume"
         )
     return None
 
 
 def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | None:
-    """The state to go on from, the same on every rank: rank 0 reads it, since its disk may be its alone.
+    """Returns the state to resume from, the same on every rank: rank 0 reads it, as the file may be on its disk alone.
 
     Args:
-        path: of the run's own checkpoints; None: do not look for any.
-        start: of a checkpoint to go on from where the run has none yet, or None.
+        path: where the run saves its checkpoints; None: the run's own are not looked for.
+        start: another checkpoint, to start from if the run has none yet.
+        world: all ranks of the run.
 
     Raises:
-        UserError: what was asked for is not there or damaged, on every rank.
+        UserError: on every rank, if the checkpoint is missing or damaged.
     """
     found: Checkpoint | UserError | None = None
     if world.is_main:
         try:
             found = newest_good(path) if path else None
             if found is None and start is not None:
-                found = checkpoints.load(start)
+                found = load(start)
         except UserError as error:
             found = error
     received: Checkpoint | UserError | None = world.broadcast(found)
@@ -102,25 +108,26 @@ def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | No
 
 
 def is_done(loaded: Checkpoint, schedule: EvalSchedule, threshold: float) -> str:
-    """Why there is nothing to go on with, a phrase; "" where there is, be it one evaluation."""
+    """Returns why nothing is left to do, as a phrase; "" if anything is, even if it is a single evaluation."""
     if loaded.best_dice >= threshold:
         return f"reached a mean Dice of {loaded.best_dice:.4f} at epoch {loaded.best_epoch}"
     is_pending = schedule.evaluates(loaded.last_epoch) and loaded.evaluated < loaded.last_epoch
     is_over = loaded.last_epoch >= schedule.epochs and not is_pending
-    return f"has {loaded.last_epoch} epochs behind it" if is_over else ""
+    return f"has completed {loaded.last_epoch} epochs" if is_over else ""
 
 
 def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
-    """What is other than when the state was saved, a phrase a flag.
+    """Returns a phrase for each flag that differs from the checkpoint's and influences the run's numbers.
 
     Args:
+        loaded: the checkpoint.
         config: this run's flags.
         data: digest of this run's data set and split.
 
     Raises:
-        UserError: the network, the optimizer or the data set is another one.
+        UserError: the network, the optimizer or the data set has changed.
     """
-    stored = json.loads(json.dumps(loaded.config))  # tuples and lists look alike
+    stored = json.loads(json.dumps(loaded.config))  # makes tuples lists, so that they compare equal
     current = json.loads(json.dumps(config))
     changed = {
         name: f"--{name} {_plain(current[name])}, was {_plain(stored[name])}"
@@ -129,9 +136,9 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
     }
     structural = [changed[name] for name in STRUCTURAL_FLAGS if name in changed]
     if structural:
-        raise UserError(f"{loaded.path} is of another run: {'; '.join(structural)}; give those flags as they were")
+        raise UserError(f"{loaded.path} belongs to another run: {'; '.join(structural)}; give those flags as they were")
     if loaded.data and data and loaded.data != data:
-        raise UserError(f"{loaded.path} was trained on another data set or split than --data_dir holds")
+        raise UserError(f"{loaded.path} was trained on another data set or split than that of --data_dir")
     return [text for name, text in changed.items() if name not in INCIDENTAL_FLAGS]
 
 
@@ -139,23 +146,61 @@ def _plain(value: Any) -> str:
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
-def to_boundary(state: TrainState, loaded: Checkpoint, config: dict[str, Any], ranks: int, seed: int) -> None:
-    """Skips the rest of an epoch whose sharding has changed since the state was saved, and notes it."""
+def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:
+    """Returns the line that reports where the run resumes."""
+    where = f"batch {loaded.batch} of epoch {loaded.last_epoch + 1}" if loaded.batch else f"epoch {loaded.last_epoch}"
+    return f"resumed from {loaded.path} after {where}" + (f"; changed: {', '.join(changed)}" if changed else "")
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
+    """Sets the state to the checkpoint's last one.
+
+    Raises:
+        UserError: the checkpoint belongs to another network or optimizer.
+    """
+    load_network(state.network, checkpoint.last, checkpoint.path)
+    if checkpoint.optimizer is not None and checkpoint.scaler is not None:
+        try:
+            _load_optimizer(state.optimizer, checkpoint.optimizer)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{checkpoint.path}: of another --optimizer ({error})") from None
+        if checkpoint.scaler and state.scaler.is_enabled():
+            state.scaler.load_state_dict(checkpoint.scaler)
+    state.epoch, state.evaluated = checkpoint.last_epoch, checkpoint.evaluated
+    state.step, state.batch = checkpoint.step, checkpoint.batch
+    sums = checkpoint.loss_sums
+    state.loss_sum = torch.tensor(sums[rank]) if checkpoint.batch and rank < len(sums) else None
+    state.best_epoch, state.best_dice = checkpoint.best_epoch, checkpoint.best_dice
+    state.best_network = checkpoint.best if checkpoint.best_dice >= 0 else None
+    state.records.clear()
+    state.records.update(copy.deepcopy(checkpoint.callback_state))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Loads the moments only: momentum, decay and betas remain those of this run's flags, which its log states."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for group, settings in zip(stored["param_groups"], own, strict=True):
+        if other := sorted((group.keys() ^ settings.keys()) & OPTIMIZER_SETTINGS):
+            raise ValueError(f"only one of the two has {', '.join(other)}")
+    optimizer.load_state_dict(stored)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def skip_partial_epoch(state: TrainState, loaded: Checkpoint, config: dict[str, Any], *, ranks: int, seed: int) -> None:
+    """Skips the rest of an epoch whose assignment of samples to ranks and batches has changed since the save.
+
+    Logs a note when it does, and when the number of ranks has changed.
+    """
     reasons = [f"--{name}" for name in ORDER_FLAGS if name in loaded.config and loaded.config[name] != config[name]]
     reasons += ["the seed"] if loaded.seed != seed else []
     if len(loaded.loss_sums) not in (0, ranks):
         reasons.append("the number of ranks")
-        note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}: the global batch changes alike")
+        note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}: the global batch changes with it")
     if state.batch and reasons:
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, None
-        verb = "are" if len(reasons) > 1 else "is"
+        verb = "have" if len(reasons) > 1 else "has"
         note(
-            f"the rest of epoch {state.epoch} from batch {loaded.batch} on is left out, since "
-            f"{' and '.join(reasons)} {verb} another"
+            f"the rest of epoch {state.epoch} from batch {loaded.batch} on is skipped, since "
+            f"{' and '.join(reasons)} {verb} changed"
         )
-
-
-def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:
-    """Where it goes on from, in a line."""
-    where = f"batch {loaded.batch} of epoch {loaded.last_epoch + 1}" if loaded.batch else f"epoch {loaded.last_epoch}"
-    return f"resumed from {loaded.path} after {where}" + (f"; changed: {', '.join(changed)}" if changed else "")

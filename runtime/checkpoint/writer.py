@@ -1,15 +1,25 @@
-"""When a run saves a checkpoint, and how: from a copy of the state, in a thread, while training continues."""
+"""When a run saves a checkpoint, and how: from a copy of the state, in a thread, while training continues.
+
+The newest checkpoint is at the path itself; those before it are beside it, named by their step (the optimizer steps of
+the run so far): `checkpoint_000123.pth`.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common.errors import DIVERGED_EXIT, UserError
+from common.files import replacing
 from common.messages import logger
+from runtime.checkpoint.format import read_step, write_archive
 from runtime.distributed.world import World
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
 from runtime.train_state import Stop, TrainState
@@ -133,3 +143,74 @@ class CheckpointWriter:
 
 def _problem(error: OSError) -> str:
     return f"the checkpoint could not be saved ({error.strerror or error}); the last good one is untouched"
+
+
+def prepare(path: Path) -> None:
+    """Makes the checkpoint's folder before the run, so that a path that cannot be written is found at once.
+
+    Removes the temporary files of a run that was killed while saving.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in path.parent.iterdir():
+            if file.name.startswith(f".{path.name}.") and file.suffix == ".tmp":
+                file.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--save_ckpt_path {path}: its folder cannot be written: {error.strerror or error}") from None
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """Returns the checkpoint files of the run that saves to `path`, the newest first."""
+    if not path.parent.is_dir():
+        return []
+    by_step = _files_by_step(path)
+    files = [path] * path.exists() + [by_step[step] for step in sorted(by_step, reverse=True)]
+    if path.suffix:  # the names of version 0.1: path.1, path.2, ...
+        by_age = _files_by_number(path.parent, rf"{re.escape(path.name)}\.([1-9]\d*)")
+        files += [by_age[age] for age in sorted(by_age)]
+    return files
+
+
+def _files_by_step(path: Path) -> dict[int, Path]:
+    return _files_by_number(path.parent, rf"{re.escape(path.stem)}_(\d{{6,}}){re.escape(path.suffix)}")
+
+
+def _files_by_number(folder: Path, pattern: str) -> dict[int, Path]:
+    return {int(match[1]): file for file in folder.iterdir() if (match := re.fullmatch(pattern, file.name))}
+
+
+def save(path: Path, content: dict[str, Any], keep: int = 1) -> None:
+    """Writes a `snapshot` to `path`, and keeps `keep - 1` earlier checkpoints under names with their step.
+
+    Killed at any moment, it leaves only whole files, and among them the new one or the newest of those before it. There
+    is one checkpoint per step: a second one at the same step, such as after an evaluation, replaces the first.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; every earlier file is untouched.
+    """
+    step = content["last"]["step"]
+    with replacing(path) as temporary:
+        write_archive(content, temporary)
+        if keep > 1 and path.exists() and (earlier := read_step(path)) < step:
+            # From here until `temporary` takes its name, `path` is missing, and `--resume` finds this one.
+            os.replace(path, path.with_name(f"{path.stem}_{earlier:06d}{path.suffix}"))
+    for found, file in _files_by_step(path).items():
+        if found >= step:  # damaged, or the run would not have been resumed from an earlier one
+            file.unlink(missing_ok=True)
+    for file in find_checkpoints(path)[keep:]:
+        file.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new names durable: after a power cut, the files alone would not be enough."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

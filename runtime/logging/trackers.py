@@ -19,6 +19,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 
 from common import registry
 from common.errors import UserError
+from common.files import rotate
 from runtime.logging import events as ev
 from runtime.mlperf.rulesets import epoch_unit
 
@@ -35,18 +36,9 @@ def rotate_logs(log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(log_dir, os.W_OK):
             raise PermissionError(13, "permission denied")
-        present = [log_dir / name for name in LOG_NAMES if (log_dir / name).exists()]
-        number = 1
-        while any(_numbered(path, number).exists() for path in (log_dir / name for name in LOG_NAMES)):
-            number += 1
-        for path in present:
-            path.rename(_numbered(path, number))
+        rotate([log_dir / name for name in LOG_NAMES])
     except OSError as error:
         raise UserError(f"--log_dir {log_dir}: cannot be written: {error.strerror or error}") from None
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 class _Handler(logging.FileHandler):

@@ -84,7 +84,7 @@ def test_resumed_with_steps_and_a_schedule_equals_never_stopping(program: Progra
     program(*arguments, "--log_dir", tmp_path / "parts", "--epochs", 6, "--resume")
     whole, parts = (load(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     assert all(torch.equal(whole.last[name], parts.last[name]) for name in whole.last)
-    assert whole.records == parts.records
+    assert whole.callback_state == parts.callback_state
     rates = [event["learning_rate"] for event in events_of(tmp_path / "whole", "EpochStopped")]
     assert rates == [0.3, 0.3, 0.3, 0.3, 0.15, 0.15]
     assert [event["learning_rate"] for event in events_of(tmp_path / "parts", "EpochStopped")] == rates[4:]

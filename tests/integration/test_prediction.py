@@ -207,7 +207,7 @@ def test_a_damaged_scan_leaves_the_others_predicted(
 def test_a_checkpoint_of_an_earlier_version_asks_for_its_folder(
     program: Program, balls: Path, trained: Path, unseen: Path, tmp_path: Path
 ) -> None:
-    from runtime.checkpoint.format import save
+    from runtime.checkpoint.writer import save
 
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     del content["spec"]

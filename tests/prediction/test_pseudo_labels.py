@@ -29,6 +29,7 @@ from data_loading.integrity import check_files, md5_of, split_digest
 from prediction.pseudo_labels import main
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
+from runtime.checkpoint.writer import save
 from runtime.train_state import TrainState
 
 MODEL = "tests.prediction.test_pseudo_labels:Reads"
@@ -80,8 +81,8 @@ def teacher(tmp_path: Path, folder: Path, make_state: Callable[..., TrainState])
     arguments = ["--data_dir", "DATA", "--val_input_shape", "4", "4", "8", "--model", MODEL]
     data = split_digest(folder, read_spec_and_split(folder, [])[1])
     config, spec = parse_arguments(arguments)[0], read_index(folder / INDEX_NAME).spec
-    content = checkpoints.snapshot(state, [0.0], config.to_json(), 1, data, spec.to_json())
-    checkpoints.save(tmp_path / "teacher.pth", content)
+    content = checkpoints.snapshot(state, [0.0], config=config.to_json(), seed=1, data=data, spec=spec.to_json())
+    save(tmp_path / "teacher.pth", content)
     return tmp_path / "teacher.pth"
 
 
@@ -170,8 +171,8 @@ def test_what_does_not_fit_is_one_line(folder: Path, teacher: Path, tmp_path: Pa
     scans = write_scans(tmp_path / "scans", {"unsure": image_of(np.ones((4, 6, 8)), 1.0)})
     refused("no scan is labelled with such confidence", "--unlabelled", scans)
     saved = torch.load(teacher, weights_only=True)
-    checkpoints.save(teacher, {**saved, "data": "another"})
+    save(teacher, {**saved, "data": "another"})
     refused("trained on another data set or split")
-    checkpoints.save(teacher, {**saved, "data": split_digest(folder, read_spec_and_split(folder, [])[1])})
+    save(teacher, {**saved, "data": split_digest(folder, read_spec_and_split(folder, [])[1])})
     run(folder, teacher, tmp_path / "results")
     refused("has pseudo-labels itself", data=tmp_path / "results", results=tmp_path / "more")

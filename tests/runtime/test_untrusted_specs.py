@@ -17,6 +17,7 @@ from data_loading.spec import DatasetSpec
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.checkpoint import format as checkpoints
+from runtime.checkpoint.writer import save
 from runtime.distributed.world import World
 from runtime.train_state import TrainState
 
@@ -48,7 +49,7 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
         )
         spec = DatasetSpec("made_up", CLASSES).to_json()
         path = tmp_path / "checkpoint.pth"
-        checkpoints.save(path, checkpoints.snapshot(state, [0.0], config, 1, "", spec))
+        save(path, checkpoints.snapshot(state, [0.0], config=config, seed=1, data="", spec=spec))
         return path
 
     return write

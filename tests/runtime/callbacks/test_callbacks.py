@@ -38,7 +38,7 @@ def make(tmp_path: Path, told: list[Event]) -> Make:
             return lambda epoch: EvaluationStopped(epoch, 0.1 * len(cases), [0.2, 0.3], 0.4, 5.0)
 
         def take(state: TrainState, sums: list[float]) -> dict[str, Any]:
-            return snapshot(state, sums, {"a": 1}, 1, "")
+            return snapshot(state, sums, config={"a": 1}, seed=1, data="")
 
         world = World(rank, 2, torch.device("cpu"))
         context = RunContext(tmp_path, world, ["c", "a", "b"], make_evaluate_fn, told.append, take)
@@ -138,7 +138,7 @@ def test_the_best_are_kept_the_last_beside_them_and_nothing_else_is_touched(
     ]
     assert load(tmp_path / "top" / "epoch_00006_0.5000.pth").last_epoch == 6
     assert load(tmp_path / "top" / "last.pth").last_epoch == 7
-    assert load(tmp_path / "top" / "last.pth").records["top_k"]["kept"] == [
+    assert load(tmp_path / "top" / "last.pth").callback_state["top_k"]["kept"] == [
         [0.5, "epoch_00002_0.5000.pth"],
         [0.5, "epoch_00006_0.5000.pth"],
     ]

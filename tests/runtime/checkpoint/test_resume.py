@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from common.messages import notes_held, take_notes
 from runtime.arguments import RunConfig
-from runtime.checkpoint.format import Checkpoint, save, snapshot
+from runtime.checkpoint.format import Checkpoint, snapshot
 from runtime.checkpoint.resume import (
     INCIDENTAL_FLAGS,
     ORDER_FLAGS,
@@ -23,8 +23,9 @@ from runtime.checkpoint.resume import (
     find,
     is_done,
     newest_good,
-    to_boundary,
+    skip_partial_epoch,
 )
+from runtime.checkpoint.writer import save
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule
 from runtime.train_state import TrainState
@@ -33,17 +34,15 @@ MakeState = Callable[..., TrainState]
 MakeConfig = Callable[..., RunConfig]
 
 LOADED = Checkpoint(
-    Path("c.pth"),
-    {},
-    7,
-    "d1635",
-    None,
-    {},
-    {},
+    path=Path("c.pth"),
+    seed=7,
+    data="d1635",
+    best={},
+    last={},
     best_epoch=3,
     last_epoch=4,
     best_dice=0.5,
-    batch=0,
+    step=12,
     evaluated=4,
     loss_sums=[0.0],
     optimizer={},
@@ -62,12 +61,12 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def three(path: Path, make_state: MakeState) -> list[Path]:
-    """Three generations, the newest first, of epochs 3, 2 and 1."""
+    """Three checkpoints, the newest first, of epochs 3, 2 and 1."""
     state = make_state()
     for epoch in (1, 2, 3):
-        state.epoch = epoch
-        save(path, snapshot(state, [0.0], {}, 1, "", {}), keep=3)
-    return [path, path.with_name("checkpoint.pth.1"), path.with_name("checkpoint.pth.2")]
+        state.epoch, state.step = epoch, 5 * epoch
+        save(path, snapshot(state, [0.0], config={}, seed=1, data="", spec={}), keep=3)
+    return [path, path.with_name("checkpoint_000010.pth"), path.with_name("checkpoint_000005.pth")]
 
 
 # Which one
@@ -109,7 +108,7 @@ def test_nothing_there_is_a_first_start(path: Path) -> None:
 def test_to_start_over_where_every_state_is_damaged_is_the_users_to_say(path: Path, three: list[Path]) -> None:
     for file in three:
         file.write_bytes(b"PK")
-    with pytest.raises(UserError, match=rf"none of the 3 checkpoint\(s\) of {path} is whole.*without --resume$"):
+    with pytest.raises(UserError, match=rf"none of the 3 checkpoint\(s\) of {path} is intact.*without --resume$"):
         newest_good(path)
 
 
@@ -171,8 +170,8 @@ def test_what_rank_0_cannot_read_is_every_ranks_mistake(path: Path) -> None:
     ("changed", "said"),
     [
         ({"best_dice": 0.908, "best_epoch": 3}, "reached a mean Dice of 0.9080 at epoch 3"),
-        ({"last_epoch": 6, "evaluated": 6}, "has 6 epochs behind it"),
-        ({"last_epoch": 7, "evaluated": 6}, "has 7 epochs behind it"),
+        ({"last_epoch": 6, "evaluated": 6}, "has completed 6 epochs"),
+        ({"last_epoch": 7, "evaluated": 6}, "has completed 7 epochs"),
         ({"last_epoch": 6, "evaluated": 4}, ""),  # the run was left in its last evaluation
         ({"last_epoch": 5, "evaluated": 4}, ""),
         ({"last_epoch": 5, "batch": 3}, ""),
@@ -185,7 +184,7 @@ def test_a_run_is_done_at_its_target_or_its_last_epochs_evaluation(changed: dict
 
 
 def test_without_evaluations_nothing_is_pending() -> None:
-    assert is_done(of(last_epoch=6, evaluated=0), EvalSchedule(6, None, 2), 0.908) == "has 6 epochs behind it"
+    assert is_done(of(last_epoch=6, evaluated=0), EvalSchedule(6, None, 2), 0.908) == "has completed 6 epochs"
 
 
 # What has changed
@@ -222,7 +221,9 @@ def test_another_network_or_optimizer_is_another_run(flag: str, make_config: Mak
     with pytest.raises(UserError) as caught:
         changes(of(config=stored), current, "d1635")
     other, was = (" ".join(OTHERS[flag]), "none") if flag == "freeze" else (OTHERS[flag], stored[flag])
-    assert str(caught.value) == (f"c.pth is of another run: --{flag} {other}, was {was}; give those flags as they were")
+    assert str(caught.value) == (
+        f"c.pth belongs to another run: --{flag} {other}, was {was}; give those flags as they were"
+    )
 
 
 def test_flags_that_no_number_follows_from_are_not_mentioned(make_config: MakeConfig) -> None:
@@ -237,8 +238,8 @@ def test_every_other_flag_is_mentioned(make_config: MakeConfig) -> None:
     stored = make_config().to_json()
     expected = [name for name in stored if name not in {*INCIDENTAL_FLAGS, *STRUCTURAL_FLAGS}]
     current = stored | dict.fromkeys(expected, "x")
-    told = changes(of(config=stored), current, "d1635")
-    assert [text.split()[0].removeprefix("--") for text in told] == expected
+    note = changes(of(config=stored), current, "d1635")
+    assert [text.split()[0].removeprefix("--") for text in note] == expected
     assert {"epochs", "batch_size", "learning_rate", "amp", "ga_steps", "loader"} <= set(expected)
 
 
@@ -250,7 +251,7 @@ def test_a_flag_that_is_new_since_is_no_change(make_config: MakeConfig) -> None:
 
 
 def test_another_data_set_or_split_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^c\.pth was trained on another data set or split than --data_dir holds$"):
+    with pytest.raises(UserError, match=r"^c\.pth was trained on another data set or split than that of --data_dir$"):
         changes(of(), {}, "d1636")
     # A foreign file says nothing of its data, and random volumes have no digest.
     assert changes(of(data=""), {}, "d1636") == []
@@ -269,7 +270,7 @@ def resumed(make_state: MakeState, loaded: Checkpoint, ranks: int = 1, seed: int
     state.epoch, state.batch = loaded.last_epoch, loaded.batch
     state.loss_sum = torch.tensor(1.5) if loaded.batch else None
     with notes_held():
-        to_boundary(state, loaded, FLAGS | flags, ranks, seed)
+        skip_partial_epoch(state, loaded, FLAGS | flags, ranks=ranks, seed=seed)
         notes = take_notes()
     return notes, state.epoch, state.batch, None if state.loss_sum is None else state.loss_sum.item()
 
@@ -286,18 +287,18 @@ def test_an_unchanged_run_goes_on_in_the_middle_of_its_epoch(make_state: MakeSta
 @pytest.mark.parametrize(
     ("changed", "because"),
     [
-        ({"batch_size": 4}, "--batch_size is another"),
-        ({"ga_steps": 2}, "--ga_steps is another"),
-        ({"loader": "device"}, "--loader is another"),
-        ({"seed": 8}, "the seed is another"),
-        ({"batch_size": 4, "seed": 8}, "--batch_size and the seed are another"),
+        ({"batch_size": 4}, "--batch_size has changed"),
+        ({"ga_steps": 2}, "--ga_steps has changed"),
+        ({"loader": "device"}, "--loader has changed"),
+        ({"seed": 8}, "the seed has changed"),
+        ({"batch_size": 4, "seed": 8}, "--batch_size and the seed have changed"),
     ],
 )
 def test_an_epoch_dealt_out_in_another_way_is_left(
     changed: dict[str, Any], because: str, make_state: MakeState
 ) -> None:
     notes, *place = resumed(make_state, MIDWAY, **changed)
-    assert notes == [f"the rest of epoch 5 from batch 6 on is left out, since {because}"]
+    assert notes == [f"the rest of epoch 5 from batch 6 on is skipped, since {because}"]
     assert place == [5, 0, None]
 
 
@@ -306,13 +307,13 @@ def test_between_epochs_nothing_is_left_out(changed: dict[str, Any], make_state:
     assert resumed(make_state, of(config=FLAGS), **changed) == ([], 4, 0, None)
 
 
-def test_another_number_of_ranks_is_told_and_leaves_the_rest_of_the_epoch(make_state: MakeState) -> None:
-    told = "resumed on 3 rank(s), was 2: the global batch changes alike"
+def test_another_number_of_ranks_is_reported_and_skips_the_rest_of_the_epoch(make_state: MakeState) -> None:
+    note = "resumed on 3 rank(s), was 2: the global batch changes with it"
     notes, *place = resumed(make_state, dataclasses.replace(MIDWAY, loss_sums=[1.5, 1.5]), ranks=3)
-    assert notes == [told, "the rest of epoch 5 from batch 6 on is left out, since the number of ranks is another"]
+    assert notes == [note, "the rest of epoch 5 from batch 6 on is skipped, since the number of ranks has changed"]
     assert place == [5, 0, None]
     between = of(config=FLAGS, loss_sums=[0.0, 0.0])
-    assert resumed(make_state, between, ranks=3) == ([told], 4, 0, None)
+    assert resumed(make_state, between, ranks=3) == ([note], 4, 0, None)
     assert resumed(make_state, between, ranks=2) == ([], 4, 0, None)
 
 
@@ -332,5 +333,5 @@ def test_a_foreign_checkpoint_says_nothing_of_ranks(make_state: MakeState) -> No
         ),
     ],
 )
-def test_where_it_goes_on_is_told_in_a_line(loaded: Checkpoint, changed: list[str], line: str) -> None:
+def test_where_a_run_resumes_is_reported_in_a_line(loaded: Checkpoint, changed: list[str], line: str) -> None:
     assert describe(loaded, changed) == line

@@ -16,8 +16,8 @@ import torch
 
 from common.errors import DIVERGED_EXIT, UserError
 from runtime.checkpoint import writer as saving
-from runtime.checkpoint.format import load, save, snapshot
-from runtime.checkpoint.writer import CheckpointWriter
+from runtime.checkpoint.format import load, snapshot
+from runtime.checkpoint.writer import CheckpointWriter, save
 from runtime.distributed.world import World
 from runtime.logging.events import (
     BlockStarted,
