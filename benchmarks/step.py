@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from common.errors import UserError
 from model.kernels import dispatch as kernels
-from model.losses import SMOOTHING, SPATIAL, DiceCELoss
+from model.losses import DiceCELoss
+from model.metrics import SMOOTHING, SPATIAL
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.logging.throughput import peak_memory_bytes
 from runtime.memory_format import to_device

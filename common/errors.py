@@ -23,6 +23,11 @@ class UserError(Exception):
     """Bad input: the message says in one line what is wrong and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """Returns an error's message on one line, or its class name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class RankLost(Exception):  # noqa: N818 - an end, not an error of this process
     """Another rank of the run was killed, hangs or failed; the message says which, as far as it is known."""
 

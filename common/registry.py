@@ -1,13 +1,13 @@
-"""Specs on the command line: a short name from a room's table, or something importable, with keyword arguments.
+"""Builds objects by name from specs such as those on the command line.
 
     unet3d
     unet3d(filters=(16,32,64,128))
     package.module:name(key=value)
 
-Arguments are literals, read with `ast.literal_eval`: nothing in a spec is executed. To import a module is to execute
-it, so it matters who wrote the spec. One of the command line is a `Typed` string and may import what it names. Any
-other string, such as one out of a checkpoint, names what is in the room's table or in the exact modules that the room
-knows, and there a class of the room's kind. Whoever forgets to mark a spec gets the safe way.
+A name is looked up in a table; "package.module:name" is imported. Arguments are literals, read with
+`ast.literal_eval`; nothing in a spec is executed. Importing a module does execute it, so only a trusted spec, one that
+the user typed, may import whatever it names. Any other spec, such as one stored in a checkpoint, may name only entries
+of the table and classes of the modules in an `Allowlist`. Unmarked specs are untrusted.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 T = TypeVar("T")
-# In a table a string, "package.module:name", is imported when a spec asks for it.
+# An entry "package.module:name" is imported when a spec asks for it.
 Table = Mapping[str, Callable[..., T] | str]
 
-IMPORTABLE = re.compile(r"\s*((?:[^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*)(.*)", re.DOTALL)
-# What a text may be in a spec that nobody typed: no path, no address, no other program's way to name one ("hub:x").
-WORD = re.compile(r"[\w.+ -]*")
-# Of well-known packages: what to give to pip.
+# A name or "package.module:name", then everything after it.
+SPEC = re.compile(r"\s*((?:(?:[^\W\d]\w*\.)*[^\W\d]\w*:)?[^\W\d]\w*)(.*)", re.DOTALL)
+# Strings allowed as arguments of an untrusted spec: no path, no URL, no library's own "hub:name" notation.
+PLAIN_TEXT = re.compile(r"[\w.+ -]*")
+# What to pip-install for packages whose distribution has another name.
 INSTALL = {
     "monai": "'.[monai]'",
     "torchio": "'.[torchio]'",
@@ -38,166 +39,176 @@ INSTALL = {
 }
 
 
-class Typed(str):
-    """A spec that the user typed. Only the command line's parser makes one; it is a plain `str` once it is saved."""
-
-    __slots__ = ()
-
-
 @dataclass(frozen=True)
-class Known:
-    """Where a room finds what a spec names that nobody typed, beside its table.
+class Spec:
+    """A spec and whether the user typed it.
 
     Attributes:
-        modules: their exact names.
-        kind: what is named there must be a class of this kind, of the module's own package.
-        takes: each of these groups of parameters must be met by one that the class takes.
-        instead: arguments that a spec may not set, with the value that they get where the class takes them.
-        never: a class with such a parameter is refused.
+        text: "name(key=value)" or "package.module:name(key=value)".
+        trusted: whether it may import whatever it names; only the command line sets this.
+    """
+
+    text: str
+    trusted: bool = False
+
+    def __str__(self) -> str:
+        return str(self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowlist:
+    """What an untrusted spec may name beside the table's entries.
+
+    Attributes:
+        modules: exact module names.
+        base: the named object must be a subclass of this, defined in the module's own package.
+        required_parameters: the class must take at least one parameter of each group.
+        forbidden_parameters: a class with any of these is refused.
+        overrides: values that replace the spec's own for the parameters that the class has.
     """
 
     modules: tuple[str, ...]
-    kind: type
-    takes: tuple[tuple[str, ...], ...] = ()
-    instead: Mapping[str, Any] | None = None
-    never: tuple[str, ...] = ()
+    base: type
+    required_parameters: tuple[tuple[str, ...], ...] = ()
+    forbidden_parameters: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Named(Generic[T]):
-    """What a spec names, found but not yet called.
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSpec(Generic[T]):
+    """A spec whose target has been found but not called yet.
 
     Attributes:
-        spec: as it was given, for messages.
-        parameters: of `make`'s signature.
+        name: the part before the arguments.
+        target: what the name stands for.
+        arguments: the spec's own.
     """
 
-    spec: str
+    spec: Spec
     flag: str
     name: str
-    make: Callable[..., T]
+    target: Callable[..., T]
     arguments: dict[str, Any]
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.make).parameters
+        return inspect.signature(self.target).parameters
 
     @property
     def takes_any(self) -> bool:
-        """Whether there is a **kwargs."""
+        """Whether the target has a `**kwargs`."""
         return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
 
+    def signature(self, hidden: Mapping[str, Any] | None = None) -> str:
+        """Returns "required, optional=1, long=…" without the `hidden` parameters, or "none"."""
+        shown = []
+        for name, p in self.parameters.items():
+            if name in (hidden or {}) or p.kind is p.VAR_POSITIONAL:
+                continue
+            default = repr(p.default)
+            value = default if len(default) <= 24 and "<" not in default else "…"
+            shown.append(
+                f"**{name}" if p.kind is p.VAR_KEYWORD else name if p.default is p.empty else f"{name}={value}"
+            )
+        return ", ".join(shown) or "none"
+
     def call(self, fixed: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> T:
-        """Makes it of the spec's arguments and the room's own.
+        """Calls the target with the spec's arguments and the caller's.
 
         Args:
-            fixed: what the spec may not say.
-            defaults: what it gets where it has the parameter and the spec does not say otherwise.
+            fixed: arguments that the spec may not set.
+            defaults: arguments that the spec may override, used where the target has the parameter.
 
         Raises:
-            UserError: an unknown or missing argument, or one of the wrong kind; the signature is shown.
+            UserError: an unknown, missing or invalid argument; the message shows the signature.
         """
-        taken = takes({name: p for name, p in self.parameters.items() if name not in fixed})
-        if twice := sorted(set(self.arguments) & set(fixed)):
-            raise UserError(f"{self.flag} {self.name}: {twice[0]!r} is filled in, leave it out; it takes {taken}")
+        takes = f"it takes {self.signature(hidden=fixed)}"
+        if taken := sorted(set(self.arguments) & set(fixed)):
+            raise UserError(f"{self.flag} {self.name}: {taken[0]!r} is set by the program, leave it out; {takes}")
         if (unknown := sorted(set(self.arguments) - set(self.parameters))) and not self.takes_any:
-            raise UserError(f"{self.flag} {self.name}: unknown argument {unknown[0]!r}; it takes {taken}")
-        filled = {name: value for name, value in (defaults or {}).items() if name in self.parameters}
+            raise UserError(f"{self.flag} {self.name}: unknown argument {unknown[0]!r}; {takes}")
+        usable = {name: value for name, value in (defaults or {}).items() if name in self.parameters}
         try:
-            return self.make(**{**filled, **fixed, **self.arguments})
+            return self.target(**{**usable, **fixed, **self.arguments})
         except (TypeError, ValueError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self.flag} {str(self.spec)!r}: {told}; it takes {taken}") from None
+            raise UserError(f"{self.flag} {str(self.spec)!r}: {one_line(error)}; {takes}") from None
 
 
-def takes(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """A signature in words: the required ones bare, the others with their defaults, "…" for a long one."""
-
-    def told(p: inspect.Parameter) -> str:
-        if p.kind is p.VAR_KEYWORD:
-            return f"**{p.name}"
-        if p.default is p.empty:
-            return p.name
-        default = repr(p.default)
-        return f"{p.name}={default if len(default) <= 24 and '<' not in default else '…'}"
-
-    return ", ".join(told(p) for p in parameters.values() if p.kind is not p.VAR_POSITIONAL) or "none"
-
-
-def parse(spec: str, flag: str) -> tuple[str, dict[str, Any]]:
-    """Splits "name(key=literal, …)" into the name, a "package.module:name" included, and its arguments.
+def parse(spec: Spec | str, flag: str) -> tuple[str, dict[str, Any]]:
+    """Splits a spec into its name and its arguments.
 
     Raises:
         UserError: anything but a name and keyword arguments with literal values.
     """
-    if not isinstance(spec, str):  # a damaged file may hold anything
-        raise UserError(f"{flag} {spec!r}: expected a text")
-    path = IMPORTABLE.fullmatch(spec)
-    try:
-        node = ast.parse(f"name{path[2]}" if path else spec.strip(), mode="eval").body
-        if isinstance(node, ast.Name):
-            return path[1] if path else node.id, {}
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if _named(k)}
-            if len(arguments) == len(node.keywords):  # Python's own grammar lets a keyword come twice
-                return path[1] if path else node.func.id, arguments
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
-        pass
-    raise UserError(f"{flag} {str(spec)!r}: expected a name or name(key=value, …) with plain values")
+    text = spec.text if isinstance(spec, Spec) else spec
+    if not isinstance(text, str):  # a damaged file may hold anything
+        raise UserError(f"{flag} {text!r}: expected a text")
+    if match := SPEC.fullmatch(text):
+        try:
+            call = ast.parse(f"f{match[2].strip() or '()'}", mode="eval").body
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+                arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+                if len(arguments) == len(call.keywords):  # neither a **mapping nor the same keyword twice
+                    return match[1], arguments
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
+            pass
+    raise UserError(f"{flag} {text!r}: expected a name or name(key=value, …) with plain values")
 
 
-def _named(keyword: ast.keyword) -> bool:
-    if keyword.arg is None:
-        raise ValueError("** is not a plain value")
-    return True
-
-
-def find(spec: str, table: Table[T], flag: str, known: Known | None = None, importable: bool = False) -> Named[T]:
-    """What the spec names: in the table, or imported where it may be.
+def resolve(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist | None = None) -> ResolvedSpec[T]:
+    """Looks a spec's name up in the table, or imports it if the spec may.
 
     Args:
-        known: where a spec that is not `Typed` may find what is not in the table; None: nowhere.
-        importable: the flag is the command line's alone, so that any spec of it may import.
+        spec: a plain string is untrusted.
+        flag: names the spec's origin in messages.
+        allowlist: what an untrusted spec may import; None: nothing.
 
     Raises:
-        UserError: an unknown name (the near ones are listed), a missing package, a spec that may not import.
+        UserError: an unknown name, a missing package, or an untrusted spec that names anything else.
     """
+    spec = spec if isinstance(spec, Spec) else Spec(spec)
     name, arguments = parse(spec, flag)
-    if ":" not in name:
-        if name not in table:
-            near = difflib.get_close_matches(name, table, n=3) or sorted(table)
-            raise UserError(f"{flag} {name!r} does not exist; there is {', '.join(near)}")
-        entry = table[name]
-        return Named(
-            spec, flag, name, load(entry, f"{flag} {name}", name) if isinstance(entry, str) else entry, arguments
-        )
-    if importable or isinstance(spec, Typed):
-        return Named(spec, flag, name, load(name, f"{flag} {name}", ""), arguments)
-    return _find_known(spec, flag, name, arguments, table, known)
-
-
-def _find_known(
-    spec: str, flag: str, name: str, arguments: dict[str, Any], table: Table[T], known: Known | None
-) -> Named[T]:
-    module = name.partition(":")[0]
-    refused = UserError(
-        f"{flag} {str(spec)!r} comes out of a file, not from the command line: such a spec may name "
-        f"{', '.join([*table, *(f'{module}:…' for module in known.modules)] if known else table)}, with plain words; "
-        f"if you trust it, give {flag} on the command line as well"
-    )
-    if known is None or module not in known.modules or not all(map(_is_plain, arguments.values())):
-        raise refused
-    found = Named[T](spec, flag, name, load(name, f"{flag} {name}", ""), arguments)
-    package = module.partition(".")[0]
-    is_own = isinstance(found.make, type) and f"{found.make.__module__}.".startswith(f"{package}.")
-    if not is_own or not issubclass(found.make, known.kind):  # type: ignore[arg-type]
-        raise refused
-    if set(known.never) & set(found.parameters) or not all(set(n) & set(found.parameters) for n in known.takes):
-        raise refused
-    instead = known.instead or {}
-    for argument in set(instead) & (set(arguments) | set(found.parameters)):
-        arguments[argument] = instead[argument]
+    is_path = ":" in name
+    if not is_path and name not in table:
+        raise UserError(f"{flag} {name!r}: unknown name; available: {', '.join(sorted(table))}")
+    needs_check = is_path and not spec.trusted
+    if needs_check and not (allowlist and _may_import(name, arguments, allowlist)):
+        raise _refusal(spec, table, flag, allowlist)
+    entry: Callable[..., T] | str = name if is_path else table[name]
+    target = load(entry, f"{flag} {name}", "" if is_path else name) if isinstance(entry, str) else entry
+    found = ResolvedSpec[T](spec=spec, flag=flag, name=name, target=target, arguments=arguments)
+    if needs_check and allowlist:
+        if not _is_allowed(found, allowlist):
+            raise _refusal(spec, table, flag, allowlist)
+        present = allowlist.overrides.keys() & {*arguments, *found.parameters}
+        arguments.update({name: allowlist.overrides[name] for name in present})
     return found
+
+
+def _refusal(spec: Spec, table: Table[Any], flag: str, allowlist: Allowlist | None) -> UserError:
+    names = [*table, *(f"{module}:…" for module in (allowlist.modules if allowlist else ()))]
+    return UserError(
+        f"{flag} {str(spec)!r} comes from a file, not from the command line; such a spec may only name "
+        f"{', '.join(names)}, with plain arguments; if you trust it, give {flag} on the command line as well"
+    )
+
+
+def _may_import(name: str, arguments: Mapping[str, Any], allowlist: Allowlist) -> bool:
+    """Checks an untrusted spec before its module is imported."""
+    return name.partition(":")[0] in allowlist.modules and all(map(_is_plain, arguments.values()))
+
+
+def _is_allowed(found: ResolvedSpec[Any], allowlist: Allowlist) -> bool:
+    """Checks the target of an untrusted spec, once imported."""
+    package = found.name.partition(":")[0].partition(".")[0]
+    target, parameters = found.target, set(found.parameters)
+    return (
+        isinstance(target, type)
+        and issubclass(target, allowlist.base)
+        and f"{target.__module__}.".startswith(f"{package}.")
+        and not parameters & set(allowlist.forbidden_parameters)
+        and all(parameters & set(group) for group in allowlist.required_parameters)
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -205,29 +216,23 @@ def _is_plain(value: Any) -> bool:
         return _is_plain([*value, *value.values()])
     if isinstance(value, list | tuple | set):
         return all(map(_is_plain, value))
-    return not isinstance(value, str | bytes) or (isinstance(value, str) and WORD.fullmatch(value) is not None)
+    return not isinstance(value, str | bytes) or (isinstance(value, str) and PLAIN_TEXT.fullmatch(value) is not None)
 
 
-def build(
-    spec: str, table: Table[T], flag: str, importable: bool = False, known: Known | None = None, **fixed: Any
-) -> T:
-    """Calls what the spec names with the spec's arguments and the room's own (`fixed`); see `find`.
-
-    Raises:
-        UserError: an unknown name (the near ones are listed) or argument (the signature is shown), a missing package.
-    """
-    return find(spec, table, flag, known, importable).call(fixed)
+def build(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist | None = None, **fixed: Any) -> T:
+    """Resolves a spec and calls it with its own arguments and `fixed`. Raises UserError as both steps do."""
+    return resolve(spec, table, flag, allowlist).call(fixed)
 
 
-def load(path: str, who: str, group: str) -> Any:
-    """Imports what "package.module:name" names: an extra, which the core knows by such a name alone, or one's own.
+def load(path: str, flag: str, extra: str) -> Any:
+    """Imports "package.module:name" on demand.
 
     Args:
-        who: asks for it, such as a flag.
-        group: of the optional dependencies in pyproject.toml, which holds what it needs; "" for none.
+        flag: what asks for it, for messages.
+        extra: the group of optional dependencies in pyproject.toml that it needs; "" for none.
 
     Raises:
-        UserError: it is not in this copy of the project, or a package is missing; the line says what to install.
+        UserError: no such module, or a missing package; the message names what to install.
     """
     module, _, name = path.partition(":")
     try:
@@ -235,21 +240,17 @@ def load(path: str, who: str, group: str) -> Any:
     except ImportError as error:
         missing = error.name or ""
         if missing and f"{module}.".startswith(f"{missing}.") and missing not in INSTALL:
-            raise UserError(f"{who}: there is no module {missing}") from None
-        lacks = f"needs {missing}, which is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
-        package = f"'.[{group}]'" if group else INSTALL.get(missing.partition(".")[0], "")
-        raise UserError(f"{who}: {lacks}{f'; pip install {package}' if package else ''}") from None
-    except Exception as error:  # torchvision beside another torch raises RuntimeError, one's own module anything
-        told = " ".join(str(error).split())
-        raise UserError(f"{who}: {module} cannot be imported ({type(error).__name__}: {told})") from None
-    found: Any = getattr(imported, name, None)
+            raise UserError(f"{flag}: there is no module {missing}") from None
+        reason = f"needs {missing}, which is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        package = f"'.[{extra}]'" if extra else INSTALL.get(missing.partition(".")[0], "")
+        raise UserError(f"{flag}: {reason}{f'; pip install {package}' if package else ''}") from None
+    except Exception as error:  # e.g. torchvision with a mismatched torch: RuntimeError
+        raise UserError(f"{flag}: cannot import {module} ({type(error).__name__}: {one_line(error)})") from None
+    target: Any = getattr(imported, name, None)
     try:
-        inspect.signature(found)
-    except (TypeError, ValueError):  # no function or class, or one that does not say what it takes
-        near = ", ".join(difflib.get_close_matches(name, _classes(imported, name), n=3))
-        raise UserError(f"{who}: {module} has no {name} to call{near and f'; there is {near}'}") from None
-    return found
-
-
-def _classes(module: Any, but: str) -> Sequence[str]:
-    return [name for name, found in vars(module).items() if inspect.isclass(found) and name[0] != "_" and name != but]
+        inspect.signature(target)
+    except (TypeError, ValueError):  # not callable, or a builtin without a signature
+        classes = [key for key, value in vars(imported).items() if inspect.isclass(value) and key[0] != "_"]
+        close = ", ".join(difflib.get_close_matches(name, {*classes} - {name}, n=3))
+        raise UserError(f"{flag}: {module} has no callable {name}{close and f'; similar: {close}'}") from None
+    return target

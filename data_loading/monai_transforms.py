@@ -48,9 +48,9 @@ def _seeded(transform: Any, seed: int) -> Any:
     return transform
 
 
-def adapt(found: registry.Named[Any]) -> RandomTransform:
+def adapt(found: registry.ResolvedSpec[Any]) -> RandomTransform:
     """The transform that a spec names. Raises UserError for wrong arguments, or what is no transform."""
-    make = found.make
+    make = found.target
     if not isinstance(make, type) or not issubclass(make, Transform):
         raise UserError(f"--augment {found.name} is no transform of MONAI")
     is_intensity = make.__module__.startswith("monai.transforms.intensity")
@@ -58,8 +58,8 @@ def adapt(found: registry.Named[Any]) -> RandomTransform:
         twin = getattr(monai.transforms, f"{make.__name__}d", None)
         if is_intensity or twin is None:
             return DrawForeign(found.name, OnImage(found.call({})))
-        found = replace(found, make=twin)
-    takes = inspect.signature(found.make).parameters
+        found = replace(found, target=twin)
+    takes = inspect.signature(found.target).parameters
     room: dict[str, Any] = {"keys": ("image",) if is_intensity else ("image", "label")}
     if "mode" in takes and not is_intensity and "mode" not in found.arguments:
         room["mode"] = ("bilinear", "nearest")

@@ -32,7 +32,7 @@ class TorchioTransform:
         return changed["image"].data.float().numpy(), changed["label"].data.to(torch.uint8).numpy()
 
 
-def adapt(found: registry.Named[Any]) -> RandomTransform:
+def adapt(found: registry.ResolvedSpec[Any]) -> RandomTransform:
     """The transform that a spec names. Raises UserError for wrong arguments, or what is no transform."""
     transform = found.call({})
     if not isinstance(transform, torchio.Transform):

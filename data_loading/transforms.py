@@ -171,14 +171,14 @@ ADAPTERS = {
 }
 
 
-def make_augmentation(specs: Sequence[str]) -> RandomTransform:
+def make_augmentation(specs: Sequence[registry.Spec | str]) -> RandomTransform:
     """What `--augment` names, in its order: draws a sample's augmentation. Raises UserError for one that is unknown."""
     draws = [_make_draw(spec) for spec in specs]
     return draws[0] if len(draws) == 1 else DrawSeveral(tuple(draws))
 
 
-def _make_draw(spec: str) -> RandomTransform:
-    found = registry.find(spec, AUGMENTATIONS, "--augment")
+def _make_draw(spec: registry.Spec | str) -> RandomTransform:
+    found = registry.resolve(spec, AUGMENTATIONS, "--augment")
     package = found.name.partition(":")[0].partition(".")[0]
     if ":" in found.name and package in ADAPTERS:
         adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {found.name}", package)(found)

@@ -1,4 +1,4 @@
-"""Dice and cross-entropy as MLPerf computes them, in fp32 whatever the logits' type; and the Dice score."""
+"""The losses: MLPerf's Dice and cross-entropy, and adapters for other libraries' losses. All compute in fp32."""
 
 from __future__ import annotations
 
@@ -9,30 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from common import registry
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.registry import Allowlist, Spec, Table, resolve
 from model.kernels.dispatch import triton_for
+from model.metrics import SPATIAL, dice_ratio
 
-# Keeps the ratio finite: a class absent from truth and prediction alike counts as 1.0.
-SMOOTHING = 1e-6
-SPATIAL = (2, 3, 4)
+# D, H and W of one class's voxels, (N, D, H, W).
 SPATIAL_OF_CLASS = (1, 2, 3)
-
-
-def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
-    """(2 * intersection + 1e-6) / (total + 1e-6), where total is the sum of both sizes."""
-    return (2.0 * intersection + SMOOTHING) / (total + SMOOTHING)
 
 
 @dataclass(frozen=True)
 class DiceSums:
-    """Sums over a sample's voxels, from which both losses follow.
+    """Sums over each sample's voxels, from which Dice and cross-entropy follow.
 
     Attributes:
-        cross_entropy: (N,), of -log(probability of the true class).
-        intersection: (N, K), of the class's probability where it is true.
-        predicted: (N, K), of its probability everywhere.
-        true: (N, K), of voxels where it is true.
+        cross_entropy: (N,), -log(probability of the true class).
+        intersection: (N, K), probability of class k where it is the true one.
+        predicted: (N, K), probability of class k everywhere.
+        true: (N, K), number of voxels of class k.
     """
 
     cross_entropy: Tensor
@@ -41,22 +35,25 @@ class DiceSums:
     true: Tensor
 
 
-def overlap_sums(logits: Tensor, labels: Tensor) -> DiceSums:
-    """The sums in one pass over logits (N, K, D, H, W) and labels (N, 1, D, H, W), in fp32, and in one pass back.
+def dice_sums(logits: Tensor, labels: Tensor) -> DiceSums:
+    """Computes the sums in fp32, with one pass over the voxels forward and one backward.
 
-    No one-hot tensor and no probabilities are kept: the way back computes the softmax again.
+    Neither a one-hot tensor nor probabilities are kept: the backward pass recomputes the softmax.
+
+    Args:
+        logits: (N, K, D, H, W).
+        labels: (N, 1, D, H, W).
     """
-    return DiceSums(*_OverlapSums.apply(logits, labels))
+    return DiceSums(*_DiceSumsFunction.apply(logits, labels))
 
 
-class _OverlapSums(torch.autograd.Function):
+class _DiceSumsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, labels)
         kernels = triton_for(logits)
-        cross_entropy, intersection, predicted, true = (
-            kernels.sums_forward(logits, labels) if kernels else sums_forward(logits, labels)
-        )
+        forward = kernels.sums_forward if kernels else sums_forward
+        cross_entropy, intersection, predicted, true = forward(logits, labels)
         ctx.mark_non_differentiable(true)
         return cross_entropy, intersection, predicted, true
 
@@ -70,7 +67,11 @@ class _OverlapSums(torch.autograd.Function):
 
 
 def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`overlap_sums` in PyTorch's terms."""
+    """Computes `dice_sums` with PyTorch operators.
+
+    Returns:
+        The fields of `DiceSums`.
+    """
     logarithms = logits.float().log_softmax(1)
     probabilities = logarithms.exp()
     cross_entropy = torch.zeros(len(logits), device=logits.device)
@@ -86,17 +87,27 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 def sums_backward(
     logits: Tensor, labels: Tensor, cross_entropy: Tensor, intersection: Tensor, predicted: Tensor
 ) -> Tensor:
-    """The logits' gradient from the sums' gradients; of their shape, type and memory format.
+    """Computes the gradient with respect to the logits from those with respect to the sums.
 
-    With p the softmax, t the truth and q = predicted + intersection * t, class j's is
+    With p the softmax, t the one-hot truth and q = predicted + intersection * t, the gradient of class j is
     cross_entropy * (p_j - t_j) + p_j * (q_j - sum_k q_k p_k).
+
+    Args:
+        logits: (N, K, D, H, W).
+        labels: (N, 1, D, H, W).
+        cross_entropy: (N,) gradient.
+        intersection: (N, K) gradient.
+        predicted: (N, K) gradient.
+
+    Returns:
+        (N, K, D, H, W) in the type and memory format of the logits.
     """
 
     def column(gradient: Tensor) -> Tensor:
         return gradient.view(-1, 1, 1, 1)
 
     probabilities = logits.float().softmax(1)
-    gradient = torch.empty_like(logits, dtype=torch.float32)  # softmax forgets the memory format
+    gradient = torch.empty_like(logits, dtype=torch.float32)  # softmax does not keep the memory format
     mean = torch.zeros_like(probabilities[:, 0])
     for value in range(logits.shape[1]):
         is_true = labels[:, 0] == value
@@ -110,10 +121,10 @@ def sums_backward(
 
 
 class DiceLoss(nn.Module):
-    """1 - Dice of the softmax, mean over samples and classes.
+    """1 - Dice of the softmax, averaged over samples and classes.
 
     Args:
-        include_background: whether class 0 counts.
+        include_background: whether to average over class 0 too.
     """
 
     def __init__(self, include_background: bool = False) -> None:
@@ -122,10 +133,10 @@ class DiceLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        return self.of_sums(overlap_sums(logits, labels))
+        return self.from_sums(dice_sums(logits, labels))
 
-    def of_sums(self, sums: DiceSums) -> Tensor:
-        """The loss from the sums over voxels."""
+    def from_sums(self, sums: DiceSums) -> Tensor:
+        """Computes the loss from the sums over voxels."""
         ratio = dice_ratio(sums.intersection, sums.predicted + sums.true)
         return (1.0 - ratio[:, self.first_class :]).mean()
 
@@ -134,7 +145,7 @@ class DiceCELoss(nn.Module):
     """(cross-entropy + Dice loss) / 2, MLPerf's training loss.
 
     Args:
-        include_background: whether class 0 counts in the Dice term; cross-entropy always counts every voxel.
+        include_background: whether the Dice term includes class 0; cross-entropy always includes every voxel.
     """
 
     def __init__(self, include_background: bool = False) -> None:
@@ -143,16 +154,16 @@ class DiceCELoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        sums = overlap_sums(logits, labels)
+        sums = dice_sums(logits, labels)
         cross_entropy = sums.cross_entropy.sum() / labels.numel()
-        return (cross_entropy + self.dice.of_sums(sums)) / 2
+        return (cross_entropy + self.dice.from_sums(sums)) / 2
 
 
-class Adapted(nn.Module):
-    """A loss of another library, with our arguments: logits in fp32, and the truth as that loss wants it.
+class LibraryLoss(nn.Module):
+    """Another library's loss behind our arguments.
 
-    MONAI's Dice on 16-bit logits saturates, hence fp32. Torch's own losses take class indices (N, D, H, W) int64, all
-    others the labels as they are, (N, 1, D, H, W) uint8.
+    It gets fp32 logits, as MONAI's Dice saturates on 16-bit ones. Torch's own losses get class indices
+    (N, D, H, W) int64, all others the labels unchanged, (N, 1, D, H, W) uint8.
     """
 
     def __init__(self, loss: nn.Module) -> None:
@@ -165,61 +176,45 @@ class Adapted(nn.Module):
         return self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
 
 
-LOSSES: registry.Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
-# A checkpoint may name these: a loss that takes labels, not one that fetches a network to compare with.
-KNOWN = registry.Known(("monai.losses", "torch.nn"), nn.Module, (("to_onehot_y", "label_smoothing"),))
-# How a loss makes probabilities of logits: where the user says none, softmax.
+LOSSES: Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
+# What a checkpoint may name: losses that compare with labels, none that downloads a network to compare features.
+ALLOWED = Allowlist(
+    modules=("monai.losses", "torch.nn"),
+    base=nn.Module,
+    required_parameters=(("to_onehot_y", "label_smoothing"),),
+)
+# Parameters that select how a loss turns logits into probabilities; softmax if the spec sets none of them.
 PROBABILITIES = ("softmax", "use_softmax", "sigmoid", "other_act")
 
 
-def build_loss(spec: str, include_background: bool, classes: int) -> nn.Module:
-    """The loss that `--loss` names: (logits (N, K, D, H, W), labels (N, 1, D, H, W) uint8) -> scalar, in fp32.
+def build_loss(spec: Spec | str, include_background: bool, classes: int) -> nn.Module:
+    """Builds the loss that `--loss` names: (logits (N, K, D, H, W), labels (N, 1, D, H, W) uint8) -> fp32 scalar.
 
-    Where a loss has the parameters and the spec leaves them out, it gets softmax, one-hot labels and the flag.
+    A loss with parameters for softmax, one-hot labels and the background gets them unless the spec sets them.
 
     Args:
-        spec: may import what is not in the table where it is `registry.Typed`, else the `KNOWN` alone.
+        spec: an untrusted one is limited to `LOSSES` and `ALLOWED`.
+        include_background: see `DiceCELoss`.
+        classes: K, including the background.
 
     Raises:
-        UserError: unknown name or arguments, a spec that may not import, or no loss of logits and labels.
+        UserError: unknown name or arguments, a spec that may not import, or not a loss of logits and labels.
     """
-    found = registry.find(spec, LOSSES, "--loss", KNOWN)
+    found = resolve(spec, LOSSES, "--loss", ALLOWED)
     defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
     if not set(PROBABILITIES) & set(found.arguments):
         defaults |= {"softmax": True, "use_softmax": True}
     loss = found.call({}, defaults)
     if isinstance(loss, DiceLoss | DiceCELoss):
         return loss
-    adapted = Adapted(loss)
-    logits = torch.zeros(1, classes, 8, 8, 8)
+    adapted = LibraryLoss(loss)
+    logits, labels = torch.zeros(1, classes, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
     try:
-        value = adapted(logits, torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8))
-    except Exception as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"--loss {str(spec)!r} cannot compare {classes} classes' logits and labels: {told}") from None
+        value = adapted(logits, labels)
+    except Exception as error:  # any loss of any library
+        problem = f"cannot compare logits of {classes} classes with labels: {one_line(error)}"
+        raise UserError(f"--loss {str(spec)!r} {problem}") from None
     if not isinstance(value, Tensor) or value.dim():
-        made = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UserError(f"--loss {str(spec)!r} makes {made}, not a single number; does it need a reduction?")
+        returned = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserError(f"--loss {str(spec)!r} returns {returned}, not a single number; does it need a reduction?")
     return adapted
-
-
-def dice_score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice of the arg-max per class, background left out, in float64.
-
-    Counts are whole numbers, exact in float64 up to 2^53 voxels; a class that neither side has counts as 1.0.
-
-    Args:
-        logits: (N, K, D, H, W).
-        labels: (N, 1, D, H, W).
-
-    Returns:
-        (N, K - 1) float64.
-    """
-    prediction = logits.argmax(dim=1, keepdim=True)
-    scores = []
-    for value in range(1, logits.shape[1]):
-        predicted, true = prediction == value, labels == value
-        intersection = (predicted & true).sum(SPATIAL).double()
-        total = predicted.sum(SPATIAL).double() + true.sum(SPATIAL).double()
-        scores.append(dice_ratio(intersection, total)[:, 0])
-    return torch.stack(scores, dim=1)

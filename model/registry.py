@@ -1,28 +1,28 @@
-"""The table of networks, building one from a spec, and what can be known of it without computing."""
+"""The table of networks, how one is built from a spec, and checks of a network on the meta device."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import registry
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.registry import Allowlist, Spec, Table, resolve
 from model.unet3d import Unet3d
 
-NETWORKS: registry.Table[nn.Module] = {
+NETWORKS: Table[nn.Module] = {
     "unet3d": Unet3d,
     "slicewise": "model.slicewise:Slicewise",
 }
 
-# What networks of the field call what the data set fixes, the least ambiguous name first.
+# Names under which networks take the numbers that the data set determines, the least ambiguous first.
 CHANNELS = ("in_channels", "n_channels", "input_channels", "in_chans", "channels")
 CLASSES = ("out_channels", "classes", "num_classes", "n_classes")
-# What would fetch weights, and the value with which it fetches none: the default of some is to fetch.
+# Parameters that control a download of weights, with the value that prevents it: some networks download by default.
 NO_DOWNLOAD = {
     "pretrained": False,
     "encoder_weights": None,
@@ -32,130 +32,151 @@ NO_DOWNLOAD = {
     "pretrained_url": None,
     "use_pretrained": False,
 }
-# A checkpoint may name these: its weights are in it, so that nothing is fetched.
-KNOWN = registry.Known(
-    ("monai.networks.nets", "segmentation_models_pytorch"),
-    nn.Module,
-    (CHANNELS, CLASSES),
-    NO_DOWNLOAD,
-    never=("path_or_repo_id", "checkpoint"),  # such a class fetches or unpickles whatever it is told
+# What a checkpoint may name; its weights are in the file, so nothing needs a download.
+ALLOWED = Allowlist(
+    modules=("monai.networks.nets", "segmentation_models_pytorch"),
+    base=nn.Module,
+    required_parameters=(CHANNELS, CLASSES),
+    forbidden_parameters=("path_or_repo_id", "checkpoint"),  # such a class downloads or unpickles what they name
+    overrides=NO_DOWNLOAD,
 )
-# Windows are tried at multiples of these.
+# Multiples tried when looking for the nearest valid window.
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
 
 
 def build_network(
-    spec: str, channels: int, classes: int, normalization: str, activation: str, dimensions: int = 3
+    spec: Spec | str,
+    channels: int,
+    classes: int,
+    *,
+    normalization: str = "instancenorm",
+    activation: str = "relu",
+    dimensions: int = 3,
 ) -> nn.Module:
-    """The network that `--model` names, (N, C, D, H, W) -> logits (N, K, D, H, W), with torch's default initialisation.
+    """Builds the network that `--model` names, with torch's default initialization.
 
-    Channels, classes and dimensions are filled in by the names of the parameters, and weights are fetched only where
-    the spec says so itself.
+    Channels, classes and the rest are passed under whichever parameter names the network uses; weights are downloaded
+    only if the spec asks for it.
 
     Args:
-        spec: may import what is not in the table where it is `registry.Typed`, else the `KNOWN` alone.
-        dimensions: 2 for a network of (N, C, H, W).
+        spec: an untrusted one is limited to `NETWORKS` and `ALLOWED`.
+        channels: C of the image.
+        classes: K, including the background.
+        normalization: one of `layers.NORMALIZATIONS`, for a network that takes it.
+        activation: one of `layers.ACTIVATIONS`, for a network that takes it.
+        dimensions: 3 for (N, C, D, H, W) -> logits (N, K, D, H, W), 2 for (N, C, H, W) -> (N, K, H, W).
 
     Raises:
-        UserError: unknown name or arguments, a spec that may not import, or a network that takes no channels.
+        UserError: unknown name or arguments, a spec that may not import, or a network without a channels parameter.
     """
-    found = registry.find(spec, NETWORKS, "--model", KNOWN)
-    network = found.call(_filled_in(found, channels, classes, normalization, activation, dimensions), NO_DOWNLOAD)
+    found = resolve(spec, NETWORKS, "--model", ALLOWED)
+
+    def build_inner(text: str, channels: int, classes: int, dimensions: int) -> nn.Module:
+        """Builds a network inside this one, from a spec within the spec: it is trusted exactly as far."""
+        inner = replace(found.spec, text=text)
+        return build_network(
+            inner,
+            channels,
+            classes,
+            normalization=normalization,
+            activation=activation,
+            dimensions=dimensions,
+        )
+
+    offered: dict[str, Any] = {
+        "spatial_dims": dimensions,
+        "normalization": normalization,
+        "activation": activation,
+        "build": build_inner,
+    }
+    for names, value in ((CHANNELS, channels), (CLASSES, classes)):
+        # A network with **kwargs may get them in the spec under any name; `check_window` sees what comes of it.
+        if name := next((name for name in names if name in found.parameters), None):
+            offered[name] = value
+        elif not found.takes_any:
+            raise UserError(
+                f"--model {found.name} has none of the parameters {', '.join(names)}, which the data set determines; "
+                f"it takes {found.signature()}"
+            )
+    fixed = {name: value for name, value in offered.items() if name in found.parameters}
+    network = found.call(fixed, NO_DOWNLOAD)
     if not isinstance(network, nn.Module):
-        raise UserError(f"--model {found.name} makes a {type(network).__name__}, not a torch.nn.Module")
+        raise UserError(f"--model {found.name} returns a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def _filled_in(
-    found: registry.Named[nn.Module], channels: int, classes: int, normalization: str, activation: str, dimensions: int
-) -> dict[str, Any]:
-    parameters = found.parameters
-    room: dict[str, Any] = {"spatial_dims": dimensions}
-    for names, value in ((CHANNELS, channels), (CLASSES, classes)):
-        # One that takes anything (**) may be given them in the spec: what it makes of them is found by `check_window`.
-        if name := next((name for name in names if name in parameters), None):
-            room[name] = value
-        elif not found.takes_any:
-            raise UserError(
-                f"--model {found.name} takes none of {', '.join(names)}, which come from the data; "
-                f"it takes {registry.takes(parameters)}"
-            )
-    room |= {"normalization": normalization, "activation": activation}
-    # For a network of networks: what it is given comes out of the same spec, with the same rights.
-    room["build"] = partial(_build_inner, type(found.spec), normalization, activation)
-    return {name: value for name, value in room.items() if name in parameters}
+def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channels: int, classes: int) -> None:
+    """Checks that the network maps a window of this shape to logits of the same shape.
 
-
-def _build_inner(
-    rights: type[str], normalization: str, activation: str, spec: str, channels: int, classes: int, dimensions: int
-) -> nn.Module:
-    return build_network(rights(spec), channels, classes, normalization, activation, dimensions)
-
-
-def check_window(network: nn.Module, shape: Sequence[int], flag: str, channels: int, classes: int) -> None:
-    """Refuses a window that the network cannot take, and a network whose output is no logits of it.
-
-    A network with a `check_window(shape, flag)` of its own is asked; any other is tried on the meta device, where
+    Calls the network's own `check_window(shape, flag)` if it has one; otherwise runs it on the meta device, where
     nothing is computed.
 
+    Args:
+        shape: (D, H, W).
+        flag: where the shape comes from, for the message.
+
     Raises:
-        UserError: names the nearest window that works, or what the network says where none does.
+        UserError: it does not; the message names the nearest window that works, or the network's own error.
     """
     if own := getattr(network, "check_window", None):
         own(shape, flag)
         return
     shadow = to_meta(network)
     problem = _problem(shadow, shape, channels, classes)
-    # It makes tensors of its own elsewhere than its input's device: nothing can be known without computing.
+    # A network that creates tensors on another device than its input's cannot be checked without computing.
     if not problem or "meta" in problem:
         return
-    told = f"{flag} {' '.join(map(str, shape))}: this network cannot take such a window"
+    message = f"{flag} {' '.join(map(str, shape))}: this network cannot take such a window"
     for candidate in _near(shape):
         if not _problem(shadow, candidate, channels, classes):
             nearest = list(candidate)
-            for axis, size in enumerate(shape):  # what need not change does not
+            for axis, size in enumerate(shape):  # keep every side that works as it is
                 tried = [*nearest[:axis], size, *nearest[axis + 1 :]]
                 nearest = nearest if _problem(shadow, tried, channels, classes) else tried
-            raise UserError(f"{told} ({problem}); the nearest is {' '.join(map(str, nearest))}")
-    raise UserError(f"{told}: {problem}")
+            raise UserError(f"{message} ({problem}); the nearest is {' '.join(map(str, nearest))}")
+    raise UserError(f"{message}: {problem}")
 
 
-def _near(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def _near(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns shapes whose sides are multiples of the same number, the nearest first."""
     candidates = {
         tuple(max(least, round(size / multiple)) * multiple for size in shape)
         for multiple in MULTIPLES
         for least in (1, 2)
     }
-    yield from sorted(candidates, key=lambda one: sum(abs(a - b) for a, b in zip(one, shape, strict=True)))
+    return sorted(candidates, key=lambda one: sum(abs(a - b) for a, b in zip(one, shape, strict=True)))
 
 
 def _problem(shadow: nn.Module, shape: Sequence[int], channels: int, classes: int) -> str:
-    """Why the network cannot train with a window, in a phrase; "" where it can."""
-    # Two samples: batch norm needs two values a channel, which a batch may give.
+    """Returns why the network on the meta device cannot train with this window; "" if it can."""
+    # Two samples: batch norm needs two values per channel, which a batch may provide.
     image = torch.empty(2, channels, *shape, device="meta")
     try:
         with torch.no_grad():
             logits = shadow.train()(image)
-    except Exception as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # any network of any library
+        return one_line(error)[:200]
     if not isinstance(logits, Tensor):
         return f"its output is a {type(logits).__name__}, not a tensor of logits"
     if logits.shape != (2, classes, *shape):
-        return f"of {tuple(image.shape)} it makes {tuple(logits.shape)}, not {(2, classes, *shape)}"
+        return f"it maps {tuple(image.shape)} to {tuple(logits.shape)}, not to {(2, classes, *shape)}"
     return ""
 
 
 def to_meta(network: nn.Module) -> nn.Module:
-    """A copy on the meta device, where tensors have shapes and no values; takes no memory."""
-    tensors: Mapping[int, Any] = {
+    """Copies a network to the meta device, where tensors have a shape but no values and take no memory."""
+    tensors: dict[int, Any] = {
         id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
         for t in (*network.parameters(), *network.buffers())
     }
-    return copy.deepcopy(network, dict(tensors))
+    return copy.deepcopy(network, tensors)
 
 
 def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> list[str]:
-    """Freezes the parameters that the logits do not depend on (an encoder's classifier, say): DDP waits for all others.
+    """Freezes parameters that do not affect the logits, such as an encoder's classifier; DDP would wait for them.
+
+    Args:
+        shape: (D, H, W) of a valid window.
 
     Returns:
         Their names.
@@ -165,7 +186,7 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     shadow = to_meta(network).train()
     try:
         shadow(torch.empty(2, channels, *shape, device="meta")).sum().backward()
-    except Exception:  # as in `check_window`: nothing can be known without computing
+    except Exception:  # as in `check_window`: unknown without computing
         return []
     unused = [name for name, p in shadow.named_parameters() if p.requires_grad and p.grad is None]
     for name in unused:

@@ -1,4 +1,4 @@
-"""A 2-D network, slice by slice, with neighbouring slices as channels (2.5-D) where asked.
+"""Applies a 2-D network slice by slice, optionally with neighbouring slices as channels (2.5-D).
 
 --model 'slicewise(network="monai.networks.nets:FlexibleUNet(backbone=\"efficientnet-b0\")", context=3)'
 """
@@ -14,21 +14,21 @@ from common.errors import UserError
 
 
 class Slicewise(nn.Module):
-    """(N, C, D, H, W) -> (N, K, D, H, W): each slice along D goes through one 2-D network on its own.
+    """Passes each slice along D through one 2-D network: (N, C, D, H, W) -> logits (N, K, D, H, W).
 
-    A slice is seen with its neighbours, slices k - 1, k, k + 1 for a context of 3, as `context * C` channels: slice
-    by slice, each with its C. Beyond the ends the last slice repeats. A volume that is flipped along D has its
-    neighbours in reverse as well. H and W are what the network takes; D may be anything, 1 for a data set of pictures.
+    With a context of 3, the network sees slices k - 1, k and k + 1 as `context * C` channels, ordered by slice. Beyond
+    the ends the last slice repeats. Flipping the volume along D also reverses the order of the neighbours. H and W are
+    limited only by the 2-D network; D may be anything, such as 1 for a data set of images.
 
     Args:
-        channels: C, of the image.
-        classes: K, the background included.
-        network: the spec of a network (N, context * C, H, W) -> (N, K, H, W).
-        build: makes one of (spec, channels, classes, dimensions).
-        context: slices that are seen at once, an odd number.
+        channels: C of the image.
+        classes: K, including the background.
+        network: spec of a network (N, context * C, H, W) -> (N, K, H, W).
+        build: builds it from (spec, channels, classes, dimensions).
+        context: number of slices seen at once, odd.
 
     Raises:
-        UserError: an even context, or whatever is wrong with the network's spec.
+        UserError: an even context, or an invalid spec.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Slicewise(nn.Module):
         n, _, depth, _, _ = image.shape
         slices = torch.arange(depth, device=image.device)
         reach = self.context // 2
-        seen = [image[:, :, (slices + away).clamp(0, depth - 1)] for away in range(-reach, reach + 1)]
+        shifted = [image[:, :, (slices + offset).clamp(0, depth - 1)] for offset in range(-reach, reach + 1)]
         # (N, context * C, D, H, W) -> (N * D, context * C, H, W)
-        planes = torch.cat(seen, dim=1).transpose(1, 2).flatten(0, 1)
+        planes = torch.cat(shifted, dim=1).transpose(1, 2).flatten(0, 1)
         logits: Tensor = self.network(planes)
         return logits.unflatten(0, (n, depth)).transpose(1, 2)

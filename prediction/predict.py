@@ -124,8 +124,11 @@ def make_predictor(config: RunConfig, given: frozenset[str], world: World) -> tu
         loaded = checkpoints.load(path)
         spec, note = spec_of(loaded, config.data_dir if "data_dir" in given else None)
         own = with_checkpoint_network(config, given, loaded.config)
-        network = build_network(own.model, spec.channels, len(spec.classes), own.normalization, own.activation)
-        check_window(network, own.val_input_shape, "--val_input_shape", spec.channels, len(spec.classes))
+        channels, classes = spec.channels, len(spec.classes)
+        network = build_network(
+            own.model, channels, classes, normalization=own.normalization, activation=own.activation
+        )
+        check_window(network, own.val_input_shape, "--val_input_shape", channels=channels, classes=classes)
         checkpoints.load_network(network, loaded.state(config.checkpoint)[0], path)
         to_device(network.eval(), world.device, own.layout)
         members.append(Member(network, own.val_input_shape, own.overlap, own.amp, own.amp_dtype, own.layout))

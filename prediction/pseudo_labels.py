@@ -28,7 +28,6 @@ from common.cli import Parser
 from common.errors import UserError, run_program
 from common.files import replacing
 from common.messages import logger
-from common.registry import Typed
 from data_loading.dataset import (
     INDEX_NAME,
     CaseRecord,
@@ -68,7 +67,7 @@ def make_parser() -> Parser:
     add("--threshold", type=number(float, 0, 1), default=0.9, help="confidence from which its labels are taken")
     add("--max_share", type=number(float, 0, 1), default=0.5, help="of pseudo-labelled samples in a batch")
     add("--unlabelled", type=Path, help="scans to label; without: the training cases themselves")
-    add("--model", type=Typed, help="the teacher's network, where the checkpoint may not name it itself")
+    add("--model", help="the teacher's network, where the checkpoint may not name it itself")
     return parser
 
 

@@ -17,6 +17,7 @@ import torch
 
 from common.errors import UserError
 from common.files import replacing
+from common.registry import Spec
 from report.compliance import check
 from report.records import read_run
 from runtime.arguments import RunConfig
@@ -41,7 +42,7 @@ def report(config: RunConfig, given: frozenset[str], world: World) -> int:
 
 
 def write_report(
-    log_dir: Path, checkpoint: Path | None, data_dir: Path | None, device: torch.device, model: str | None = None
+    log_dir: Path, checkpoint: Path | None, data_dir: Path | None, device: torch.device, model: Spec | None = None
 ) -> Path:
     """Writes the page of a log folder's newest run.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import replacing
+from common.registry import Spec
 from data_loading.dataset import INDEX_NAME, read_index, read_spec_and_split
 from data_loading.pytorch_loader import load_evaluation_case
 from data_loading.spec import DatasetSpec
@@ -103,7 +104,7 @@ def draw_cases(
     data_dir: Path | None,
     device: torch.device,
     folder: Path,
-    model: str | None = None,
+    model: Spec | None = None,
 ) -> list[Shown]:
     """Predicts and draws the chosen cases of the best evaluation, each picture as FOLDER/ROLE_PLANE.png too.
 
@@ -164,7 +165,11 @@ def _shape(values: Sequence[int]) -> tuple[int, int, int]:
 
 def _network(config: Mapping[str, Any], spec: DatasetSpec, loaded: Checkpoint, device: torch.device) -> nn.Module:
     network = build_network(
-        config["model"], spec.channels, len(spec.classes), config["normalization"], config["activation"]
+        config["model"],
+        spec.channels,
+        len(spec.classes),
+        normalization=config["normalization"],
+        activation=config["activation"],
     )
     load_network(network, loaded.best, loaded.path)
     to_device(network, device, config["layout"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.registry import Spec
 from runtime.command_line import make_parser
 
 
@@ -63,16 +64,16 @@ class RunConfig:
     lr_schedule: str
     lamb_betas: tuple[float, float]
     weight_decay: float
-    model: str
+    model: Spec
     normalization: str
     activation: str
-    loss: str
+    loss: Spec
     include_background: bool
     verbose: bool
     no_report: bool
     trackers: tuple[str, ...]
     callbacks: tuple[str, ...]
-    augment: tuple[str, ...]
+    augment: tuple[Spec, ...]
     oversampling: float
     overlap: float
     cudnn_benchmark: bool
@@ -98,7 +99,7 @@ class RunConfig:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
-    return str(value) if isinstance(value, Path | str) else value  # a `Typed` spec is saved as plain text
+    return str(value) if isinstance(value, Path | Spec) else value
 
 
 PREDICT_FLAGS = ("scan", "output", "series", "test_time_flips", "save_probabilities", "max_memory_gb")
@@ -121,9 +122,10 @@ NETWORK_FLAGS = (
 def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: dict[str, Any]) -> RunConfig:
     """The configuration with a checkpoint's `NETWORK_FLAGS`, but for those given on the command line.
 
-    Specs among them are plain text, not `plugins.Typed`: they may not import what they like.
+    Specs among them are untrusted: they may not import whatever they name.
     """
     taken: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
+    taken |= {name: Spec(taken[name]) for name in ("model", "loss") if name in taken}
     return replace(config, **taken)
 
 

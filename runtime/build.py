@@ -61,7 +61,13 @@ CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
 def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
-    return build_network(config.model, spec.channels, len(spec.classes), config.normalization, config.activation)
+    return build_network(
+        config.model,
+        spec.channels,
+        len(spec.classes),
+        normalization=config.normalization,
+        activation=config.activation,
+    )
 
 
 def make_loss(config: RunConfig, spec: DatasetSpec, world: World) -> nn.Module:
@@ -87,7 +93,8 @@ def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
     seed_process(plan.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
     network = make_network(config, plan.spec)
     for flag in ("input_shape", "val_input_shape"):
-        check_window(network, getattr(config, flag), f"--{flag}", plan.spec.channels, len(plan.spec.classes))
+        shape, spec = getattr(config, flag), plan.spec
+        check_window(network, shape, f"--{flag}", channels=spec.channels, classes=len(spec.classes))
     freeze_unused(network, plan.spec.channels, config.input_shape)
     _transfer(config, plan, network)
     to_device(network, world.device, config.layout)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.errors import UserError
-from common.registry import Typed
-from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number
+from runtime.flags import PLACEHOLDER_ORG, SEED_LIMIT, axes, interval, number, trusted_spec
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 
 
@@ -194,7 +193,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--model",
-        type=Typed,
+        type=trusted_spec,
         default="unet3d",
         help="network: 'unet3d(filters=(16,32,64,128))', 'monai.networks.nets:SegResNet(init_filters=16)', "
         "'slicewise(network=\"package.module:Net2d\", context=3)', or one's own package.module:name",
@@ -203,7 +202,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add("--activation", choices=("relu", "leaky_relu"), default="relu", help="of unet3d; leaky_relu: slope 0.01")
     add(
         "--loss",
-        type=Typed,
+        type=trusted_spec,
         default="dice_ce",
         help="dice_ce (MLPerf's), dice, 'monai.losses:GeneralizedDiceLoss' or one's own",
     )
@@ -234,9 +233,9 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--augment",
-        type=Typed,
+        type=trusted_spec,
         nargs="*",
-        default=("mlperf",),
+        default=(trusted_spec("mlperf"),),
         metavar="SPEC",
         help="augmentations, one after the other: \"mlperf(flips='HW')\" where a class has a direction along D, "
         "'flips(p=0.5)', 'rot90', 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loading.pytorch_loader import EvaluationCase
-from model.losses import dice_score
+from model.metrics import dice_score
 from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event

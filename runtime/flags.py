@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Any
 
+from common.registry import Spec
+
 # A master seed is below this.
 SEED_LIMIT = 2**31
 # Of `--submission_org`: no result has it.
@@ -38,6 +40,11 @@ def interval(text: str) -> str:
     """`10m`, `2e` or `never`, as it stands: the command line is what the log states."""
     parse_interval(text)
     return text
+
+
+def trusted_spec(text: str) -> Spec:
+    """A spec that the user typed: it may import whatever it names."""
+    return Spec(text, trusted=True)
 
 
 def parse_interval(text: str) -> tuple[float, int]:

@@ -40,13 +40,13 @@ OBJECTIVES: registry.Table[Objective] = {
 }
 
 
-def split_specs(specs: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_specs(specs: Sequence[registry.Spec]) -> tuple[list[registry.Spec], list[registry.Spec]]:
     """What of `--augment` changes a sample on its own, and what mixes those of a batch."""
     mixing = [spec for spec in specs if registry.parse(spec, "--augment")[0] in OBJECTIVES]
     return [spec for spec in specs if spec not in mixing], mixing
 
 
-def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> Objective:
+def make_objective(specs: Sequence[registry.Spec], batch_size: int, is_compiled: bool) -> Objective:
     """Returns the objective that `--augment` names, and notes where it has no effect.
 
     Raises:
@@ -55,7 +55,7 @@ def make_objective(specs: Sequence[str], batch_size: int, is_compiled: bool) -> 
     if not specs:
         return plain
     if len(specs) > 1:
-        raise UserError(f"--augment {' '.join(specs)}: samples can be mixed in one way alone")
+        raise UserError(f"--augment {' '.join(map(str, specs))}: samples can be mixed in one way alone")
     objective = registry.build(specs[0], OBJECTIVES, "--augment")
     if is_compiled and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")

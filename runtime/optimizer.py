@@ -83,7 +83,7 @@ SCHEDULES: registry.Table[LRSchedule] = {
 
 def build_lr_schedule(spec: str, settings: LRScheduleConfig) -> LRSchedule:
     """What `--lr_schedule` names: the rate of each epoch, counted from 1. Raises UserError for an unknown one."""
-    return registry.build(spec, SCHEDULES, "--lr_schedule", importable=True, run=settings)
+    return registry.build(registry.Spec(spec, trusted=True), SCHEDULES, "--lr_schedule", run=settings)
 
 
 def make_optimizer(

@@ -146,7 +146,7 @@ logging.getLogger().setLevel(0)
 import torch
 before = len(records)
 from model.registry import build_network
-build_network("unet3d(filters=(4, 8, 8))", 1, 3, "instancenorm", "relu")(torch.zeros(1, 1, 8, 8, 8))
+build_network("unet3d(filters=(4, 8, 8))", 1, 3)(torch.zeros(1, 1, 8, 8, 8))
 assert records[before:] == [], records
 others = {name.partition(".")[0] for name in sys.modules} & {"runtime", "data_loading", "mlperf_logging", "main"}
 assert not others, others

@@ -133,7 +133,7 @@ CALLBACKS: registry.Table[Callback] = {
 
 def build_callbacks(specs: Sequence[str], context: RunContext) -> list[Callback]:
     """What `--callbacks` names. Raises UserError for an unknown name or argument, or a missing package."""
-    return [registry.build(spec, CALLBACKS, "--callbacks", importable=True, run=context) for spec in specs]
+    return [registry.build(registry.Spec(spec, trusted=True), CALLBACKS, "--callbacks", run=context) for spec in specs]
 
 
 class EventDispatcher:

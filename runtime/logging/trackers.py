@@ -220,7 +220,7 @@ def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
     made: list[ev.Tracker] = []
     for spec in specs:
         try:
-            made.append(registry.build(spec, TRACKERS, "--trackers", importable=True, log_dir=log_dir))
+            made.append(registry.build(registry.Spec(spec, trusted=True), TRACKERS, "--trackers", log_dir=log_dir))
         except UserError:
             raise
         except Exception as error:  # what other people's constructors raise is anything

@@ -89,8 +89,9 @@ def rule_violations(
     found = _of_data(data, evaluation_ids, fingerprint)
     if config.loader == "synthetic":
         found.append(RuleViolation("--loader", "synthetic", "one of the data set's volumes"))
+    values = config.to_json()
     for flag, expected in CLOSED_FLAGS.items():
-        value = getattr(config, flag)
+        value = values[flag]
         if value != expected:
             found.append(RuleViolation(f"--{flag}", _plain(value), _plain(expected)))
     rule = make_schedule(schedule.epochs, samples_per_epoch, None, None)

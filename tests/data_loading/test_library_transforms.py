@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from data_loading.data_loader import make_training_loader
 from data_loading.library_transforms import DrawForeign, ForeignDrawn, seeded
 from data_loading.pytorch_loader import LoaderSettings
@@ -57,7 +57,7 @@ def needs(spec: str) -> None:
 
 
 def typed(*specs: str) -> list[str]:
-    return [Typed(spec) for spec in specs]
+    return [Spec(spec, trusted=True) for spec in specs]
 
 
 class Add:
@@ -135,13 +135,13 @@ def test_quarter_turns_are_alike_for_image_and_label_and_keep_the_shape() -> Non
         ("flips(axes='XY')", "expected axes of 'DHW'"),
         ("rot90(axes='DHW')", "the plane's two axes"),
         ("rot90(p='a')", "'a' is not a probability"),
-        ("rot9", "does not exist; there is rot90"),
+        ("rot9", "'rot9': unknown name; available: flips, mlperf, rot90"),
         (f"{HERE}:no_draw", "makes a int, not a function that draws"),
-        ("torchio:RandomGama", "has no RandomGama to call; there is RandomGamma"),
+        ("torchio:RandomGama", "has no callable RandomGama; similar: RandomGamma"),
         ("torchio:RandomGamma(q=1)", "unexpected keyword argument 'q'; it takes log_gamma"),
         ("torchio:RandomGamma(p=7)", "it takes"),
         ("monai.transforms:RandFlip(probability=1)", "unknown argument 'probability'"),
-        ("monai.transforms:RandFlipd(keys=('image',))", "'keys' is filled in"),
+        ("monai.transforms:RandFlipd(keys=('image',))", "'keys' is set by the program"),
         ("monai.data:Dataset(data=())", "is no transform of MONAI"),
     ],
 )

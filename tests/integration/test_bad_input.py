@@ -34,7 +34,7 @@ def complaint(program: Program, *arguments: object) -> str:
         (("--data_dir", "{data}", "--batch_size", 13), "12 training cases do not give 1 rank(s)"),
         (("--data_dir", "{data}", "--ga_steps", 7), "an epoch has 6 batches"),
         (("--data_dir", "{data}", "--division", "closed"), "data set balls, not kits19"),
-        (("--data_dir", "{data}", "--model", "unet3"), "--model 'unet3' does not exist; there is unet3d"),
+        (("--data_dir", "{data}", "--model", "unet3"), "--model 'unet3': unknown name; available: slicewise, unet3d"),
         (("--data_dir", "{data}", "--model", "unet3d(filter=3)"), "it takes filters"),
         (("--data_dir", "{data}", "--loader", "fast"), "there are device, pytorch, synthetic"),
         (("--data_dir", "{data}", "--benchmark"), "leave nothing to time"),

@@ -235,7 +235,7 @@ def test_the_step_is_one_torchrun_a_node_that_resumes(make_cluster: Callable[[st
     assert launched.training_script == "main.py"
     config, _ = parse_arguments(launched.training_script_args)
     assert (config.data_dir, config.log_dir, config.resume) == (data, logs, True)
-    assert config.model == "unet3d(filters=(4,8))"
+    assert config.model.text == "unet3d(filters=(4,8))"
 
 
 @pytest.mark.parametrize("missing", ["DATA_DIR", "LOG_DIR", "SLURM_SUBMIT_DIR"])

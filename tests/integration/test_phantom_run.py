@@ -107,7 +107,7 @@ def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None
 def test_scores_are_those_of_the_logits_written_down_plainly(program: Program, kits: Path, tmp_path: Path) -> None:
     """`evaluate` agrees with the reference's arithmetic on volumes of one window, for a bare state dict."""
     torch.manual_seed(1)
-    network = build_network("unet3d(filters=(8,8,16))", 1, 3, "instancenorm", "relu").eval()
+    network = build_network("unet3d(filters=(8,8,16))", 1, 3).eval()
     torch.save(network.state_dict(), tmp_path / "bare.pth")
     arguments = ("--exec_mode", "evaluate", "--data_dir", kits, "--load_ckpt_path", tmp_path / "bare.pth")
     printed = scores(program(*arguments, "--model", "unet3d(filters=(8,8,16))").stdout)

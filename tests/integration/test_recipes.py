@@ -66,11 +66,11 @@ def test_the_commands_in_its_head_are_commands(
 def test_its_names_exist_and_its_network_takes_its_windows(recipe: Path) -> None:
     config = config_of(recipe)
     for package in ("monai", "torchio"):
-        if package in " ".join([config.model, config.loss, *config.augment]):
+        if package in " ".join(map(str, [config.model, config.loss, *config.augment])):
             pytest.importorskip(package, reason=f"pip install '.[{package}]'")
-    network = build_network(config.model, 1, 3, config.normalization, config.activation)
+    network = build_network(config.model, 1, 3, normalization=config.normalization, activation=config.activation)
     for flag in ("input_shape", "val_input_shape"):
-        check_window(network, getattr(config, flag), f"--{flag}", 1, 3)
+        check_window(network, getattr(config, flag), f"--{flag}", channels=1, classes=3)
     build_loss(config.loss, config.include_background, 3)
     samples, mixing = split_specs(config.augment)
     make_augmentation(samples)

@@ -116,7 +116,10 @@ class Own:
 @pytest.mark.parametrize(
     ("specs", "said"),
     [
-        (("tensorbord",), "--trackers 'tensorbord' does not exist; there is tensorboard"),
+        (
+            ("tensorbord",),
+            "--trackers 'tensorbord': unknown name; available: jsonl, mlflow, mlperf, tensorboard, wandb",
+        ),
         (("wandb(projct='a')",), "--trackers wandb: unknown argument 'projct'; it takes project='unet3d'"),
         (("wandb(project=open)",), "expected a name or name(key=value, …) with plain values"),
         (("mlperf", "mlperf"), "--trackers names mlperf twice"),

@@ -1,4 +1,4 @@
-"""Losses by spec: what the room fills in, Generalized Dice by its formula, and what a spec out of a file may name."""
+"""Losses by spec: what the room fills in, Generalized Dice by its formula, and what a spec from a file may name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from model.losses import DiceCELoss, DiceLoss, build_loss
 
 HERE = "tests.model.test_loss_specs"
@@ -44,7 +44,7 @@ def batch(present: int = CLASSES) -> tuple[Tensor, Tensor]:
 
 
 def build(spec: str, include_background: bool = False) -> nn.Module:
-    return build_loss(Typed(spec), include_background, CLASSES)
+    return build_loss(Spec(spec, trusted=True), include_background, CLASSES)
 
 
 def test_the_tables_own_are_what_they_were() -> None:
@@ -74,11 +74,11 @@ def test_what_the_spec_leaves_out_is_filled_in(spec: str, made_with: tuple[bool,
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        (f"{HERE}:no_loss", "cannot compare 3 classes' logits and labels: 'int' object is not callable"),
-        (f"{HERE}:pair", "makes a tuple, not a single number"),
-        ("torch.nn:CrossEntropyLoss(reduction='none')", r"makes \(1, 8, 8, 8\), not a single number; .*reduction"),
+        (f"{HERE}:no_loss", "cannot compare logits of 3 classes with labels: 'int' object is not callable"),
+        (f"{HERE}:pair", "returns a tuple, not a single number"),
+        ("torch.nn:CrossEntropyLoss(reduction='none')", r"returns \(1, 8, 8, 8\), not a single number; .*reduction"),
         ("torch.nn:Conv3d(in_channels=1, out_channels=1, kernel_size=1)", "cannot compare"),
-        ("dise", "there is dice"),
+        ("dise", "'dise': unknown name; available: dice, dice_ce"),
         ("dice_ce(weight=2)", "unknown argument 'weight'; it takes include_background=False"),
     ],
 )
@@ -107,7 +107,7 @@ def test_torchs_own_losses_get_class_indices() -> None:
 def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: Any) -> None:
     if spec.startswith("monai"):
         pytest.importorskip("monai")
-    with pytest.raises(UserError, match=r"out of a file.*give --loss on the command line|has no torch to call"):
+    with pytest.raises(UserError, match=r"comes from a file.*give --loss on the command line|has no callable torch"):
         build_loss(spec.format(path=tmp_path / "executed"), False, CLASSES)
     assert not (tmp_path / "executed").exists()
 

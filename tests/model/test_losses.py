@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.losses import DiceCELoss, DiceLoss, dice_ratio, dice_score, overlap_sums
+from model.losses import DiceCELoss, DiceLoss, dice_sums
+from model.metrics import dice_ratio, dice_score
 
 SMOOTH = 1e-6
 
@@ -183,7 +184,7 @@ def test_every_sum_s_gradient_has_its_own_weight(dtype: torch.dtype) -> None:
     logits, labels = random_case(4)
     leaf = logits.to(dtype).requires_grad_()
     exact = leaf.detach().double().requires_grad_()
-    sums = overlap_sums(leaf, labels)
+    sums = dice_sums(leaf, labels)
     truth, probabilities = one_hot(labels, 4).double(), exact.softmax(1)
     expected = (
         -(truth * exact.log_softmax(1)).sum((1, 2, 3, 4)),

@@ -1,4 +1,4 @@
-"""Networks by spec: what the room fills in, what a window must be, and what a spec out of a file may name."""
+"""Networks by spec: what the room fills in, what a window must be, and what a spec comes from a file may name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from model.registry import NO_DOWNLOAD, build_network, check_window, freeze_unused, to_meta
 
 HERE = "tests.model.test_registry"
@@ -63,7 +63,7 @@ def no_network(channels: int, classes: int) -> dict[str, int]:
 
 
 def build(spec: str, channels: int = 2, classes: int = 3) -> nn.Module:
-    return build_network(Typed(spec), channels, classes, "instancenorm", "relu")
+    return build_network(Spec(spec, trusted=True), channels, classes)
 
 
 def test_channels_classes_and_dimensions_are_filled_in_by_name_and_nothing_is_fetched() -> None:
@@ -76,15 +76,15 @@ def test_channels_classes_and_dimensions_are_filled_in_by_name_and_nothing_is_fe
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("Net(in_channels=1)", "'in_channels' is filled in, leave it out; it takes channels=4, pretrained"),
+        ("Net(in_channels=1)", "'in_channels' is set by the program, leave it out; it takes channels=4, pretrained"),
         ("Net(chanels=1)", "unknown argument 'chanels'; it takes channels=4"),
         (
             "NoClasses",
-            "takes none of out_channels, classes, num_classes, n_classes, which come from the data; "
+            "has none of the parameters out_channels, classes, num_classes, n_classes, which the data set determines; "
             "it takes in_channels, depth=2",
         ),
-        ("no_network", "makes a dict, not a torch.nn.Module"),
-        ("Nett", "has no Nett to call; there is Net"),
+        ("no_network", "returns a dict, not a torch.nn.Module"),
+        ("Nett", "has no callable Nett; similar: Net"),
     ],
 )
 def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
@@ -94,9 +94,9 @@ def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
 
 def test_a_network_that_takes_anything_is_told_in_the_spec_and_tried() -> None:
     network = build(f"{HERE}:Anything(width=2, classes_out=3)")
-    check_window(network, (4, 4, 4), "--input_shape", 2, 3)
-    with pytest.raises(UserError, match=r"of \(2, 2, 4, 4, 4\) it makes \(2, 3, 4, 4, 4\), not \(2, 5, 4, 4, 4\)"):
-        check_window(network, (4, 4, 4), "--input_shape", 2, 5)
+    check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
+    with pytest.raises(UserError, match=r"it maps \(2, 2, 4, 4, 4\) to \(2, 3, 4, 4, 4\), not to \(2, 5, 4, 4, 4\)"):
+        check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=5)
 
 
 @pytest.mark.parametrize(
@@ -105,24 +105,24 @@ def test_a_network_that_takes_anything_is_told_in_the_spec_and_tried() -> None:
 def test_a_window_that_does_not_fit_names_the_nearest(window: tuple[int, int, int], nearest: str | None) -> None:
     network = build(f"{HERE}:Net")
     if nearest is None:
-        check_window(network, window, "--input_shape", 2, 3)
+        check_window(network, window, "--input_shape", channels=2, classes=3)
         return
     with pytest.raises(UserError, match=rf"^--input_shape {' '.join(map(str, window))}: .*; the nearest is {nearest}$"):
-        check_window(network, window, "--input_shape", 2, 3)
-    check_window(network, [int(size) for size in nearest.split()], "--input_shape", 2, 3)
+        check_window(network, window, "--input_shape", channels=2, classes=3)
+    check_window(network, [int(size) for size in nearest.split()], "--input_shape", channels=2, classes=3)
 
 
 def test_an_output_that_is_no_tensor_is_refused_and_what_cannot_be_tried_is_let_through() -> None:
     with pytest.raises(UserError, match="its output is a tuple, not a tensor of logits"):
-        check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", 2, 3)
-    check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", 2, 3)
+        check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", channels=2, classes=3)
+    check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", channels=2, classes=3)
 
 
 def test_looking_computes_nothing_and_changes_nothing() -> None:
     network = build(f"{HERE}:Net").eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shadow = to_meta(network)
-    check_window(network, (4, 4, 4), "--input_shape", 2, 3)
+    check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
     assert not network.training
     assert all(p.device.type == "meta" for p in shadow.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -152,8 +152,8 @@ def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: object
     if spec.startswith("monai"):
         pytest.importorskip("monai")
     path = f"{tmp_path}/executed"
-    with pytest.raises(UserError, match=r"out of a file.*give --model on the command line|has no torch to call"):
-        build_network(spec.format(path=path), 2, 3, "instancenorm", "relu")
+    with pytest.raises(UserError, match=r"comes from a file.*give --model on the command line|has no callable torch"):
+        build_network(spec.format(path=path), 2, 3)
     assert not __import__("os").path.exists(path)
 
 
@@ -164,8 +164,8 @@ def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: object
 def test_known_networks_come_from_the_command_line_and_from_files(spec: str, typed: bool) -> None:
     pytest.importorskip("monai")
     torch.manual_seed(0)
-    network = build_network(Typed(spec) if typed else spec, 2, 4, "instancenorm", "relu")
-    check_window(network, (4, 4, 8), "--input_shape", 2, 4)
+    network = build_network(Spec(spec, trusted=typed), 2, 4)
+    check_window(network, (4, 4, 8), "--input_shape", channels=2, classes=4)
     assert network(torch.randn(1, 2, 4, 4, 8)).shape == (1, 4, 4, 4, 8)
 
 
@@ -187,7 +187,7 @@ def test_a_file_cannot_make_a_known_network_fetch_weights(monkeypatch: pytest.Mo
     Fetching.__module__ = "monai.networks.nets.made_up"
     monkeypatch.setattr(nets, "Fetching", Fetching, raising=False)
     spec = "monai.networks.nets:Fetching(pretrained=True, weights='all')"
-    build_network(spec, 1, 2, "instancenorm", "relu")
-    build_network(Typed(spec), 1, 2, "instancenorm", "relu")
+    build_network(spec, 1, 2)
+    build_network(Spec(spec, trusted=True), 1, 2)
     assert asked == [(False, None), (True, "all")]
     assert {"pretrained", "encoder_weights", "weights"} <= set(NO_DOWNLOAD)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from model.registry import build_network, check_window
 from model.slicewise import Slicewise
 
@@ -69,12 +69,12 @@ def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_c
     pytest.importorskip("monai")
     inner = "monai.networks.nets:UNet(channels=(2, 4), strides=(2,))"
     spec = f"slicewise(network='{inner}', context=3)"
-    network = build_network(Typed(spec) if typed else spec, 2, 3, "instancenorm", "relu")
+    network = build_network(Spec(spec, trusted=typed), 2, 3)
     assert next(network.parameters()).shape[1] == 6
     assert network(torch.randn(1, 2, 5, 4, 6)).shape == (1, 3, 5, 4, 6)
-    check_window(network, (1, 4, 6), "--input_shape", 2, 3)
+    check_window(network, (1, 4, 6), "--input_shape", channels=2, classes=3)
     with pytest.raises(UserError, match=r"the nearest is 5 4 6$"):
-        check_window(network, (5, 5, 6), "--input_shape", 2, 3)
+        check_window(network, (5, 5, 6), "--input_shape", channels=2, classes=3)
 
 
 @pytest.mark.parametrize(
@@ -86,21 +86,21 @@ def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_c
     ],
 )
 def test_what_a_spec_out_of_a_file_quotes_comes_out_of_a_file_too(spec: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"out of a file.*give --model on the command line"):
-        build_network(spec.format(path=tmp_path / "executed"), 2, 3, "instancenorm", "relu")
+    with pytest.raises(UserError, match=r"comes from a file.*give --model on the command line"):
+        build_network(spec.format(path=tmp_path / "executed"), 2, 3)
     assert not (tmp_path / "executed").exists()
 
 
 def test_what_a_typed_spec_quotes_is_typed() -> None:
-    spec = Typed("slicewise(network='tests.model.test_slicewise:Plane', context=5)")
-    assert build_network(spec, 2, 3, "instancenorm", "relu")(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 3, 3, 4, 4)
+    spec = Spec("slicewise(network='tests.model.test_slicewise:Plane', context=5)", trusted=True)
+    assert build_network(spec, 2, 3)(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 3, 3, 4, 4)
 
 
 def test_what_it_is_told_wrongly_is_one_line() -> None:
     for spec, told in (
         ("slicewise", "missing 1 required .*'network'; it takes network, context=1$"),
         ("slicewise(network=3)", "expected a spec in quotes"),
-        ("slicewise(network='nothing_like_it')", "does not exist"),
+        ("slicewise(network='nothing_like_it')", "unknown name; available: slicewise, unet3d"),
     ):
         with pytest.raises(UserError, match=told):
-            build_network(Typed(spec), 1, 2, "instancenorm", "relu")
+            build_network(Spec(spec, trusted=True), 1, 2)

@@ -262,18 +262,18 @@ def test_check_window_names_the_nearest_shape(shape: tuple[int, int, int], neare
 
 
 def test_mlperf_s_own_window_passes_and_its_neighbours_do_not(meta_network: Unet3d) -> None:
-    check_window(meta_network, (128, 128, 128), "--val_input_shape", 1, 3)
-    check_window(meta_network, [32, 32, 64], "--val_input_shape", 1, 3)
+    check_window(meta_network, (128, 128, 128), "--val_input_shape", channels=1, classes=3)
+    check_window(meta_network, [32, 32, 64], "--val_input_shape", channels=1, classes=3)
     with pytest.raises(UserError, match=r"--val_input_shape 128 128 120: .*nearest is 128 128 128"):
-        check_window(meta_network, (128, 128, 120), "--val_input_shape", 1, 3)
+        check_window(meta_network, (128, 128, 120), "--val_input_shape", channels=1, classes=3)
 
 
 def test_a_network_without_restrictions_takes_any_window() -> None:
-    check_window(nn.Identity(), (3, 5, 7), "--input_shape", 2, 2)
+    check_window(nn.Identity(), (3, 5, 7), "--input_shape", channels=2, classes=2)
 
 
 def test_build_network_by_name() -> None:
-    network = build_network("unet3d(filters=(2, 4))", 2, 4, "batchnorm", "leaky_relu")
+    network = build_network("unet3d(filters=(2, 4))", 2, 4, normalization="batchnorm", activation="leaky_relu")
     assert isinstance(network, Unet3d)
     assert network.input_block.conv1[0].weight.shape == (2, 2, 3, 3, 3)
     assert network.output.conv.out_channels == 4
@@ -285,18 +285,18 @@ def test_build_network_by_name() -> None:
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
-        ("unet2d", "--model 'unet2d' does not exist; there is unet3d"),
+        ("unet2d", "--model 'unet2d': unknown name; available: slicewise, unet3d"),
         ("unet3d(filter=(2, 4))", "unknown argument 'filter'; it takes filters"),
         ("unet3d(filters=(4,))", "filters must be two or more positive numbers"),
         ("unet3d(filters=(4, 0))", "filters must be two or more positive numbers"),
         ("unet3d(filters=(4, 8.5))", "filters must be two or more positive numbers"),
         ("unet3d(filters=4)", "not iterable; it takes filters"),
-        ("unet3d(channels=4)", "'channels' is filled in, leave it out"),
+        ("unet3d(channels=4)", "'channels' is set by the program, leave it out"),
     ],
 )
 def test_a_wrong_spec_is_a_users_mistake(spec: str, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
-        build_network(spec, 1, 3, "instancenorm", "relu")
+        build_network(spec, 1, 3)
 
 
 @pytest.mark.parametrize(("normalization", "activation"), [("groupnorm", "relu"), ("instancenorm", "gelu")])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from runtime.arguments import (
     NETWORK_FLAGS,
     RunConfig,
@@ -65,7 +65,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_schedule": "multistep",
     "lamb_betas": (0.9, 0.999),
     "weight_decay": 0.0,
-    "model": "unet3d",
+    "model": Spec("unet3d", trusted=True),
     "normalization": "instancenorm",
     "activation": "relu",
     "include_background": False,
@@ -73,8 +73,8 @@ DEFAULTS: dict[str, Any] = {
     "no_report": False,
     "trackers": ("mlperf", "jsonl"),
     "callbacks": (),
-    "augment": ("mlperf",),
-    "loss": "dice_ce",
+    "augment": (Spec("mlperf", trusted=True),),
+    "loss": Spec("dice_ce", trusted=True),
     "oversampling": 0.4,
     "overlap": 0.5,
     "cudnn_benchmark": False,
@@ -169,9 +169,13 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--optimizer", "lamb", "--lamb_betas", "0.85", "0.9"], "lamb_betas", (0.85, 0.9)),
     (["--optimizer", "lamb", "--lamb_betas", "0", "0"], "lamb_betas", (0.0, 0.0)),
     (["--weight_decay", "0.01"], "weight_decay", 0.01),
-    (["--model", "unet3d(filters=(4, 8))"], "model", Typed("unet3d(filters=(4, 8))")),
-    (["--loss", "dice"], "loss", Typed("dice")),
-    (["--augment", "mlperf", "rot90(p=1)"], "augment", ("mlperf", "rot90(p=1)")),
+    (["--model", "unet3d(filters=(4, 8))"], "model", Spec("unet3d(filters=(4, 8))", trusted=True)),
+    (["--loss", "dice"], "loss", Spec("dice", trusted=True)),
+    (
+        ["--augment", "mlperf", "rot90(p=1)"],
+        "augment",
+        (Spec("mlperf", trusted=True), Spec("rot90(p=1)", trusted=True)),
+    ),
     (["--augment"], "augment", ()),
     (["--normalization", "batchnorm"], "normalization", "batchnorm"),
     (["--activation", "leaky_relu"], "activation", "leaky_relu"),
@@ -259,7 +263,7 @@ def test_an_argument_file(tmp_path: Path) -> None:
     )
     config, given = parse_arguments(["--data_dir", "DATA", f"@{recipe}", "--ga_steps", "2"])
     assert (config.amp, config.batch_size, config.input_shape, config.ga_steps) == (True, 7, (64, 64, 64), 2)
-    assert config.model == "unet3d(filters=(4, 8))"
+    assert config.model.text == "unet3d(filters=(4, 8))"
     assert config.submission_platform == "2 x ABACUS #1"
     assert given == {"data_dir", "amp", "batch_size", "input_shape", "model", "submission_platform", "ga_steps"}
 
@@ -283,7 +287,7 @@ def test_quotes_within_quotes_survive(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.args"
     recipe.write_text("""--model "net(name='a b', text='# no comment')"\n--submission_org 'the "best"'\n""")
     config = parse(f"@{recipe}")
-    assert config.model == "net(name='a b', text='# no comment')"
+    assert config.model.text == "net(name='a b', text='# no comment')"
     assert config.submission_org == 'the "best"'
 
 
@@ -498,8 +502,10 @@ def test_evaluation_takes_the_network_from_the_checkpoint() -> None:
     run = {"batch_size": 64, "data_dir": "elsewhere", "seed": 5, "exec_mode": "train", "num_workers": 3}
     config, given = parse_arguments(["--data_dir", "DATA", "--exec_mode", "evaluate", "--load_ckpt_path", "c"])
     taken = with_checkpoint_network(config, given, {**STORED, **run})
-    assert {name: getattr(taken, name) for name in STORED} == STORED
-    assert type(taken.model) is type(taken.loss) is str, "not Typed: what a checkpoint names may not import"
+    untrusted = {name: Spec(STORED[name]) for name in ("model", "loss")}
+    assert {name: getattr(taken, name) for name in STORED} == STORED | untrusted
+    assert not taken.model.trusted
+    assert not taken.loss.trusted
     assert {name: getattr(taken, name) for name in run} == {name: getattr(config, name) for name in run}
 
 

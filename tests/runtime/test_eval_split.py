@@ -33,7 +33,7 @@ def data_dir(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
 def evaluate(data_dir: Path, *more: str) -> list[dict[str, str]]:
     checkpoint = data_dir.parent / "c.pth"
     torch.manual_seed(0)
-    network = build_network(MODEL, 1, 3, "instancenorm", "relu")
+    network = build_network(MODEL, 1, 3)
     torch.save(network.state_dict(), checkpoint)
     arguments = [
         "--exec_mode",

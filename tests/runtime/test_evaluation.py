@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from common.errors import Interrupted
 from data_loading.pytorch_loader import EvaluationCase
-from model.losses import DiceCELoss, dice_score
+from model.losses import DiceCELoss
+from model.metrics import dice_score
 from runtime.distributed.world import World
 from runtime.evaluation import CaseAssignment, SlidingWindowConfig, assign_cases, evaluate, score_cases
 from runtime.inference import sliding_window

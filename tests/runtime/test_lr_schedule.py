@@ -91,7 +91,7 @@ def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> No
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("cosin", "there is cosine"),
+        ("cosin", "unknown name; available: cosine, multistep, plateau, polynomial"),
         ("cosine(last=1)", "unknown argument 'last'; it takes final"),
         ("plateau(factor=1.5)", "plateau: Factor should be < 1.0"),
         ("plateau(metric='accuracy')", "metric='accuracy'; there is mean_dice, loss"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.registry import Typed
+from common.registry import Spec
 from model.losses import DiceCELoss
 from model.registry import build_network
 from runtime.mixup import ManifoldMixup, Mixup, count_cuts, mix
@@ -66,7 +66,7 @@ def build(spec: str) -> nn.Module:
     if "monai" in spec:
         pytest.importorskip("monai")
     torch.manual_seed(0)
-    return build_network(Typed(spec), 1, 3, "instancenorm", "relu")
+    return build_network(Spec(spec, trusted=True), 1, 3)
 
 
 def batch(samples: int = 3, shape: tuple[int, int, int] = (4, 4, 8)) -> tuple[Tensor, Tensor]:

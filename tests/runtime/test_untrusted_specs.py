@@ -105,7 +105,9 @@ def test_a_spec_out_of_a_checkpoint_runs_nothing(
     if flag == "loss" and way is not open_by_evaluate:  # who computes no loss does not look at it
         way(config, given, world, folder)
     else:
-        with pytest.raises(UserError, match=rf"--{flag} .*out of a file.*give --{flag} on the command line as well"):
+        with pytest.raises(
+            UserError, match=rf"--{flag} .*comes from a file.*give --{flag} on the command line as well"
+        ):
             way(config, given, world, folder)
     assert not witness.exists()
 

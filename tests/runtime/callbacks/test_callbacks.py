@@ -198,7 +198,7 @@ def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("early_stoping", "there is early_stopping"),
+        ("early_stoping", "unknown name; available: early_stopping, lr_monitor, top_k, train_dice"),
         ("early_stopping(patience=0)", "patience is a whole number from 1 on"),
         ("early_stopping(metric='f1')", "metric='f1'; there is mean_dice, loss"),
         ("top_k(n=2)", "unknown argument 'n'; it takes k=3, metric='mean_dice', mode=None"),
