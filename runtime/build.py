@@ -35,7 +35,6 @@ from runtime.callbacks.base import (
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
-from runtime.checks import checkpoint_bytes
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
@@ -49,7 +48,7 @@ from runtime.logging.throughput import ThroughputTracker
 from runtime.memory_format import to_device
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import LRSchedule, LRScheduleConfig, build_lr_schedule, make_optimizer
-from runtime.preflight import Samples, failures, format_table, run_checks
+from runtime.preflight import Demand, checkpoint_bytes, failures, format_table, run_checks
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
 from runtime.train_state import TrainState
@@ -130,18 +129,21 @@ def pre_flight(config: RunConfig, plan: RunSpec, state: TrainState, world: World
     if config.local_rank != 0:
         return
     path = checkpoint_path(config)
-    checks = run_checks(
-        None if config.loader == "synthetic" else config.data_dir,
-        plan.split["train"],
-        plan.split["evaluation"] if plan.schedule.first_evaluation else [],
-        Samples(config.loader, config.num_workers, config.batch_size, config.input_shape, plan.spec.channels),
-        make_sliding_window_config(config, plan.spec),
-        path.parent if path else None,
-        config.ckpt_keep,
-        checkpoint_bytes(state.network, state.optimizer),
-        world.device,
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    demand = Demand(
+        data_dir=None if config.loader == "synthetic" else config.data_dir,
+        training=plan.split["train"],
+        evaluation=plan.split["evaluation"] if plan.schedule.first_evaluation else [],
+        loader=config.loader,
+        workers=config.num_workers,
+        batch_size=config.batch_size,
+        patch=config.input_shape,
+        channels=plan.spec.channels,
+        scoring=make_sliding_window_config(config, plan.spec),
+        checkpoint_dir=path.parent if path else None,
+        checkpoints=config.ckpt_keep,
+        checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
     )
+    checks = run_checks(demand, world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     announce(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)

@@ -1,4 +1,4 @@
-"""The pre-flight: each check tells a machine that has room from one that has not, and the table tells both."""
+"""Pre-flight: each check distinguishes a machine with enough resources from one without; the table lists both."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ from data_loading.pytorch_loader import CropDataset, EvaluationCase, LoaderSetti
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import preflight
-from runtime.checks import (
+from runtime.distributed.world import World
+from runtime.evaluation import SlidingWindowConfig, score_cases
+from runtime.optimizer import make_optimizer
+from runtime.precision import Precision
+from runtime.preflight import (
     Check,
+    Demand,
     check_data,
     check_disk,
     check_evaluation,
@@ -36,20 +41,31 @@ from runtime.checks import (
     check_shared_memory,
     checkpoint_bytes,
     evaluation_bytes,
+    failures,
+    format_table,
     free_bytes,
+    run_checks,
 )
-from runtime.distributed.world import World
-from runtime.evaluation import SlidingWindowConfig, score_cases
-from runtime.optimizer import make_optimizer
-from runtime.precision import Precision
-from runtime.preflight import Samples, failures, format_table, run_checks
 
 CPU = torch.device("cpu")
 GIB = 2**30
 CASES = ["a", "b", "c"]
 SHAPE = (20, 24, 16)
 SCORING = SlidingWindowConfig((16, 16, 16), 0.5, 1, 3, None, False)
-SAMPLES = Samples("pytorch", 2, 2, (8, 8, 8), 1)
+DEMAND = Demand(
+    data_dir=None,
+    training=CASES[1:],
+    evaluation=CASES[:1],
+    loader="pytorch",
+    workers=2,
+    batch_size=2,
+    patch=(8, 8, 8),
+    channels=1,
+    scoring=SCORING,
+    checkpoint_dir=Path("/nowhere/yet"),
+    checkpoints=1,
+    checkpoint_bytes=1000,
+)
 
 
 @pytest.fixture
@@ -78,10 +94,12 @@ def stamp(folder: Path) -> None:
 # Each check.
 
 
-def test_data_tells_how_much_must_be_hashed(folder: Path) -> None:
+def test_data_reports_how_much_must_be_hashed(folder: Path) -> None:
     check, files = check_data(folder, CASES)
     assert (check.verdict, files is not None) == ("warn", True)
-    assert "3 cases, 113 KiB; 6 file(s) copied or changed since preprocessing, 113 KiB to hash" in check.found
+    assert (
+        "3 cases, 113 KiB; 6 file(s) copied or changed since preprocessing, 113 KiB to hash while timed" in check.found
+    )
     assert "--mode verify" in check.remedy
     stamp(folder)
     check, _ = check_data(folder, CASES)
@@ -97,7 +115,7 @@ def test_data_tells_how_much_must_be_hashed(folder: Path) -> None:
 def test_data_of_the_reference_has_no_digests(folder: Path) -> None:
     (folder / INDEX_NAME).unlink()
     check, _ = check_data(folder, CASES)
-    assert check == Check("data", "3 cases, 113 KiB; no MD5 is known of 6 file(s)")
+    assert check == Check("data", "3 cases, 113 KiB; 6 file(s) have no recorded MD5")
 
 
 def test_data_that_is_incomplete_fails_with_what_to_do(folder: Path) -> None:
@@ -108,7 +126,7 @@ def test_data_that_is_incomplete_fails_with_what_to_do(folder: Path) -> None:
     assert check.remedy.startswith("run preprocess_dataset.py again")
 
 
-def test_the_page_cache_is_told_and_never_a_fault() -> None:
+def test_the_page_cache_is_reported_and_never_a_fault() -> None:
     assert check_page_cache(10 * GIB, 10 * GIB) == Check(
         "page cache", "the volumes' 10.0 GiB stay in memory after the first epoch; 10.0 GiB are free"
     )
@@ -118,15 +136,15 @@ def test_the_page_cache_is_told_and_never_a_fault() -> None:
 
 def test_the_largest_case_must_fit() -> None:
     shapes = [(8, 8, 8), (40, 20, 30), (20, 20, 20)]
-    needed = evaluation_bytes((40, 20, 30), 1, SCORING)
-    assert check_evaluation(shapes, 1, SCORING, needed).verdict == "ok"
-    check = check_evaluation(shapes, 1, SCORING, needed - 1)
+    _, large, middle = needed = [(evaluation_bytes(shape, 1, SCORING), shape) for shape in shapes]
+    assert check_evaluation(needed, large[0]).verdict == "ok"
+    check = check_evaluation(needed, large[0] - 1)
     assert (check.verdict, "(40, 20, 30)" in check.found) == ("fail", True)
-    both = needed + evaluation_bytes((20, 20, 20), 1, SCORING)
-    assert check_evaluation(shapes, 1, SCORING, both, sharing=2).verdict == "ok"
-    check = check_evaluation(shapes, 1, SCORING, both - 1, sharing=2)
+    both = large[0] + middle[0]
+    assert check_evaluation(needed, both, sharing=2).verdict == "ok"
+    check = check_evaluation(needed, both - 1, sharing=2)
     assert (check.verdict, "fewer ranks" in check.remedy) == ("warn", True)
-    assert check_evaluation(shapes[1:2], 1, SCORING, needed, sharing=2).verdict == "ok", "the other rank has no case"
+    assert check_evaluation([large], large[0], sharing=2).verdict == "ok", "the other rank has no case"
 
 
 class _Copies(nn.Module):
@@ -222,7 +240,7 @@ def test_a_kept_map_does_hold_a_file_open(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 2 * len(CASES)
 
 
-def test_restarts_on_several_machines_are_warned_of_where_they_meet_the_store_of_the_dead() -> None:
+def test_restarts_on_several_machines_that_reuse_the_store_of_dead_ranks_are_a_warning() -> None:
     machines = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
     (check,) = check_restarts(machines | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
     assert check.verdict == "ok"
@@ -235,7 +253,7 @@ def test_restarts_on_several_machines_are_warned_of_where_they_meet_the_store_of
     "changed",
     [{"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_MAX_RESTARTS": "many"}, {"GROUP_WORLD_SIZE": "1"}],
 )
-def test_where_no_restart_can_fail_nothing_is_said(changed: dict[str, str]) -> None:
+def test_where_no_restart_can_fail_there_is_no_check(changed: dict[str, str]) -> None:
     several = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     assert check_restarts({}) == []
     assert check_restarts(several | changed) == []
@@ -244,11 +262,8 @@ def test_where_no_restart_can_fail_nothing_is_said(changed: dict[str, str]) -> N
 # All of them.
 
 
-def fly(
-    folder: Path | None, samples: Samples = SAMPLES, evaluation: list[str] | None = None, ranks: int = 1
-) -> dict[str, Check]:
-    there = CASES[:1] if evaluation is None else evaluation
-    checks = run_checks(folder, CASES[1:], there, samples, SCORING, Path("/nowhere/yet"), 1, 1000, CPU, ranks, {})
+def fly(folder: Path | None, ranks: int = 1, **changed: Any) -> dict[str, Check]:
+    checks = run_checks(replace(DEMAND, data_dir=folder, **changed), CPU, ranks, {})
     found = {check.what: check for check in checks}
     assert len(found) == len(checks)
     return found
@@ -260,20 +275,20 @@ def test_a_run_from_the_disk_is_asked_everything(folder: Path) -> None:
     assert list(checks) == ["data", "page cache", "evaluation", "disk", "open files", "shared memory"]
     assert {check.verdict for check in checks.values()} == {"ok"}
     assert checks["data"].found.startswith("3 cases")
-    assert "up to 286 a process" in checks["open files"].found  # 2 * 2 + 2 * 5 + 2 * 8 + 256
+    assert "up to 286 per process" in checks["open files"].found  # 2 * 2 + 2 * 5 + 2 * 8 + 256
     batch = 2 * 8**3 * 5
     assert f"{5 * batch / 1024:.0f} KiB for the batches of 1 x 2 workers" in checks["shared memory"].found
-    assert "shared memory" not in fly(folder, replace(SAMPLES, workers=0))
+    assert "shared memory" not in fly(folder, workers=0)
     assert "evaluation" not in fly(folder, evaluation=[])
 
 
 def test_what_does_not_read_from_the_disk_is_not_asked_about_it(folder: Path) -> None:
-    assert list(fly(None, replace(SAMPLES, loader="synthetic"))) == ["disk"]
-    assert list(fly(folder, replace(SAMPLES, loader="device"))) == ["data", "page cache", "evaluation", "disk"]
+    assert list(fly(None, loader="synthetic")) == ["disk"]
+    assert list(fly(folder, loader="device")) == ["data", "page cache", "evaluation", "disk"]
 
 
 def test_volumes_that_do_not_fit_on_the_device_will_be_read_from_the_disk(folder: Path) -> None:
-    assert "shared memory" in fly(folder, replace(SAMPLES, loader="device", channels=2**40))
+    assert "shared memory" in fly(folder, loader="device", channels=2**40)
 
 
 def test_ranks_on_one_cpu_share_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
