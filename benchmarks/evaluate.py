@@ -22,7 +22,7 @@ from data_loading.pytorch_loader import load_evaluation_case
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.distributed.world import World
-from runtime.evaluation import SlidingWindowConfig, assign_cases, score_cases
+from runtime.evaluation import CaseScorer, SlidingWindowConfig, assign_cases
 from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
@@ -118,7 +118,14 @@ def check_same(naive: Tensor, ours: Tensor, precision: Precision) -> None:
 
 
 def scoring(window: tuple[int, int, int], batch_size: int) -> SlidingWindowConfig:
-    return SlidingWindowConfig(window, 0.5, batch_size, CLASSES, PADDING, crops_remainder=True)
+    return SlidingWindowConfig(
+        window=window,
+        overlap=0.5,
+        batch_size=batch_size,
+        classes=CLASSES,
+        padding_value=PADDING,
+        crops_remainder=True,
+    )
 
 
 def batched_scores(
@@ -127,7 +134,8 @@ def batched_scores(
     """The project's own way, as `evaluate` goes it: (cases, K) float64 on the host, the loss first."""
     loaded = (load_evaluation_case(folder, case) for case in cases)
     alone = World(0, 1, precision.device)
-    return torch.stack(list(score_cases(loaded, network, DiceCELoss(), how, precision, alone))).cpu()
+    scorer = CaseScorer(network=network, loss=DiceCELoss(), windows=how, precision=precision)
+    return torch.stack(list(scorer.score(loaded, alone))).cpu()
 
 
 class Decided(nn.Module):

@@ -28,7 +28,7 @@ from runtime.optimizer import make_optimizer
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import seed_process
 from runtime.train_state import TrainState
-from runtime.training import StepSettings, train_step
+from runtime.training import StepConfig, forward_backward, optimizer_step
 from runtime.warmup import dummy_batch, peak_flops, seconds, training_flops
 
 T = TypeVar("T")
@@ -185,13 +185,16 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
         if way.fused_optimizer
         else torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True)
     )
-    state = TrainState(network, network, optimizer, precision.make_scaler())
-    settings = StepSettings(DiceCELoss() if way.one_pass_loss else NaiveDiceCE(), precision, 1, way.layout)
+    state = TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
+    loss = DiceCELoss() if way.one_pass_loss else NaiveDiceCE()
+    config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=way.layout)
     batch = dummy_batch(batch_size, CHANNELS, CLASSES, scale.shape, device)
 
     def step() -> Tensor:
         with triton_used(way.triton):
-            return train_step(state, batch, settings, is_last=True)
+            loss = forward_backward(state, batch, config, communicate=True)
+            optimizer_step(state)
+            return loss
 
     return step
 

@@ -129,12 +129,12 @@ def draw_cases(
     config = {**(loaded.config or run.config), **({"model": model} if model else {})}
     network = _network(config, spec, loaded, device)
     scoring = SlidingWindowConfig(
-        _shape(config["val_input_shape"]),
-        float(config["overlap"]),
-        int(config["val_batch_size"]),
-        len(spec.classes),
-        spec.padding_value,
-        spec.crops_remainder,
+        window=_shape(config["val_input_shape"]),
+        overlap=float(config["overlap"]),
+        batch_size=int(config["val_batch_size"]),
+        classes=len(spec.classes),
+        padding_value=spec.padding_value,
+        crops_remainder=spec.crops_remainder,
     )
     precision = choose_precision(bool(config["amp"]), str(config["amp_dtype"]), device)
     shown = []

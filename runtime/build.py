@@ -1,4 +1,4 @@
-"""What a run is made of: each part from the command line and the data set. `main.py` puts them together."""
+"""Builds the parts of a run from its `RunSpec`; `runtime/run.py` puts them together."""
 
 from __future__ import annotations
 
@@ -22,100 +22,104 @@ from model.kernels import dispatch as kernels
 from model.losses import build_loss
 from model.registry import build_network, check_window, freeze_unused
 from runtime.arguments import RunConfig, checkpoint_path
-from runtime.callbacks.base import (
-    Callback,
-    Diverged,
-    EventDispatcher,
-    KeepBest,
-    RunContext,
-    StopOnSignal,
-    TargetReached,
-    build_callbacks,
-)
+from runtime.callbacks.base import RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
 from runtime.distributed.signals import SignalHandler
+from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.environment import describe_environment, platform_name
 from runtime.eval_schedule import make_schedule
-from runtime.evaluation import CaseAssignment, SlidingWindowConfig, evaluate
+from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
 from runtime.flags import parse_interval
 from runtime.logging import events, trackers
 from runtime.logging.console import ConsoleTracker
+from runtime.logging.events import Event, EventDispatcher
 from runtime.logging.throughput import ThroughputTracker
+from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
 from runtime.memory_format import to_device
 from runtime.objective import make_objective, split_specs
-from runtime.optimizer import LRSchedule, LRScheduleConfig, build_lr_schedule, make_optimizer
+from runtime.optimizer import make_optimizer
 from runtime.preflight import Demand, checkpoint_bytes, failures, format_table, run_checks
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
 from runtime.train_state import TrainState
-from runtime.training import StepSettings
+from runtime.training import StepConfig, TrainLoop
 from runtime.warmup import calibrate, dummy_batch, warm_up
 
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
+Emit = Callable[[Event], None]
 
-def make_network(config: RunConfig, spec: DatasetSpec) -> nn.Module:
+
+def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
     return build_network(
         config.model,
-        spec.channels,
-        len(spec.classes),
+        dataset.channels,
+        len(dataset.classes),
         normalization=config.normalization,
         activation=config.activation,
     )
 
 
-def make_loss(config: RunConfig, spec: DatasetSpec, world: World) -> nn.Module:
-    return build_loss(config.loss, config.include_background, len(spec.classes)).to(world.device)
+def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Module:
+    return build_loss(config.loss, config.include_background, len(dataset.classes)).to(world.device)
 
 
-def make_step(config: RunConfig, plan: RunSpec, world: World) -> StepSettings:
+def make_step_config(run: RunSpec) -> StepConfig:
     """How a micro-batch becomes a loss."""
+    config = run.config
     _, specs = split_specs(config.augment)
-    objective = make_objective(specs, config.batch_size, config.compile)
-    return StepSettings(
-        make_loss(config, plan.spec, world),
-        plan.precision,
-        config.ga_steps,
-        config.layout,
-        plan.seeds.ranks[world.rank],
-        objective,
+    return StepConfig(
+        loss=make_loss(config, run.dataset, run.world),
+        precision=run.precision,
+        ga_steps=config.ga_steps,
+        layout=config.layout,
+        seed=run.seeds.ranks[run.world.rank],
+        objective=make_objective(specs, config.batch_size, config.compile),
     )
 
 
-def build_state(config: RunConfig, plan: RunSpec, world: World) -> TrainState:
-    """Network, optimizer and scaler, as they stand before the first step: new, or as the checkpoint has them."""
-    seed_process(plan.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
-    network = make_network(config, plan.spec)
+def build_state(run: RunSpec) -> TrainState:
+    """Network, optimizer and scaler before the first step: new, or restored from the checkpoint."""
+    config, dataset, world = run.config, run.dataset, run.world
+    seed_process(run.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
+    network = make_network(config, dataset)
     for flag in ("input_shape", "val_input_shape"):
-        shape, spec = getattr(config, flag), plan.spec
-        check_window(network, shape, f"--{flag}", channels=spec.channels, classes=len(spec.classes))
-    freeze_unused(network, plan.spec.channels, config.input_shape)
-    _transfer(config, plan, network)
+        shape = getattr(config, flag)
+        check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
+    freeze_unused(network, dataset.channels, config.input_shape)
+    _start_from_weights(run, network)
     to_device(network, world.device, config.layout)
     if config.compile:
-        network.compile()  # in place: names, state and everyone's references stay
-    trained = [p for p in network.parameters() if p.requires_grad]
+        network.compile()  # in place: names, state and every reference stay valid
     optimizer = make_optimizer(
-        config.optimizer, trained, config.learning_rate, config.momentum, config.lamb_betas, config.weight_decay
+        config.optimizer,
+        [p for p in network.parameters() if p.requires_grad],
+        config.learning_rate,
+        momentum=config.momentum,
+        betas=config.lamb_betas,
+        weight_decay=config.weight_decay,
     )
-    state = TrainState(network, world.wrap(network), optimizer, plan.precision.make_scaler())
-    if plan.loaded:
-        resume.restore(state, plan.loaded, world.rank)
-        resume.skip_partial_epoch(state, plan.loaded, config.to_json(), ranks=world.size, seed=plan.seeds.master)
+    state = TrainState(
+        network=network, model=world.wrap(network), optimizer=optimizer, scaler=run.precision.make_scaler()
+    )
+    if run.loaded:
+        resume.restore(state, run.loaded, world.rank)
+        resume.skip_partial_epoch(state, run.loaded, config.to_json(), ranks=world.size, seed=run.seeds.master)
     return state
 
 
-def _transfer(config: RunConfig, plan: RunSpec, network: nn.Module) -> None:
+def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
     """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; notes each."""
+    config = run.config
     if config.init_from is None and not config.freeze:
         return
-    output = output_layer(network, plan.spec.channels, config.input_shape)
-    if config.init_from is not None and plan.loaded is None:
+    output = output_layer(network, run.dataset.channels, config.input_shape)
+    if config.init_from is not None and run.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
         taken = load_part(network, weights, output, f"--init_from {loaded.path}")
@@ -124,210 +128,229 @@ def _transfer(config: RunConfig, plan: RunSpec, network: nn.Module) -> None:
         note(f"--freeze: {freeze(network, config.freeze, output)}")
 
 
-def pre_flight(config: RunConfig, plan: RunSpec, state: TrainState, world: World, announce: EventDispatcher) -> None:
-    """Looks, on each machine, for what would end the run later. Raises UserError, naming all of it."""
+def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
+    """Checks, on each machine, for what would end the run later.
+
+    Raises:
+        UserError: naming everything that failed.
+    """
+    config = run.config
     if config.local_rank != 0:
         return
     path = checkpoint_path(config)
     demand = Demand(
         data_dir=None if config.loader == "synthetic" else config.data_dir,
-        training=plan.split["train"],
-        evaluation=plan.split["evaluation"] if plan.schedule.first_evaluation else [],
+        training=run.split["train"],
+        evaluation=run.split["evaluation"] if run.schedule.first_evaluation else [],
         loader=config.loader,
         workers=config.num_workers,
         batch_size=config.batch_size,
         patch=config.input_shape,
-        channels=plan.spec.channels,
-        scoring=make_sliding_window_config(config, plan.spec),
+        channels=run.dataset.channels,
+        scoring=make_sliding_window_config(config, run.dataset),
         checkpoint_dir=path.parent if path else None,
         checkpoints=config.ckpt_keep,
         checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
     )
-    checks = run_checks(demand, world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    announce(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
+    checks = run_checks(demand, run.world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    emit(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)
 
 
-def prepare_device(
-    config: RunConfig, plan: RunSpec, state: TrainState, settings: StepSettings, world: World, announce: EventDispatcher
-) -> None:
-    """Compiles, tunes and measures on made-up data, before the clock; the state is afterwards what it was."""
-    spec = plan.spec
-    batch = dummy_batch(config.batch_size, spec.channels, len(spec.classes), config.input_shape, world.device)
-    windows = dummy_batch(config.val_batch_size, spec.channels, 1, config.val_input_shape, world.device)
-    warm_up(state, batch, windows, settings, config.untimed_steps)
+def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
+    """Compiles, tunes and measures on dummy data before the clock starts; restores the state afterwards."""
+    config, dataset, world = run.config, run.dataset, run.world
+    batch = dummy_batch(
+        config.batch_size, dataset.channels, len(dataset.classes), shape=config.input_shape, device=world.device
+    )
+    windows = dummy_batch(config.val_batch_size, dataset.channels, 1, shape=config.val_input_shape, device=world.device)
+    warm_up(state, batch, windows, step, steps=config.untimed_steps)
     if config.benchmark:
-        announce(calibrate(state, partial(make_network, config, spec), batch, settings, world))
+        emit(calibrate(state, partial(make_network, config, dataset), batch, step, world=world))
 
 
-def describe_start(config: RunConfig, world: World) -> events.InitStarted:
+def describe_start(run: RunSpec) -> events.InitStarted:
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
-    return events.InitStarted(config, describe_environment(world.device, world.size), were_cleared)
+    return events.InitStarted(run.config, describe_environment(run.world.device, run.world.size), were_cleared)
 
 
-def describe_run(config: RunConfig, plan: RunSpec, state: TrainState, world: World) -> events.InitStopped:
-    """All that can be told of a run before its clock starts."""
-    platform = config.submission_platform or platform_name(world.device, world.size)
-    for text in (plan.precision.note, kernels.note(world.device), "" if config.benchmark else plan.schedule.note()):
+def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
+    """Everything known about a run before its clock starts."""
+    config, world = run.config, run.world
+    for text in (run.precision.note, kernels.note(world.device), "" if config.benchmark else run.schedule.note()):
         if text:
             note(text)
     return events.InitStopped(
-        config,
-        dataclasses.asdict(plan.seeds),
-        plan.division,
-        plan.reasons,
-        platform,
-        trackers.tensor_names(state.network),
-        plan.samples_per_epoch,
-        take_notes(),
+        config=config,
+        seeds=dataclasses.asdict(run.seeds),
+        division=run.division,
+        reasons=run.violations,
+        platform=config.submission_platform or platform_name(world.device, world.size),
+        tensors=trackers.tensor_names(state.network),
+        samples_per_epoch=run.samples_per_epoch,
+        notes=take_notes(),
     )
 
 
-def open_data(config: RunConfig, plan: RunSpec, world: World) -> tuple[TrainingLoader, events.DataOpened]:
-    """The training loader, the first to look at the volumes; and what to tell of the data."""
-    training, evaluation = plan.split["train"], plan.split["evaluation"]
+def make_train_loop(
+    run: RunSpec,
+    state: TrainState,
+    step: StepConfig,
+    *,
+    writer: CheckpointWriter,
+    signals: SignalHandler,
+    emit: Emit,
+) -> TrainLoop:
+    """Opens the data and builds what the training loop drives; the clock runs."""
+    config = run.config
+    loader, data_opened = open_training_data(run)
+
+    scorer = CaseScorer(
+        network=state.network,
+        loss=step.loss,
+        windows=make_sliding_window_config(config, run.dataset),
+        precision=run.precision,
+        check=signals.check,
+        check_waiting=signals.check_waiting,
+    )
+
+    def make_evaluate_fn(cases: Sequence[str], emit: Emit) -> Evaluator:
+        return make_evaluator(config, scorer, cases, world=run.world, emit=emit)
+
+    context = RunContext(
+        log_dir=config.log_dir,
+        world=run.world,
+        training_cases=run.split["train"],
+        make_evaluate_fn=make_evaluate_fn,
+        emit=emit,
+        snapshot=make_snapshot(run),
+    )
+    schedule_config = LRScheduleConfig(
+        learning_rate=config.learning_rate,
+        init_learning_rate=config.init_learning_rate,
+        lr_warmup_epochs=config.lr_warmup_epochs,
+        lr_decay_epochs=config.lr_decay_epochs,
+        lr_decay_factor=config.lr_decay_factor,
+        epochs=config.epochs,
+        callback_state=state.callback_state,
+    )
+    rule = make_schedule(config.epochs, run.samples_per_epoch, None, None)
+    loop = TrainLoop(
+        loader=loader,
+        schedule=run.schedule,
+        learning_rate=build_lr_schedule(config.lr_schedule, schedule_config),
+        step=step,
+        evaluate=make_evaluate_fn(run.split["evaluation"], emit),
+        callbacks=build_callbacks(config.callbacks, context),
+        checkpoints=writer,
+        step_sync=StepSync(run.world, lambda: StepRequest(signals.number, writer.is_due())),
+        world=run.world,
+        emit=emit,
+        quality_threshold=config.quality_threshold,
+        first_rule_evaluation=rule.first_evaluation or 1,
+    )
+    emit(data_opened)
+    return loop
+
+
+def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]:
+    """The training loader, which is the first to look at the volumes, and the event that describes the data."""
+    config, world = run.config, run.world
+    training, evaluation = run.split["train"], run.split["evaluation"]
     if config.loader != "synthetic" and config.local_rank == 0:
         verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
     settings = LoaderSettings(
-        config.input_shape,
-        config.oversampling,
-        config.batch_size,
-        config.num_workers,
-        world.rank,
-        world.size,
-        plan.seeds.order,
-        plan.seeds.samples,
-        world.device,
-        make_augmentation(split_specs(config.augment)[0]),
-        plan.steps,
-        plan.capped,
+        patch=config.input_shape,
+        oversampling=config.oversampling,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        rank=world.rank,
+        ranks=world.size,
+        order_seed=run.seeds.order,
+        sample_seed=run.seeds.samples,
+        device=world.device,
+        augment=make_augmentation(split_specs(config.augment)[0]),
+        steps=run.fixed_batches,
+        capped=run.pseudo_labels,
     )
-    loader = make_training_loader(config.loader, config.data_dir, training, plan.spec, settings)
+    loader = make_training_loader(config.loader, config.data_dir, training, run.dataset, settings)
     return loader, events.DataOpened(
-        len(training),
-        len(evaluation),
-        plan.samples_per_epoch,
-        config.batch_size * world.size * config.ga_steps,
-        config.ga_steps,
-        list(plan.spec.classes),
-        take_notes(),
+        train_samples=len(training),
+        eval_samples=len(evaluation),
+        samples_per_epoch=run.samples_per_epoch,
+        global_batch_size=config.batch_size * world.size * config.ga_steps,
+        gradient_accumulation_steps=config.ga_steps,
+        classes=list(run.dataset.classes),
+        notes=take_notes(),
     )
 
 
-def make_sliding_window_config(config: RunConfig, spec: DatasetSpec) -> SlidingWindowConfig:
+def make_sliding_window_config(config: RunConfig, dataset: DatasetSpec) -> SlidingWindowConfig:
     return SlidingWindowConfig(
-        config.val_input_shape,
-        config.overlap,
-        config.val_batch_size,
-        len(spec.classes),
-        spec.padding_value,
-        spec.crops_remainder,
+        window=config.val_input_shape,
+        overlap=config.overlap,
+        batch_size=config.val_batch_size,
+        classes=len(dataset.classes),
+        padding_value=dataset.padding_value,
+        crops_remainder=dataset.crops_remainder,
     )
 
 
-def make_case_assignment(
-    config: RunConfig, cases: Sequence[str], scoring: SlidingWindowConfig, world: World
-) -> CaseAssignment:
-    """Who scores which case; reads the volumes' headers, so not before the clock runs."""
-    return CaseAssignment.make(cases, [scoring.windows(shape_of(config.data_dir, case)) for case in cases], world)
-
-
-Score = Callable[[int], events.EvaluationStopped]
-
-
-def make_evaluate_fn(
-    config: RunConfig, plan: RunSpec, state: TrainState, loss: nn.Module, interruption: SignalHandler, world: World
-) -> Callable[[Sequence[str], Callable[[events.Event], None]], Score]:
-    """What makes, of cases and of who hears of each, a function that scores them after an epoch."""
-    scoring = make_sliding_window_config(config, plan.spec)
-
-    def make(cases: Sequence[str], emit: Callable[[events.Event], None]) -> Score:
-        return partial(
-            evaluate,
-            network=state.network,
-            loss=loss,
-            plan=make_case_assignment(config, cases, scoring, world),
-            load_case=EvaluationCases(config.data_dir, world.device),
-            scoring=scoring,
-            precision=plan.precision,
-            world=world,
-            emit=emit,
-            check=interruption.check,
-            check_waiting=interruption.check_waiting,
-        )
-
-    return make
-
-
-def make_lr_schedule(config: RunConfig, state: TrainState) -> LRSchedule:
-    """The learning rate of each epoch."""
-    settings = LRScheduleConfig(
-        config.learning_rate,
-        config.init_learning_rate,
-        config.lr_warmup_epochs,
-        config.lr_decay_epochs,
-        config.lr_decay_factor,
-        config.epochs,
-        state.records,
-    )
-    return build_lr_schedule(config.lr_schedule, settings)
-
-
-def make_callbacks(
-    config: RunConfig,
-    plan: RunSpec,
-    rate: LRSchedule,
-    loader: TrainingLoader,
-    saver: CheckpointWriter,
-    watchdog: Watchdog,
-    context: RunContext,
-) -> list[Callback]:
-    """Who may change the run, in the order in which they hear of an event; what they keep is there when it is saved."""
-    own = build_callbacks(config.callbacks, context)
-    schedule: object = rate
-    if isinstance(schedule, Callback):
-        own.insert(0, schedule)
-    rule = make_schedule(config.epochs, plan.samples_per_epoch, None, None)
-    diverged = Diverged(context.world, loader.describe, rule.first_evaluation or 1)
-    return [watchdog, TargetReached(config.quality_threshold), diverged, KeepBest(), *own, saver, StopOnSignal()]
-
-
-def make_snapshot(config: RunConfig, plan: RunSpec) -> Callable[[TrainState, list[float]], dict[str, object]]:
-    """What makes a checkpoint's content of a state and every rank's losses."""
-    return partial(
-        checkpoints.snapshot, config=config.to_json(), seed=plan.seeds.master, data=plan.data, spec=plan.spec.to_json()
-    )
-
-
-def make_checkpoint_writer(config: RunConfig, plan: RunSpec, world: World) -> CheckpointWriter:
-    """Saves this run's checkpoints; does nothing in a run that keeps none."""
-    path = checkpoint_path(config)
-    minutes, epochs = parse_interval(config.ckpt_every)
-    return CheckpointWriter(
+def make_evaluator(
+    config: RunConfig, scorer: CaseScorer, cases: Sequence[str], *, world: World, emit: Emit
+) -> Evaluator:
+    """Scores these cases after an epoch. Reads the volumes' headers, so not before the clock runs."""
+    windows = [scorer.windows.windows(shape_of(config.data_dir, case)) for case in cases]
+    return Evaluator(
+        scorer=scorer,
+        assignment=CaseAssignment.make(cases, windows, world),
+        load_case=EvaluationCases(config.data_dir, world.device),
         world=world,
-        snapshot=make_snapshot(config, plan),
-        write=partial(save, path, keep=config.ckpt_keep) if path else None,
+        emit=emit,
+    )
+
+
+def make_snapshot(run: RunSpec) -> Callable[[TrainState, list[float]], dict[str, object]]:
+    """A function that returns a checkpoint's content, given the state and every rank's loss sum."""
+    return partial(
+        checkpoints.snapshot,
+        config=run.config.to_json(),
+        seed=run.seeds.master,
+        data=run.data_digest,
+        spec=run.dataset.to_json(),
+    )
+
+
+def make_checkpoint_writer(run: RunSpec) -> CheckpointWriter:
+    """Saves this run's checkpoints; does nothing in a run that keeps none."""
+    path = checkpoint_path(run.config)
+    minutes, epochs = parse_interval(run.config.ckpt_every)
+    return CheckpointWriter(
+        world=run.world,
+        snapshot=make_snapshot(run),
+        write=partial(save, path, keep=run.config.ckpt_keep) if path else None,
         minutes=minutes,
         epochs=epochs,
     )
 
 
-def make_announcer(config: RunConfig, plan: RunSpec, world: World) -> EventDispatcher:
-    """Who hears of this run's events: trackers on rank 0 alone."""
+def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
+    """Prepares the log folder; trackers exist on rank 0 only, the watchdog on every rank."""
+    config, world = run.config, run.world
     if not world.is_main:
-        return EventDispatcher([])
+        return EventDispatcher([], watchdog)
     trackers.rotate_logs(config.log_dir)
-    watching = [
+    active = [
         *trackers.make_trackers(config.trackers, config.log_dir),
         trackers.RunFileTracker(config.log_dir),
         ConsoleTracker(config.verbose, config.epochs),
     ]
     if config.benchmark:
-        watching.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+        active.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
     path = checkpoint_path(config)
     if path is not None:
         prepare(path)
-        if not (config.resume and plan.loaded):
+        if not (config.resume and run.loaded):
             rotate(find_checkpoints(path))
-    return EventDispatcher(watching)
+    return EventDispatcher(active, watchdog)

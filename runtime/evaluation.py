@@ -19,15 +19,20 @@ from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationS
 from runtime.precision import Precision
 
 
-@dataclass(frozen=True)
+def do_nothing() -> None:
+    """The default of hooks that are called while an evaluation is under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig:
-    """How a case is scored; `classes` and what follows are the data set's (see `DatasetSpec`).
+    """How sliding windows cover a case; `classes` and the fields after it belong to the data set (see `DatasetSpec`).
 
     Attributes:
-        window, overlap: of the sliding window.
-        batch_size: windows that go through the network at once.
+        window: voxels (D, H, W).
+        overlap: of neighbouring windows, in [0, 1).
+        batch_size: number of windows per forward pass.
         classes: K, the background included.
-        padding_value, crops_remainder: as in the spec.
+        padding_value, crops_remainder: as in the data set's spec.
     """
 
     window: tuple[int, int, int]
@@ -38,25 +43,25 @@ class SlidingWindowConfig:
     crops_remainder: bool
 
     def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
-        """The part of a volume that is scored."""
+        """The part of a volume of this shape (D, H, W) that is scored."""
         if self.crops_remainder:
             return remainder_crop(shape, stride_of(self.window, self.overlap))
         return slice(None), slice(None), slice(None)
 
     def windows(self, shape: Sequence[int]) -> int:
-        """How many windows a volume of this shape (D, H, W) has."""
+        """Number of windows of a volume of this shape (D, H, W)."""
         kept = [len(range(size)[part]) for size, part in zip(shape, self.kept(shape), strict=True)]
         return len(tile(kept, self.window, self.overlap, self.padding_value)[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CaseAssignment:
-    """Who scores which case; every rank has the same plan but for its own `subgroup`.
+    """Assignment of cases to ranks; every rank holds the same one, except for its own `subgroup`.
 
     Attributes:
         cases: in the order of the table of scores.
-        members: of each case, the ranks that share its windows; the first writes its score.
-        partners: the world of the ranks that share this rank's cases.
+        members: for each case, the ranks that share its windows; the first of them writes the case's score.
+        subgroup: the world of the ranks that share this rank's cases.
     """
 
     cases: tuple[str, ...]
@@ -65,25 +70,28 @@ class CaseAssignment:
 
     @classmethod
     def make(cls, cases: Sequence[str], windows: Sequence[int], world: World) -> CaseAssignment:
-        """Deals the cases out; where there are more ranks than cases, the windows of a case are shared.
+        """Assigns the cases; every rank must call it.
 
         Args:
-            windows: of each case.
+            windows: number of windows of each case.
         """
         members = assign_cases(windows, world.size)
         shared = [ranks for ranks in members if len(ranks) > 1]
         subgroup = world.split(shared) if shared else World(0, 1, world.device)
-        return cls(tuple(cases), members, subgroup)
+        return cls(cases=tuple(cases), members=members, subgroup=subgroup)
 
     def of_rank(self, rank: int) -> list[int]:
-        """Indices of the cases that this rank has a part in."""
+        """Indices of the cases of which this rank scores windows."""
         return [index for index, ranks in enumerate(self.members) if rank in ranks]
 
 
 def assign_cases(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each case: longest case first, to the rank that has least to do; spare ranks help the longest.
+    """The ranks of each case: longest case first, to the least loaded rank; spare ranks help with the longest cases.
 
     A case never has more ranks than windows.
+
+    Args:
+        windows: number of windows of each case.
     """
     longest_first = sorted(range(len(windows)), key=lambda index: (-windows[index], index))
     members: list[list[int]] = [[] for _ in windows]
@@ -100,10 +108,10 @@ def assign_cases(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], .
 
 
 class CaseMetric(Protocol):
-    """What else is to be known of each case.
+    """Further figures of each case, beside loss and Dice.
 
     Attributes:
-        size: figures a case.
+        size: number of figures per case.
     """
 
     size: int
@@ -113,109 +121,107 @@ class CaseMetric(Protocol):
         ...
 
     def keep(self, figures: dict[str, list[float]]) -> None:
-        """Takes every case's figures, once they are known on all ranks."""
+        """Receives the figures of every case once all ranks know them."""
         ...
 
 
-def evaluate(
-    epoch: int,
-    network: nn.Module,
-    loss: nn.Module,
-    plan: CaseAssignment,
-    load_case: Callable[[str], EvaluationCase],
-    scoring: SlidingWindowConfig,
-    precision: Precision,
-    world: World,
-    emit: Callable[[Event], None],
-    check: Callable[[], None] = lambda: None,
-    check_waiting: Callable[[], None] = lambda: None,
-    measure: CaseMetric | None = None,
-) -> EvaluationStopped:
-    """Scores every case once and shares the scores with all ranks.
+@dataclass(frozen=True, kw_only=True)
+class CaseScorer:
+    """Scores whole cases by sliding windows.
+
+    Attributes:
+        metric: further figures to compute for each case.
+        check: called before each batch of windows; what it raises ends the evaluation and leaves the state as it was.
+        check_waiting: called while this rank waits for the others; likewise.
+    """
+
+    network: nn.Module
+    loss: nn.Module
+    windows: SlidingWindowConfig
+    precision: Precision
+    metric: CaseMetric | None = None
+    check: Callable[[], None] = do_nothing
+    check_waiting: Callable[[], None] = do_nothing
+
+    @torch.inference_mode()
+    def score(self, cases: Iterable[EvaluationCase], subgroup: World) -> Iterator[Tensor]:
+        """The loss of each case's logits, its Dice per foreground class, then the metric's figures.
+
+        Args:
+            subgroup: the ranks that share the windows of these cases; each gets the whole score.
+
+        Yields:
+            (K + metric.size,) float64 on the device, one per case.
+        """
+        labels: deque[tuple[str, Tensor]] = deque()
+        device, windows = self.precision.device, self.windows
+
+        def cut() -> Iterator[WindowedVolume]:
+            for case in cases:
+                kept = windows.kept(case.image.shape[2:])
+                labels.append((case.case, case.label[..., *kept].to(device, non_blocking=True)))
+                image = case.image[..., *kept].to(device, non_blocking=True)
+                yield WindowedVolume(
+                    image, windows.window, windows.overlap, windows.padding_value, subgroup.rank, subgroup.size
+                )
+
+        def predict(batch: Tensor) -> Tensor:
+            self.check()
+            with self.precision.autocast():
+                logits: Tensor = self.network(batch)
+            return logits
+
+        for volume in predict_windows(cut(), predict, windows.batch_size):
+            name, label = labels.popleft()
+            logits = volume.logits(lambda own: subgroup.sum(own, self.check_waiting))
+            figures = [self.loss(logits, label).double().view(1), dice_score(logits, label)[0]]
+            yield torch.cat([*figures, self.metric(name, logits, label)] if self.metric else figures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Scores every case once and shares the scores with all ranks. Called with the epoch, on every rank.
 
     Each rank fills its own rows of a table of zeros. Adding zeros is exact, so the sum over the ranks is the whole
     table to the bit, and every rank takes the same mean of it: each case weighs 1 / number of cases.
-
-    Args:
-        check: called before each batch of windows; what it raises ends the evaluation; the state stays.
-        check_waiting: called while this rank, its part given, waits for others'; likewise.
-        measure: what else to find out about each case.
-
-    Returns:
-        The scores; it is the caller who announces them.
     """
-    cases = plan.cases
-    emit(EvaluationStarted(epoch, len(cases)))
-    started = time.perf_counter()
-    network.eval()
-    world.broadcast_buffers(network)
-    # The table stays on the device, so that the host can load the next case while this one is computed.
-    width = scoring.classes + (measure.size if measure else 0)
-    table = torch.zeros(len(cases), width, dtype=torch.float64, device=world.device)
-    mine = plan.of_rank(world.rank)
-    loaded = (load_case(cases[index]) for index in mine)
-    scores = score_cases(loaded, network, loss, scoring, precision, plan.subgroup, check, check_waiting, measure)
-    for index, row in zip(mine, scores, strict=True):
-        if plan.members[index][0] == world.rank:
-            table[index] = row
-            emit(CaseEvaluated(epoch, cases[index]))
-    network.train()
-    # The one host sync of an evaluation.
-    table = world.sum(table, check_waiting).cpu()
-    if measure:
-        measure.keep({case: row[scoring.classes :] for case, row in zip(cases, table.tolist(), strict=True)})
-    table = table[:, : scoring.classes]
-    # Column by column in case order, not a tensor reduction: its order of additions may depend on the machine.
-    means = [sum(column) / len(cases) for column in table.T.tolist()]
-    dice = means[1:]
-    return EvaluationStopped(
-        epoch,
-        mean_dice=sum(dice) / len(dice),
-        dice=dice,
-        loss=means[0],
-        seconds=time.perf_counter() - started,
-        per_case={case: row[1:] for case, row in zip(cases, table.tolist(), strict=True)},
-    )
 
+    scorer: CaseScorer
+    assignment: CaseAssignment
+    load_case: Callable[[str], EvaluationCase]
+    world: World
+    emit: Callable[[Event], None]
 
-@torch.inference_mode()
-def score_cases(
-    cases: Iterable[EvaluationCase],
-    network: nn.Module,
-    loss: nn.Module,
-    scoring: SlidingWindowConfig,
-    precision: Precision,
-    subgroup: World,
-    check: Callable[[], None] = lambda: None,
-    check_waiting: Callable[[], None] = lambda: None,
-    measure: CaseMetric | None = None,
-) -> Iterator[Tensor]:
-    """The loss of each case's sliding-window logits and its Dice per foreground class: (K,) float64 on the device.
-
-    Behind them come the figures of `measure`, where it is given.
-
-    Args:
-        partners: the ranks that share these cases' windows; each gets the whole score.
-        check, check_waiting, measure: as in `evaluate`.
-    """
-    labels: deque[tuple[str, Tensor]] = deque()
-
-    def cut() -> Iterator[WindowedVolume]:
-        for case in cases:
-            kept = scoring.kept(case.image.shape[2:])
-            labels.append((case.case, case.label[..., *kept].to(precision.device, non_blocking=True)))
-            image = case.image[..., *kept].to(precision.device, non_blocking=True)
-            yield WindowedVolume(
-                image, scoring.window, scoring.overlap, scoring.padding_value, subgroup.rank, subgroup.size
-            )
-
-    def predict(windows: Tensor) -> Tensor:
-        check()
-        with precision.autocast():
-            logits: Tensor = network(windows)
-        return logits
-
-    for volume in predict_windows(cut(), predict, scoring.batch_size):
-        (name, label), logits = labels.popleft(), volume.logits(lambda own: subgroup.sum(own, check_waiting))
-        figures = [loss(logits, label).double().view(1), dice_score(logits, label)[0]]
-        yield torch.cat([*figures, measure(name, logits, label)] if measure else figures)
+    def __call__(self, epoch: int) -> EvaluationStopped:
+        """Returns the scores; reporting them is up to the caller."""
+        cases, network, metric = self.assignment.cases, self.scorer.network, self.scorer.metric
+        classes = self.scorer.windows.classes
+        self.emit(EvaluationStarted(epoch, len(cases)))
+        started = time.perf_counter()
+        network.eval()
+        self.world.broadcast_buffers(network)
+        # The table stays on the device, so that the host can load the next case while this one is computed.
+        width = classes + (metric.size if metric else 0)
+        table = torch.zeros(len(cases), width, dtype=torch.float64, device=self.world.device)
+        mine = self.assignment.of_rank(self.world.rank)
+        scores = self.scorer.score((self.load_case(cases[index]) for index in mine), self.assignment.subgroup)
+        for index, row in zip(mine, scores, strict=True):
+            if self.assignment.members[index][0] == self.world.rank:
+                table[index] = row
+                self.emit(CaseEvaluated(epoch, cases[index]))
+        network.train()
+        # The one host sync of an evaluation.
+        table = self.world.sum(table, self.scorer.check_waiting).cpu()
+        if metric:
+            metric.keep({case: row[classes:] for case, row in zip(cases, table.tolist(), strict=True)})
+        table = table[:, :classes]
+        # Column by column in case order, not a tensor reduction: its order of additions may depend on the machine.
+        loss, *dice = [sum(column) / len(cases) for column in table.T.tolist()]
+        return EvaluationStopped(
+            epoch=epoch,
+            mean_dice=sum(dice) / len(dice),
+            dice=dice,
+            loss=loss,
+            seconds=time.perf_counter() - started,
+            per_case={case: row[1:] for case, row in zip(cases, table.tolist(), strict=True)},
+        )

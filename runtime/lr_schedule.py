@@ -1,49 +1,109 @@
-"""Learning rates of other fields than MLPerf's, by `--lr_schedule`; each after the same linear warm-up.
+"""Learning-rate schedules: the rate as a function of the epoch, after the same linear warm-up, and their table.
 
-cosine(final=0.0)
-polynomial(power=0.9, final=0.0)
-plateau(factor=0.5, patience=5)
+multistep (MLPerf's), cosine(final=0.0), polynomial(power=0.9, final=0.0), plateau(factor=0.5, patience=5)
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from common import registry
 from common.errors import UserError
 from runtime.callbacks.monitor import METRICS, mode_of
-from runtime.logging.events import EvaluationStopped, Event
-from runtime.optimizer import LRScheduleConfig, warm_up_rate
-from runtime.train_state import TrainState
+from runtime.logging.events import EvaluationStopped
 
 
-class _AfterWarmUp(ABC):
-    """A schedule for the epochs that the warm-up leaves."""
+def learning_rate(
+    epoch: int,
+    *,
+    base: float,
+    initial: float = 1e-4,
+    warmup_epochs: int = 0,
+    decay_epochs: Sequence[int] = (),
+    decay_factor: float = 1.0,
+) -> float:
+    """MLPerf's rate of a whole epoch, counted from 1.
+
+    Warm-up: initial + (base - initial) * epoch / warmup_epochs up to and including epoch `warmup_epochs`. After it
+    MultiStepLR, stepped at each epoch's end: base * factor^(decay epochs that have ended before this epoch). A decay
+    epoch inside the warm-up counts from the warm-up's end (the MLPerf reference silently loses it).
+    """
+    if epoch <= warmup_epochs:
+        return initial + (base - initial) * epoch / warmup_epochs
+    return base * decay_factor ** sum(decay < epoch for decay in decay_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRScheduleConfig:
+    """What a schedule is constructed with, as its argument `run`: the flags of the same names.
+
+    Attributes:
+        epochs: maximum number of epochs of the run.
+        callback_state: see `TrainState`; where a schedule keeps what it needs again after a resume.
+    """
+
+    learning_rate: float
+    init_learning_rate: float
+    lr_warmup_epochs: int
+    lr_decay_epochs: tuple[int, ...]
+    lr_decay_factor: float
+    epochs: int
+    callback_state: dict[str, dict[str, Any]]
+
+
+class LRSchedule(ABC):
+    """The learning rate of each epoch: linear warm-up, then `after_warm_up`."""
 
     def __init__(self, run: LRScheduleConfig) -> None:
-        if run.lr_decay_epochs:
-            raise UserError("--lr_decay_epochs is of --lr_schedule multistep; drop it")
-        self._run = run
+        self.run = run
 
     def __call__(self, epoch: int) -> float:
-        run = self._run
-        if epoch <= run.lr_warmup_epochs:
-            return warm_up_rate(epoch, run.learning_rate, run.init_learning_rate, run.lr_warmup_epochs)
-        return self.after_warm_up(epoch)
-
-    def progress(self, epoch: int) -> float:
-        """The share of the epochs after the warm-up that lies behind at the epoch's start: from 0, always below 1."""
-        return (epoch - 1 - self._run.lr_warmup_epochs) / max(self._run.epochs - self._run.lr_warmup_epochs, 1)
+        """The rate of a whole epoch, counted from 1."""
+        if epoch > self.run.lr_warmup_epochs:
+            return self.after_warm_up(epoch)
+        return learning_rate(
+            epoch,
+            base=self.run.learning_rate,
+            initial=self.run.init_learning_rate,
+            warmup_epochs=self.run.lr_warmup_epochs,
+        )
 
     @abstractmethod
     def after_warm_up(self, epoch: int) -> float: ...
 
+    def on_evaluation_end(self, result: EvaluationStopped) -> None:  # noqa: B027 - a hook: most schedules ignore scores
+        """Called after each evaluation, on every rank, with the scores of all ranks."""
 
-class Cosine(_AfterWarmUp):
+    def progress(self, epoch: int) -> float:
+        """The share of the epochs after the warm-up that is done at the start of this epoch: from 0, always below 1."""
+        return (epoch - 1 - self.run.lr_warmup_epochs) / max(self.run.epochs - self.run.lr_warmup_epochs, 1)
+
+
+class MultiStep(LRSchedule):
+    """MLPerf's: constant after the warm-up, multiplied by `--lr_decay_factor` after each of `--lr_decay_epochs`."""
+
+    def after_warm_up(self, epoch: int) -> float:
+        run = self.run
+        return learning_rate(
+            epoch, base=run.learning_rate, decay_epochs=run.lr_decay_epochs, decay_factor=run.lr_decay_factor
+        )
+
+
+class _WithoutDecayEpochs(LRSchedule, ABC):
+    def __init__(self, run: LRScheduleConfig) -> None:
+        if run.lr_decay_epochs:
+            raise UserError("--lr_decay_epochs applies only to --lr_schedule multistep")
+        super().__init__(run)
+
+
+class Cosine(_WithoutDecayEpochs):
     """final + (base - final) * (1 + cos(pi * progress)) / 2 (SGDR without restarts, arXiv:1608.03983)."""
 
     def __init__(self, run: LRScheduleConfig, final: float = 0.0) -> None:
@@ -51,32 +111,32 @@ class Cosine(_AfterWarmUp):
         self._final = final
 
     def after_warm_up(self, epoch: int) -> float:
-        base = self._run.learning_rate
+        base = self.run.learning_rate
         return self._final + (base - self._final) * (1 + math.cos(math.pi * self.progress(epoch))) / 2
 
 
-class Polynomial(_AfterWarmUp):
-    """final + (base - final) * (1 - progress)^power; nnU-Net's power is 0.9."""
+class Polynomial(_WithoutDecayEpochs):
+    """final + (base - final) * (1 - progress)^power; nnU-Net uses a power of 0.9."""
 
     def __init__(self, run: LRScheduleConfig, power: float = 0.9, final: float = 0.0) -> None:
         super().__init__(run)
         self._power, self._final = power, final
 
     def after_warm_up(self, epoch: int) -> float:
-        base = self._run.learning_rate
+        base = self.run.learning_rate
         return self._final + (base - self._final) * (1 - self.progress(epoch)) ** self._power
 
 
-class Plateau(_AfterWarmUp):
-    """Multiplies the rate with `factor` after more than `patience` evaluations without progress; not in the warm-up.
+class Plateau(_WithoutDecayEpochs):
+    """Multiplies the rate by `factor` after more than `patience` evaluations without improvement after the warm-up.
 
-    A callback as well: it hears of every evaluation, whose scores are those of all ranks. The rule is torch's
-    ReduceLROnPlateau; its state is in the run's records.
+    The rule is torch's ReduceLROnPlateau; its state is kept in `callback_state`.
 
     Args:
-        metric: "mean_dice" or "loss", of the evaluation.
-        mode: "max" where more is better, "min" where less is; None: what the metric's nature says.
-        threshold: progress is more than this, relative to the best.
+        metric: "mean_dice" or "loss" of the evaluation.
+        mode: "max" or "min"; None: the metric's natural direction.
+        threshold: an improvement is larger than this, relative to the best.
+        min_rate: the rate never falls below this.
     """
 
     NAME = "plateau"
@@ -92,28 +152,48 @@ class Plateau(_AfterWarmUp):
         min_rate: float = 0.0,
     ) -> None:
         super().__init__(run)
-        self._metric, better = metric, mode_of("--lr_schedule plateau", metric, mode)
-        # An optimizer of its own: the rate of the run's follows from the epoch alone.
+        self._metric, mode = metric, mode_of("--lr_schedule plateau", metric, mode)
+        # An optimizer of its own: the rate of the run's optimizer is set anew for each epoch.
         self._carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=run.learning_rate)
         try:
-            self._rule = ReduceLROnPlateau(self._carrier, better, factor, patience, threshold, min_lr=min_rate)
+            self._rule = ReduceLROnPlateau(
+                self._carrier, mode=mode, factor=factor, patience=patience, threshold=threshold, min_lr=min_rate
+            )
         except (ValueError, TypeError) as error:
             raise UserError(f"--lr_schedule plateau: {error}") from None
-        if kept := run.records.get(self.NAME):
+        if kept := run.callback_state.get(self.NAME):
             self._rule.load_state_dict(kept["rule"])
             self._carrier.param_groups[0]["lr"] = kept["rate"]
 
     def after_warm_up(self, epoch: int) -> float:
         return float(self._carrier.param_groups[0]["lr"])
 
-    def on(self, event: Event, state: TrainState) -> None:
-        if not isinstance(event, EvaluationStopped) or event.epoch <= self._run.lr_warmup_epochs:
+    def on_evaluation_end(self, result: EvaluationStopped) -> None:
+        if result.epoch <= self.run.lr_warmup_epochs:
             return
-        # torch compares with NaN, which is never better, and so counts it as no progress.
-        self._rule.step(METRICS[self._metric](event))
-        state.records[self.NAME] = {"rule": _plain(self._rule.state_dict()), "rate": self.after_warm_up(0)}
+        # torch finds NaN never better than the best, and so counts it as no improvement.
+        self._rule.step(METRICS[self._metric](result))
+        state = self._rule.state_dict().items()
+        # Without what a checkpoint cannot hold.
+        rule = {key: value for key, value in state if isinstance(value, bool | int | float | str | list)}
+        self.run.callback_state[self.NAME] = {"rule": rule, "rate": self.after_warm_up(result.epoch)}
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what a checkpoint cannot hold."""
-    return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | list)}
+LR_SCHEDULES: registry.Table[LRSchedule] = {
+    "multistep": MultiStep,
+    "cosine": Cosine,
+    "polynomial": Polynomial,
+    "plateau": Plateau,
+}
+
+
+def build_lr_schedule(spec: str, run: LRScheduleConfig) -> LRSchedule:
+    """The schedule that `--lr_schedule` names.
+
+    Raises:
+        UserError: an unknown name or argument, or an object that is not an `LRSchedule`.
+    """
+    schedule = registry.build(registry.Spec(spec, trusted=True), LR_SCHEDULES, "--lr_schedule", run=run)
+    if not isinstance(schedule, LRSchedule):
+        raise UserError(f"--lr_schedule {spec}: must derive from runtime.lr_schedule.LRSchedule")
+    return schedule

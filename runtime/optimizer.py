@@ -1,89 +1,19 @@
-"""Optimizers by name, and the learning rate as a function of the epoch."""
+"""Optimizers by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from common import registry
-
 # Where every PyTorch build has fused optimizers.
 FUSED_DEVICES = ("cpu", "cuda")
 # FusedLAMB's defaults.
 LAMB_EPSILON = 1e-6
 LAMB_MAX_GRAD_NORM = 1.0
-
-
-def learning_rate(
-    epoch: int,
-    base: float,
-    initial: float = 1e-4,
-    warmup_epochs: int = 0,
-    decay_epochs: Sequence[int] = (),
-    decay_factor: float = 1.0,
-) -> float:
-    """The rate of a whole epoch, counted from 1.
-
-    Warm-up: initial + (base - initial) * epoch / warmup_epochs up to and including epoch `warmup_epochs`. After it
-    MultiStepLR, stepped at each epoch's end: base * factor^(decay epochs that have ended before this epoch). A decay
-    epoch inside the warm-up counts from the warm-up's end (the MLPerf reference silently loses it).
-    """
-    if epoch <= warmup_epochs:
-        return warm_up_rate(epoch, base, initial, warmup_epochs)
-    return base * decay_factor ** sum(decay < epoch for decay in decay_epochs)
-
-
-def warm_up_rate(epoch: int, base: float, initial: float, warmup_epochs: int) -> float:
-    """initial + (base - initial) * epoch / warmup_epochs, for an epoch up to and including `warmup_epochs`."""
-    return initial + (base - initial) * epoch / warmup_epochs
-
-
-LRSchedule = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class LRScheduleConfig:
-    """What a schedule is made with: the flags of the same names, and the run's records (see `TrainState`)."""
-
-    learning_rate: float
-    init_learning_rate: float
-    lr_warmup_epochs: int
-    lr_decay_epochs: tuple[int, ...]
-    lr_decay_factor: float
-    epochs: int
-    records: dict[str, dict[str, Any]]
-
-
-def multistep(run: LRScheduleConfig) -> LRSchedule:
-    """MLPerf's: constant after the warm-up, times `--lr_decay_factor` after each of `--lr_decay_epochs`."""
-    return partial(
-        learning_rate,
-        base=run.learning_rate,
-        initial=run.init_learning_rate,
-        warmup_epochs=run.lr_warmup_epochs,
-        decay_epochs=run.lr_decay_epochs,
-        decay_factor=run.lr_decay_factor,
-    )
-
-
-# One that follows the run's scores is a callback too.
-SCHEDULES: registry.Table[LRSchedule] = {
-    "multistep": multistep,
-    "cosine": "runtime.lr_schedule:Cosine",
-    "polynomial": "runtime.lr_schedule:Polynomial",
-    "plateau": "runtime.lr_schedule:Plateau",
-}
-
-
-def build_lr_schedule(spec: str, settings: LRScheduleConfig) -> LRSchedule:
-    """What `--lr_schedule` names: the rate of each epoch, counted from 1. Raises UserError for an unknown one."""
-    return registry.build(registry.Spec(spec, trusted=True), SCHEDULES, "--lr_schedule", run=settings)
 
 
 def make_optimizer(
@@ -94,9 +24,15 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """`sgd` (Nesterov), `adam`, or `lamb` (NVIDIA apex's FusedLAMB where it is installed, else `Lamb`)."""
+    """`sgd` (with Nesterov momentum), `adam`, or `lamb` (NVIDIA apex's FusedLAMB if installed, else `Lamb`).
+
+    Args:
+        momentum: of sgd.
+        betas: of adam and lamb.
+        weight_decay: L2 penalty; decoupled for lamb.
+    """
     parameters = list(parameters)
-    # One kernel for all parameters; with a loss scaler it also skips a step without the host's looking.
+    # One kernel for all parameters; with a loss scaler it also skips a step without a host sync.
     fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     if name == "sgd":
         # Nesterov without momentum is plain SGD, and torch refuses the pair.
@@ -115,10 +51,10 @@ def make_optimizer(
 
 
 def _apex_fused_lamb() -> Callable[..., torch.optim.Optimizer] | None:
-    """NVIDIA apex's FusedLAMB, or None. The `apex` on PyPI is another program: look for the class itself."""
+    """NVIDIA apex's FusedLAMB, or None. The `apex` on PyPI is a different program, so the class itself is looked up."""
     try:
         from apex.optimizers import FusedLAMB
-    except Exception:  # the other apex fails in its own ways, a broken build with ImportError or OSError
+    except Exception:  # the other apex fails in ways of its own, a broken build with ImportError or OSError
         return None
     fused: Callable[..., torch.optim.Optimizer] = FusedLAMB
     return fused
@@ -149,7 +85,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step; `closure` may recompute the loss, which is returned."""
+        """Takes one step; `closure`, if given, recomputes the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,7 +94,7 @@ class Lamb(torch.optim.Optimizer):
         if not grads:
             return loss
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
-        # A tensor, never a number: reading it would make the host wait for the device.
+        # A tensor, not a Python number: reading it would make the host wait for the device.
         clip = (norm / LAMB_MAX_GRAD_NORM).clamp(min=1.0)
         for group in self.param_groups:
             for p in group["params"]:

@@ -1,4 +1,4 @@
-"""What is known of a run before anything is built or any volume is touched: data set, schedule, division, seeds."""
+"""Facts known before a run: data set, checkpoint, schedule, division, seeds. Nothing is built, no volume is read."""
 
 from __future__ import annotations
 
@@ -26,42 +26,52 @@ from runtime.seeding import Seeds, draw_seeds
 EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What is known of a run before anything is built or any volume is touched.
+    """Facts known before a run.
 
     Attributes:
+        dataset: the data set's constants.
         split: case ids by subset.
-        data: digest of the data set and its split.
-        loaded: the checkpoint to go on from, if any.
-        steps, capped: of `EpochSampler`.
-        done: why nothing is left to train, "" where something is.
-        reasons: what makes it an open one.
+        data_digest: of the data set and its split.
+        loaded: the checkpoint to continue from, if any.
+        done: why nothing is left to train; "" if something is.
+        fixed_batches: micro-batches of this rank per epoch with `--steps_per_epoch`; None: one pass over the data.
+        pseudo_labels: the cap on pseudo-labelled cases in a batch.
+        samples_per_epoch: over all ranks.
+        violations: the closed division's rules that this run does not follow.
+        division: "closed" or "open".
     """
 
-    spec: DatasetSpec
+    config: RunConfig
+    world: World
+    dataset: DatasetSpec
     split: dict[str, list[str]]
-    data: str
+    data_digest: str
     loaded: Checkpoint | None
     done: str
-    steps: int | None
-    capped: PseudoLabelCap
+    fixed_batches: int | None
+    pseudo_labels: PseudoLabelCap
     schedule: EvalSchedule
     samples_per_epoch: int
-    reasons: list[str]
+    violations: list[str]
     division: str
     seeds: Seeds
     precision: Precision
 
 
-def plan_run(config: RunConfig, world: World) -> RunSpec:
-    """Raises UserError where the flags, the data set and a checkpoint do not go together."""
-    spec, split = open_split(config)
-    data = split_digest(config.data_dir, split)
-    loaded = find_state(config, data, world)
-    capped = PseudoLabelCap(*pseudo_share(config.data_dir))
-    steps = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
-    batches = steps or batches_per_epoch(len(split["train"]), config.batch_size, world.size, capped)
+def make_run_spec(config: RunConfig, world: World) -> RunSpec:
+    """Reads the data set's index and the checkpoint, and settles what follows from them.
+
+    Raises:
+        UserError: the flags, the data set and the checkpoint do not fit together.
+    """
+    dataset, split = read_dataset(config)
+    data_digest = split_digest(config.data_dir, split)
+    loaded = find_checkpoint(config, data_digest, world)
+    pseudo_labels = PseudoLabelCap(*pseudo_share(config.data_dir))
+    fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
+    batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, world.size, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * world.size
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not split["evaluation"]:
@@ -69,35 +79,48 @@ def plan_run(config: RunConfig, world: World) -> RunSpec:
     done = resume.is_done(loaded, schedule, config.quality_threshold) if loaded else ""
     if not done:
         schedule.check(batches, config.ga_steps, config.warmup_steps if config.benchmark else None)
-    others = (
-        [RuleViolation("training cases", f"with {capped.count} pseudo-labelled", "MLPerf's")] if capped.count else []
-    )
-    others += [RESUMED] if loaded and config.resume else []
-    asked = dataclasses.replace(config, division="auto") if done else config
-    division, reasons = settle_division(asked, spec.name, split, evaluation_ids(), schedule, samples_per_epoch, others)
-    if not (reasons or done):
-        note(expected_length(config, world.size))
-    seeds = draw_seeds(loaded.seed if loaded and config.seed < 0 and loaded.seed is not None else config.seed, world)
-    precision = choose_precision(config.amp, config.amp_dtype, world.device)
-    return RunSpec(
-        spec,
+    other_violations = []
+    if pseudo_labels.count:
+        other_violations.append(
+            RuleViolation("training cases", f"with {pseudo_labels.count} pseudo-labelled", "MLPerf's")
+        )
+    if loaded and config.resume:
+        other_violations.append(RESUMED)
+    division, violations = settle_division(
+        dataclasses.replace(config, division="auto") if done else config,
+        dataset.name,
         split,
-        data,
-        loaded,
-        done,
-        steps,
-        capped,
+        evaluation_ids(),
         schedule,
         samples_per_epoch,
-        reasons,
-        division,
-        seeds,
-        precision,
+        other_violations,
+    )
+    if not (violations or done):
+        note(expected_length(config, world.size))
+    seed = config.seed
+    if loaded and loaded.seed is not None and config.seed < 0:
+        seed = loaded.seed
+    return RunSpec(
+        config=config,
+        world=world,
+        dataset=dataset,
+        split=split,
+        data_digest=data_digest,
+        loaded=loaded,
+        done=done,
+        fixed_batches=fixed_batches,
+        pseudo_labels=pseudo_labels,
+        schedule=schedule,
+        samples_per_epoch=samples_per_epoch,
+        violations=violations,
+        division=division,
+        seeds=draw_seeds(seed, world),
+        precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
 
 
-def open_split(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """The data set's constants and case ids; volumes stay closed until the clock runs."""
+def read_dataset(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
+    """The data set's constants and its case ids by subset; volumes stay closed until the clock runs."""
     if config.loader == "synthetic" and config.exec_mode == "train":
         return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
     return read_spec_and_split(config.data_dir, evaluation_ids())
@@ -108,22 +131,26 @@ def evaluation_ids() -> list[str]:
     return EVALUATION_CASES.read_text(encoding="utf-8").split()
 
 
-def find_state(config: RunConfig, data: str, world: World) -> Checkpoint | None:
+def find_checkpoint(config: RunConfig, data_digest: str, world: World) -> Checkpoint | None:
     """Returns the checkpoint to continue from, if any."""
     own = checkpoint_path(config) if config.resume else None
     loaded = resume.find(own, next(iter(config.load_ckpt_path), None), world)
     if loaded is not None:
-        note(resume.describe(loaded, resume.changes(loaded, config.to_json(), data)))
+        note(resume.describe(loaded, resume.changes(loaded, config.to_json(), data_digest)))
     elif config.resume:
-        note(f"--resume: {own} is not there yet, starting from the beginning")
+        note(f"--resume: {own} does not exist yet, starting from the beginning")
     return loaded
 
 
-def leave_done(config: RunConfig, plan: RunSpec) -> int:
-    """Nothing is left to train: well where a launcher starts again and again, a mistake where a file was named."""
-    assert plan.loaded is not None
-    told = f"{plan.loaded.path} {plan.done}"
-    if not config.resume:
-        raise UserError(f"--load_ckpt_path {told}; use larger --epochs or another --quality_threshold")
-    logger.info(f"nothing left to do: {told}")
+def leave_done(run: RunSpec) -> int:
+    """Ends a run that has nothing left to train: fine with `--resume` (launchers restart), a mistake otherwise.
+
+    Raises:
+        UserError: the checkpoint was named by `--load_ckpt_path`.
+    """
+    assert run.loaded is not None
+    finding = f"{run.loaded.path} {run.done}"
+    if not run.config.resume:
+        raise UserError(f"--load_ckpt_path {finding}; use larger --epochs or another --quality_threshold")
+    logger.info(f"nothing left to do: {finding}")
     return 0

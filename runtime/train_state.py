@@ -18,22 +18,22 @@ class Stop:
     exit_status: int = 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
-    """What training changes; a checkpoint holds all of it.
+    """What training changes; a checkpoint holds all of it, except the gradients' norm.
 
     Attributes:
-        network: the bare network; `model` is it, wrapped for gradient averaging.
-        epoch: the last one that was completed.
+        network: the bare network.
+        model: the network, wrapped for gradient averaging where there are several ranks.
+        epoch: the last completed epoch, 0 before the first.
         step: optimizer steps of the run so far.
-        batch: micro-batches of the next epoch that are done, up to the last whole step.
-        loss_sum: of those, this rank's losses: a scalar on the device; None where `batch` is 0.
-        evaluated: the last epoch with an evaluation behind it.
-        gradient_norm: of the last step, a scalar on the device; no checkpoint needs it.
-        best_epoch, best_dice, best_network: of the best evaluation yet, the weights on the host.
-        stop: why the run must end; None: go on.
-        records: what callbacks and schedules must know again after a resume, by their names: plain Python, and alike
-            on all ranks as far as decisions follow from it.
+        batch: micro-batches of the next epoch that are done, up to its last whole step.
+        loss_sum: the sum of this rank's losses over those micro-batches, a scalar on the device; None if `batch` is 0.
+        evaluated: the last epoch after which the network was evaluated.
+        gradient_norm: of the last step, a scalar on the device.
+        best_epoch, best_dice, best_network: the best evaluation so far; the weights are on the host.
+        callback_state: what callbacks and learning-rate schedules need again after a resume, by their names: plain
+            Python, and equal on all ranks where decisions depend on it.
     """
 
     network: nn.Module
@@ -49,5 +49,4 @@ class TrainState:
     best_epoch: int = 0
     best_dice: float = -1.0
     best_network: dict[str, Tensor] | None = None
-    stop: Stop | None = None
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,13 +1,15 @@
-"""The training loop: train is the outline, train_epoch an epoch, train_step one micro-batch.
+"""The training loop: `train` is a run's epochs, `train_epoch` one epoch, `finish_step` what follows a step's numbers.
 
-The host waits for the device once an epoch, when the mean loss is read; what it reads of a step has arrived by then.
+A run ends by a returned `Stop`; every rank returns the same one. The host waits for the device once per epoch, when the
+mean loss is read; a step's numbers have arrived by the time they are read.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from common.errors import Interrupted, UserError
+from common.errors import DIVERGED_EXIT, Interrupted, UserError
 from data_loading.pytorch_loader import Batch, TrainingLoader, is_of_worker, lost_worker
+from runtime.callbacks.base import Callback
+from runtime.checkpoint.writer import CheckpointWriter
 from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World, without_communication
 from runtime.eval_schedule import EvalSchedule
@@ -32,16 +36,28 @@ from runtime.logging.events import (
     RunStopped,
     StepEnd,
 )
+from runtime.lr_schedule import LRSchedule
 from runtime.memory_format import MEMORY_FORMATS
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
 from runtime.seeding import seed_step
 from runtime.train_state import Stop, TrainState
 
+# Below this mean Dice the network predicts nothing at all: MLPerf's reference calls the run diverged.
+DIVERGED_DICE = 1e-6
+# The report of a divergence is one line.
+NAMED_RANKS = 4
 
-@dataclass(frozen=True)
-class StepSettings:
-    """How a micro-batch is computed; `seed` is this rank's, of whatever network and objective draw."""
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How the loss of a micro-batch is computed.
+
+    Attributes:
+        ga_steps: micro-batches accumulated into one optimizer step.
+        layout: "NCDHW" or "NDHWC", the memory order of the images.
+        seed: this rank's, for what the network and the objective draw.
+    """
 
     loss: nn.Module
     precision: Precision
@@ -51,155 +67,257 @@ class StepSettings:
     objective: Objective = plain
 
 
-Emit = Callable[[Event], None]
+@dataclass(frozen=True, kw_only=True)
+class TrainLoop:
+    """The parts of a run that the loop drives; what they change is in `TrainState`.
+
+    Attributes:
+        evaluate: scores the evaluation cases after an epoch; every rank must call it.
+        emit: reports an event to the trackers.
+        quality_threshold: mean Dice that ends the run with success.
+        first_rule_evaluation: the first epoch with an evaluation under MLPerf's rule. Before it, a score of zero may
+            only mean that the network has not found anything yet.
+    """
+
+    loader: TrainingLoader
+    schedule: EvalSchedule
+    learning_rate: LRSchedule
+    step: StepConfig
+    evaluate: Callable[[int], EvaluationStopped]
+    callbacks: Sequence[Callback]
+    checkpoints: CheckpointWriter
+    step_sync: StepSync
+    world: World
+    emit: Callable[[Event], None]
+    quality_threshold: float
+    first_rule_evaluation: int = 1
 
 
-def train(
-    state: TrainState,
-    loader: TrainingLoader,
-    schedule: EvalSchedule,
-    learning_rate: Callable[[int], float],
-    settings: StepSettings,
-    evaluate: Callable[[int], EvaluationStopped],
-    world: World,
-    step_sync: StepSync,
-    emit: Emit,
-) -> Stop:
-    """Trains on from the state, until the schedule ends, a callback sets `state.stop`, or a signal asks to leave.
+def train(state: TrainState, loop: TrainLoop) -> Stop:
+    """Trains on from the state until the schedule ends or something stops the run; the log is closed in any case.
 
-    Whatever ends it, the log is closed.
+    Raises:
+        UserError: a worker process of the loader died.
     """
     started = time.perf_counter()
 
-    def close(stop: Stop) -> Stop:
-        emit(RunStopped(stop.status, stop.reason, state.epoch, time.perf_counter() - started))
+    def close_log(stop: Stop) -> Stop:
+        loop.emit(RunStopped(stop.status, stop.reason, state.epoch, time.perf_counter() - started))
         return stop
 
-    def score() -> None:
-        if schedule.evaluates(state.epoch) and state.evaluated < state.epoch and not state.stop:
-            event = evaluate(state.epoch)
-            state.evaluated = state.epoch
-            emit(event)
-
     try:
-        score()  # of an epoch that an earlier process ended with
-        for first, last in schedule.blocks(state.epoch + 1):
-            if state.stop:
-                break
-            emit(BlockStarted(first, last - first + 1))
-            for epoch in range(first, last + 1):
-                if state.stop:
-                    break
-                train_epoch(state, epoch, loader, learning_rate(epoch), settings, world, step_sync, emit)
-            score()
-            emit(BlockStopped(first, max(1, state.epoch - first + 1)))
-    except Interrupted as leaving:
-        state.stop = Stop("aborted", str(leaving), leaving.exit_status)
+        return close_log(train_to_the_end(state, loop))
+    except Interrupted as signalled:  # raised inside an evaluation, which no rank can finish without the others
+        return close_log(stop_at_signal(signalled))
     except BaseException as error:
-        is_lost = isinstance(error, RuntimeError) and world.lost_another(error)
-        # A loader worker's error holds that process's traceback; the cause is its last line.
-        told = " ".join(str(error).splitlines()[-1:])
-        close(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {told}"))
+        is_lost = isinstance(error, RuntimeError) and loop.world.lost_another(error)
+        # A loader worker's error carries that process's traceback; the cause is its last line.
+        last_line = " ".join(str(error).splitlines()[-1:])
+        close_log(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"))
         if isinstance(error, RuntimeError) and is_of_worker(error):
             raise UserError(lost_worker(error, "a step was computed")) from error
         raise
-    return close(state.stop or Stop("aborted", f"the target was not reached in {schedule.epochs} epochs"))
 
 
-def train_epoch(
-    state: TrainState,
-    epoch: int,
-    loader: TrainingLoader,
-    rate: float,
-    settings: StepSettings,
-    world: World,
-    step_sync: StepSync,
-    emit: Emit,
-) -> None:
-    """The rest of one epoch from `state.batch` on, or up to the step at which a callback sets `state.stop`.
+def train_to_the_end(state: TrainState, loop: TrainLoop) -> Stop:
+    """The epochs up to each evaluation, and the evaluation, until something stops the run or no epochs are left."""
+    stop = evaluate_if_due(state, loop)  # after an epoch that an earlier process completed
+    stop = stop or first_stop(callback.on_train_start(state) for callback in loop.callbacks)
+    for first_epoch, last_epoch in loop.schedule.blocks(state.epoch + 1):
+        if stop:
+            break
+        loop.emit(BlockStarted(first_epoch, last_epoch - first_epoch + 1))
+        for epoch in range(first_epoch, last_epoch + 1):
+            stop = train_epoch(state, loop, epoch)
+            if stop:
+                break
+        stop = stop or evaluate_if_due(state, loop)
+        loop.emit(BlockStopped(first_epoch, max(1, state.epoch - first_epoch + 1)))
+    return stop or Stop("aborted", f"the target was not reached in {loop.schedule.epochs} epochs")
 
-    Micro-batches that no longer fill a step are left out, as the reference discards their gradients.
+
+def train_epoch(state: TrainState, loop: TrainLoop, epoch: int) -> Stop | None:
+    """The rest of one epoch, from `state.batch` on; returns why the run must end, or None.
+
+    Micro-batches that no longer fill a step are left out: the MLPerf reference discards their gradients.
     """
+    config, emit = loop.step, loop.emit
+    learning_rate = loop.learning_rate(epoch)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
     state.model.train()
     state.optimizer.zero_grad(set_to_none=True)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    batches = len(loader) - len(loader) % settings.ga_steps
-    emit(EpochStarted(epoch, rate, batches))
+    batches = len(loop.loader) - len(loop.loader) % config.ga_steps
+    emit(EpochStarted(epoch, learning_rate, batches))
     started = time.perf_counter()
-    total = torch.zeros((), device=world.device) if state.loss_sum is None else state.loss_sum.to(world.device)
-    step_losses: list[Tensor] = []
     samples = 0
-    rest = itertools.islice(loader.epoch(epoch, state.batch), batches - state.batch)
-    for index, batch in enumerate(rest, state.batch):
-        is_last = (index + 1) % settings.ga_steps == 0
+    device = loop.world.device
+    loss_sum = torch.zeros((), device=device) if state.loss_sum is None else state.loss_sum.to(device)
+    step_losses: list[Tensor] = []
+
+    micro_batches = itertools.islice(loop.loader.epoch(epoch, state.batch), batches - state.batch)
+    for index, batch in enumerate(micro_batches, state.batch):
         emit(PhaseEnd("data"))
-        seed_step(settings.seed, epoch, index)
-        step_losses.append(train_step(state, batch, settings, is_last, lambda phase: emit(PhaseEnd(phase))))
-        total = total + step_losses[-1]
+        completes_step = (index + 1) % config.ga_steps == 0
+        seed_step(config.seed, epoch, index)
+        # Gradients accumulate in the parameters; the ranks average them once per step, in its last backward pass.
+        loss = forward_backward(state, batch, config, communicate=completes_step)
+        emit(PhaseEnd("forward and backward"))
+        if completes_step:
+            gradient_norm = state.gradient_norm = optimizer_step(state)
         samples += len(batch["image"])
+        loss_sum = loss_sum + loss
+        step_losses.append(loss)
         emit(MicroBatchEnd(epoch, index, len(batch["image"])))
-        if is_last:
-            state.step, state.batch, state.loss_sum = state.step + 1, index + 1, total
-            for event in _beat(step_sync, state, epoch, index, torch.stack(step_losses).mean()):
-                emit(event)
+        if completes_step:
+            state.step, state.batch, state.loss_sum = state.step + 1, index + 1, loss_sum
+            mean_loss = torch.stack(step_losses).mean()
             step_losses.clear()
-            if state.stop:
-                return
-    for event in step_sync.drain():
-        emit(event)
-    if state.stop:
-        return
-    # The epoch's one host sync: the mean loss over batches and ranks.
-    loss = (world.sum(total) / (batches * world.size)).item()
+            for step in loop.step_sync.submit(
+                epoch=epoch,
+                batch=index,
+                loss=mean_loss,
+                gradient_norm=gradient_norm,
+                loss_scale=loss_scale(state.scaler),
+            ):
+                if stop := finish_step(state, loop, step):
+                    return stop
+    for step in loop.step_sync.drain():
+        if stop := finish_step(state, loop, step):
+            return stop
+
+    result = EpochStopped(
+        epoch=epoch,
+        # The epoch's one host sync: the mean loss over batches and ranks.
+        loss=(loop.world.sum(loss_sum) / (batches * loop.world.size)).item(),
+        learning_rate=learning_rate,
+        samples=samples * loop.world.size,
+        seconds=time.perf_counter() - started,
+    )
     state.epoch, state.batch, state.loss_sum = epoch, 0, None
-    emit(EpochStopped(epoch, loss, rate, samples * world.size, time.perf_counter() - started))
+    emit(result)
+    stop = first_stop(callback.on_epoch_end(result, state) for callback in loop.callbacks)
+    if loop.checkpoints.is_due_after_epoch(epoch):
+        loop.checkpoints.save(state)
+    return stop
 
 
-def _beat(step_sync: StepSync, state: TrainState, epoch: int, batch: int, loss: Tensor) -> Iterator[StepEnd]:
-    norm = loss if state.gradient_norm is None else state.gradient_norm
-    return step_sync.submit(epoch, batch, loss, norm, loss_scale(state.scaler))
-
-
-def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
-    """The scale, a scalar on the device; None without one. `get_scale` would make the host wait."""
-    return scaler._get_scale_async() if scaler.is_enabled() else None
-
-
-def train_step(
-    state: TrainState,
-    batch: Batch,
-    settings: StepSettings,
-    is_last: bool,
-    done: Callable[[str], None] = lambda phase: None,
-) -> Tensor:
-    """Forward and backward of one micro-batch; with the last of its group, the step and its only all-reduce.
+def forward_backward(state: TrainState, batch: Batch, config: StepConfig, *, communicate: bool) -> Tensor:
+    """Adds a micro-batch's share of the step's gradients to the parameters.
 
     Args:
-        done: told of the phase that has ended.
+        communicate: average the gradients over the ranks (the one all-reduce of a step).
 
     Returns:
         The loss, a scalar that stays on the device.
     """
-    device = settings.precision.device
-    image = batch["image"].to(device, non_blocking=True, memory_format=MEMORY_FORMATS[settings.layout])
+    device = config.precision.device
+    image = batch["image"].to(device, non_blocking=True, memory_format=MEMORY_FORMATS[config.layout])
     label = batch["label"].to(device, non_blocking=True)
 
     def predict(images: Tensor) -> Tensor:
-        with settings.precision.autocast():
+        with config.precision.autocast():
             logits: Tensor = state.model(images)
         return logits
 
-    with nullcontext() if is_last else without_communication(state.model):
-        loss = settings.objective(state.network, predict, settings.loss, image, label)
-        state.scaler.scale(loss / settings.ga_steps).backward()
-    done("forward and backward")
-    if is_last:
-        scale = loss_scale(state.scaler)
-        gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        state.gradient_norm = norm if scale is None else norm / scale
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+    with nullcontext() if communicate else without_communication(state.model):
+        loss = config.objective(state.network, predict, config.loss, image, label)
+        state.scaler.scale(loss / config.ga_steps).backward()
     return loss.detach()
+
+
+def optimizer_step(state: TrainState) -> Tensor:
+    """Updates the weights from the accumulated gradients and clears these.
+
+    Returns:
+        The gradients' norm, the loss scale divided out: a scalar that stays on the device.
+    """
+    scale = loss_scale(state.scaler)
+    norm = get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm if scale is None else norm / scale
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """The scale, a scalar on the device; None without a scaler. `get_scale` would make the host wait."""
+    return scaler._get_scale_async() if scaler.is_enabled() else None
+
+
+def finish_step(state: TrainState, loop: TrainLoop, step: StepEnd) -> Stop | None:
+    """Acts on a step's numbers once they have reached the host: on a GPU, one step later. The same on every rank."""
+    loop.emit(step)
+    stop = first_stop(callback.on_step_end(step, state) for callback in loop.callbacks)
+    if step.fault:  # the weights are spoilt: no checkpoint of them
+        return Stop("aborted", f"diverged: {describe_fault(loop, step)}", DIVERGED_EXIT)
+    if step.save:
+        loop.checkpoints.save(state)
+    if step.signal and not stop:
+        return stop_at_signal(Interrupted(step.signal))
+    return stop
+
+
+def describe_fault(loop: TrainLoop, step: StepEnd) -> str:
+    """Names the ranks whose loss is not finite, with their samples; all ranks where only the gradients are not.
+
+    Every rank must call it.
+    """
+    rank = loop.world.rank
+    samples = "; ".join(loop.loader.describe(step.epoch, step.batch))
+    reports = loop.world.gather((step.loss, f"rank {rank}: loss {step.loss:g} on {samples}"))
+    at_fault = [text for loss, text in reports if not math.isfinite(loss)] or [text for _, text in reports]
+    more = f" | and {len(at_fault) - NAMED_RANKS} more ranks" if len(at_fault) > NAMED_RANKS else ""
+    return (
+        f"epoch {step.epoch}, batch {step.batch}: gradient norm {step.gradient_norm:g}, loss scale "
+        f"{step.loss_scale:g}, {' | '.join(at_fault[:NAMED_RANKS])}{more}"
+    )
+
+
+def evaluate_if_due(state: TrainState, loop: TrainLoop) -> Stop | None:
+    """Scores the evaluation cases if the schedule asks for it; returns why the run must end, or None."""
+    if not loop.schedule.evaluates(state.epoch) or state.evaluated >= state.epoch:
+        return None
+    result = loop.evaluate(state.epoch)
+    state.evaluated = state.epoch
+    loop.emit(result)
+    stop = stop_for_score(result, loop, best_before=state.best_dice)
+    is_best = keep_if_best(state, result)
+    loop.learning_rate.on_evaluation_end(result)
+    asked = first_stop(callback.on_evaluation_end(result, state) for callback in loop.callbacks)
+    stop = stop or asked
+    if is_best and not (stop and stop.exit_status == DIVERGED_EXIT):
+        loop.checkpoints.save(state)
+    return stop
+
+
+def stop_for_score(result: EvaluationStopped, loop: TrainLoop, best_before: float) -> Stop | None:
+    """Success at the target; aborted when the score has fallen to nothing or is not a number."""
+    dice = result.mean_dice
+    if dice >= loop.quality_threshold:
+        return Stop("success", f"mean Dice {dice:.4f} reached {loop.quality_threshold}")
+    had_begun = best_before >= DIVERGED_DICE or result.epoch >= loop.first_rule_evaluation
+    if not math.isfinite(dice) or (dice < DIVERGED_DICE and had_begun):
+        return Stop("aborted", f"diverged: mean Dice {dice}", DIVERGED_EXIT)
+    return None
+
+
+def keep_if_best(state: TrainState, result: EvaluationStopped) -> bool:
+    """Copies the weights to the host if their mean Dice is the highest so far; whether it is."""
+    if not result.mean_dice > state.best_dice:
+        return False
+    state.best_dice, state.best_epoch = result.mean_dice, result.epoch
+    state.best_network = {
+        name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, tensor in state.network.state_dict().items()
+    }
+    return True
+
+
+def stop_at_signal(signalled: Interrupted) -> Stop:
+    return Stop("aborted", str(signalled), signalled.exit_status)
+
+
+def first_stop(stops: Iterable[Stop | None]) -> Stop | None:
+    """The first request to stop; every callback is called, whatever those before it returned."""
+    return next((stop for stop in list(stops) if stop), None)

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from runtime.distributed.world import World
 from runtime.logging.events import Calibrated
 from runtime.precision import Precision
 from runtime.train_state import TrainState
-from runtime.training import StepSettings, train_step
+from runtime.training import StepConfig, forward_backward, optimizer_step
 
 # A product large enough to reach the peak, small enough to take a second: 2 * size^3 operations.
 PEAK_SIZES = {"cuda": 8192, "cpu": 2048}
@@ -50,13 +51,14 @@ def dummy_batch(batch_size: int, channels: int, classes: int, shape: Sequence[in
     return {"image": image.to(device), "label": label.to(device)}
 
 
-def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: StepSettings, steps: int) -> None:
+def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: StepConfig, steps: int) -> None:
     """`steps` training steps, each with its evaluation of a batch of windows, that leave no trace in the state."""
     with preserve_state(state):
         for _ in range(steps):
             state.model.train()
             for part in range(settings.ga_steps):
-                train_step(state, batch, settings, is_last=part == settings.ga_steps - 1)
+                forward_backward(state, batch, settings, communicate=part == settings.ga_steps - 1)
+            optimizer_step(state)
             state.network.eval()
             with torch.inference_mode(), settings.precision.autocast():
                 state.network(window_batch["image"])
@@ -65,7 +67,7 @@ def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: Step
 
 
 def calibrate(
-    state: TrainState, build: Callable[[], nn.Module], batch: Batch, settings: StepSettings, world: World
+    state: TrainState, build: Callable[[], nn.Module], batch: Batch, settings: StepConfig, world: World
 ) -> Calibrated:
     """What `--benchmark`'s figures are compared with. Every rank must call it.
 
@@ -91,25 +93,19 @@ def peak_flops(precision: Precision) -> float:
     return 2 * size**3 / min(times[1:])
 
 
-def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepSettings, world: World) -> float:
+def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepConfig, world: World) -> float:
     """What averaging adds to a step, that is not hidden behind the backward pass: medians of steps with and without."""
     if world.size == 1:
         return 0.0
-    ends: list[float] = []
-
-    def backward_ended(phase: str) -> None:
-        synchronize(world.device)
-        ends.append(time.perf_counter())
-
     medians = []
     with preserve_state(state):
         for averages in (True, False):
             times = []
             for _ in range(REPETITIONS + 1):
-                synchronize(world.device)
-                started = time.perf_counter()
-                train_step(state, batch, settings, averages, backward_ended)
-                times.append(ends[-1] - started)
+                work = partial(forward_backward, state, batch, settings, communicate=averages)
+                times.append(seconds(work, world.device))
+                if averages:
+                    optimizer_step(state)
             medians.append(sorted(times[1:])[REPETITIONS // 2])
     return max(0.0, 1e3 * (medians[0] - medians[1]))
 

@@ -1,22 +1,24 @@
-"""`--callbacks 'early_stopping(patience=20)'`: ends a run that no longer makes progress."""
+"""`--callbacks 'early_stopping(patience=20)'`: ends a run that no longer improves."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from common.errors import UserError
-from runtime.callbacks.base import RunContext
+from runtime.callbacks.base import Callback, RunContext
 from runtime.callbacks.monitor import METRICS, is_better, mode_of
-from runtime.logging.events import BlockStarted, EvaluationStopped, Event
+from runtime.logging.events import EvaluationStopped
 from runtime.train_state import Stop, TrainState
 
 
-class EarlyStopping:
-    """Ends the run, as aborted, after `patience` evaluations in a row without progress; NaN is none.
+class EarlyStopping(Callback):
+    """Aborts the run after `patience` evaluations in a row without improvement; NaN is no improvement.
 
     Args:
-        patience: evaluations, at least 1.
-        min_delta: progress is more than this.
+        patience: number of evaluations, at least 1.
+        min_delta: a smaller change is no improvement.
         metric: "mean_dice" or "loss".
-        mode: "max" or "min"; None: as the metric's nature is.
+        mode: "max" or "min"; None: the metric's natural direction.
     """
 
     NAME = "early_stopping"
@@ -29,23 +31,29 @@ class EarlyStopping:
         metric: str = "mean_dice",
         mode: str | None = None,
     ) -> None:
-        who = "--callbacks early_stopping"
+        flag = "--callbacks early_stopping"
         if not isinstance(patience, int) or patience < 1 or not min_delta >= 0:
-            raise UserError(f"{who}: patience is a whole number from 1 on, min_delta a number from 0 on")
+            raise UserError(f"{flag}: patience must be a whole number of at least 1, min_delta at least 0")
         self._patience, self._min_delta = patience, min_delta
-        self._metric, self._mode = metric, mode_of(who, metric, mode)
+        self._metric, self._mode = metric, mode_of(flag, metric, mode)
 
-    def on(self, event: Event, state: TrainState) -> None:
-        record = state.records.setdefault(self.NAME, {"best": None, "epoch": 0, "stale": 0})
-        if isinstance(event, EvaluationStopped):
-            value = METRICS[self._metric](event)
-            if is_better(value, record["best"], self._mode, self._min_delta):
-                record.update(best=value, epoch=event.epoch, stale=0)
-            else:
-                record["stale"] += 1
-        # A block's start: a run that had ended so is resumed, and ends again at once.
-        if isinstance(event, EvaluationStopped | BlockStarted) and record["stale"] >= self._patience and not state.stop:
-            best = "none" if record["best"] is None else f"{record['best']:.4f} at epoch {record['epoch']}"
-            state.stop = Stop(
-                "aborted", f"no progress in {record['stale']} evaluations; the best {self._metric}: {best}"
-            )
+    def on_train_start(self, state: TrainState) -> Stop | None:
+        return self._stop(self._progress(state))  # a run that had ended so, and is resumed, ends again at once
+
+    def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> Stop | None:
+        progress = self._progress(state)
+        value = METRICS[self._metric](result)
+        if is_better(value, progress["best"], self._mode, self._min_delta):
+            progress.update(best=value, epoch=result.epoch, stale=0)
+        else:
+            progress["stale"] += 1
+        return self._stop(progress)
+
+    def _progress(self, state: TrainState) -> dict[str, Any]:
+        return state.callback_state.setdefault(self.NAME, {"best": None, "epoch": 0, "stale": 0})
+
+    def _stop(self, progress: dict[str, Any]) -> Stop | None:
+        if progress["stale"] < self._patience:
+            return None
+        best = "none" if progress["best"] is None else f"{progress['best']:.4f} at epoch {progress['epoch']}"
+        return Stop("aborted", f"no progress in {progress['stale']} evaluations; the best {self._metric}: {best}")

@@ -1,4 +1,4 @@
-"""What callbacks and schedules follow: an evaluation's number, and which way it gets better."""
+"""The metrics that callbacks and learning-rate schedules can monitor, and when a value is an improvement."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from runtime.logging.events import EvaluationStopped
 
 Mode = Literal["max", "min"]
 METRICS: dict[str, Callable[[EvaluationStopped], float]] = {
-    "mean_dice": lambda event: event.mean_dice,
-    "loss": lambda event: event.loss,
+    "mean_dice": lambda result: result.mean_dice,
+    "loss": lambda result: result.loss,
 }
 MODES: dict[str, Mode] = {"mean_dice": "max", "loss": "min"}
 
 
-def mode_of(who: str, metric: str, mode: str | None) -> Mode:
-    """The mode, "max" or "min"; the metric's own where it is None. Raises UserError for anything else."""
+def mode_of(flag: str, metric: str, mode: str | None) -> Mode:
+    """The mode, "max" or "min"; None selects the metric's natural direction.
+
+    Raises:
+        UserError: an unknown metric or mode.
+    """
     if metric not in METRICS:
-        raise UserError(f"{who}: metric={metric!r}; there is {', '.join(METRICS)}")
+        raise UserError(f"{flag}: unknown metric {metric!r}; available: {', '.join(METRICS)}")
     if mode not in (None, "max", "min"):
-        raise UserError(f"{who}: mode={mode!r}; it is 'max' or 'min'")
+        raise UserError(f"{flag}: mode={mode!r}; must be 'max' or 'min'")
     return MODES[metric] if mode is None else "max" if mode == "max" else "min"
 
 
 def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """Whether a value is better than the best yet (None: there is none) by more than `min_delta`; NaN never is."""
+    """Whether a value beats the best so far (None: there is none) by more than `min_delta`; NaN never does."""
     if not math.isfinite(value):
         return False
     if best is None:

@@ -1,4 +1,4 @@
-"""`--callbacks 'top_k(k=3)'`: keeps the checkpoints of the k best evaluations, and the last one beside them."""
+"""`--callbacks 'top_k(k=3)'`: keeps the checkpoints of the k best evaluations and of the last one."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from contextlib import suppress
 
 from common.errors import UserError
 from common.messages import logger
-from runtime.callbacks.base import RunContext
+from runtime.callbacks.base import Callback, RunContext
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.checkpoint.writer import save
-from runtime.logging.events import EvaluationStopped, Event
+from runtime.logging.events import EvaluationStopped
 from runtime.train_state import TrainState
 
 FOLDER = "top"
 
 
-class TopK:
-    """LOG_DIR/top/epoch_00012_0.8754.pth for each of the k best, LOG_DIR/top/last.pth for the last evaluation.
+class TopK(Callback):
+    """Writes LOG_DIR/top/epoch_00012_0.8754.pth for each of the k best evaluations, LOG_DIR/top/last.pth for the last.
 
-    Each file is a whole checkpoint, to evaluate, predict or start from. What is not a number is never kept, and no file
-    is deleted that this run has not written.
+    Each file is a whole checkpoint, to evaluate, predict or start from. A score that is not finite is never kept, and
+    only files that this run has written are deleted.
 
     Args:
-        k: how many, at least 1.
+        k: number of checkpoints, at least 1.
         metric: "mean_dice" or "loss".
-        mode: "max" or "min"; None: as the metric's nature is.
+        mode: "max" or "min"; None: the metric's natural direction.
     """
 
     NAME = "top_k"
 
     def __init__(self, run: RunContext, k: int = 3, metric: str = "mean_dice", mode: str | None = None) -> None:
         if not isinstance(k, int) or k < 1:
-            raise UserError(f"--callbacks top_k: k={k!r}; it is a whole number from 1 on")
+            raise UserError(f"--callbacks top_k: k={k!r}; must be a whole number of at least 1")
         self._k, self._metric, self._mode = k, metric, mode_of("--callbacks top_k", metric, mode)
         self._run = run
         self._folder = run.log_dir / FOLDER
 
-    def on(self, event: Event, state: TrainState) -> None:
-        if not isinstance(event, EvaluationStopped) or not self._run.world.is_main:
+    def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> None:
+        if not self._run.world.is_main:
             return
-        value = METRICS[self._metric](event)
-        kept: list[list[float | str]] = state.records.setdefault(self.NAME, {"kept": []})["kept"]
-        name = f"epoch_{event.epoch:05d}_{value:.4f}.pth"
-        # A resumed run does again what came after its checkpoint.
+        value = METRICS[self._metric](result)
+        kept: list[list[float | str]] = state.callback_state.setdefault(self.NAME, {"kept": []})["kept"]
+        name = f"epoch_{result.epoch:05d}_{value:.4f}.pth"
+        # A resumed run repeats what came after its checkpoint.
         ranked = [entry for entry in kept if (self._folder / str(entry[1])).exists() and entry[1] != name]
         if math.isfinite(value):
             ranked.append([value, name])
-        # Of equal ones the earlier: sorting keeps their order.
+        # Of equal scores the earlier one wins: sorting keeps their order.
         ranked.sort(key=lambda entry: float(entry[0]), reverse=self._mode == "max")
         kept[:] = ranked[: self._k]
         content = self._run.snapshot(state, [0.0] * self._run.world.size)

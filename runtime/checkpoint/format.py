@@ -103,7 +103,7 @@ def snapshot(
         "network": state.network.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "callback_state": copy.deepcopy(state.records),
+        "callback_state": copy.deepcopy(state.callback_state),
     }
     # The best network is on the host already, as a copy.
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}

@@ -172,8 +172,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
     state.loss_sum = torch.tensor(sums[rank]) if checkpoint.batch and rank < len(sums) else None
     state.best_epoch, state.best_dice = checkpoint.best_epoch, checkpoint.best_dice
     state.best_network = checkpoint.best if checkpoint.best_dice >= 0 else None
-    state.records.clear()
-    state.records.update(copy.deepcopy(checkpoint.callback_state))
+    state.callback_state.clear()
+    state.callback_state.update(copy.deepcopy(checkpoint.callback_state))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:

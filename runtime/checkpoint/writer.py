@@ -21,7 +21,6 @@ from common.files import replacing
 from common.messages import logger
 from runtime.checkpoint.format import read_step, write_archive
 from runtime.distributed.world import World
-from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
 from runtime.train_state import Stop, TrainState
 
 # For rank 0's last checkpoint; launchers kill a job sooner than this.
@@ -103,15 +102,6 @@ class CheckpointWriter:
             except OSError as error:
                 raise UserError(f"{_problem(error)}; the end of this run is lost") from None
         self._world.wait_for_main("saved", PATIENCE_S)
-
-    def on(self, event: Event, state: TrainState) -> None:
-        """Saves after events, until the training loop calls `save` itself."""
-        is_diverged = state.stop is not None and state.stop.exit_status == DIVERGED_EXIT
-        is_new_best = isinstance(event, EvaluationStopped) and state.best_epoch == event.epoch and not is_diverged
-        is_epoch = isinstance(event, EpochStopped) and self.is_due_after_epoch(event.epoch)
-        # A step with a fault has damaged the weights.
-        if is_new_best or is_epoch or (isinstance(event, StepEnd) and event.save and not event.fault):
-            self.save(state)
 
     def _copy(self, state: TrainState) -> dict[str, Any] | None:
         """A copy of the state on rank 0; None on the other ranks, without checkpoints, and for a damaged state.

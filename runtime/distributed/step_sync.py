@@ -1,8 +1,8 @@
-"""What the ranks tell one another at each step's end: wishes to save or to leave, and whether the numbers are sound.
+"""What the ranks agree on at the end of each step: requests to save or to stop, and whether the numbers are finite.
 
-All of it is one vector of a few numbers: reduced to the maximum over the ranks, copied to the host, and read there a
-step later, when it has long arrived. So the host never waits for work that the device could have begun, and every rank
-hears the same at the same step.
+All of it is one small vector, reduced to its maximum over the ranks, copied to the host, and read there one step later,
+when it has long arrived. So the host never waits for the device, and every rank acts on the same values at the same
+step.
 """
 
 from __future__ import annotations
@@ -23,66 +23,75 @@ MIN_LOSS_SCALE = 2.0**-14
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What this rank asks of all: to leave because of a signal (its number; 0: no), to save a checkpoint."""
+    """What this rank asks of all ranks: to stop because of a signal (its number; 0: none), to save a checkpoint."""
 
     signal: int = 0
     save: bool = False
 
 
 class StepSync:
-    """One beat a step.
+    """Called once per optimizer step.
 
     Args:
-        wishes: asked at each beat.
-        lag: beats from sending to hearing; None: 1 on a GPU, where the host would else wait for the step to end, and 0
-            on a CPU, where it has ended.
+        request: asked for this rank's request at each step.
+        lag: steps between submitting and reading; None: 1 on a GPU, where the host would otherwise wait for the step to
+            finish, and 0 on a CPU, where it has finished.
     """
 
-    def __init__(self, world: World, wishes: Callable[[], StepRequest] = StepRequest, lag: int | None = None) -> None:
+    def __init__(self, world: World, request: Callable[[], StepRequest] = StepRequest, lag: int | None = None) -> None:
         self._world = world
-        self._wishes = wishes
+        self._request = request
         self._lag = (1 if world.device.type == "cuda" else 0) if lag is None else lag
-        self._under_way: deque[tuple[int, int, Tensor, Callable[[], None]]] = deque()
+        self._in_flight: deque[tuple[int, int, Tensor, Callable[[], None]]] = deque()
 
     def submit(
-        self, epoch: int, batch: int, loss: Tensor, gradient_norm: Tensor, loss_scale: Tensor | None
+        self, *, epoch: int, batch: int, loss: Tensor, gradient_norm: Tensor, loss_scale: Tensor | None
     ) -> Iterator[StepEnd]:
-        """Sends this rank's vector and yields what has come back by now. Every rank must call it at every step.
+        """Sends this rank's vector and yields the steps that have arrived. Every rank must call it at every step.
 
         Args:
-            batch: of the epoch, the last one of the step.
+            batch: index in the epoch of the step's last micro-batch.
             loss, gradient_norm: scalars on the device.
-            loss_scale: of a loss scaler, under which an infinite gradient is no fault; None without one.
+            loss_scale: with a loss scaler, under which an infinite gradient is no fault; None without one.
         """
-        wishes = self._wishes()
+        request = self._request()
         if loss_scale is None:
             scale = torch.ones_like(loss)
             is_sound = loss.isfinite() & gradient_norm.isfinite()
         else:
             scale = loss_scale.to(loss.dtype).reshape(())
             is_sound = loss.isfinite() & (scale >= MIN_LOSS_SCALE)
-        # Filled on the device: a tensor made from numbers on the host would be a copy that waits.
-        asked = [torch.full_like(loss, float(value)) for value in (wishes.signal, wishes.save)]
-        agreed = self._world.max(torch.stack([*asked, 1 - is_sound.to(loss.dtype)]))
-        vector, arrived = _start_copy(torch.cat([agreed, torch.stack([loss, gradient_norm, scale])]))
-        self._under_way.append((epoch, batch, vector, arrived))
-        while len(self._under_way) > self._lag:
-            yield self._hear()
+        # Filled on the device: copying a tensor made from host numbers would wait.
+        requested = [torch.full_like(loss, float(value)) for value in (request.signal, request.save)]
+        agreed = self._world.max(torch.stack([*requested, 1 - is_sound.to(loss.dtype)]))
+        vector, wait = _start_copy(torch.cat([agreed, torch.stack([loss, gradient_norm, scale])]))
+        self._in_flight.append((epoch, batch, vector, wait))
+        while len(self._in_flight) > self._lag:
+            yield self._receive()
 
     def drain(self) -> Iterator[StepEnd]:
-        """Yields all that is still under way; waits for the device."""
-        while self._under_way:
-            yield self._hear()
+        """Yields every step still in flight; waits for the device."""
+        while self._in_flight:
+            yield self._receive()
 
-    def _hear(self) -> StepEnd:
-        epoch, batch, vector, arrived = self._under_way.popleft()
-        arrived()
+    def _receive(self) -> StepEnd:
+        epoch, batch, vector, wait = self._in_flight.popleft()
+        wait()
         signal, save, fault, loss, norm, scale = vector.tolist()
-        return StepEnd(epoch, batch, loss, norm, scale, int(signal), bool(save), bool(fault))
+        return StepEnd(
+            epoch=epoch,
+            batch=batch,
+            loss=loss,
+            gradient_norm=norm,
+            loss_scale=scale,
+            signal=int(signal),
+            save=bool(save),
+            fault=bool(fault),
+        )
 
 
 def _start_copy(vector: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """The vector on its way to the host, and what waits for it."""
+    """Starts copying the vector to the host; returns the copy and a function that waits for it."""
     if vector.device.type != "cuda":
         return vector, lambda: None
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)

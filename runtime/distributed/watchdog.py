@@ -24,7 +24,6 @@ from common.errors import RANK_LOST_EXIT, RankLost, complaint
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
-from runtime.train_state import TrainState
 
 BEAT_S = 2.0
 # A process that lives writes every two seconds, whatever its main thread does; a machine that swaps may take longer.
@@ -96,7 +95,7 @@ class Watchdog:
         if self._world.is_main:
             time.sleep(2 * BEAT_S)
 
-    def on(self, event: ev.Event, state: TrainState) -> None:
+    def on(self, event: ev.Event) -> None:
         """Marks progress, with where it was made."""
         if isinstance(event, ev.EpochStarted):
             self._mark(True, (event.epoch, 0, 0), f"epoch {event.epoch}, waiting for data")

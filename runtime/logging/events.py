@@ -5,9 +5,11 @@ Only `InitStarted` carries the whole configuration; the order of the events is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from common.messages import logger
 from runtime.arguments import RunConfig
 
 
@@ -229,3 +231,29 @@ class Tracker(Protocol):
     """Watches a run, on rank 0 alone. Returns nothing, so no tracker can change a run."""
 
     def on(self, event: Event) -> None: ...
+
+
+class EventDispatcher:
+    """Hands every event to the watchdog (on every rank), then to the trackers (rank 0; the other ranks have none).
+
+    A tracker failure is reported once; training goes on, and the tracker still receives the events that follow.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], watchdog: Tracker | None = None) -> None:
+        self._trackers = trackers
+        self._watchdog = watchdog
+        self._failed: set[int] = set()
+
+    def __call__(self, event: Event) -> None:
+        if self._watchdog is not None:
+            self._watchdog.on(event)
+        for tracker in self._trackers:
+            try:
+                tracker.on(event)
+            except Exception as error:
+                if id(tracker) not in self._failed:
+                    self._failed.add(id(tracker))
+                    cause = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+                    logger.warning(
+                        f"{type(tracker).__name__} failed ({cause}); its record may be incomplete, training goes on"
+                    )

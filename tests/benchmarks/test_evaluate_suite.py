@@ -57,7 +57,14 @@ def test_the_naive_way_scores_as_the_project_does(batch_size: int, tmp_path: Pat
 
 def test_the_suite_scores_as_kits19_is_scored() -> None:
     how = scoring(WINDOW, 4)
-    assert how == SlidingWindowConfig(WINDOW, 0.5, 4, len(KITS19.classes), KITS19.padding_value, KITS19.crops_remainder)
+    assert how == SlidingWindowConfig(
+        window=WINDOW,
+        overlap=0.5,
+        batch_size=4,
+        classes=len(KITS19.classes),
+        padding_value=KITS19.padding_value,
+        crops_remainder=KITS19.crops_remainder,
+    )
 
 
 def test_a_decided_network_leaves_no_voxel_near_a_tie_and_keeps_the_networks_part() -> None:

@@ -77,7 +77,7 @@ def test_a_step_without_a_choice_has_the_same_loss(choice: step.Choice) -> None:
 def test_switching_off_reaches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def spy(state: Any, batch: Any, settings: Any, is_last: bool) -> torch.Tensor:
+    def spy(state: Any, batch: Any, settings: Any, *, communicate: bool) -> torch.Tensor:
         seen.append(
             {
                 "layout": settings.layout,
@@ -89,7 +89,8 @@ def test_switching_off_reaches_what_it_names(monkeypatch: pytest.MonkeyPatch) ->
         )
         return torch.zeros(())
 
-    monkeypatch.setattr(step, "train_step", spy)
+    monkeypatch.setattr(step, "forward_backward", spy)
+    monkeypatch.setattr(step, "optimizer_step", lambda state: None)
     full = {"layout": "NDHWC", "fused_norm": True, "one_pass_loss": True, "fused_optimizer": True, "triton": True}
     for choice in CHOICES:
         make_step(Way(**choice.off), CPU, SMALL, 1)()

@@ -32,7 +32,9 @@ def _state() -> TrainState:
     optimizer = make_optimizer("sgd", network.parameters(), 0.1)
     network(torch.ones(1, 1, 8, 8, 8)).sum().backward()
     optimizer.step()
-    return TrainState(network, network, optimizer, torch.amp.GradScaler("cpu", enabled=False), epoch=3)
+    return TrainState(
+        network=network, model=network, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False), epoch=3
+    )
 
 
 def damaged_checkpoints(work_dir: Path, tries: int = 1000, seed: int = 0) -> Row:

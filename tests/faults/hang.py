@@ -14,7 +14,7 @@ import main
 from common.errors import run_program
 from runtime import training
 
-_step = training.train_step
+_step = training.forward_backward
 _steps = 0
 
 
@@ -29,5 +29,5 @@ def _hang(*arguments: Any, **named: Any) -> Any:
 
 
 if __name__ == "__main__":
-    training.train_step = _hang
+    training.forward_backward = _hang
     sys.exit(run_program(main.main, "main.py"))

@@ -15,8 +15,8 @@ from model.registry import build_network, check_window
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.callbacks.base import CALLBACKS
 from runtime.logging.trackers import TRACKERS
+from runtime.lr_schedule import LR_SCHEDULES
 from runtime.objective import make_objective, split_specs
-from runtime.optimizer import SCHEDULES
 from tests.integration.conftest import PROJECT
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.args"))
@@ -75,5 +75,9 @@ def test_its_names_exist_and_its_network_takes_its_windows(recipe: Path) -> None
     samples, mixing = split_specs(config.augment)
     make_augmentation(samples)
     make_objective(mixing, config.batch_size, config.compile)
-    for specs, table in ((config.callbacks, CALLBACKS), (config.trackers, TRACKERS), ([config.lr_schedule], SCHEDULES)):
+    for specs, table in (
+        (config.callbacks, CALLBACKS),
+        (config.trackers, TRACKERS),
+        ([config.lr_schedule], LR_SCHEDULES),
+    ):
         assert {spec.partition("(")[0] for spec in specs} <= set(table)

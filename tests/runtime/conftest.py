@@ -18,12 +18,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data_loading.pytorch_loader import Batch, TrainingLoader
+from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, parse_arguments
+from runtime.callbacks.base import Callback
+from runtime.checkpoint.writer import CheckpointWriter
+from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World
+from runtime.eval_schedule import EvalSchedule
+from runtime.logging.events import EvaluationStopped, StepEnd
+from runtime.lr_schedule import LRSchedule
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
-from runtime.train_state import TrainState
+from runtime.train_state import Stop, TrainState
+from runtime.training import StepConfig, TrainLoop, forward_backward, optimizer_step
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +121,64 @@ def make_state() -> Callable[..., TrainState]:
         torch.manual_seed(11)
         network = Unet3d(1, 3, filters=(3, 4))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return TrainState(network, network, make_optimizer(optimizer, network.parameters(), rate, **settings), scaler)
+        made = make_optimizer(optimizer, network.parameters(), rate, **settings)
+        return TrainState(network=network, model=network, optimizer=made, scaler=scaler)
 
     return make
+
+
+def train_step(state: TrainState, batch: Batch, config: StepConfig, is_last: bool) -> Tensor:
+    """One micro-batch as the training loop computes it: with the last of a step, the optimizer's step."""
+    loss = forward_backward(state, batch, config, communicate=is_last)
+    if is_last:
+        state.gradient_norm = optimizer_step(state)
+    return loss
+
+
+class RateOf(LRSchedule):
+    """A schedule that is any function of the epoch."""
+
+    def __init__(self, rate: Callable[[int], float]) -> None:
+        self.rate = rate
+
+    def __call__(self, epoch: int) -> float:
+        return self.rate(epoch)
+
+    def after_warm_up(self, epoch: int) -> float:
+        raise NotImplementedError
+
+
+class StopAt(Callback):
+    """Ends the run at the step whose last micro-batch this is."""
+
+    def __init__(self, batch: int | None, epoch: int | None = None) -> None:
+        self.batch, self.epoch = batch, epoch
+
+    def on_step_end(self, step: StepEnd, state: TrainState) -> Stop | None:
+        is_here = step.batch == self.batch and self.epoch in (None, step.epoch)
+        return Stop("aborted", "enough") if is_here else None
+
+
+def make_loop(loader: TrainingLoader, **parts: Any) -> TrainLoop:
+    """A training loop on one CPU rank, without evaluation, checkpoints or callbacks, except for the given parts."""
+    world = parts.get("world", World(0, 1, CPU))
+
+    def evaluate(epoch: int) -> EvaluationStopped:
+        raise AssertionError("no evaluation is due")
+
+    defaults: dict[str, Any] = {
+        "schedule": EvalSchedule(1, None, 1),
+        "learning_rate": RateOf(lambda epoch: 0.1),
+        "step": StepConfig(loss=DiceCELoss(), precision=Precision(CPU, None), ga_steps=1, layout="NCDHW"),
+        "evaluate": evaluate,
+        "callbacks": (),
+        "checkpoints": CheckpointWriter(world=world, snapshot=lambda state, sums: {}, write=None),
+        "step_sync": StepSync(world),
+        "world": world,
+        "emit": lambda event: None,
+        "quality_threshold": 0.908,
+    }
+    return TrainLoop(loader=loader, **(defaults | parts))
 
 
 class Batches:

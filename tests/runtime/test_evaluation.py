@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from data_loading.pytorch_loader import EvaluationCase
 from model.losses import DiceCELoss
 from model.metrics import dice_score
 from runtime.distributed.world import World
-from runtime.evaluation import CaseAssignment, SlidingWindowConfig, assign_cases, evaluate, score_cases
+from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig, assign_cases
 from runtime.inference import sliding_window
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
@@ -33,7 +34,7 @@ CROPPING = SlidingWindowConfig(
 )
 
 
-def made_up(case: str) -> EvaluationCase:
+def dummy_case(case: str) -> EvaluationCase:
     """A case whose shape and voxels follow from its name."""
     number = int(case.rpartition("_")[2])
     generator = torch.Generator().manual_seed(number)
@@ -55,26 +56,37 @@ def expected_scores(image: Tensor, label: Tensor) -> list[float]:
     return [DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()]
 
 
+def make_scorer(network: nn.Module, precision: Precision, **parts: Any) -> CaseScorer:
+    return CaseScorer(
+        **({"network": network, "loss": DiceCELoss(), "windows": SCORING, "precision": precision} | parts)
+    )
+
+
+def evaluate(
+    scorer: CaseScorer, cases: list[str], world: World, events: list[Event] | None = None
+) -> EvaluationStopped:
+    windows = [SCORING.windows(dummy_case(case).image.shape[2:]) for case in cases]
+    return Evaluator(
+        scorer=scorer,
+        assignment=CaseAssignment.make(cases, windows, world),
+        load_case=dummy_case,
+        world=world,
+        emit=(events if events is not None else []).append,
+    )(epoch=7)
+
+
 def score_all(cases: list[str], world: World, events: list[Event] | None = None) -> EvaluationStopped:
-    emit = (events if events is not None else []).append
-    network, precision = Thresholds(), Precision(world.device, None)
-    return evaluate(7, network, DiceCELoss(), plan(cases, world), made_up, SCORING, precision, world, emit)
+    return evaluate(make_scorer(Thresholds(), Precision(world.device, None)), cases, world, events)
 
 
-def plan(cases: list[str], world: World) -> CaseAssignment:
-    return CaseAssignment.make(cases, [SCORING.windows(made_up(case).image.shape[2:]) for case in cases], world)
-
-
-def score_case(
-    case: EvaluationCase, network: nn.Module, loss: nn.Module, scoring: SlidingWindowConfig, precision: Precision
-) -> Tensor:
-    (row,) = score_cases([case], network, loss, scoring, precision, World(0, 1, torch.device("cpu")))
+def score_case(case: EvaluationCase, scorer: CaseScorer) -> Tensor:
+    (row,) = scorer.score([case], World(0, 1, torch.device("cpu")))
     return row
 
 
 def test_a_cases_score_is_a_direct_computation(fp32: Precision) -> None:
-    case = made_up("case_00003")
-    row = score_case(case, Thresholds(), DiceCELoss(), SCORING, fp32)
+    case = dummy_case("case_00003")
+    row = score_case(case, make_scorer(Thresholds(), fp32))
     assert row.dtype == torch.float64
     assert row.device.type == "cpu"
     assert row.tolist() == pytest.approx(expected_scores(case.image, case.label), rel=1e-12)
@@ -84,20 +96,20 @@ def test_a_cases_score_is_a_direct_computation(fp32: Precision) -> None:
 
 @pytest.mark.parametrize(("case", "kept"), [("case_00000", slice(0, 8)), ("case_00001", slice(0, 10))])
 def test_the_references_crop_scores_the_kept_part_alone(case: str, kept: slice, fp32: Precision) -> None:
-    loaded = made_up(case)
+    loaded = dummy_case(case)
     # what is cut off is wrong on purpose: it must not count
     loaded.label[:, :, kept.stop :] = 2
-    row = score_case(loaded, Thresholds(), DiceCELoss(), CROPPING, fp32)
+    row = score_case(loaded, make_scorer(Thresholds(), fp32, windows=CROPPING))
     image, label = loaded.image[:, :, kept], loaded.label[:, :, kept]
     logits = sliding_window(image, Thresholds(), CROPPING.window, CROPPING.overlap, CROPPING.padding_value)
     assert row.tolist() == pytest.approx([DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()])
 
 
 def test_without_the_crop_every_voxel_counts(fp32: Precision) -> None:
-    loaded = made_up("case_00000")
+    loaded = dummy_case("case_00000")
     loaded.label[:, :, 8:] = 2
-    whole = score_case(loaded, Thresholds(), DiceCELoss(), replace(CROPPING, crops_remainder=False), fp32)
-    cropped = score_case(loaded, Thresholds(), DiceCELoss(), CROPPING, fp32)
+    whole = score_case(loaded, make_scorer(Thresholds(), fp32, windows=replace(CROPPING, crops_remainder=False)))
+    cropped = score_case(loaded, make_scorer(Thresholds(), fp32, windows=CROPPING))
     assert whole[2] < cropped[2] - 0.05
 
 
@@ -109,10 +121,10 @@ def test_the_padding_value_reaches_the_network(fp32: Precision) -> None:
             lowest.append(image.min().item())
             return super().forward(image)
 
-    score_case(made_up("case_00000"), Spy(), DiceCELoss(), replace(SCORING, padding_value=-50.0), fp32)
+    score_case(dummy_case("case_00000"), make_scorer(Spy(), fp32, windows=replace(SCORING, padding_value=-50.0)))
     assert min(lowest) == -50
     lowest.clear()
-    score_case(made_up("case_00000"), Spy(), DiceCELoss(), replace(SCORING, padding_value=None), fp32)
+    score_case(dummy_case("case_00000"), make_scorer(Spy(), fp32, windows=replace(SCORING, padding_value=None)))
     assert min(lowest) > -10
 
 
@@ -123,15 +135,17 @@ def test_windows_are_computed_in_the_precision_and_scored_in_fp32() -> None:
     losses: list[torch.dtype] = []
     loss = DiceCELoss()
     loss.register_forward_pre_hook(lambda module, inputs: losses.append(inputs[0].dtype))
-    score_case(made_up("case_00000"), network, loss, SCORING, Precision(torch.device("cpu"), torch.bfloat16))
+    score_case(
+        dummy_case("case_00000"), make_scorer(network, Precision(torch.device("cpu"), torch.bfloat16), loss=loss)
+    )
     assert set(kinds) == {torch.bfloat16}
     assert losses == [torch.float32]
 
 
 def test_every_case_weighs_the_same(world: World) -> None:
     stopped = score_all(CASES, world)
-    rows = [expected_scores((case := made_up(name)).image, case.label) for name in CASES]
-    assert len({made_up(name).image.numel() for name in CASES}) > 1, "cases of different sizes"
+    rows = [expected_scores((case := dummy_case(name)).image, case.label) for name in CASES]
+    assert len({dummy_case(name).image.numel() for name in CASES}) > 1, "cases of different sizes"
     assert stopped.epoch == 7
     assert stopped.loss == pytest.approx(sum(row[0] for row in rows) / 3, rel=1e-12)
     assert stopped.dice == pytest.approx([sum(row[k] for row in rows) / 3 for k in (1, 2)], rel=1e-12)
@@ -234,18 +248,20 @@ def test_no_value_comes_to_the_host_while_cases_are_scored(
     forbid_reading: Callable[[], list[str]], fp32: Precision
 ) -> None:
     """On a GPU the host goes on loading the next case meanwhile."""
-    cases = [made_up(name) for name in CASES]
+    cases = [dummy_case(name) for name in CASES]
     alone = World(0, 1, torch.device("cpu"))
     reads = forbid_reading()
-    rows = list(score_cases(cases, Thresholds(), DiceCELoss(), SCORING, fp32, alone))
+    rows = list(make_scorer(Thresholds(), fp32).score(cases, alone))
     assert len(rows) == 3
     assert reads == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_the_batch_of_windows_changes_no_score(batch_size: int, fp32: Precision) -> None:
-    cases = [made_up(name) for name in CASES]
-    one_by_one = [score_case(case, Thresholds(), DiceCELoss(), replace(SCORING, batch_size=1), fp32) for case in cases]
+    cases = [dummy_case(name) for name in CASES]
+    one_by_one = [
+        score_case(case, make_scorer(Thresholds(), fp32, windows=replace(SCORING, batch_size=1))) for case in cases
+    ]
     seen: list[int] = []
 
     class Spy(Thresholds):
@@ -255,7 +271,7 @@ def test_the_batch_of_windows_changes_no_score(batch_size: int, fp32: Precision)
 
     alone = World(0, 1, torch.device("cpu"))
     scoring = replace(SCORING, batch_size=batch_size)
-    together = list(score_cases(cases, Spy(), DiceCELoss(), scoring, fp32, alone))
+    together = list(make_scorer(Spy(), fp32, windows=scoring).score(cases, alone))
     torch.testing.assert_close(torch.stack(together), torch.stack(one_by_one), rtol=0, atol=1e-12)
     total = sum(SCORING.windows(case.image.shape[2:]) for case in cases)
     # Batches hold windows of several cases: all are full but for the last.
@@ -291,7 +307,7 @@ def test_the_network_is_in_eval_mode_within_and_in_train_mode_after(world: World
             return super().forward(image)
 
     network = Spy().train()
-    evaluate(1, network, DiceCELoss(), plan(CASES[:1], world), made_up, SCORING, fp32, world, lambda event: None)
+    evaluate(make_scorer(network, fp32), CASES[:1], world)
     assert set(modes) == {(False, True)}
     assert network.training
 
@@ -303,7 +319,7 @@ def test_scoring_changes_no_weight_and_no_statistic(
     fp32: Precision,
 ) -> None:
     state, untouched = make_state(), make_state()
-    evaluate(1, state.network, DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
+    evaluate(make_scorer(state.network, fp32), CASES, world)
     assert same_weights(state.network, untouched.network)
     assert all(p.grad is None for p in state.network.parameters())
 
@@ -313,7 +329,7 @@ def test_a_network_that_yields_nan_scores_as_a_nan_loss(world: World, fp32: Prec
         def forward(self, image: Tensor) -> Tensor:
             return super().forward(image) * float("nan")
 
-    stopped = evaluate(1, Broken(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, lambda event: None)
+    stopped = evaluate(make_scorer(Broken(), fp32), CASES, world)
     assert stopped.loss != stopped.loss
     assert 0 <= stopped.mean_dice <= 1
 
@@ -330,19 +346,8 @@ def test_a_check_is_made_before_every_batch_of_windows(world: World, fp32: Preci
             log.append("batch")
             return super().forward(image)
 
-    evaluate(
-        1,
-        Spy(),
-        DiceCELoss(),
-        plan(CASES, world),
-        made_up,
-        SCORING,
-        fp32,
-        world,
-        lambda event: None,
-        lambda: log.append("check"),
-    )
-    windows = sum(SCORING.windows(made_up(case).image.shape[2:]) for case in CASES)
+    evaluate(make_scorer(Spy(), fp32, check=lambda: log.append("check")), CASES, world)
+    windows = sum(SCORING.windows(dummy_case(case).image.shape[2:]) for case in CASES)
     assert log == ["check", "batch"] * -(-windows // SCORING.batch_size)
 
 
@@ -360,7 +365,7 @@ def test_what_a_check_raises_ends_the_evaluation_at_once(world: World, fp32: Pre
             raise Interrupted(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        evaluate(1, Spy(), DiceCELoss(), plan(CASES, world), made_up, SCORING, fp32, world, events.append, check)
+        evaluate(make_scorer(Spy(), fp32, check=check), CASES, world, events)
     assert len(batches) == 2
     assert not any(isinstance(event, CaseEvaluated) for event in events[1:])
 
@@ -383,16 +388,5 @@ def test_a_rank_that_waits_for_others_checks_too(shared: bool, fp32: Precision) 
 
     ranks = Spy(0, 2, torch.device("cpu"))
     cases = CASES[:1] if shared else CASES[:2]
-    evaluate(
-        1,
-        Thresholds(),
-        DiceCELoss(),
-        plan(cases, ranks),
-        made_up,
-        SCORING,
-        fp32,
-        ranks,
-        lambda event: None,
-        check_waiting=check,
-    )
+    evaluate(make_scorer(Thresholds(), fp32, check_waiting=check), cases, ranks)
     assert checks == [check] * (2 if shared else 1)

@@ -12,12 +12,19 @@ import torch
 
 from common.errors import UserError
 from runtime.logging.events import EvaluationStopped
-from runtime.lr_schedule import Plateau
-from runtime.optimizer import LRScheduleConfig, build_lr_schedule, learning_rate
+from runtime.lr_schedule import LRScheduleConfig, Plateau, build_lr_schedule, learning_rate
 from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
-RUN = LRScheduleConfig(0.8, 0.1, 4, (), 1.0, 24, {})
+RUN = LRScheduleConfig(
+    learning_rate=0.8,
+    init_learning_rate=0.1,
+    lr_warmup_epochs=4,
+    lr_decay_epochs=(),
+    lr_decay_factor=1.0,
+    epochs=24,
+    callback_state={},
+)
 
 
 def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
@@ -26,14 +33,17 @@ def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
 
 @pytest.mark.parametrize("spec", ["multistep", "cosine", "polynomial", "plateau"])
 def test_every_schedule_begins_with_the_same_warm_up(spec: str) -> None:
-    rate = build_lr_schedule(spec, dataclasses.replace(RUN, records={}))
+    rate = build_lr_schedule(spec, dataclasses.replace(RUN, callback_state={}))
     assert [rate(epoch) for epoch in range(1, 6)] == pytest.approx([0.275, 0.45, 0.625, 0.8, 0.8])
 
 
 def test_multistep_is_mlperfs_formula() -> None:
     run = dataclasses.replace(RUN, lr_decay_epochs=(6, 9), lr_decay_factor=0.5)
     rate = build_lr_schedule("multistep", run)
-    expected = [learning_rate(epoch, 0.8, 0.1, 4, (6, 9), 0.5) for epoch in range(1, 25)]
+    expected = [
+        learning_rate(epoch, base=0.8, initial=0.1, warmup_epochs=4, decay_epochs=(6, 9), decay_factor=0.5)
+        for epoch in range(1, 25)
+    ]
     assert [rate(epoch) for epoch in range(1, 25)] == expected
 
 
@@ -49,43 +59,43 @@ def test_cosine_and_polynomial_are_their_formulas() -> None:
 
 def test_plateau_halves_after_more_than_its_patience_and_knows_it_after_a_resume(make_state: MakeState) -> None:
     dice = [0.1, 0.5, 0.5, math.nan, 0.4, 0.5, 0.6, 0.6, 0.6, 0.6]
-    whole = Plateau(dataclasses.replace(RUN, records={}), factor=0.5, patience=2)
+    whole = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=2)
     rates = []
     for epoch, value in enumerate(dice, 5):
-        whole.on(scored(epoch, value), make_state())
+        whole.on_evaluation_end(scored(epoch, value))
         rates.append(whole(epoch + 1))
     assert rates == pytest.approx([0.8] * 4 + [0.4] * 4 + [0.4, 0.2])
     for stop in range(1, len(dice)):
         state, resumed = make_state(), make_state()
-        first = Plateau(dataclasses.replace(RUN, records=state.records), factor=0.5, patience=2)
+        first = Plateau(dataclasses.replace(RUN, callback_state=state.callback_state), factor=0.5, patience=2)
         for epoch, value in enumerate(dice[:stop], 5):
-            first.on(scored(epoch, value), state)
-        resumed.records.update(state.records)
-        second = Plateau(dataclasses.replace(RUN, records=resumed.records), factor=0.5, patience=2)
+            first.on_evaluation_end(scored(epoch, value))
+        resumed.callback_state.update(state.callback_state)
+        second = Plateau(dataclasses.replace(RUN, callback_state=resumed.callback_state), factor=0.5, patience=2)
         for epoch, value in enumerate(dice[stop:], 5 + stop):
-            second.on(scored(epoch, value), resumed)
+            second.on_evaluation_end(scored(epoch, value))
         assert second(99) == pytest.approx(0.2)
 
 
 def test_plateau_takes_no_step_in_the_warm_up(make_state: MakeState) -> None:
-    plateau = Plateau(dataclasses.replace(RUN, records={}), patience=1)
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), patience=1)
     for epoch in range(1, 5):
-        plateau.on(scored(epoch, 0.5), make_state())
+        plateau.on_evaluation_end(scored(epoch, 0.5))
     assert plateau(5) == pytest.approx(0.8)
 
 
 def test_plateau_of_the_loss_goes_down(make_state: MakeState) -> None:
-    plateau = Plateau(dataclasses.replace(RUN, records={}), factor=0.1, patience=1, metric="loss")
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.1, patience=1, metric="loss")
     for epoch, loss in enumerate([3.0, 2.0, 1.0, 1.5, 1.5], 5):
-        plateau.on(scored(epoch, 0.5, loss), make_state())
+        plateau.on_evaluation_end(scored(epoch, 0.5, loss))
     assert plateau(20) == pytest.approx(0.08)
 
 
 def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> None:
     state = make_state()
-    Plateau(dataclasses.replace(RUN, records=state.records)).on(scored(5, 0.5), state)
-    torch.save(state.records, tmp_path / "r")
-    assert torch.load(tmp_path / "r", weights_only=True) == state.records
+    Plateau(dataclasses.replace(RUN, callback_state=state.callback_state)).on_evaluation_end(scored(5, 0.5))
+    torch.save(state.callback_state, tmp_path / "r")
+    assert torch.load(tmp_path / "r", weights_only=True) == state.callback_state
 
 
 @pytest.mark.parametrize(
@@ -94,8 +104,8 @@ def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> No
         ("cosin", "unknown name; available: cosine, multistep, plateau, polynomial"),
         ("cosine(last=1)", "unknown argument 'last'; it takes final"),
         ("plateau(factor=1.5)", "plateau: Factor should be < 1.0"),
-        ("plateau(metric='accuracy')", "metric='accuracy'; there is mean_dice, loss"),
-        ("plateau(mode='up')", "mode='up'; it is 'max' or 'min'"),
+        ("plateau(metric='accuracy')", "unknown metric 'accuracy'; available: mean_dice, loss"),
+        ("plateau(mode='up')", "mode='up'; must be 'max' or 'min'"),
     ],
 )
 def test_a_mistake_is_one_line(spec: str, said: str) -> None:
@@ -105,5 +115,5 @@ def test_a_mistake_is_one_line(spec: str, said: str) -> None:
 
 
 def test_decay_epochs_are_of_multistep() -> None:
-    with pytest.raises(UserError, match="--lr_decay_epochs is of --lr_schedule multistep"):
+    with pytest.raises(UserError, match="--lr_decay_epochs applies only to --lr_schedule multistep"):
         build_lr_schedule("cosine", dataclasses.replace(RUN, lr_decay_epochs=(3,)))

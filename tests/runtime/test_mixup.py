@@ -20,7 +20,8 @@ from runtime.objective import make_objective, plain, split_specs
 from runtime.precision import Precision
 from runtime.seeding import seed_step
 from runtime.train_state import TrainState
-from runtime.training import StepSettings, train_step
+from runtime.training import StepConfig
+from tests.runtime.conftest import train_step
 
 ORDER = torch.tensor([2, 0, 1])
 LOSS = DiceCELoss()
@@ -189,7 +190,14 @@ def test_a_batch_of_one_is_the_plain_loss(kind: type[Mixup]) -> None:
 def test_a_step_follows_from_its_place_alone(spec: str, make_state: Callable[..., TrainState]) -> None:
     """Whatever was drawn before, as in a run that was resumed; accumulated, under bf16."""
     objective = make_objective([spec], 3, False)
-    settings = StepSettings(LOSS, Precision(torch.device("cpu"), torch.bfloat16), 2, "NDHWC", 7, objective)
+    settings = StepConfig(
+        loss=LOSS,
+        precision=Precision(torch.device("cpu"), torch.bfloat16),
+        ga_steps=2,
+        layout="NDHWC",
+        seed=7,
+        objective=objective,
+    )
     # Not (4, 4, 8): at a bottleneck of (2, 2, 4) oneDNN's bf16 weight gradient reads memory that nobody wrote
     # (torch 2.13 on CPUs with AVX-512).
     image, label = batch(shape=(8, 8, 8))

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from runtime.optimizer import Lamb, learning_rate, make_optimizer
+from runtime.lr_schedule import learning_rate
+from runtime.optimizer import Lamb, make_optimizer
 
 Arrays = list[NDArray[np.float64]]
 
@@ -46,12 +47,18 @@ def test_decay_begins_after_its_epoch_has_ended(epoch: int, rate: float) -> None
 
 
 def test_a_decay_inside_the_warm_up_is_not_lost() -> None:
-    rates = [learning_rate(e, 1.0, 0.0, warmup_epochs=4, decay_epochs=(2,), decay_factor=0.5) for e in range(1, 7)]
+    rates = [
+        learning_rate(e, base=1.0, initial=0.0, warmup_epochs=4, decay_epochs=(2,), decay_factor=0.5)
+        for e in range(1, 7)
+    ]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.5, 0.5])
 
 
 def test_a_decay_at_the_last_warm_up_epoch_counts_right_after_it() -> None:
-    rates = [learning_rate(e, 1.0, 0.0, warmup_epochs=2, decay_epochs=(2, 3), decay_factor=0.5) for e in range(1, 6)]
+    rates = [
+        learning_rate(e, base=1.0, initial=0.0, warmup_epochs=2, decay_epochs=(2, 3), decay_factor=0.5)
+        for e in range(1, 6)
+    ]
     assert rates == pytest.approx([0.5, 1.0, 0.5, 0.25, 0.25])
 
 
@@ -66,7 +73,9 @@ def test_decay_is_torchs_multi_step_stepped_at_each_epochs_end(base: float, fact
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=decays, gamma=factor)
     for epoch in range(1, 15):
         used = optimizer.param_groups[0]["lr"]
-        assert learning_rate(epoch, base, decay_epochs=decays, decay_factor=factor) == pytest.approx(used, rel=1e-9)
+        assert learning_rate(epoch, base=base, decay_epochs=decays, decay_factor=factor) == pytest.approx(
+            used, rel=1e-9
+        )
         optimizer.step()
         scheduler.step()
 

@@ -26,7 +26,7 @@ from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import preflight
 from runtime.distributed.world import World
-from runtime.evaluation import SlidingWindowConfig, score_cases
+from runtime.evaluation import CaseScorer, SlidingWindowConfig
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.preflight import (
@@ -51,7 +51,9 @@ CPU = torch.device("cpu")
 GIB = 2**30
 CASES = ["a", "b", "c"]
 SHAPE = (20, 24, 16)
-SCORING = SlidingWindowConfig((16, 16, 16), 0.5, 1, 3, None, False)
+SCORING = SlidingWindowConfig(
+    window=(16, 16, 16), overlap=0.5, batch_size=1, classes=3, padding_value=None, crops_remainder=False
+)
 DEMAND = Demand(
     data_dir=None,
     training=CASES[1:],
@@ -167,7 +169,8 @@ def test_what_a_case_takes_is_what_torch_holds_at_once(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         image, label = torch.zeros(1, channels, *shape), torch.zeros(1, 1, *shape, dtype=torch.uint8)
         cases = [EvaluationCase("a", image, label)]
-        list(score_cases(cases, _Copies(), DiceCELoss(), scoring, fp32, world, lambda: None))
+        scorer = CaseScorer(network=_Copies(), loss=DiceCELoss(), windows=scoring, precision=fp32)
+        list(scorer.score(cases, world))
     events = watched.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     peak = max(itertools.accumulate(changes))

@@ -7,10 +7,11 @@ from __future__ import annotations
 import copy
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from common.errors import DIVERGED_EXIT, Interrupted, UserError
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import training
-from runtime.callbacks.base import Diverged, EventDispatcher, StopOnSignal, TargetReached
+from runtime.callbacks.base import Callback
 from runtime.distributed import step_sync as pulses
 from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.world import World
@@ -33,16 +34,19 @@ from runtime.logging.events import (
     EvaluationStarted,
     EvaluationStopped,
     Event,
+    EventDispatcher,
     MicroBatchEnd,
     PhaseEnd,
     RunStopped,
     StepEnd,
 )
+from runtime.lr_schedule import learning_rate
 from runtime.memory_format import to_device
-from runtime.optimizer import learning_rate, make_optimizer
+from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.train_state import Stop, TrainState
-from runtime.training import StepSettings, train, train_epoch, train_step
+from runtime.training import StepConfig, train, train_epoch
+from tests.runtime.conftest import RateOf, StopAt, make_loop, train_step
 
 MakeState = Callable[..., TrainState]
 # Any loader of `conftest.Batches`, by number and size of the batches.
@@ -54,8 +58,8 @@ FP32 = Precision(CPU, None)
 ALONE = World(0, 1, CPU)
 
 
-def settings_of(ga_steps: int = 1, layout: str = "NCDHW", precision: Precision = FP32, seed: int = 0) -> StepSettings:
-    return StepSettings(DiceCELoss(), precision, ga_steps, layout, seed)
+def settings_of(ga_steps: int = 1, layout: str = "NCDHW", precision: Precision = FP32, seed: int = 0) -> StepConfig:
+    return StepConfig(loss=DiceCELoss(), precision=precision, ga_steps=ga_steps, layout=layout, seed=seed)
 
 
 def run_epoch(
@@ -67,15 +71,26 @@ def run_epoch(
     world: World = ALONE,
     lag: int = 0,
     emit: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[Callback] = (),
+    step: StepConfig | None = None,
 ) -> list[Event]:
-    """One epoch; its events, each of which `emit` hears as it comes."""
+    """One epoch; returns its events, each of which is passed to `emit` as it comes."""
     events: list[Event] = []
 
-    def announce(event: Event) -> None:
+    def record(event: Event) -> None:
         events.append(event)
         emit(event)
 
-    train_epoch(state, epoch, loader, rate, settings_of(ga_steps), world, StepSync(world, lag=lag), announce)
+    loop = make_loop(
+        loader,
+        learning_rate=RateOf(lambda epoch: rate),
+        step=step or settings_of(ga_steps),
+        world=world,
+        step_sync=StepSync(world, lag=lag),
+        emit=record,
+        callbacks=callbacks,
+    )
+    train_epoch(state, loop, epoch)
     return events
 
 
@@ -172,7 +187,10 @@ class TwoChannels(nn.Module):
 def test_the_layout_is_that_of_image_and_weights(layout: str, memory_format: torch.memory_format) -> None:
     network = to_device(TwoChannels(), CPU, layout)
     state = TrainState(
-        network, network, make_optimizer("sgd", network.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=False)
+        network=network,
+        model=network,
+        optimizer=make_optimizer("sgd", network.parameters(), 0.1),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
     )
     batch = {"image": torch.randn(2, 2, 4, 4, 4), "label": torch.zeros(2, 1, 4, 4, 4, dtype=torch.uint8)}
     train_step(state, batch, settings_of(layout=layout), is_last=True)
@@ -193,9 +211,7 @@ def test_channels_last_trains_to_the_same_numbers(make_state: MakeState, make_ba
     for state, layout in ((plain, "NCDHW"), (last, "NDHWC")):
         events: list[Event] = []
         for epoch in (1, 2):
-            train_epoch(
-                state, epoch, make_batches(3, 2), 0.1, settings_of(layout=layout), ALONE, StepSync(ALONE), events.append
-            )
+            events += run_epoch(state, make_batches(3, 2), epoch=epoch, step=settings_of(layout=layout))
         losses.append([event.loss for event in events if isinstance(event, EpochStopped)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert_close_weights(last.network, plain.network, rtol=1e-3, atol=1e-5)
@@ -425,10 +441,10 @@ def test_a_step_runs_where_no_value_can_be_read(optimizer: str, make_batches: Ma
     with meta:
         network = Unet3d(1, 3, filters=(3, 4))
     state = TrainState(
-        network,
-        network,
-        make_optimizer(optimizer, network.parameters(), 0.1),
-        torch.amp.GradScaler("cpu", enabled=False),
+        network=network,
+        model=network,
+        optimizer=make_optimizer(optimizer, network.parameters(), 0.1),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
     )
     settings = settings_of(2, precision=Anywhere(meta, None))
     for index, batch in enumerate(make_batches(4, 1).epoch(1)):
@@ -457,7 +473,8 @@ def dropping_state() -> TrainState:
     torch.manual_seed(5)
     network = Dropping()
     optimizer = make_optimizer("sgd", network.parameters(), 0.1, momentum=0.9)
-    return TrainState(network, network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(network=network, model=network, optimizer=optimizer, scaler=scaler)
 
 
 @pytest.mark.parametrize("ga_steps", [1, 2])
@@ -518,10 +535,7 @@ def test_what_a_step_draws_is_of_the_ranks_seed_the_epoch_and_the_batch(make_bat
     def loss(seed: int = 1, epoch: int = 1, before: int = 0) -> float:
         state = dropping_state()
         torch.manual_seed(before)
-        events: list[Event] = []
-        train_epoch(
-            state, epoch, make_batches(2, 1), 0.0, settings_of(seed=seed), ALONE, StepSync(ALONE), events.append
-        )
+        events = run_epoch(state, make_batches(2, 1), rate=0.0, epoch=epoch, step=settings_of(seed=seed))
         return steps_of(events)[0].loss
 
     assert loss(before=9) == loss()
@@ -534,12 +548,7 @@ def test_what_a_step_draws_is_of_the_ranks_seed_the_epoch_and_the_batch(make_bat
 
 def test_a_stop_at_a_step_leaves_the_rest_of_the_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
     state = make_state()
-
-    def emit(event: Event) -> None:
-        if isinstance(event, StepEnd) and event.batch == 1:
-            state.stop = Stop("aborted", "enough")
-
-    events = run_epoch(state, make_batches(4, 1), emit=emit)
+    events = run_epoch(state, make_batches(4, 1), callbacks=[StopAt(batch=1)])
     assert sum(isinstance(event, MicroBatchEnd) for event in events) == 2
     assert isinstance(events[-1], StepEnd), "an epoch that was not completed has no mean loss"
     assert (state.epoch, state.batch) == (0, 2)
@@ -548,15 +557,9 @@ def test_a_stop_at_a_step_leaves_the_rest_of_the_epoch(make_state: MakeState, ma
 def test_a_stop_at_an_epochs_last_step_is_no_whole_epoch(make_state: MakeState, make_batches: MakeBatches) -> None:
     """With a lag, the last step is heard when no other one follows."""
     state = make_state()
-
-    def emit(event: Event) -> None:
-        if isinstance(event, StepEnd) and event.batch == 3:
-            state.stop = Stop("aborted", "enough")
-
-    events = run_epoch(state, make_batches(4, 1), lag=1, emit=emit)
+    events = run_epoch(state, make_batches(4, 1), lag=1, callbacks=[StopAt(batch=3)])
     assert isinstance(events[-1], StepEnd)
     assert (state.epoch, state.batch) == (0, 4)
-    state.stop = None
     (started, stopped) = run_epoch(state, make_batches(4, 1))
     assert (type(started), type(stopped)) == (EpochStarted, EpochStopped), "all that is left is to say so"
     assert (state.epoch, state.batch) == (1, 0)
@@ -643,7 +646,7 @@ def test_note_speaks_up_where_nothing_will_be_evaluated() -> None:
 
 
 class Run:
-    """`train` with a made-up evaluation: events are recorded, each evaluation's score is looked up."""
+    """`train` with a fake evaluation: events are recorded, each evaluation's score is looked up."""
 
     world = ALONE
 
@@ -655,13 +658,13 @@ class Run:
         self.scores = scores
         self.signals = signals or {}
         self.threshold = threshold
-        self.announce = EventDispatcher([self])
+        self.emit = EventDispatcher([self])
 
     def on(self, event: Event) -> None:
         self.events.append(event)
 
     def evaluate(self, epoch: int) -> EvaluationStopped:
-        self.announce(EvaluationStarted(epoch, 1))
+        self.emit(EvaluationStarted(epoch, 1))
         score = self.scores.get(epoch, 0.5)
         return EvaluationStopped(epoch, score, [score], 0.1, 0.0)
 
@@ -674,15 +677,22 @@ class Run:
         loader: training.TrainingLoader,
         schedule: EvalSchedule,
         rate: Callable[[int], float] = lambda epoch: 0.1,
+        **parts: Any,
     ) -> RunStopped:
-        """How the log ends; the run itself ends in the same words, and ends the log but once."""
-        self.announce.attach(
-            state, [TargetReached(self.threshold), Diverged(self.world, loader.describe, 1), StopOnSignal()]
+        """How the log ends; the run returns the same, and closes the log only once."""
+        loop = make_loop(
+            loader,
+            schedule=schedule,
+            learning_rate=RateOf(rate),
+            step=settings_of(),
+            evaluate=self.evaluate,
+            world=self.world,
+            step_sync=StepSync(self.world, self.wish),
+            emit=self.emit,
+            quality_threshold=self.threshold,
+            **parts,
         )
-        step_sync = StepSync(self.world, self.wish)
-        self.stop = train(
-            state, loader, schedule, rate, settings_of(), self.evaluate, self.world, step_sync, self.announce
-        )
+        self.stop = train(state, loop)
         stopped = self.last()
         assert (stopped.status, stopped.reason) == (self.stop.status, self.stop.reason)
         return stopped
@@ -809,15 +819,45 @@ def test_a_run_that_is_stopped_at_an_epochs_end_is_not_evaluated(
 ) -> None:
     state = make_state()
 
-    class Stopping(Run):
-        def on(self, event: Event) -> None:
-            super().on(event)
-            if isinstance(event, EpochStopped):
-                state.stop = Stop("aborted", "enough")
+    class Enough(Callback):
+        def on_epoch_end(self, result: EpochStopped, state: TrainState) -> Stop | None:
+            return Stop("aborted", "enough")
 
-    run = Stopping({})
-    assert run.start(state, make_batches(1, 1), EvalSchedule(3, 1, 1)).reason == "enough"
+    run = Run({})
+    stopped = run.start(state, make_batches(1, 1), EvalSchedule(3, 1, 1), callbacks=[Enough()])
+    assert stopped.reason == "enough"
     assert run.names() == ["BlockStarted 1", "EpochStarted 1", "EpochStopped 1", "BlockStopped 1", "RunStopped 1"]
+
+
+class Saves:
+    """Checkpoints that only record after which epochs they were saved."""
+
+    def __init__(self, every: int = 0) -> None:
+        self.every = every
+        self.epochs: list[int] = []
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        return self.every > 0 and epoch % self.every == 0
+
+    def save(self, state: TrainState) -> None:
+        self.epochs.append(state.epoch)
+
+
+@pytest.mark.parametrize(
+    ("scores", "every", "saved"),
+    [
+        ({1: 0.5, 2: 0.4, 3: 0.6, 4: 0.6}, 0, [1, 3]),  # each new best
+        ({1: 0.5, 2: math.nan}, 0, [1]),
+        ({1: 0.0}, 0, []),  # a run that diverges at its first score has no best worth saving
+        ({1: 0.5, 2: 0.4, 3: 0.3, 4: 0.2}, 2, [1, 2, 4]),
+    ],
+)
+def test_a_checkpoint_is_saved_for_each_new_best_and_when_an_epoch_is_due(
+    scores: dict[int, float], every: int, saved: list[int], make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    run, saves = Run(scores), Saves(every)
+    run.start(make_state(), make_batches(1, 1), EvalSchedule(4, 1, 1), checkpoints=saves)
+    assert saves.epochs == saved
 
 
 # Leaving, and going on
@@ -828,7 +868,7 @@ def test_a_signal_is_followed_at_a_steps_end(make_state: MakeState, make_batches
     stopped = run.start(state, make_batches(3, 1), EvalSchedule(9, 9, 1))
     assert run.stop == Stop("aborted", "interrupted by SIGTERM", 143)
     assert (stopped.epoch, state.epoch, state.batch) == (1, 1, 2), "the second step of epoch 2"
-    assert run.names()[-2:] == ["EpochStarted 2", "RunStopped 1"]
+    assert run.names()[-3:] == ["EpochStarted 2", "BlockStopped 1", "RunStopped 1"]
 
 
 def test_a_signal_is_followed_in_an_evaluation(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -855,7 +895,6 @@ def test_a_run_that_left_goes_on_as_if_it_had_not(
         first, second = Run({}, signals={beats: signal.SIGTERM}), Run({})
         first.start(state, make_batches(3, 1), EvalSchedule(2, 1, 1))
         assert first.stop.exit_status == 143
-        state.stop = None
         second.start(state, make_batches(3, 1), EvalSchedule(2, 1, 1))
         assert same_weights(state.network, whole.network)
         assert first.losses() + second.losses() == straight.losses()

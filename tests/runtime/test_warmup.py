@@ -15,16 +15,17 @@ from model.unet3d import Unet3d
 from runtime.distributed.world import World
 from runtime.precision import Precision
 from runtime.train_state import TrainState
-from runtime.training import StepSettings, train_step
+from runtime.training import StepConfig
 from runtime.warmup import calibrate, dummy_batch, peak_flops, preserve_state, training_flops, warm_up
+from tests.runtime.conftest import train_step
 
 SHAPE = (4, 4, 8)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def settings(fp32: Precision) -> StepSettings:
-    return StepSettings(DiceCELoss(), fp32, 1, "NCDHW")
+def settings(fp32: Precision) -> StepConfig:
+    return StepConfig(loss=DiceCELoss(), precision=fp32, ga_steps=1, layout="NCDHW")
 
 
 def everything(state: TrainState) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "lamb"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_warm_up_leaves_no_trace(
-    optimizer: str, steps_before: int, make_state: Callable[..., TrainState], settings: StepSettings
+    optimizer: str, steps_before: int, make_state: Callable[..., TrainState], settings: StepConfig
 ) -> None:
     state = make_state(optimizer)
     batch = dummy_batch(2, 1, 3, SHAPE, CPU)
@@ -66,7 +67,7 @@ def test_a_warm_up_leaves_no_trace(
 
 
 def test_the_first_loss_is_the_same_with_and_without(
-    make_state: Callable[..., TrainState], settings: StepSettings
+    make_state: Callable[..., TrainState], settings: StepConfig
 ) -> None:
     batch = dummy_batch(2, 1, 3, SHAPE, CPU)
     plain, warmed = make_state(), make_state()
@@ -76,9 +77,7 @@ def test_the_first_loss_is_the_same_with_and_without(
         assert torch.equal(train_step(warmed, batch, settings, is_last=True), expected)
 
 
-def test_the_steps_themselves_do_change_the_state(
-    make_state: Callable[..., TrainState], settings: StepSettings
-) -> None:
+def test_the_steps_themselves_do_change_the_state(make_state: Callable[..., TrainState], settings: StepConfig) -> None:
     """Otherwise the tests above would hold for a warm-up that does nothing."""
     state = make_state()
     weights: list[Tensor] = []
@@ -129,7 +128,7 @@ def test_the_peak_is_positive_and_of_the_steps_format(fp32: Precision, monkeypat
 
 
 def test_a_calibration_leaves_no_trace_and_one_rank_communicates_nothing(
-    make_state: Callable[..., TrainState], settings: StepSettings, world: World, monkeypatch: pytest.MonkeyPatch
+    make_state: Callable[..., TrainState], settings: StepConfig, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.warmup.PEAK_SIZES", {"cpu": 64})
     state = make_state()

@@ -1,4 +1,4 @@
-"""Callbacks of `--callbacks`: what they end, keep and tell, and that they know it again after a resume."""
+"""Callbacks of `--callbacks`: what they stop, keep and report, and that a resumed run continues with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.errors import UserError
 from runtime.callbacks.base import Callback, RunContext, build_callbacks
 from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
-from runtime.logging.events import BlockStarted, EvaluationStopped, Event, StepEnd, TrainDiceEnd
+from runtime.logging.events import EvaluationStopped, Event, StepEnd, TrainDiceEnd
 from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
@@ -27,12 +27,12 @@ def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
 
 
 @pytest.fixture
-def told() -> list[Event]:
+def events() -> list[Event]:
     return []
 
 
 @pytest.fixture
-def make(tmp_path: Path, told: list[Event]) -> Make:
+def make(tmp_path: Path, events: list[Event]) -> Make:
     def build(spec: str, rank: int = 0) -> Callback:
         def make_evaluate_fn(cases: Any, emit: Any) -> Callable[[int], EvaluationStopped]:
             return lambda epoch: EvaluationStopped(epoch, 0.1 * len(cases), [0.2, 0.3], 0.4, 5.0)
@@ -41,7 +41,14 @@ def make(tmp_path: Path, told: list[Event]) -> Make:
             return snapshot(state, sums, config={"a": 1}, seed=1, data="")
 
         world = World(rank, 2, torch.device("cpu"))
-        context = RunContext(tmp_path, world, ["c", "a", "b"], make_evaluate_fn, told.append, take)
+        context = RunContext(
+            log_dir=tmp_path,
+            world=world,
+            training_cases=["c", "a", "b"],
+            make_evaluate_fn=make_evaluate_fn,
+            emit=events.append,
+            snapshot=take,
+        )
         (made,) = build_callbacks([spec], context)
         return made
 
@@ -53,8 +60,9 @@ def make(tmp_path: Path, told: list[Event]) -> Make:
 
 def evaluations_until_stop(callback: Callback, state: TrainState, values: list[float]) -> int:
     for epoch, value in enumerate(values, 1):
-        callback.on(scored(epoch, value), state)
-        if state.stop:
+        if stop := callback.on_evaluation_end(scored(epoch, value), state):
+            assert (stop.status, stop.exit_status) == ("aborted", 0)
+            assert "no progress in" in stop.reason
             return epoch
     return 0
 
@@ -75,20 +83,15 @@ def test_a_run_without_progress_ends(
 ) -> None:
     state = make_state()
     assert evaluations_until_stop(make(spec), state, values) == at
-    if at:
-        assert state.stop is not None
-        assert (state.stop.status, state.stop.exit_status) == ("aborted", 0)
-        assert "no progress in" in state.stop.reason
 
 
 def test_the_loss_can_be_followed(make: Make, make_state: MakeState) -> None:
     state, callback = make_state(), make("early_stopping(patience=1, metric='loss')")
-    callback.on(scored(1, 0.1, loss=2.0), state)
-    callback.on(scored(2, 0.1, loss=1.0), state)
-    assert state.stop is None
-    callback.on(scored(3, 0.9, loss=1.5), state)
-    assert state.stop is not None
-    assert "the best loss: 1.0000 at epoch 2" in state.stop.reason
+    assert callback.on_evaluation_end(scored(1, 0.1, loss=2.0), state) is None
+    assert callback.on_evaluation_end(scored(2, 0.1, loss=1.0), state) is None
+    stop = callback.on_evaluation_end(scored(3, 0.9, loss=1.5), state)
+    assert stop is not None
+    assert "the best loss: 1.0000 at epoch 2" in stop.reason
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -96,20 +99,17 @@ def test_patience_goes_on_counting_after_a_resume(make: Make, make_state: MakeSt
     values, state = [0.3, 0.2, 0.2, 0.2], make_state()
     first = make("early_stopping(patience=3)")
     for epoch, value in enumerate(values[:cut], 1):
-        first.on(scored(epoch, value), state)
+        first.on_evaluation_end(scored(epoch, value), state)
     resumed = make_state()
-    resumed.records.update(state.records)
+    resumed.callback_state.update(state.callback_state)
     assert evaluations_until_stop(make("early_stopping(patience=3)"), resumed, values[cut:]) == 4 - cut
 
 
 def test_a_run_that_had_ended_ends_again_before_its_first_epoch(make: Make, make_state: MakeState) -> None:
     state = make_state()
     evaluations_until_stop(make("early_stopping(patience=1)"), state, [0.3, 0.2])
-    state.stop = None
-    make("early_stopping(patience=2)").on(BlockStarted(3, 1), state)
-    assert state.stop is None, "more patience: it goes on"
-    make("early_stopping(patience=1)").on(BlockStarted(3, 1), state)
-    assert state.stop is not None
+    assert make("early_stopping(patience=2)").on_train_start(state) is None, "with more patience it goes on"
+    assert make("early_stopping(patience=1)").on_train_start(state) is not None
 
 
 # Top k
@@ -128,7 +128,7 @@ def test_the_best_are_kept_the_last_beside_them_and_nothing_else_is_touched(
     (tmp_path / "top" / "mine.txt").write_text("mine")
     for epoch, value in enumerate([0.5, 0.3, math.nan, 0.4, 0.5, 0.2], 2):
         state.epoch = epoch
-        callback.on(scored(epoch, value), state)
+        callback.on_evaluation_end(scored(epoch, value), state)
     assert kept(tmp_path) == [
         "epoch_00001_0.1000.pth",
         "epoch_00002_0.5000.pth",
@@ -146,20 +146,20 @@ def test_the_best_are_kept_the_last_beside_them_and_nothing_else_is_touched(
 
 def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tmp_path: Path) -> None:
     state, first = make_state(), make("top_k(k=2, metric='loss')")
-    first.on(scored(1, 0.9, loss=3.0), state)
-    first.on(scored(2, 0.9, loss=2.0), state)
+    first.on_evaluation_end(scored(1, 0.9, loss=3.0), state)
+    first.on_evaluation_end(scored(2, 0.9, loss=2.0), state)
     resumed, second = make_state(), make("top_k(k=2, metric='loss')")
-    resumed.records.update(state.records)
-    second.on(scored(2, 0.9, loss=2.0), resumed)  # done again: its checkpoint was older
-    second.on(scored(3, 0.1, loss=1.0), resumed)
+    resumed.callback_state.update(state.callback_state)
+    second.on_evaluation_end(scored(2, 0.9, loss=2.0), resumed)  # done again: its checkpoint was older
+    second.on_evaluation_end(scored(3, 0.1, loss=1.0), resumed)
     assert kept(tmp_path) == ["epoch_00002_2.0000.pth", "epoch_00003_1.0000.pth", "last.pth"]
 
 
 def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -> None:
     for spec in ("top_k(k=1)", "lr_monitor"):
         callback, state = make(spec, rank=1), make_state()
-        callback.on(scored(1, 0.5), state)
-        callback.on(StepEnd(1, 0, 0.5, 1.0, 1.0), state)
+        callback.on_evaluation_end(scored(1, 0.5), state)
+        callback.on_step_end(StepEnd(1, 0, 0.5, 1.0, 1.0), state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     make: Make, make_state: MakeState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "top").write_text("a file")
-    make("top_k(k=1)").on(scored(1, 0.5), make_state())
+    make("top_k(k=1)").on_evaluation_end(scored(1, 0.5), make_state())
     assert "warning: --callbacks top_k:" in capsys.readouterr().err
 
 
@@ -178,7 +178,7 @@ def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tm
     state, callback = make_state(rate=0.25), make("lr_monitor(every=2)")
     for batch in range(5):
         state.optimizer.param_groups[0]["lr"] = 0.1 * batch
-        callback.on(StepEnd(3, batch, 0.5, 2.0, 8.0), state)
+        callback.on_step_end(StepEnd(3, batch, 0.5, 2.0, 8.0), state)
     with (tmp_path / "rates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["epoch"], row["batch"], float(row["learning_rate"])) for row in rows] == [
@@ -188,19 +188,21 @@ def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tm
     assert (rows[0]["loss_scale"], rows[0]["gradient_norm"]) == ("8.0", "2.0")
 
 
-def test_training_cases_are_scored_after_each_evaluation(make: Make, make_state: MakeState, told: list[Event]) -> None:
+def test_training_cases_are_scored_after_each_evaluation(
+    make: Make, make_state: MakeState, events: list[Event]
+) -> None:
     callback = make("train_dice(cases=2)")
-    callback.on(StepEnd(1, 0, 0.5, 1.0, 1.0), make_state())
-    callback.on(scored(7, 0.5), make_state())
-    assert told == [TrainDiceEnd(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
+    callback.on_step_end(StepEnd(1, 0, 0.5, 1.0, 1.0), make_state())
+    callback.on_evaluation_end(scored(7, 0.5), make_state())
+    assert events == [TrainDiceEnd(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
 
 
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
         ("early_stoping", "unknown name; available: early_stopping, lr_monitor, top_k, train_dice"),
-        ("early_stopping(patience=0)", "patience is a whole number from 1 on"),
-        ("early_stopping(metric='f1')", "metric='f1'; there is mean_dice, loss"),
+        ("early_stopping(patience=0)", "patience must be a whole number of at least 1"),
+        ("early_stopping(metric='f1')", "unknown metric 'f1'; available: mean_dice, loss"),
         ("top_k(n=2)", "unknown argument 'n'; it takes k=3, metric='mean_dice', mode=None"),
         ("top_k(k=0)", "k=0"),
         ("train_dice(cases=0)", "cases=0"),

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from model.losses import DiceCELoss
-from runtime.callbacks.base import KeepBest
 from runtime.checkpoint.format import load, snapshot
 from runtime.checkpoint.writer import save
-from runtime.distributed.step_sync import StepSync
-from runtime.distributed.world import World
-from runtime.logging.events import EpochStopped, EvaluationStopped, Event, StepEnd
+from runtime.logging.events import EpochStopped, EvaluationStopped, Event
 from runtime.precision import Precision
-from runtime.train_state import Stop, TrainState
-from runtime.training import StepSettings, TrainingLoader, train_epoch
+from runtime.train_state import TrainState
+from runtime.training import StepConfig, TrainingLoader, keep_if_best, train_epoch
+from tests.runtime.conftest import RateOf, StopAt, make_loop
 
 MakeState = Callable[..., TrainState]
 MakeBatches = Callable[..., TrainingLoader]
@@ -39,20 +37,21 @@ def train_epochs(
     leave_after: int | None = None,
 ) -> list[float]:
     """Returns the mean loss of each epoch; `leave_after` ends the last one after that batch."""
-    settings, world, events = StepSettings(DiceCELoss(), Precision(CPU, None), 1, layout), World(0, 1, CPU), []
-
-    def emit(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, StepEnd) and (event.epoch, event.batch) == (last, leave_after):
-            state.stop = Stop("aborted", "interrupted")
-
+    events: list[Event] = []
+    loop = make_loop(
+        loader,
+        learning_rate=RateOf(lambda epoch: 0.05),
+        step=StepConfig(loss=DiceCELoss(), precision=Precision(CPU, None), ga_steps=1, layout=layout),
+        emit=events.append,
+        callbacks=[StopAt(batch=leave_after, epoch=last)],
+    )
     for epoch in range(first, last + 1):
-        train_epoch(state, epoch, loader, 0.05, settings, world, StepSync(world), emit)
+        train_epoch(state, loop, epoch)
     return [event.loss for event in events if isinstance(event, EpochStopped)]
 
 
 def keep_best(state: TrainState, epoch: int, mean_dice: float) -> None:
-    KeepBest().on(EvaluationStopped(epoch, mean_dice, [mean_dice], 0.1, 1.0), state)
+    keep_if_best(state, EvaluationStopped(epoch, mean_dice, [mean_dice], 0.1, 1.0))
 
 
 def keep_state(

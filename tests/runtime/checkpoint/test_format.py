@@ -65,7 +65,7 @@ def test_every_field_comes_back_bit_for_bit(
     train_epochs(state, make_batches(3, 1), 2, 3, layout, leave_after=1)
     state.evaluated = 1
     state.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, enabled=True)
-    state.records["early_stopping"] = {"best": 0.3, "stale": 2}
+    state.callback_state["early_stopping"] = {"best": 0.3, "stale": 2}
     assert state.loss_sum is not None
     sums = [state.loss_sum.item(), 1 / 3]
     keep_state(path, state, seed=2**31 - 1, loss_sums=sums)

@@ -20,17 +20,6 @@ from runtime.checkpoint.format import load, snapshot
 from runtime.checkpoint.writer import CheckpointWriter, save
 from runtime.distributed.world import World
 from runtime.logging.events import (
-    BlockStarted,
-    BlockStopped,
-    CaseEvaluated,
-    EpochStarted,
-    EpochStopped,
-    EvaluationStarted,
-    EvaluationStopped,
-    Event,
-    MicroBatchEnd,
-    PhaseEnd,
-    RunStopped,
     StepEnd,
 )
 from runtime.train_state import Stop, TrainState
@@ -45,12 +34,10 @@ ENDED = Stop("aborted", "not reached")
 take = partial(snapshot, config={}, seed=1, data="")
 
 
-def epoch_done(epoch: int) -> EpochStopped:
-    return EpochStopped(epoch, 0.5, 0.1, 8, 1.0)
-
-
-def scored(epoch: int) -> EvaluationStopped:
-    return EvaluationStopped(epoch, 0.5, [0.5], 0.5, 1.0)
+def save_if_due(writer: CheckpointWriter, epoch: int, state: TrainState) -> None:
+    """As the training loop does after an epoch."""
+    if writer.is_due_after_epoch(epoch):
+        writer.save(state)
 
 
 def saver(
@@ -107,48 +94,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 # When
 
 
-@pytest.mark.parametrize(
-    ("event", "saves"),
-    [
-        (DUE, True),
-        (StepEnd(4, 1, 0.5, 1.0, 1.0), False),
-        (StepEnd(4, 1, 0.5, 1.0, 1.0, save=True, fault=True), False),  # its step has spoilt the weights
-        (scored(4), True),
-        (scored(3), False),  # the best is of epoch 4
-        (epoch_done(4), False),
-        (EpochStarted(4, 0.1, 1), False),
-        (PhaseEnd("data"), False),
-        (MicroBatchEnd(4, 0, 1), False),
-        (EvaluationStarted(4, 1), False),
-        (CaseEvaluated(4, "case_00000"), False),
-        (BlockStarted(4, 1), False),
-        (BlockStopped(4, 1), False),
-        (RunStopped("aborted", "", 4, 1.0), False),  # `finish` does
-    ],
-)
-def test_saves_when_it_is_due_and_for_a_new_best(event: Event, saves: bool, make_state: MakeState) -> None:
-    disk, state = Disk(), make_state()
-    state.epoch = state.best_epoch = 4
-    callback = saver(disk.write, minutes=10)
-    callback.on(event, state)
-    wait_for_writer(callback)
-    assert disk.epochs() == ([4] if saves else [])
-
-
-def test_the_first_score_of_a_run_that_has_diverged_is_no_best_to_save(make_state: MakeState) -> None:
-    disk, state = Disk(), make_state()
-    state.best_epoch, state.stop = 4, Stop("aborted", "diverged: mean Dice 0.0", DIVERGED_EXIT)
-    saver(disk.write).on(scored(4), state)
-    assert disk.epochs() == []
-
-
 @pytest.mark.parametrize(("epochs", "saved"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (5, [5])])
 def test_saves_every_so_many_epochs(epochs: int, saved: list[int], make_state: MakeState) -> None:
     disk, state = Disk(), make_state()
     callback = saver(disk.write, epochs=epochs)
     for epoch in range(1, 6):
         state.epoch = epoch
-        callback.on(epoch_done(epoch), state)
+        save_if_due(callback, epoch, state)
     wait_for_writer(callback)
     assert disk.epochs() == saved
     assert not callback.is_due(), "not by the clock"
@@ -162,12 +114,12 @@ def test_minutes_count_from_the_last_save_of_any_kind(make_state: MakeState, clo
         clock[0] += passed
         due.append(callback.is_due())
     assert due == [False, False, True, True], "until it was saved"
-    callback.on(DUE, state)
+    callback.save(state)
     wait_for_writer(callback)
     clock[0] += 599
     assert not callback.is_due()
     state.best_epoch = 4
-    callback.on(scored(4), state)
+    callback.save(state)
     wait_for_writer(callback)
     clock[0] += 599
     assert not callback.is_due()
@@ -193,7 +145,7 @@ def test_rank_0_s_clock_decides(clock: list[float]) -> None:
 
 def test_nothing_is_due_while_the_last_one_is_written(slow: Disk, make_state: MakeState, clock: list[float]) -> None:
     callback = saver(slow.write, minutes=1)
-    callback.on(DUE, make_state())
+    callback.save(make_state())
     clock[0] += 3600
     assert not callback.is_due()
     slow.let_go()
@@ -231,7 +183,7 @@ def test_what_is_written_is_the_state_as_it_was(tmp_path: Path, slow: Disk, make
     old, moment = bias.detach().clone(), state.optimizer.state[bias]["momentum_buffer"].clone()
     state.epoch, state.batch, state.loss_sum = 3, 2, torch.tensor(1.25)
     callback = saver(write)
-    callback.on(DUE, state)
+    callback.save(state)
     assert slow.began.wait(60)
     state.optimizer.step()
     state.epoch, state.batch, state.loss_sum = 4, 5, state.loss_sum.add_(1.0)
@@ -252,10 +204,10 @@ def test_a_save_waits_for_the_one_under_way(slow: Disk, make_state: MakeState) -
     state = make_state()
     callback = saver(slow.write, epochs=1)
     state.epoch = 1
-    callback.on(epoch_done(1), state)
+    save_if_due(callback, 1, state)
     assert slow.began.wait(60)
     state.epoch = 2
-    second = threading.Thread(target=callback.on, args=(epoch_done(2), state))
+    second = threading.Thread(target=callback.save, args=(state,))
     second.start()
     second.join(0.05)
     assert second.is_alive()
@@ -270,8 +222,7 @@ def test_other_ranks_write_nothing(make_state: MakeState) -> None:
     disk, state = Disk(), make_state()
     state.best_epoch = 4
     callback = saver(disk.write, epochs=1, world=World(1, 2, CPU))
-    for event in (scored(4), epoch_done(4)):
-        callback.on(event, state)
+    save_if_due(callback, 4, state)
     callback.finish(state, ENDED)
     assert disk.threads == []
 
@@ -317,8 +268,8 @@ def test_a_sum_of_losses_that_is_no_number_is_never_saved(number: float, rank: i
     sums[rank] = number
     state.batch, state.loss_sum, state.best_epoch = 2, torch.tensor(sums[0]), 4
     callback = saver(disk.write, world=Gathering(0, 2, CPU, sums=sums))
-    callback.on(DUE, state)
-    callback.on(scored(4), state)
+    callback.save(state)
+    callback.save(state)
     callback.finish(state, ENDED)
     assert disk.threads == []
 
@@ -329,7 +280,7 @@ def test_what_is_not_saved_is_not_tried_at_every_step_either(make_state: MakeSta
     state.gradient_norm = torch.tensor(math.nan)
     callback = saver(Disk().write, minutes=1)
     clock[0] += 61
-    callback.on(DUE, state)
+    callback.save(state)
     assert not callback.is_due()
 
 
@@ -338,8 +289,8 @@ def test_a_gradient_that_is_no_number_has_spoilt_the_weights(number: float, make
     disk, state = Disk(), make_state()
     state.gradient_norm = torch.tensor(number)
     callback = saver(disk.write, epochs=1)
-    callback.on(DUE, state)
-    callback.on(epoch_done(1), state)
+    callback.save(state)
+    save_if_due(callback, 1, state)
     callback.finish(state, ENDED)
     assert disk.threads == []
 
@@ -356,7 +307,7 @@ def test_after_a_divergence_the_last_good_one_stays(make_state: MakeState) -> No
     disk, state = Disk(), make_state()
     state.epoch = 3
     callback = saver(disk.write, epochs=1)
-    callback.on(epoch_done(3), state)
+    save_if_due(callback, 3, state)
     state.epoch = 4
     callback.finish(state, Stop("aborted", "diverged: mean Dice 0.0", DIVERGED_EXIT))
     assert disk.epochs() == [3]
@@ -372,7 +323,7 @@ def test_the_end_is_saved_after_what_is_under_way(stop: Stop, slow: Disk, make_s
     state = make_state()
     callback = saver(slow.write, epochs=1)
     state.epoch = 1
-    callback.on(epoch_done(1), state)
+    save_if_due(callback, 1, state)
     state.epoch = 2
     threading.Timer(0.05, slow.let_go).start()
     callback.finish(state, stop)
@@ -385,7 +336,7 @@ def test_a_full_disk_is_a_warning_each_time_and_training_goes_on(
 ) -> None:
     disk, state = Disk(FULL), make_state()
     callback = saver(disk.write)
-    callback.on(DUE, state)
+    callback.save(state)
     wait_for_writer(callback)
     out, err = capsys.readouterr()
     assert out == ""
@@ -394,7 +345,7 @@ def test_a_full_disk_is_a_warning_each_time_and_training_goes_on(
         "training goes on\n"
     )
     disk.error = None
-    callback.on(DUE, state)
+    callback.save(state)
     wait_for_writer(callback)
     assert len(disk.written) == 1
     assert capsys.readouterr() == ("", "")
@@ -415,7 +366,7 @@ def test_a_failed_save_is_tried_again_after_the_interval(make_state: MakeState, 
     """Not at every step: the warning would fill the screen."""
     callback = saver(Disk(FULL).write, minutes=1)
     clock[0] += 61
-    callback.on(DUE, make_state())
+    callback.save(make_state())
     wait_for_writer(callback)
     assert not callback.is_due()
     clock[0] += 61
@@ -433,7 +384,7 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
             time.sleep(0.5)
             world.board.set("order", world.board.get("order") + " written")
 
-        state = TrainState(None, None, None, None)
+        state = TrainState(network=None, model=None, optimizer=None, scaler=None)
         if world.is_main:
             world.board.set("order", "began")
         world.barrier()

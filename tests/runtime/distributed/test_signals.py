@@ -113,7 +113,7 @@ def test_afterwards_signals_have_the_effect_that_they_had(fails: bool) -> None:
 PROGRAM = """
     import os, signal, sys, time
     from runtime.distributed import signals as interruption
-    interruption.SAME_WISH_S = 0.0
+    interruption.SAME_REQUEST_S = 0.0
     first, second = map(int, sys.argv[1:])
     with interruption.SignalHandler() as wish:
         os.kill(os.getpid(), first)
@@ -147,7 +147,7 @@ class Notes:
 
 
 def test_an_evaluation_is_left_by_all_only_where_a_ranks_part_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruption, "LOOK_S", 0.0)
+    monkeypatch.setattr(interruption, "POLL_S", 0.0)
     board = Notes()
     working, waiting = SignalHandler(board), SignalHandler(board)  # type: ignore[arg-type]
     waiting.number = signal.SIGINT

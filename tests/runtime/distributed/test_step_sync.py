@@ -23,7 +23,15 @@ def submit(
     step_sync: StepSync, epoch: int, batch: int, loss: float, norm: float, scale: float | None = None
 ) -> list[StepEnd]:
     loss_scale = None if scale is None else torch.tensor(scale)
-    return list(step_sync.submit(epoch, batch, torch.tensor(loss), torch.tensor(norm), loss_scale))
+    return list(
+        step_sync.submit(
+            epoch=epoch,
+            batch=batch,
+            loss=torch.tensor(loss),
+            gradient_norm=torch.tensor(norm),
+            loss_scale=loss_scale,
+        )
+    )
 
 
 def hear(
@@ -57,12 +65,21 @@ def test_a_beat_reads_what_was_sent_before_and_nothing_else(
     world: World, forbid_reading: Callable[[], list[str]]
 ) -> None:
     step_sync = StepSync(world, lag=1)
-    steps = [(epoch, batch, torch.tensor(loss), torch.tensor(norm), None) for epoch, batch, loss, norm in STEPS]
+    steps: list[dict[str, Any]] = [
+        {
+            "epoch": epoch,
+            "batch": batch,
+            "loss": torch.tensor(loss),
+            "gradient_norm": torch.tensor(norm),
+            "loss_scale": None,
+        }
+        for epoch, batch, loss, norm in STEPS
+    ]
     reads = forbid_reading()
-    assert list(step_sync.submit(*steps[0])) == []
+    assert list(step_sync.submit(**steps[0])) == []
     assert reads == []
     for count, step in enumerate(steps[1:], start=1):
-        (event,) = step_sync.submit(*step)
+        (event,) = step_sync.submit(**step)
         assert event == StepEnd(*STEPS[count - 1], loss_scale=1.0)
         assert reads == ["tolist"] * count, "one vector a step"
 
@@ -73,7 +90,8 @@ def test_sending_runs_where_no_value_can_be_read(scaled: bool) -> None:
     meta = torch.device("meta")
     step_sync = StepSync(World(0, 1, meta), lambda: StepRequest(15, True), lag=1)
     loss, norm = torch.zeros((), device=meta), torch.zeros((), device=meta)
-    assert list(step_sync.submit(1, 0, loss, norm, torch.ones((), device=meta) if scaled else None)) == []
+    scale = torch.ones((), device=meta) if scaled else None
+    assert list(step_sync.submit(epoch=1, batch=0, loss=loss, gradient_norm=norm, loss_scale=scale)) == []
 
 
 class Poisoned(Tensor):
@@ -152,7 +170,13 @@ def test_all_ranks_hear_the_same_wishes_and_faults_and_their_own_loss(run_ranks:
         losses = [(0.5, 0.25), (0.5, 0.25), (0.5, math.nan)]
         events = []
         for batch, loss in enumerate(losses):
-            events += step_sync.submit(1, batch, torch.tensor(loss[world.rank]), torch.tensor(2.0), None)
+            events += step_sync.submit(
+                epoch=1,
+                batch=batch,
+                loss=torch.tensor(loss[world.rank]),
+                gradient_norm=torch.tensor(2.0),
+                loss_scale=None,
+            )
         events += step_sync.drain()
         print(json.dumps([[e.batch, e.signal, e.save, e.fault, e.loss] for e in events]))
     """
@@ -167,7 +191,7 @@ def test_a_vector_that_a_step_changes_later_was_copied(world: World) -> None:
     """A scaler updates its scale in place, a loss may be added up in place."""
     step_sync = StepSync(world, lag=1)
     loss, norm, scale = torch.tensor(0.5), torch.tensor(2.0), torch.tensor(1024.0)
-    assert list(step_sync.submit(1, 0, loss, norm, scale)) == []
+    assert list(step_sync.submit(epoch=1, batch=0, loss=loss, gradient_norm=norm, loss_scale=scale)) == []
     for tensor in (loss, norm, scale):
         tensor.fill_(7.0)
     assert list(step_sync.drain()) == [StepEnd(1, 0, 0.5, 2.0, 1024.0)]

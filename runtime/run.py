@@ -1,0 +1,110 @@
+"""The outline of a run: `train_network` trains to the target, `evaluate_checkpoint` scores a saved network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from common.errors import DIVERGED_EXIT, UserError
+from common.messages import notes_held
+from model.registry import check_window
+from runtime import build
+from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_network
+from runtime.case_table import CaseTable
+from runtime.checkpoint import format as checkpoints
+from runtime.checkpoint.writer import PATIENCE_S
+from runtime.distributed.signals import SignalHandler
+from runtime.distributed.watchdog import Watchdog
+from runtime.distributed.world import World
+from runtime.evaluation import CaseScorer
+from runtime.logging import trackers
+from runtime.logging.console import EvaluationTracker
+from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
+from runtime.memory_format import to_device
+from runtime.precision import choose_precision
+from runtime.run_spec import leave_done, make_run_spec, read_dataset
+from runtime.seeding import seed_process
+from runtime.training import train
+
+
+@notes_held()
+def train_network(config: RunConfig, world: World, write_report: Callable[[RunConfig, World], None]) -> int:
+    """A whole run, from the command line to the last line of the log.
+
+    Args:
+        write_report: called on rank 0 once training has ended in order, before the trackers are closed.
+
+    Returns:
+        The program's exit status.
+    """
+    run = make_run_spec(config, world)
+    if run.done:
+        return leave_done(run)
+    signals = SignalHandler(world.board)
+    watchdog = Watchdog(world, signals)
+    writer = build.make_checkpoint_writer(run)
+    emit = build.make_event_dispatcher(run, watchdog)
+
+    # Before the clock: the network is built and tuned; no training data is touched.
+    emit(build.describe_start(run))
+    step = build.make_step_config(run)
+    state = build.build_state(run)
+    build.run_preflight(run, state, emit)
+    build.prewarm(run, state, step, emit)
+    emit(build.describe_run(run, state))
+    world.barrier()
+    emit(RunStarted())
+
+    # The clock runs.
+    loop = build.make_train_loop(run, state, step, writer=writer, signals=signals, emit=emit)
+    try:
+        with signals, watchdog:
+            stop = train(state, loop)
+            writer.finish(state, stop)
+        if stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
+            write_report(config, world)
+    finally:
+        emit(RunFinalized(trackers.left_behind(config.log_dir, checkpoint_path(config))))
+    # A launcher ends all ranks as soon as one exits with a status other than 0: let rank 0 finish first. The store may
+    # be in rank 0's process, which may be gone.
+    with suppress(RuntimeError):
+        world.wait_for_main("closed", PATIENCE_S)
+    return stop.exit_status
+
+
+def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) -> int:
+    """Scores a checkpoint's network: prints one `name value` line per score and writes a table of the cases.
+
+    Args:
+        given: names of the flags that are on the command line; the checkpoint's flags fill in the others.
+    """
+    loaded = checkpoints.load(config.load_ckpt_path[0])
+    config = with_checkpoint_network(config, given, loaded.config)
+    dataset, split = read_dataset(config)
+    cases = split.get(config.subset)
+    if not cases:
+        there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
+        raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
+    seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
+    network = build.make_network(config, dataset)
+    check_window(
+        network, config.val_input_shape, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes)
+    )
+    weights, epoch = loaded.state(config.checkpoint)
+    checkpoints.load_network(network, weights, loaded.path)
+    to_device(network, world.device, config.layout)
+    table = CaseTable(config.data_dir, dataset, config.subset)
+    scorer = CaseScorer(
+        network=network,
+        loss=build.make_loss(config, dataset, world),
+        windows=build.make_sliding_window_config(config, dataset),
+        precision=choose_precision(config.amp, config.amp_dtype, world.device),
+        metric=table,
+    )
+    emit = EventDispatcher([EvaluationTracker(config.verbose)] if world.is_main else [])
+    result = build.make_evaluator(config, scorer, cases, world=world, emit=emit)(epoch)
+    emit(result)
+    if world.is_main:
+        print(table.write(config.log_dir, result), file=sys.stderr, flush=True)
+    return 0
