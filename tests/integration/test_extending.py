@@ -128,7 +128,7 @@ def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
     assert float(scored["mean_dice"]) == pytest.approx(float(line.split()[-1]), abs=1e-4)
 
 
-def test_near_names_know_the_new_one(extended: Path, tmp_path: Path) -> None:
+def test_a_wrong_name_lists_the_new_one(extended: Path, tmp_path: Path) -> None:
     done = run(extended, "main.py", "--loader", "synthetic", "--log_dir", tmp_path, "--model", "pontwise", ok=False)
     assert done.returncode == 2
-    assert "there is pointwise" in done.stderr
+    assert "available: pointwise, slicewise, unet3d" in done.stderr
