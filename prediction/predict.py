@@ -303,4 +303,6 @@ def _logits(image: Tensor, member: Member, precision: Precision, spec: DatasetSp
             logits: Tensor = member.network(windows.to(where.network))
         return logits.to(where.volume)
 
-    return sliding_window(image, predict, member.window, member.overlap, spec.padding_value, where.batch_size)
+    return sliding_window(
+        image, predict, member.window, member.overlap, padding_value=spec.padding_value, batch_size=where.batch_size
+    )

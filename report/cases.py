@@ -191,7 +191,12 @@ def _hang(
         return logits
 
     logits = sliding_window(
-        image.to(precision.device), predict, scoring.window, scoring.overlap, scoring.padding_value, scoring.batch_size
+        image.to(precision.device),
+        predict,
+        scoring.window,
+        scoring.overlap,
+        padding_value=scoring.padding_value,
+        batch_size=scoring.batch_size,
     )
     prediction = logits.argmax(1)[0].to("cpu", torch.uint8)
     affine, own_mm = KITS19_AXES, (1.0, 1.0, 1.0)

@@ -162,7 +162,12 @@ class CaseScorer:
                 labels.append((case.case, case.label[..., *kept].to(device, non_blocking=True)))
                 image = case.image[..., *kept].to(device, non_blocking=True)
                 yield WindowedVolume(
-                    image, windows.window, windows.overlap, windows.padding_value, subgroup.rank, subgroup.size
+                    image,
+                    windows.window,
+                    windows.overlap,
+                    padding_value=windows.padding_value,
+                    member=subgroup.rank,
+                    members=subgroup.size,
                 )
 
         def predict(batch: Tensor) -> Tensor:

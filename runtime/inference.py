@@ -1,4 +1,4 @@
-"""Sliding-window logits: pure tensor code."""
+"""Sliding-window inference: cuts a volume into windows and averages their logits where they overlap."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 Predictor = Callable[[Tensor], Tensor]
 Padding = list[tuple[int, int]]
-# Slices of the axes D, H, W.
-Place = tuple[slice, slice, slice]
+# A window's slices along the axes D, H, W.
+WindowSlices = tuple[slice, slice, slice]
 
 
 def stride_of(window: Sequence[int], overlap: float) -> list[int]:
-    """`int(R * (1 - overlap))` an axis, at least 1."""
+    """Returns the step between windows per axis: `int(R * (1 - overlap))` for a window of R voxels, at least 1."""
     return [max(1, int(length * (1 - overlap))) for length in window]
 
 
-def remainder_crop(shape: Sequence[int], stride: Sequence[int]) -> Place:
-    """What the MLPerf reference keeps of a volume before it scores (a quirk that its target was calibrated with).
+def remainder_crop(shape: Sequence[int], stride: Sequence[int]) -> WindowSlices:
+    """Returns the part of a volume that the MLPerf reference scores (a quirk with which its target was calibrated).
 
-    Where an axis of size S has S mod s below s // 2, that remainder is cut off, the smaller half in front; an axis
-    shorter than the stride stays whole.
+    If the size S of an axis has a remainder S mod s below s // 2 for stride s, the remainder is cut off, the smaller
+    half in front. An axis shorter than the stride is kept whole.
     """
     kept = []
     for size, step in zip(shape, stride, strict=True):
@@ -37,10 +37,10 @@ def remainder_crop(shape: Sequence[int], stride: Sequence[int]) -> Place:
 
 
 def window_padding(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Padding:
-    """Voxels (before, after) that let whole strides cover each axis, the smaller half in front.
+    """Returns the voxels (before, after) to add per axis so that whole strides cover it, the smaller half in front.
 
-    The size becomes the window plus a multiple of the stride. At MLPerf's overlap of 0.5 that is the reference's
-    "up to a multiple of the stride"; at other overlaps the reference's rule would leave voxels without a window.
+    The padded size is the window plus a multiple of the stride. At MLPerf's overlap of 0.5 this is the reference's "up
+    to a multiple of the stride"; at other overlaps the reference's rule would leave voxels without a window.
     """
     padding = []
     for size, length, step in zip(shape, window, stride, strict=True):
@@ -52,10 +52,10 @@ def window_padding(shape: Sequence[int], window: Sequence[int], stride: Sequence
 
 @lru_cache(maxsize=4)
 def gaussian_map(window: tuple[int, ...], device: torch.device) -> Tensor:
-    """A window's weights, (D, H, W) float32, at most 1.
+    """Returns the weights of a window's voxels: (D, H, W) float32, at most 1.
 
-    The cube root of the outer product of three Gaussians whose standard deviation is an eighth of their own axis (the
-    reference takes the first axis's size for all three).
+    They are the cube root of the outer product of three Gaussians, each with a standard deviation of an eighth of its
+    axis (the reference uses the first axis for all three).
     """
     d, h, w = (torch.exp(-0.5 * ((torch.arange(n, dtype=torch.float64) - (n - 1) / 2) / (n / 8)) ** 2) for n in window)
     product = (d[:, None, None] * h[None, :, None] * w[None, None, :]) ** (1 / 3)
@@ -64,28 +64,29 @@ def gaussian_map(window: tuple[int, ...], device: torch.device) -> Tensor:
 
 def tile(
     shape: Sequence[int], window: Sequence[int], overlap: float, padding_value: float | None
-) -> tuple[Padding, list[Place]]:
-    """How a volume is padded, and the windows of what comes of it; see `WindowedVolume` for the arguments."""
+) -> tuple[Padding, list[WindowSlices]]:
+    """Returns a volume's padding, and the windows of the padded volume; see `WindowedVolume` for the arguments."""
     stride = stride_of(window, overlap)
     padding = window_padding(shape, window, stride if padding_value is not None else [1, 1, 1])
     padded = [size + before + after for size, (before, after) in zip(shape, padding, strict=True)]
-    return padding, list(window_places(padded, window, stride))
+    return padding, list(window_slices(padded, window, stride))
 
 
 class WindowedVolume:
-    """A volume, cut into windows, and the weighted sum of the logits that come back.
+    """A volume cut into windows, and the weighted sum of their logits.
 
     Args:
         image: (N, C, D, H, W), any size.
-        window: voxels of a window.
+        window: (D, H, W) of a window, in voxels.
         overlap: share that neighbouring windows have in common, in [0, 1).
-        padding_value: what lies outside a volume that is padded to whole strides, as the reference does; None pads
-            (with its edge) only a volume smaller than a window, and moves the windows together instead: a network
-            that never saw padding in training scores worse on it.
-        member, members: this one's part of the windows where several ranks share a volume.
+        padding_value: fills the padding to whole strides, as in the reference. None pads only a volume smaller than a
+            window (with its edge), and moves the windows closer together instead: a network that never saw padding in
+            training scores worse on it.
+        member, members: index of this rank, and number of ranks, among those that share the volume's windows.
 
     Attributes:
-        missing: windows of this part whose logits have not come back.
+        windows: this rank's windows, as slices of the padded volume.
+        missing: number of these whose logits have not been added yet.
     """
 
     def __init__(
@@ -93,38 +94,39 @@ class WindowedVolume:
         image: Tensor,
         window: Sequence[int],
         overlap: float,
+        *,
         padding_value: float | None = None,
         member: int = 0,
         members: int = 1,
     ) -> None:
         self._shape = image.shape[2:]
-        self._padding, places = tile(self._shape, window, overlap, padding_value)
+        self._padding, windows = tile(self._shape, window, overlap, padding_value)
         self._image = _pad(image, self._padding, padding_value)
         self._weights = gaussian_map(tuple(window), image.device)
         self._norm = torch.zeros(self._image.shape[2:], device=image.device)
         self._total: Tensor | None = None
-        for place in places:
-            self._norm[place] += self._weights
-        self.places = places[member::members]
-        self.missing = len(self.places)
+        for slices in windows:
+            self._norm[slices] += self._weights
+        self.windows = windows[member::members]
+        self.missing = len(self.windows)
 
-    def window(self, place: Place) -> Tensor:
-        """(N, C, *window)."""
-        return self._image[..., *place]
+    def window(self, slices: WindowSlices) -> Tensor:
+        """Returns a window of the padded image, (N, C, *window)."""
+        return self._image[..., *slices]
 
-    def add(self, place: Place, logits: Tensor) -> None:
+    def add(self, slices: WindowSlices, logits: Tensor) -> None:
         """Adds a window's logits (N, K, *window)."""
         if self._total is None:
             shape = (logits.shape[0], logits.shape[1], *self._image.shape[2:])
             self._total = torch.zeros(shape, device=self._image.device)
-        self._total[..., *place] += logits.float() * self._weights
+        self._total[..., *slices] += logits.float() * self._weights
         self.missing -= 1
 
     def logits(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
-        """(N, K, D, H, W) float32: the sum of the windows' outputs times `gaussian_map`, divided by the maps' sum.
+        """Returns the windows' logits averaged with the weights of `gaussian_map`: (N, K, D, H, W) float32.
 
         Args:
-            total: adds up the members' sums, where there are several.
+            total: sums a tensor over the ranks that share the volume.
         """
         assert self._total is not None, "every member has a window"
         mean = total(self._total) / self._norm
@@ -138,29 +140,29 @@ def predict_windows(
     """Fills the volumes, in order, from batches of windows; a batch may hold windows of several volumes.
 
     Args:
-        volumes: taken one after the other, only as far as a batch needs, so that few lie in memory at a time.
-        predictor: (B, C, *window) -> (B, K, *window).
-        batch_size: windows of a batch.
+        volumes: consumed only as far as the next batch needs, so that few are in memory at a time.
+        predictor: maps (B, C, *window) to (B, K, *window).
+        batch_size: windows per batch.
 
     Yields:
-        Each volume as soon as its last window is back.
+        Each volume as soon as all its windows have been added.
     """
     open_volumes: deque[WindowedVolume] = deque()
-    batch: list[tuple[WindowedVolume, Place]] = []
+    batch: list[tuple[WindowedVolume, WindowSlices]] = []
 
     def run() -> Iterator[WindowedVolume]:
-        windows = [volume.window(place) for volume, place in batch]
+        windows = [volume.window(slices) for volume, slices in batch]
         outputs = predictor(torch.cat(windows)).split([len(window) for window in windows])
-        for (volume, place), logits in zip(batch, outputs, strict=True):
-            volume.add(place, logits)
+        for (volume, slices), logits in zip(batch, outputs, strict=True):
+            volume.add(slices, logits)
         batch.clear()
         while open_volumes and not open_volumes[0].missing:
             yield open_volumes.popleft()
 
     for volume in volumes:
         open_volumes.append(volume)
-        for place in volume.places:
-            batch.append((volume, place))
+        for slices in volume.windows:
+            batch.append((volume, slices))
             if len(batch) == batch_size:
                 yield from run()
     if batch:
@@ -172,23 +174,26 @@ def sliding_window(
     predictor: Predictor,
     window: Sequence[int],
     overlap: float,
+    *,
     padding_value: float | None = None,
     batch_size: int = 1,
 ) -> Tensor:
-    """The predictor's logits for a volume of any size, averaged where windows overlap; see `WindowedVolume`.
+    """Returns the predictor's logits for a volume of any size, averaged where windows overlap.
+
+    The arguments are those of `WindowedVolume` and `predict_windows`.
 
     Returns:
         (N, K, D, H, W) float32.
     """
-    volume = WindowedVolume(image, window, overlap, padding_value)
+    volume = WindowedVolume(image, window, overlap, padding_value=padding_value)
     (filled,) = predict_windows([volume], predictor, batch_size)
     return filled.logits()
 
 
-def window_places(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[Place]:
-    """The windows of a volume at least as large, as slices of its three axes.
+def window_slices(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[WindowSlices]:
+    """Yields the windows of a volume that is at least as large as one.
 
-    As many as cover it at no more than `stride` apart, the first and the last flush with the edges, evenly between.
+    They are the fewest that cover it at most `stride` apart: evenly spaced, with the first and the last at the edges.
     """
     starts = []
     for size, length, step in zip(shape, window, stride, strict=True):

@@ -130,7 +130,7 @@ print(int(peak) * 1024 / GIB - started)
 def test_the_volume_s_bytes_cover_what_the_windows_need() -> None:
     """The tensors that a sliding window holds in the end are no more than counted."""
     image = torch.zeros(1, 1, 9, 10, 11)
-    logits = sliding_window(image, Two(), (4, 4, 4), 0.5, -2.2)
+    logits = sliding_window(image, Two(), (4, 4, 4), 0.5, padding_value=-2.2)
     transform = Transform(Geometry(np.eye(4), (9, 10, 11), (1, 1, 1)), (9, 10, 11), (0, 0, 0), (9, 10, 11))
     sizes = Sizes.of((1, 9, 10, 11), transform, 4, (4, 4, 4), 0.5, -2.2, False, 1)
     assert sizes.volume >= 2 * logits.numel() * 4 + 2 * image.numel() * 4

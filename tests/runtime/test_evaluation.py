@@ -52,7 +52,7 @@ class Thresholds(nn.Module):
 
 def expected_scores(image: Tensor, label: Tensor) -> list[float]:
     """The definition: windows, loss, Dice."""
-    logits = sliding_window(image, Thresholds(), SCORING.window, SCORING.overlap, SCORING.padding_value)
+    logits = sliding_window(image, Thresholds(), SCORING.window, SCORING.overlap, padding_value=SCORING.padding_value)
     return [DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()]
 
 
@@ -101,7 +101,9 @@ def test_the_references_crop_scores_the_kept_part_alone(case: str, kept: slice, 
     loaded.label[:, :, kept.stop :] = 2
     row = score_case(loaded, make_scorer(Thresholds(), fp32, windows=CROPPING))
     image, label = loaded.image[:, :, kept], loaded.label[:, :, kept]
-    logits = sliding_window(image, Thresholds(), CROPPING.window, CROPPING.overlap, CROPPING.padding_value)
+    logits = sliding_window(
+        image, Thresholds(), CROPPING.window, CROPPING.overlap, padding_value=CROPPING.padding_value
+    )
     assert row.tolist() == pytest.approx([DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()])
 
 

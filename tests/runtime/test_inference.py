@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.inference import gaussian_map, remainder_crop, sliding_window, stride_of, window_padding, window_places
+from runtime.inference import gaussian_map, remainder_crop, sliding_window, stride_of, window_padding, window_slices
 
 CPU = torch.device("cpu")
 PADDING = -2.2
@@ -35,7 +35,7 @@ def test_a_predictor_that_adds_one_returns_the_image_plus_one(
     shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, edge: bool, batch: tuple[int, int]
 ) -> None:
     image = torch.rand(*batch, *shape, generator=torch.Generator().manual_seed(sum(shape)))
-    found = sliding_window(image, plus_one, window, overlap, None if edge else PADDING)
+    found = sliding_window(image, plus_one, window, overlap, padding_value=None if edge else PADDING)
     assert found.shape == image.shape
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, image + 1, rtol=0, atol=1e-5)
@@ -43,13 +43,13 @@ def test_a_predictor_that_adds_one_returns_the_image_plus_one(
 
 def test_a_predictor_may_have_other_channels_out_than_in() -> None:
     image = torch.rand(2, 1, 5, 6, 7)
-    found = sliding_window(image, lambda x: torch.cat((x, 2 * x, -x), dim=1), (4, 4, 4), 0.5, PADDING)
+    found = sliding_window(image, lambda x: torch.cat((x, 2 * x, -x), dim=1), (4, 4, 4), 0.5, padding_value=PADDING)
     torch.testing.assert_close(found, torch.cat((image, 2 * image, -image), dim=1), rtol=0, atol=1e-5)
 
 
 def test_16_bit_logits_are_summed_in_fp32() -> None:
     image = torch.linspace(0, 1, 6 * 6 * 12).view(1, 1, 6, 6, 12)
-    found = sliding_window(image, lambda x: x.bfloat16(), (4, 4, 4), 0.75, PADDING)
+    found = sliding_window(image, lambda x: x.bfloat16(), (4, 4, 4), 0.75, padding_value=PADDING)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, image.bfloat16().float(), rtol=0, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_remainder_crop(size: int, stride: int, kept: tuple[int, int]) -> None:
     for axis in range(3):
         shape, strides, expected = [128, 128, 128], [64, 64, 64], [(0, 128)] * 3
         shape[axis], strides[axis], expected[axis] = size, stride, kept
-        assert [(place.start, place.stop) for place in remainder_crop(shape, strides)] == expected
+        assert [(part.start, part.stop) for part in remainder_crop(shape, strides)] == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -129,12 +129,12 @@ def test_windows_cover_every_voxel_and_stay_inside(
 
 
 def times_seen(shape: Sequence[int], window: tuple[int, int, int], stride: list[int]) -> NDArray[np.int64]:
-    """By how many windows each voxel is seen; windows must have their size and lie inside."""
+    """Counts the windows that cover each voxel; windows must have their size and be inside the volume."""
     seen = np.zeros(shape, np.int64)
-    for place in window_places(shape, window, stride):
-        assert [part.stop - part.start for part in place] == list(window)
-        assert all(part.start >= 0 and part.stop <= size for part, size in zip(place, shape, strict=True))
-        seen[place] += 1
+    for slices in window_slices(shape, window, stride):
+        assert [part.stop - part.start for part in slices] == list(window)
+        assert all(part.start >= 0 and part.stop <= size for part, size in zip(slices, shape, strict=True))
+        seen[slices] += 1
     return seen
 
 
@@ -146,9 +146,9 @@ def test_without_padding_windows_lie_flush_with_the_edges_and_evenly(
     shape = [length + extra for length, extra in zip(window, more, strict=True)]
     stride = stride_of(window, overlap)
     assert times_seen(shape, window, stride).min() >= 1
-    places = list(window_places(shape, window, stride))
+    found = list(window_slices(shape, window, stride))
     for axis, (size, step) in enumerate(zip(shape, stride, strict=True)):
-        starts = sorted({place[axis].start for place in places})
+        starts = sorted({slices[axis].start for slices in found})
         steps = {after - before for before, after in itertools.pairwise(starts)}
         assert (starts[0], starts[-1]) == (0, size - window[axis])
         assert max(steps, default=0) <= step
@@ -171,19 +171,19 @@ def test_number_of_windows(shape: tuple[int, int, int], count: int) -> None:
     window, stride = (128, 128, 128), (64, 64, 64)
     padding = window_padding(shape, window, stride)
     padded = [size + sum(both) for size, both in zip(shape, padding, strict=True)]
-    assert len(list(window_places(padded, window, stride))) == count
+    assert len(list(window_slices(padded, window, stride))) == count
     assert count == math.prod(max(0, math.ceil((size - 128) / 64)) + 1 for size in shape)
 
 
 def test_windows_go_in_order_each_once() -> None:
-    places = list(window_places((6, 4, 8), (4, 4, 4), (2, 2, 4)))
-    starts = [tuple(part.start for part in place) for place in places]
+    found = list(window_slices((6, 4, 8), (4, 4, 4), (2, 2, 4)))
+    starts = [tuple(part.start for part in slices) for slices in found]
     assert starts == [(0, 0, 0), (0, 0, 4), (2, 0, 0), (2, 0, 4)]
 
 
 def test_windows_of_a_size_that_strides_do_not_divide_move_together() -> None:
-    places = list(window_places((11, 4, 4), (4, 4, 4), (4, 4, 4)))
-    assert [place[0].start for place in places] == [0, 4, 7]
+    found = list(window_slices((11, 4, 4), (4, 4, 4), (4, 4, 4)))
+    assert [slices[0].start for slices in found] == [0, 4, 7]
 
 
 @pytest.mark.parametrize("window", [(8, 8, 8), (16, 8, 4), (5, 7, 2), (6, 1, 3)])
@@ -193,9 +193,9 @@ def test_gaussian_map_closed_form(window: tuple[int, int, int]) -> None:
     assert found.shape == window
     assert found.dtype == torch.float32
     expected = np.zeros(window)
-    for place in itertools.product(*map(range, window)):
-        exponent = sum(((i - (n - 1) / 2) / (n / 8)) ** 2 for i, n in zip(place, window, strict=True))
-        expected[place] = math.exp(-exponent / 2) ** (1 / 3)
+    for voxel in itertools.product(*map(range, window)):
+        exponent = sum(((i - (n - 1) / 2) / (n / 8)) ** 2 for i, n in zip(voxel, window, strict=True))
+        expected[voxel] = math.exp(-exponent / 2) ** (1 / 3)
     np.testing.assert_allclose(found.numpy(), expected / expected.max(), rtol=1e-5)
     assert found.max().item() == 1.0
 
@@ -203,7 +203,7 @@ def test_gaussian_map_closed_form(window: tuple[int, int, int]) -> None:
 def test_gaussian_map_of_mlperfs_window() -> None:
     found = gaussian_map((128, 128, 128), CPU)
     assert found.min().item() > 0
-    # one voxel off the middle in one axis; std 16; the middle itself lies half a voxel between two
+    # one voxel off the middle in one axis; std 16; the middle itself is half a voxel between two
     expected = math.exp(-((1.5 / 16) ** 2 - (0.5 / 16) ** 2) / 6)
     assert (found[62, 63, 63] / found[63, 63, 63]).item() == pytest.approx(expected, rel=1e-6)
     assert found[0, 0, 0].item() == pytest.approx(math.exp(-((63.5 / 16) ** 2 - (0.5 / 16) ** 2) / 2), rel=1e-5)
@@ -227,10 +227,10 @@ def direct(image: Tensor, window: tuple[int, int, int], overlap: float, value: f
     lasts = [n - r for n, r in zip(padded.shape, window, strict=True)]
     starts = [np.linspace(0, last, count).round().astype(int) for last, count in zip(lasts, counts, strict=True)]
     for start in itertools.product(*starts):
-        place = tuple(slice(first, first + n) for first, n in zip(start, window, strict=True))
-        corner = padded[place][0, 0, 0]
-        total[place] += weights * (padded[place] + 10 * corner)
-        norm[place] += weights
+        slices = tuple(slice(first, first + n) for first, n in zip(start, window, strict=True))
+        corner = padded[slices][0, 0, 0]
+        total[slices] += weights * (padded[slices] + 10 * corner)
+        norm[slices] += weights
     inner = tuple(slice(before, before + n) for (before, _), n in zip(padding, image.shape[2:], strict=True))
     return torch.from_numpy((total / norm)[inner])[None, None]
 
@@ -254,7 +254,7 @@ def test_overlapping_windows_are_weighted_with_the_gaussian(
     shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, value: float | None
 ) -> None:
     image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(3))
-    found = sliding_window(image, where_am_i, window, overlap, value)
+    found = sliding_window(image, where_am_i, window, overlap, padding_value=value)
     torch.testing.assert_close(found.double(), direct(image, window, overlap, value), rtol=1e-5, atol=1e-5)
 
 
@@ -265,7 +265,7 @@ def seen_by_predictor(image: Tensor, value: float | None) -> list[Tensor]:
         windows.append(window[0, 0].clone())
         return window
 
-    sliding_window(image, predictor, (4, 4, 4), 0.5, value)
+    sliding_window(image, predictor, (4, 4, 4), 0.5, padding_value=value)
     return windows
 
 
@@ -298,5 +298,5 @@ def test_no_padding_value_pads_nothing_of_a_larger_volume() -> None:
 def test_the_image_itself_is_left_alone() -> None:
     image = torch.rand(1, 1, 4, 4, 8)
     before = image.clone()
-    sliding_window(image, plus_one, (4, 4, 4), 0.5, PADDING)
+    sliding_window(image, plus_one, (4, 4, 4), 0.5, padding_value=PADDING)
     assert torch.equal(image, before)
