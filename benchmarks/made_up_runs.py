@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from mlperf_logging.mllog import mllog
 
+from common.compat import mllog_clock
 from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
 from data_loading.integrity import MLPERF_CASES, md5_of, stamp_of
 from data_loading.preprocessing import foreground_boxes
@@ -92,9 +92,8 @@ def write_log(
     # The tracker makes the file of that name in a folder.
     folder = path.with_name(f"{path.name}.folder")
     folder.mkdir(parents=True)
-    real, mllog._current_time_ms = mllog._current_time_ms, clock
     started_ms = 0
-    try:
+    with mllog_clock(clock):
         tracker = MLPerfTracker(folder)
         for event in events_of(config, seed, epochs, reasons, first, interval, converges):
             if isinstance(event, ev.RunStarted):
@@ -102,8 +101,6 @@ def write_log(
             if isinstance(event, ev.RunStopped):
                 clock.now_ms = started_ms + clock_ms - 1
             tracker.on(event)
-    finally:
-        mllog._current_time_ms = real
     (folder / "unet3d.log").replace(path)
     folder.rmdir()
     return path

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.compat import dataloader_worker_message, is_dataloader_timeout, is_dataloader_worker_error
 from common.errors import UserError
 from data_loading.dataset import file_of, map_array, map_case, read_case
 from data_loading.integrity import FileWatch, both_files, check_files
@@ -217,12 +218,11 @@ class PytorchLoader:
                 next(awaited)
                 yield batch
         except UserError as error:
-            # torch wraps a worker's error into the worker's traceback, which ends with the message.
-            raise UserError(str(error).rstrip().rsplit(f"{UserError.__qualname__}: ", 1)[-1]) from None
+            raise UserError(dataloader_worker_message(error)) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
-            if not is_of_worker(error):
+            if not is_dataloader_worker_error(error):
                 raise
-            if "timed out" in str(error):
+            if is_dataloader_timeout(error):
                 # One that hangs would stay when this process ends: torch only asks it to go, and raises when it has.
                 for worker in multiprocessing.active_children():
                     with suppress(RuntimeError):
@@ -236,14 +236,6 @@ class PytorchLoader:
 
     def describe(self, epoch: int, batch: int) -> list[str]:
         return [self._dataset.describe(key) for key in self._sampler.order.batches(epoch)[batch]]
-
-
-def is_of_worker(error: Exception) -> bool:
-    """Whether a loader's error tells of a worker; torch raises its own wherever the main thread happens to be.
-
-    Of a worker that is killed with a batch on its way, torch's pipe to it tells first, before torch has noticed.
-    """
-    return isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader")
 
 
 def lost_worker(error: Exception, meanwhile: str) -> str:

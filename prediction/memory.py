@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from common.compat import TorchDispatchMode, tree_leaves
 from common.errors import UserError
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Transform
@@ -159,14 +158,14 @@ class _Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._storages: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+                self._storages[StorageWeakRef(storage)] = storage.nbytes()
+        self._storages = {alive: size for alive, size in self._storages.items() if not alive.expired()}
+        self.peak = max(self.peak, sum(self._storages.values()))
         return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from report.compliance import Compliance
 from report.figures import Chart, phases_ms
 from report.markup import NOTHING, Html, join, pairs, table, tag
 from report.records import Run
+from runtime.arguments import RunConfig
 from runtime.command_line import make_parser
 
 STYLE = Path(__file__).with_name("style.css")
@@ -249,7 +251,8 @@ def _pictures(shown: Sequence[Shown], left_out: str) -> Html:
 
 
 def _settings(run: Run) -> Html:
-    defaults = {action.dest: plain(action.default) for action in make_parser()._actions}
+    parser = make_parser()
+    defaults = {field.name: plain(parser.get_default(field.name)) for field in dataclasses.fields(RunConfig)}
     flags = {name: plain(value) for name, value in run.config.items() if name in defaults}
     changed = {name: value for name, value in flags.items() if value != defaults.get(name)}
     rest = {name: value for name, value in flags.items() if name not in changed}

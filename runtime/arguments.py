@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -141,9 +140,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
         values = vars(parser.parse_args(arguments))
     except RecursionError:
         raise UserError("an argument file names itself") from None
-    for action in parser._actions:  # the second pass: without defaults, only what was given remains
-        action.default = argparse.SUPPRESS
-    given = frozenset(vars(parser.parse_args(arguments)))
+    not_given = object()  # as every flag's default, it remains where a second pass finds no such flag
+    parser.set_defaults(**dict.fromkeys(values, not_given))
+    given = frozenset(name for name, value in vars(parser.parse_args(arguments)).items() if value is not not_given)
     for name in (
         "input_shape",
         "val_input_shape",

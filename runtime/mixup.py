@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
 
+from common.compat import tree_iter, tree_map, without_torch_function
 from common.errors import UserError
 from model.registry import to_meta
 from runtime.objective import Predict, plain
@@ -207,6 +207,6 @@ class _Crossing(TorchFunctionMode):
         if not self._is_before(value):
             return value
         if id(value) not in self._mixed:
-            with torch._C.DisableTorchFunction():
+            with without_torch_function():
                 self._mixed[id(value)] = value, self._mix(value)  # kept with it, so that no other gets its id
         return self._mixed[id(value)][1]

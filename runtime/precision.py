@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.compat import cpu_computes_bf16
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -43,7 +45,7 @@ def choose_precision(amp: bool, amp_dtype: str, device: torch.device) -> Precisi
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Precision(device, torch.bfloat16 if native else torch.float16)
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if cpu_computes_bf16():
         return Precision(device, torch.bfloat16)
     return Precision(
         device, None, "--amp: this CPU has no 16-bit arithmetic, computing in fp32 (--amp_dtype bf16 would emulate it)"

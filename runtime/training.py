@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from common.compat import is_dataloader_worker_error, loss_scale
 from common.errors import DIVERGED_EXIT, Interrupted, UserError
-from data_loading.pytorch_loader import Batch, TrainingLoader, is_of_worker, lost_worker
+from data_loading.pytorch_loader import Batch, TrainingLoader, lost_worker
 from runtime.callbacks.base import Callback
 from runtime.checkpoint.writer import CheckpointWriter
 from runtime.distributed.step_sync import StepSync
@@ -114,7 +115,7 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         # A loader worker's error carries that process's traceback; the cause is its last line.
         last_line = " ".join(str(error).splitlines()[-1:])
         close_log(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"))
-        if isinstance(error, RuntimeError) and is_of_worker(error):
+        if isinstance(error, RuntimeError) and is_dataloader_worker_error(error):
             raise UserError(lost_worker(error, "a step was computed")) from error
         raise
 
@@ -238,11 +239,6 @@ def optimizer_step(state: TrainState) -> Tensor:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return norm if scale is None else norm / scale
-
-
-def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
-    """The scale, a scalar on the device; None without a scaler. `get_scale` would make the host wait."""
-    return scaler._get_scale_async() if scaler.is_enabled() else None
 
 
 def finish_step(state: TrainState, loop: TrainLoop, step: StepEnd) -> Stop | None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_rescale
 from pydicom.uid import generate_uid
 
+from common.compat import is_missing_dicom_decoder
 from common.errors import UserError
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, free_memory_bytes
 
@@ -231,7 +232,7 @@ def _pixels(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
             dataset = pydicom.dcmread(path)
             pixels = apply_rescale(dataset.pixel_array, dataset).astype(np.float32)
     except (NotImplementedError, RuntimeError) as error:
-        if "plugin" not in str(error) and "handler" not in str(error) and "missing" not in str(error):
+        if not is_missing_dicom_decoder(error):
             raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
         syntax = dataset.file_meta.TransferSyntaxUID.name
         raise UserError(f"{path}: no installed package decodes {syntax}; pip install '.[dicom]'") from None

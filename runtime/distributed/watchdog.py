@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.compat import gloo_cause
 from common.errors import RANK_LOST_EXIT, RankLost, complaint
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
@@ -222,8 +223,7 @@ def _cause(board: KeyValueStore, world: World, error: RuntimeError) -> str:
         except RuntimeError:  # the board was in the process that is lost
             break
         time.sleep(BEAT_S / 10)
-    told = str(error).splitlines()[0].partition(" This is typically")[0]  # what gloo adds is a guess
-    return f"another rank was lost ({told})"
+    return f"another rank was lost ({gloo_cause(error)})"
 
 
 def _is_gone(process: int) -> bool:

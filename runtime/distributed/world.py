@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from common.compat import is_gloo_error
 from common.errors import UserError
 
 T = TypeVar("T")
@@ -185,7 +186,7 @@ class World:
 
     def lost_another(self, error: RuntimeError) -> bool:
         """Whether the error is the group's own: another rank no longer answers."""
-        return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        return self.size > 1 and (isinstance(error, dist.DistError) or is_gloo_error(error))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the ranks; the model itself in a world of one."""

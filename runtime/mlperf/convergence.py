@@ -7,8 +7,8 @@ published batch sizes it drops those that converge more slowly than their neighb
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from common.compat import reference_point
 from runtime.arguments import RunConfig
 from runtime.eval_schedule import RULE_SAMPLES
 from runtime.logging.throughput import measured_samples_per_s
@@ -55,24 +55,10 @@ class Reference:
 
 def find_reference(batch_size: int, ruleset: str = DEFAULT_RULESET) -> Reference | None:
     """What MLPerf's checker holds a global batch size to; None where it has nothing for one as large."""
-    # Here and not above: it imports scipy's statistics, which takes a second.
-    from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
-
-    checker: Any = RCP_Checker("training", ruleset, BENCHMARK, False)
-    kept = "pruned_rcps"
-    found = checker._find_rcp(batch_size, kept)
-    below, above = checker._find_top_min_rcp(batch_size, kept), checker._find_bottom_max_rcp(batch_size, kept)
-    how = f"RCP of batch {batch_size}"
-    if found is None and below and above:
-        _, found = checker._create_interp_rcp(batch_size, below, above)
-        how = f"RCP interpolated between batches {below['BS']} and {above['BS']}"
-    elif found is None and above:
-        found = checker._find_min_rcp(kept)
-        how = f"RCP of batch {found['BS']}, the smallest that counts"
-    if found is None:
+    point = reference_point(BENCHMARK, ruleset, batch_size)
+    if point is None:
         return None
-    everything = checker._find_rcp(batch_size, "full_rcps") or found
-    published = found["Epochs to converge"] or everything["Epochs to converge"]
+    found, how, published = point
     least = found["RCP Mean"] / found["Max Speedup"]
     return Reference(batch_size, ruleset, how, float(found["RCP Mean"]), float(least), tuple(map(float, published)))
 

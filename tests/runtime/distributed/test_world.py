@@ -186,7 +186,7 @@ def test_a_board_that_went_with_rank_0_means_that_rank_0_has_come() -> None:
         def __init__(self) -> None:
             """No store."""
 
-        def read(self, name: str) -> str | None:
+        def get(self, name: str) -> str | None:
             raise RuntimeError("Connection reset by peer")
 
     World(1, 2, CPU, board=Gone()).wait_for_main("saved", 60)

@@ -1,0 +1,144 @@
+"""Private names and message texts of other libraries that the project depends on, each in one place.
+
+No other module names an underscore attribute of a library or recognises an error by its text. The versions are those in
+which each was checked; `tests/common/test_compat.py` provokes the real errors in the installed ones, so that an upgrade
+which changes one fails there, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_leaves, tree_map
+
+# torch 2.13: no public name for these; `torch.utils._pytree` and `_python_dispatch` have not moved since 2.1.
+__all__ = [
+    "TorchDispatchMode",
+    "cpu_computes_bf16",
+    "dataloader_worker_message",
+    "gloo_cause",
+    "is_dataloader_timeout",
+    "is_dataloader_worker_error",
+    "is_gloo_error",
+    "is_missing_dicom_decoder",
+    "loss_scale",
+    "mllog_clock",
+    "reference_point",
+    "tree_iter",
+    "tree_leaves",
+    "tree_map",
+    "without_torch_function",
+]
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """Returns the loss scale, a scalar on the device, or None where the scaler is off or has not scaled yet.
+
+    `GradScaler.get_scale` is public, but makes the host wait for the device. torch 2.13.
+    """
+    return scaler._get_scale_async() if scaler.is_enabled() else None
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """Returns a context in which no `__torch_function__` and no `TorchFunctionMode` is called. torch 2.13."""
+    return torch._C.DisableTorchFunction()
+
+
+def cpu_computes_bf16() -> bool:
+    """Returns whether this CPU has bfloat16 instructions that oneDNN uses. torch 2.13."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_gloo_error(error: RuntimeError) -> bool:
+    """Returns whether a collective on CPUs failed because another rank is gone.
+
+    gloo raises a bare RuntimeError whose text holds the path of its source file; NCCL raises `DistBackendError`.
+    torch 2.13.
+    """
+    return "gloo" in str(error)
+
+
+def gloo_cause(error: RuntimeError) -> str:
+    """Returns the first line of a gloo error without the guess at its reason that follows. torch 2.13."""
+    return str(error).splitlines()[0].partition(" This is typically")[0]
+
+
+def is_dataloader_worker_error(error: Exception) -> bool:
+    """Returns whether an error reports a DataLoader worker that was killed, has ended, or hangs.
+
+    torch raises a bare RuntimeError from a signal handler, wherever the main thread happens to be. When a worker is
+    killed while it sends a batch, the pipe to it fails first, before torch has noticed. torch 2.13.
+    """
+    return isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader")
+
+
+def is_dataloader_timeout(error: Exception) -> bool:
+    """Returns whether a DataLoader gave up waiting for a worker that is still alive. torch 2.13."""
+    return "timed out" in str(error)
+
+
+def dataloader_worker_message(error: Exception) -> str:
+    """Returns the message with which an error was raised in a DataLoader worker.
+
+    In the main process torch raises it again with the worker's traceback as its message, whose last entry is
+    `package.Error: message`. torch 2.13.
+    """
+    return str(error).rstrip().rsplit(f"{type(error).__qualname__}: ", 1)[-1]
+
+
+def is_missing_dicom_decoder(error: Exception) -> bool:
+    """Returns whether pydicom could not decode pixels because no installed package decodes their format.
+
+    A damaged file raises the same types. pydicom 3.0.
+    """
+    return any(word in str(error) for word in ("plugin", "handler", "missing"))
+
+
+@contextmanager
+def mllog_clock(clock_ms: Callable[[], int]) -> Iterator[None]:
+    """Replaces the clock of MLPerf's logger, which has no parameter for it. mlperf-logging 4.1.
+
+    Args:
+        clock_ms: returns milliseconds since 1970.
+    """
+    from mlperf_logging.mllog import mllog
+
+    real, mllog._current_time_ms = mllog._current_time_ms, clock_ms
+    try:
+        yield
+    finally:
+        mllog._current_time_ms = real
+
+
+def reference_point(benchmark: str, ruleset: str, batch_size: int) -> tuple[dict[str, Any], str, Any] | None:
+    """Returns MLPerf's reference convergence point (RCP) for a global batch size, by its checker's own functions.
+
+    The public entry point of the checker wants a folder of result files. mlperf-logging 4.1.
+
+    Returns:
+        The point that counts, as the checker holds it, how it was found, and the convergence of every published run:
+        of this batch size or of the one whose figures count. None where there is none for a batch as large.
+    """
+    # Here and not above: it imports scipy's statistics, which takes a second.
+    from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
+
+    checker: Any = RCP_Checker("training", ruleset, benchmark, False)
+    kept = "pruned_rcps"
+    found = checker._find_rcp(batch_size, kept)
+    below, above = checker._find_top_min_rcp(batch_size, kept), checker._find_bottom_max_rcp(batch_size, kept)
+    how = f"RCP of batch {batch_size}"
+    if found is None and below and above:
+        _, found = checker._create_interp_rcp(batch_size, below, above)
+        how = f"RCP interpolated between batches {below['BS']} and {above['BS']}"
+    elif found is None and above:
+        found = checker._find_min_rcp(kept)
+        how = f"RCP of batch {found['BS']}, the smallest that counts"
+    if found is None:
+        return None
+    everything = checker._find_rcp(batch_size, "full_rcps") or found
+    return found, how, found["Epochs to converge"] or everything["Epochs to converge"]
