@@ -11,7 +11,6 @@ from common.messages import notes_held
 from model.registry import check_window
 from runtime import build
 from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_network
-from runtime.case_table import CaseTable
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import PATIENCE_S
 from runtime.distributed.signals import SignalHandler
@@ -79,6 +78,8 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     Args:
         given: names of the flags that are on the command line; the checkpoint's flags fill in the others.
     """
+    from runtime.case_table import CaseTable  # imports MONAI where it is installed, which training does without
+
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
     dataset, split = read_dataset(config)

@@ -25,7 +25,6 @@ from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 
 CPU = torch.device("cpu")
-STATE: Any = None  # a watchdog looks at events alone
 ELSEWHERE = ["another machine", "pid:[1]"]
 
 
@@ -92,7 +91,7 @@ def make(
 
 def tell(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
     for event in events:
-        watchdog.on(event, STATE)
+        watchdog.on(event)
     return watchdog
 
 

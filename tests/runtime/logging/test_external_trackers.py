@@ -25,10 +25,10 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from common.errors import UserError
 from runtime.arguments import RunConfig
-from runtime.callbacks.base import EventDispatcher
 from runtime.logging import events as ev
 from runtime.logging import mlflow as mlflow_tracker
 from runtime.logging.base import Recorder
+from runtime.logging.events import EventDispatcher
 from runtime.logging.mlflow import MLflow
 from runtime.logging.trackers import make_trackers
 from tests.conftest import ROOT
