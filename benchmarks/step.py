@@ -188,7 +188,7 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
     state = TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
     loss = DiceCELoss() if way.one_pass_loss else NaiveDiceCE()
     config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=way.layout)
-    batch = dummy_batch(batch_size, CHANNELS, CLASSES, scale.shape, device)
+    batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
 
     def step() -> Tensor:
         with triton_used(way.triton):

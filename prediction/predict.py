@@ -80,7 +80,7 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     """Predicts this rank's share of the scans; rank 0 writes the table of volumes."""
     assert config.scan is not None
     assert config.output is not None
-    seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
+    seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     predictor, notes = make_predictor(config, given, world)
     sources = find_sources(config.scan, config.output, config.series)
     folder = config.output.parent if is_file_name(config.output) else config.output

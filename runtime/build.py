@@ -86,7 +86,7 @@ def make_step_config(run: RunSpec) -> StepConfig:
 def build_state(run: RunSpec) -> TrainState:
     """Network, optimizer and scaler before the first step: new, or restored from the checkpoint."""
     config, dataset, world = run.config, run.dataset, run.world
-    seed_process(run.seeds.master, config.cudnn_deterministic, config.cudnn_benchmark)
+    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = make_network(config, dataset)
     for flag in ("input_shape", "val_input_shape"):
         shape = getattr(config, flag)
@@ -161,10 +161,9 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
     """Compiles, tunes and measures on dummy data before the clock starts; restores the state afterwards."""
     config, dataset, world = run.config, run.dataset, run.world
-    batch = dummy_batch(
-        config.batch_size, dataset.channels, len(dataset.classes), shape=config.input_shape, device=world.device
-    )
-    windows = dummy_batch(config.val_batch_size, dataset.channels, 1, shape=config.val_input_shape, device=world.device)
+    channels, classes = dataset.channels, len(dataset.classes)
+    batch = dummy_batch((config.batch_size, channels, *config.input_shape), classes, world.device)
+    windows = dummy_batch((config.val_batch_size, channels, *config.val_input_shape), classes, world.device)
     warm_up(state, batch, windows, step, steps=config.untimed_steps)
     if config.benchmark:
         emit(calibrate(state, partial(make_network, config, dataset), batch, step, world=world))

@@ -1,6 +1,6 @@
-"""`--exec_mode evaluate`: each case's scores, distances and volumes as evaluation.csv, the worst first.
+"""`--exec_mode evaluate`: writes each case's scores, distances and volumes to evaluation.csv, the worst case first.
 
-Distances come from MONAI where it is installed (`pip install '.[monai]'`).
+MONAI computes the distances, if it is installed (`pip install '.[monai]'`).
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ except ImportError:
     HAS_MONAI = False
 
 NAME = "evaluation.csv"
-# A surface within this of the other one is right: about the distance at which two people's outlines differ.
+# Surfaces at most this far apart agree: about the distance between two people's outlines of one organ.
 TOLERANCE_MM = 1.0
 PERCENTILE = 95
 
 
 class CaseTable:
-    """A `CaseMetric` of an evaluation, and the table that comes of it.
+    """A `CaseMetric` that collects figures during an evaluation and writes them as a table.
 
     Args:
-        data_dir: the preprocessed folder; distances and volumes are those on its grid.
-        subset: which part of the split the cases are.
+        data_dir: the preprocessed folder; distances and volumes refer to its grid.
+        spec: the data set's constants.
+        subset: the part of the split that the cases belong to.
     """
 
     def __init__(self, data_dir: Path, spec: DatasetSpec, subset: str) -> None:
@@ -59,7 +60,7 @@ class CaseTable:
         self.size = len(self._columns)
 
     def __call__(self, case: str, logits: Tensor, label: Tensor) -> Tensor:
-        """Volumes, then surface Dice and Hausdorff distance, of each foreground class in turn."""
+        """Returns volumes, then surface Dice and Hausdorff distance, for each foreground class in turn."""
         predicted = logits.argmax(dim=1, keepdim=True)
         spacing = self._spacing_of(case)
         masks = [(predicted == value, label == value) for value in range(1, len(self._classes) + 1)]
@@ -72,17 +73,21 @@ class CaseTable:
         return torch.stack([figure.to(logits.device) for figure in figures])
 
     def _spacing_of(self, case: str) -> tuple[float, float, float]:
-        """Of the preprocessed grid: the ends of an axis stay where they are when it is resampled."""
+        """Returns the spacing (mm) of the preprocessed grid: resampling keeps the ends of an axis in place."""
         transform = self._records[case].transform if case in self._records else None
         if transform is None:
             return self._spacing_mm or (1.0, 1.0, 1.0)
         return transform.spacing_mm
 
     def keep(self, figures: dict[str, list[float]]) -> None:
+        """Keeps the figures of all cases, by case id, for `write`."""
         self._figures = figures
 
     def write(self, log_dir: Path, result: EvaluationStopped) -> str:
-        """Writes the table, atomically; a line that says where it is, and what it lacks.
+        """Writes the table atomically.
+
+        Returns:
+            A line with the table's path, and what it lacks.
 
         Raises:
             UserError: the folder cannot be written.
@@ -104,17 +109,18 @@ class CaseTable:
 
 
 def _number(value: Any) -> str:
-    """Six digits; nothing where a class is missing and a distance therefore undefined."""
+    """Formats a number with six digits; "" if it is not finite, as the distance to a class that is missing."""
     return f"{value:.6g}" if math.isfinite(value) else ""
 
 
 def surface_dice(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
-    """The share of both surfaces that lies within `TOLERANCE_MM` of the other; NaN where neither has one.
+    """Returns the share of both surfaces that is within `TOLERANCE_MM` of the other; NaN if both masks are empty.
 
     Args:
-        predicted, true: (1, 1, D, H, W) bool.
+        predicted, true: masks, (1, 1, D, H, W) bool.
+        spacing_mm: of the voxels, along (D, H, W).
     """
-    with warnings.catch_warnings(action="ignore"):  # of empty masks: the figure says so
+    with warnings.catch_warnings(action="ignore"):  # about empty masks: the result shows them
         found = compute_surface_dice(
             predicted.float().cpu(), true.float().cpu(), [TOLERANCE_MM], include_background=True, spacing=spacing_mm
         )
@@ -122,7 +128,10 @@ def surface_dice(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...])
 
 
 def hausdorff_mm(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
-    """The 95th percentile of the distances between the surfaces, of both ways the larger; not finite without one."""
+    """Returns the 95th percentile of the distances between the surfaces, the larger of both directions.
+
+    Not finite if a mask is empty. The arguments are those of `surface_dice`.
+    """
     with warnings.catch_warnings(action="ignore"):  # as above
         found = compute_hausdorff_distance(
             predicted.float().cpu(),

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, commit."""
+"""The environment of a run: versions, device, commit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Versions, processors and commit, as plain values for the log."""
+    """Returns versions, processors and commit as plain values for the log."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -33,11 +33,12 @@ def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
 
 
 def platform_name(device: torch.device, ranks: int) -> str:
-    """The default of `--submission_platform`, such as "8xNVIDIA H200"."""
+    """Returns the default of `--submission_platform`, such as "8xNVIDIA H200"."""
     return f"{ranks}x{torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()}"
 
 
 def cpu_name() -> str:
+    """Returns the processor's model name, or its architecture if the system has no name for it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -48,7 +49,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The project's commit, with "+changes" where the tree differs; None outside a git checkout."""
+    """Returns the project's commit, with "+changes" if the tree is modified; None outside a git checkout."""
     project = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(project), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
     try:

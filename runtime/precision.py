@@ -1,4 +1,4 @@
-"""Which number format `--amp` computes in on a device."""
+"""The number format in which `--amp` computes on each device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from common.compat import cpu_computes_bf16
 
 @dataclass(frozen=True)
 class Precision:
-    """The format of the network's arithmetic.
+    """The number format of the network's arithmetic.
 
     Attributes:
+        device: where the network computes.
         dtype: bfloat16, float16, or None for fp32.
-        note: one line for the user where `--amp` does something else than they may expect, else "".
+        note: one line for the user if `--amp` does not do what they may expect, else "".
     """
 
     device: torch.device
@@ -24,19 +25,19 @@ class Precision:
     note: str = ""
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The context of the network's forward pass; the loss is computed outside, in fp32."""
+        """Returns the context of the network's forward pass; the loss is computed outside it, in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler that does nothing but for fp16: bf16 and fp32 have the range."""
+        """Returns a loss scaler, enabled for fp16 only: bf16 and fp32 have enough range."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
 
 def choose_precision(amp: bool, amp_dtype: str, device: torch.device) -> Precision:
-    """What `--amp --amp_dtype` mean on this device.
+    """Returns the format that `--amp` and `--amp_dtype` select on this device.
 
-    `auto` takes bf16 where the device computes in it, else fp16 with a scaler; on a CPU without bf16 instructions it
-    stays in fp32, since 16-bit convolutions are emulated there (measured on AVX2: 500 times slower than fp32).
+    `auto` is bf16 if the device has bf16 arithmetic, else fp16 with a scaler. On a CPU without bf16 instructions it is
+    fp32, since 16-bit convolutions are emulated there (measured on AVX2: 500 times slower than fp32).
     """
     if not amp:
         return Precision(device, None)

@@ -87,7 +87,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     if not cases:
         there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
         raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
-    seed_process(0, config.cudnn_deterministic, config.cudnn_benchmark)
+    seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = build.make_network(config, dataset)
     check_window(
         network, config.val_input_shape, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes)

@@ -1,4 +1,4 @@
-"""One master seed; every other one derives from it on rank 0 and is broadcast."""
+"""Random seeds: all derive from one master seed, on rank 0, and are broadcast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from runtime.distributed.world import World
 from runtime.flags import SEED_LIMIT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seeds:
     """The seeds of a run.
 
     Attributes:
-        master: what the log states and `--seed` takes.
-        order: of every epoch's permutation, equal on all ranks.
-        samples: of crops and augmentation, together with epoch and case; equal on all ranks.
-        ranks: one a rank, of whatever else draws (dropout, say).
+        master: the seed in the log, and of `--seed`.
+        order: for each epoch's permutation; equal on all ranks.
+        samples: for crops and augmentation, combined with epoch and case; equal on all ranks.
+        ranks: one per rank, for everything else that is random (such as dropout).
     """
 
     master: int
@@ -32,22 +32,30 @@ class Seeds:
 
 
 def draw_seeds(master: int, world: World) -> Seeds:
-    """Derives all seeds on rank 0 and broadcasts them; -1 takes the master from the operating system's entropy."""
+    """Derives all seeds on rank 0 and broadcasts them.
+
+    Args:
+        master: the master seed; -1: taken from the operating system's entropy.
+        world: all ranks of the run.
+    """
     seeds = None
     if world.is_main:
         if master < 0:
             master = secrets.randbelow(SEED_LIMIT)
         order, samples, *ranks = np.random.SeedSequence(master).generate_state(2 + world.size).tolist()
-        seeds = Seeds(master, order, samples, tuple(ranks))
+        seeds = Seeds(master=master, order=order, samples=samples, ranks=tuple(ranks))
     received: Seeds = world.broadcast(seeds)
     return received
 
 
 def seed_step(seed: int, epoch: int, batch: int) -> None:
-    """Seeds what a network draws in one micro-batch (dropout, say): a function of the place, so no state to save.
+    """Seeds the global generators for one micro-batch (for dropout, say).
+
+    The seed is a function of epoch and batch, so that a resumed run needs no generator state.
 
     Args:
-        seed: of this rank.
+        seed: this rank's seed.
+        epoch, batch: the micro-batch, by its epoch and its index in it.
     """
     drawn = int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])
     random.seed(drawn)
@@ -55,8 +63,8 @@ def seed_step(seed: int, epoch: int, batch: int) -> None:
     torch.manual_seed(drawn)
 
 
-def seed_process(seed: int, deterministic: bool, autotune: bool) -> None:
-    """Seeds this process's global generators, and sets cuDNN's two switches."""
+def seed_process(seed: int, *, deterministic: bool, autotune: bool) -> None:
+    """Seeds this process's global generators, and sets cuDNN's `deterministic` and `benchmark` switches."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

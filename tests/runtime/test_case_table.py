@@ -55,7 +55,7 @@ def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
     assert table.size == 8
     assert figures[:4].tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])  # 500 voxels of 2 mm3 each
     surface_dice, none, distance_mm, no_distance = figures[4:].tolist()
-    # The two faces that moved by 2 mm are wrong but for their rims; what lies along the movement stays a surface.
+    # The two faces that moved by 2 mm are wrong but for their rims; those along the movement stay surfaces.
     assert 0.4 < surface_dice < 0.8
     assert distance_mm == pytest.approx(2.0)
     assert not math.isfinite(none)
@@ -96,8 +96,8 @@ def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     table = CaseTable(data_dir, SPEC, "test")
     table.keep({"a": [1.5, math.nan] + [0.25] * (table.size - 2), "b": [math.inf] * table.size})
     per_case = {"a": [0.9, 0.7], "b": [0.5, 0.4]}
-    told = table.write(tmp_path / "logs", EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, per_case))
-    assert told.startswith(f"cases {tmp_path / 'logs' / 'evaluation.csv'}")
+    line = table.write(tmp_path / "logs", EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, per_case))
+    assert line.startswith(f"cases {tmp_path / 'logs' / 'evaluation.csv'}")
     with (tmp_path / "logs" / "evaluation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["case"] for row in rows] == ["b", "a"]
@@ -107,13 +107,13 @@ def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     assert rows[0]["kidney_true_volume_ml"] == ""
 
 
-def test_without_monai_its_columns_are_left_out_and_that_is_told(
+def test_without_monai_its_columns_are_left_out_and_that_is_reported(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(case_table, "HAS_MONAI", False)
     table = CaseTable(data_dir, SPEC, "evaluation")
     assert table("a", logits_of(MOVED), TRUE).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
     table.keep({"a": [1.0] * 4})
-    told = table.write(tmp_path, EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, {"a": [0.9, 0.7]}))
-    assert told.endswith("(without surface Dice and Hausdorff distance: pip install '.[monai]')")
+    line = table.write(tmp_path, EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, {"a": [0.9, 0.7]}))
+    assert line.endswith("(without surface Dice and Hausdorff distance: pip install '.[monai]')")
     assert "hausdorff" not in (tmp_path / "evaluation.csv").read_text()

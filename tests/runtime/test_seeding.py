@@ -1,4 +1,4 @@
-"""One master seed: what derives from it, who draws it, and what it sets."""
+"""Seeds: derived from one master seed, drawn on rank 0 alone, and equal on all ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_all_derived_seeds_differ(world: World) -> None:
 def test_a_master_seed_gives_the_same_run_today_and_tomorrow(world: World) -> None:
     """The values: a run that a log names by its seed must come back after an update."""
     expected = np.random.SeedSequence(42).generate_state(3).tolist()
-    assert draw_seeds(42, world) == Seeds(42, expected[0], expected[1], (expected[2],))
+    assert draw_seeds(42, world) == Seeds(master=42, order=expected[0], samples=expected[1], ranks=(expected[2],))
     assert (expected[0], expected[1]) == (3444837047, 2669555309)
 
 
@@ -94,7 +94,7 @@ def test_minus_one_takes_the_operating_systems_entropy(world: World, monkeypatch
 def test_minus_one_differs_from_run_to_run_whatever_the_global_generators_say(world: World) -> None:
     masters = set()
     for _ in range(5):
-        seed_process(1, False, False)
+        seed_process(1, deterministic=False, autotune=False)
         masters.add(draw_seeds(-1, world).master)
     assert len(masters) == 5
     assert all(0 <= master < SEED_LIMIT for master in masters)
@@ -105,13 +105,13 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_a_process_draws_the_same_again_in_all_three_libraries() -> None:
-    seed_process(5, False, False)
+    seed_process(5, deterministic=False, autotune=False)
     first = draws()
     second = draws()
-    seed_process(5, False, False)
+    seed_process(5, deterministic=False, autotune=False)
     assert draws() == first
     assert all(a != b for a, b in zip(first, second, strict=True))
-    seed_process(6, False, False)
+    seed_process(6, deterministic=False, autotune=False)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
 
 
@@ -135,13 +135,13 @@ def test_any_ranks_seed_is_taken(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 5])
 def test_any_seed_is_taken(seed: int) -> None:
-    seed_process(seed, False, False)
+    seed_process(seed, deterministic=False, autotune=False)
     assert torch.initial_seed() == seed
 
 
 @pytest.mark.parametrize(("deterministic", "autotune"), [(False, False), (True, False), (False, True)])
 def test_cudnns_switches(deterministic: bool, autotune: bool) -> None:
-    seed_process(1, deterministic, autotune)
+    seed_process(1, deterministic=deterministic, autotune=autotune)
     assert torch.backends.cudnn.deterministic is deterministic
     assert torch.backends.cudnn.benchmark is autotune
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
@@ -149,5 +149,5 @@ def test_cudnns_switches(deterministic: bool, autotune: bool) -> None:
 
 def test_a_users_own_workspace_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    seed_process(1, True, False)
+    seed_process(1, deterministic=True, autotune=False)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

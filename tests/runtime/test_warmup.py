@@ -1,4 +1,4 @@
-"""What happens before the clock leaves no trace, and what is counted there is right."""
+"""The warm-up leaves no trace in the state, and its figures are right."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_warm_up_leaves_no_trace(
     optimizer: str, steps_before: int, make_state: Callable[..., TrainState], settings: StepConfig
 ) -> None:
     state = make_state(optimizer)
-    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch((2, 1, *SHAPE), 3, CPU)
     for _ in range(steps_before):
         train_step(state, batch, settings, is_last=True)
     before = everything(state)
@@ -69,7 +69,7 @@ def test_a_warm_up_leaves_no_trace(
 def test_the_first_loss_is_the_same_with_and_without(
     make_state: Callable[..., TrainState], settings: StepConfig
 ) -> None:
-    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch((2, 1, *SHAPE), 3, CPU)
     plain, warmed = make_state(), make_state()
     warm_up(warmed, batch, batch, settings, steps=2)
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_the_steps_themselves_do_change_the_state(make_state: Callable[..., Trai
     state.network.register_forward_pre_hook(
         lambda network, inputs: weights.append(next(network.parameters()).detach().clone())
     )
-    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
+    batch = dummy_batch((2, 1, *SHAPE), 3, CPU)
     warm_up(state, batch, batch, settings, steps=2)
     assert len(weights) == 4  # a training step and an evaluation of windows, twice
     assert not torch.equal(weights[0], weights[1])
@@ -133,8 +133,8 @@ def test_a_calibration_leaves_no_trace_and_one_rank_communicates_nothing(
     monkeypatch.setattr("runtime.warmup.PEAK_SIZES", {"cpu": 64})
     state = make_state()
     before = everything(state)
-    batch = dummy_batch(2, 1, 3, SHAPE, CPU)
-    found = calibrate(state, lambda: Unet3d(1, 3, filters=(3, 4)), batch, settings, world)
+    batch = dummy_batch((2, 1, *SHAPE), 3, CPU)
+    found = calibrate(state, lambda: Unet3d(1, 3, filters=(3, 4)), batch, settings, world=world)
     assert same(everything(state), before)
     assert found.communication_ms == 0
     assert found.flops_per_sample > 0
