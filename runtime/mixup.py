@@ -4,14 +4,15 @@
     --augment mlperf 'manifold_mixup(alpha=0.2)'
 
 Zhang et al. 2018 (arXiv:1710.09412), Verma et al. 2019 (arXiv:1806.05236). With lambda ~ Beta(alpha, alpha) and one
-permutation a micro-batch, the loss is lambda L(f, y) + (1 - lambda) L(f, y permuted): Dice is not linear in its target,
-so that mixed labels would be another loss. Evaluation is untouched.
+permutation per micro-batch, the loss is lambda L(f, y) + (1 - lambda) L(f, y permuted). The losses are mixed, not the
+labels: Dice is not linear in its target. Evaluation is not affected.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,17 +25,39 @@ from model.registry import to_meta
 from runtime.objective import Predict, plain
 
 
+@dataclass(frozen=True)
+class Mix:
+    """A linear combination of a batch and its permutation.
+
+    Attributes:
+        share: lambda, in [0, 1].
+        order: the permutation of the batch's N samples, (N,) int64 on the batch's device.
+    """
+
+    share: float
+    order: Tensor
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Returns share * tensor + (1 - share) * tensor[order].
+
+        If the first axis is a multiple of N, as for slices or patches of each sample, those of a sample stay together.
+        """
+        samples = len(self.order)
+        grouped = tensor.unflatten(0, (samples, -1)) if len(tensor) != samples else tensor
+        return torch.lerp(grouped[self.order], grouped, self.share).reshape(tensor.shape)
+
+
 class Mixup:
-    """Mixes the images.
+    """An `Objective` that mixes the images.
 
     Args:
-        alpha: of the Beta distribution; small: mostly one of the two, 1: uniform.
+        alpha: parameter of the Beta distribution: when small, lambda is mostly near 0 or 1; at 1, it is uniform.
 
     Raises:
         UserError: alpha is not above 0.
     """
 
-    # Whether modules of the network are hooked.
+    # Whether it hooks into modules of the network.
     looks_inside = False
 
     def __init__(self, alpha: float = 0.2) -> None:
@@ -43,41 +66,28 @@ class Mixup:
         self.alpha = float(alpha)
 
     def __call__(self, network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-        """As `Objective`; a batch of one is left as it is."""
+        """Returns the mixed loss; see `Objective`. A batch of one sample is not mixed."""
         if len(image) == 1:
             return plain(network, predict, loss, image, label)
-        # Drawn on the host, so that it does not wait for the device.
-        share = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
-        order = torch.randperm(len(image))
-        return self.mixed(network, predict, loss, image, label, share, order)
-
-    def mixed(
-        self,
-        network: nn.Module,
-        predict: Predict,
-        loss: nn.Module,
-        image: Tensor,
-        label: Tensor,
-        share: float,
-        order: Tensor,
-    ) -> Tensor:
-        """The loss of what is drawn: lambda and the permutation."""
-        order = order.to(image.device)
-        logits = self.logits(network, predict, image, lambda tensor: mix(tensor, share, order))
-        value: Tensor = share * loss(logits, label) + (1 - share) * loss(logits, label[order])
+        mix = self.draw(image)
+        logits = self.logits(network, predict, image, mix)
+        value: Tensor = mix.share * loss(logits, label) + (1 - mix.share) * loss(logits, label[mix.order])
         return value
 
-    def logits(
-        self, network: nn.Module, predict: Predict, image: Tensor, mix_tensor: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Of the mixed images."""
-        return predict(mix_tensor(image))
+    def draw(self, image: Tensor) -> Mix:
+        """Draws lambda and the permutation; on the host, which therefore need not wait for the device."""
+        share = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
+        return Mix(share, torch.randperm(len(image)).to(image.device))
+
+    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Tensor:
+        """Returns the logits of the mixed images."""
+        return predict(mix(image))
 
 
 class ManifoldMixup(Mixup):
-    """Mixes at a layer that is drawn each time: the input, or behind any leaf module but the last.
+    """Mixes at a layer drawn for each micro-batch: the input, or the output of any leaf module but the last.
 
-    Every tensor that is computed before the cut and used after it is mixed, skips too.
+    Every tensor computed before this cut and used after it is mixed, those of skip connections included.
     """
 
     looks_inside = True
@@ -86,22 +96,18 @@ class ManifoldMixup(Mixup):
         super().__init__(alpha)
         self._cuts: int | None = None
 
-    def logits(
-        self, network: nn.Module, predict: Predict, image: Tensor, mix_tensor: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Of the network with a cut somewhere."""
+    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Tensor:
+        """Returns the logits of the network with a cut at random."""
         if self._cuts is None:
             self._cuts = count_cuts(network, image)
-        return self.cut_at(int(torch.randint(self._cuts, ())), network, predict, image, mix_tensor)
+        return self.logits_with_cut(network, predict, image, mix, cut=int(torch.randint(self._cuts, ())))
 
-    def cut_at(
-        self, cut: int, network: nn.Module, predict: Predict, image: Tensor, mix_tensor: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Of the network with a cut behind so many leaf modules' calls; 0: the input."""
+    def logits_with_cut(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix, *, cut: int) -> Tensor:
+        """Returns the logits of the network, mixed after `cut` calls of leaf modules; 0: at the input."""
         if cut == 0:
-            return predict(mix_tensor(image))
-        crossing = _Crossing(cut, image, mix_tensor)
-        hooks = [handle for module in leaves(network) for handle in crossing.hook(module)]
+            return predict(mix(image))
+        crossing = _Crossing(cut, image, mix)
+        hooks = [handle for module in leaf_modules(network) for handle in crossing.hook(module)]
         try:
             with crossing:
                 return predict(image)
@@ -110,56 +116,47 @@ class ManifoldMixup(Mixup):
                 handle.remove()
 
 
-def mix(tensor: Tensor, share: float, order: Tensor) -> Tensor:
-    """share * tensor + (1 - share) * tensor, its samples in that order.
-
-    Where the first axis is N times longer than the batch, as of slices or patches of each sample, a sample's stay
-    together.
-    """
-    grouped = tensor.unflatten(0, (len(order), -1)) if len(tensor) != len(order) else tensor
-    return torch.lerp(grouped[order], grouped, share).reshape(tensor.shape)
-
-
-def leaves(network: nn.Module) -> list[nn.Module]:
-    """Modules without modules in them."""
+def leaf_modules(network: nn.Module) -> list[nn.Module]:
+    """Returns the modules without submodules."""
     return [module for module in network.modules() if next(module.children(), None) is None]
 
 
 def count_cuts(network: nn.Module, image: Tensor) -> int:
-    """Places for a cut: the input, and behind each call of a leaf module in a forward but the last.
+    """Counts the possible cuts: the input, and after each call of a leaf module in a forward pass but the last.
 
     Raises:
         UserError: the network cannot be traced on the meta device.
     """
     shadow = to_meta(network).train()
     calls: list[None] = []
-    for module in leaves(shadow):
+    for module in leaf_modules(shadow):
         module.register_forward_hook(lambda *_: calls.append(None))
     try:
         with torch.no_grad():
             shadow(image.to("meta"))
     except Exception as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"--augment manifold_mixup: this network cannot be looked into ({told}); use mixup") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"--augment manifold_mixup: cannot trace this network ({reason}); use mixup") from None
     return max(1, len(calls))
 
 
 class _Crossing(TorchFunctionMode):
-    """Mixes what crosses the cut: before it, notes all that follows from the image; after it, hands out mixed copies.
+    """Mixes the tensors that cross the cut.
 
-    Functions are seen by torch's function mode; the modules' hooks see what goes into and comes out of operators of
-    one's own (`torch.autograd.Function`), which the mode does not.
+    Before the cut it records all tensors computed from the image; after it, functions receive mixed copies of these.
+    torch's function mode intercepts functions; hooks on the modules see the inputs and outputs of custom operators
+    (`torch.autograd.Function`), which the mode does not.
     """
 
-    def __init__(self, cut: int, image: Tensor, mix_tensor: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, cut: int, image: Tensor, mix: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._left = cut
+        self._calls_left = cut
         self._batch = len(image)
-        self._mix = mix_tensor
-        # By identity; a tensor that nobody holds any longer cannot cross.
+        self._mix = mix
+        # By identity; weak, since a tensor without references cannot cross the cut.
         self._before: dict[int, weakref.ref[Tensor]] = {}
         self._mixed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._note(image)
+        self._record(image)
 
     def hook(self, module: nn.Module) -> list[Any]:
         return [
@@ -169,26 +166,26 @@ class _Crossing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._left == 0:
+        if self._calls_left == 0:
             args, kwargs = tree_map(self._after, (args, kwargs))
             return func(*args, **kwargs)
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if any(self._is_before(value) for value in tree_iter((args, kwargs))):
-            tree_map(self._note, made)
-        return made
+            tree_map(self._record, result)
+        return result
 
     def _enter(self, inputs: Any) -> Any:
-        return tree_map(self._after, inputs) if self._left == 0 else inputs
+        return tree_map(self._after, inputs) if self._calls_left == 0 else inputs
 
     def _leave(self, inputs: Any, output: Any) -> Any:
-        if self._left == 0:
+        if self._calls_left == 0:
             return output
         if any(self._is_before(value) for value in tree_iter(inputs)):
-            tree_map(self._note, output)
-        self._left -= 1
-        return tree_map(self._after, output) if self._left == 0 else output
+            tree_map(self._record, output)
+        self._calls_left -= 1
+        return tree_map(self._after, output) if self._calls_left == 0 else output
 
-    def _note(self, value: Any) -> Any:
+    def _record(self, value: Any) -> Any:
         if (
             isinstance(value, Tensor)
             and value.dim()
@@ -200,13 +197,14 @@ class _Crossing(TorchFunctionMode):
         return value
 
     def _is_before(self, value: Any) -> bool:
-        noted = self._before.get(id(value))
-        return noted is not None and noted() is value
+        recorded = self._before.get(id(value))
+        return recorded is not None and recorded() is value
 
     def _after(self, value: Any) -> Any:
         if not self._is_before(value):
             return value
         if id(value) not in self._mixed:
             with without_torch_function():
-                self._mixed[id(value)] = value, self._mix(value)  # kept with it, so that no other gets its id
+                # The original is kept alive, so that its id stays unique.
+                self._mixed[id(value)] = value, self._mix(value)
         return self._mixed[id(value)][1]

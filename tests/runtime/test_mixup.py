@@ -1,4 +1,4 @@
-"""Mixup: the losses are mixed; what crosses a cut is mixed, skips too; a step follows from its place alone."""
+"""Mixup: losses are mixed, every tensor that crosses a cut is mixed, and a step depends only on its position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.registry import Spec
 from model.losses import DiceCELoss
 from model.registry import build_network
-from runtime.mixup import ManifoldMixup, Mixup, count_cuts, mix
+from runtime.mixup import ManifoldMixup, Mix, Mixup, count_cuts
 from runtime.objective import make_objective, plain, split_specs
 from runtime.precision import Precision
 from runtime.seeding import seed_step
@@ -76,11 +76,18 @@ def batch(samples: int = 3, shape: tuple[int, int, int] = (4, 4, 8)) -> tuple[Te
     return image, torch.randint(3, (samples, 1, *shape), generator=generator, dtype=torch.uint8)
 
 
+def fixed(kind: type[Mixup], share: float) -> Mixup:
+    """An objective that always draws this share and `ORDER`."""
+    objective = kind(0.3)
+    objective.draw = lambda image: Mix(share, ORDER)  # type: ignore[method-assign]
+    return objective
+
+
 @pytest.mark.parametrize("kind", [Mixup, ManifoldMixup])
 @pytest.mark.parametrize(("share", "order"), [(1.0, [0, 1, 2]), (0.0, [2, 0, 1])])
 def test_a_share_of_1_or_0_is_the_plain_loss(kind: type[Mixup], share: float, order: list[int]) -> None:
     network, (image, label) = build(NETWORKS[0]), batch()
-    loss = kind(0.3).mixed(network, network, LOSS, image, label, share, ORDER)
+    loss = fixed(kind, share)(network, network, LOSS, image, label)
     assert torch.equal(loss, plain(network, network, LOSS, image[order], label[order]))
 
 
@@ -89,7 +96,7 @@ def test_of_a_linear_network_logits_are_mixed_and_so_are_the_losses(share: float
     network, (image, label) = nn.Conv3d(1, 3, 1), batch()
     logits = share * network(image) + (1 - share) * network(image[ORDER])
     expected = share * LOSS(logits, label) + (1 - share) * LOSS(logits, label[ORDER])
-    torch.testing.assert_close(Mixup(1).mixed(network, network, LOSS, image, label, share, ORDER), expected)
+    torch.testing.assert_close(fixed(Mixup, share)(network, network, LOSS, image, label), expected)
 
 
 def test_two_layers_with_a_skip_cut_in_between_by_the_formula() -> None:
@@ -105,15 +112,15 @@ def test_two_layers_with_a_skip_cut_in_between_by_the_formula() -> None:
     # Behind the activation, the second of four leaf modules: three tensors cross.
     x = network.second(mixed(F.relu(early))) + mixed(kept)
     expected = network.last(torch.cat([x.sigmoid(), mixed(kept), mixed(image)], dim=1))
-    logits = ManifoldMixup().cut_at(2, network, network, image, lambda tensor: mix(tensor, share, ORDER))
+    logits = ManifoldMixup().logits_with_cut(network, network, image, Mix(share, ORDER), cut=2)
     torch.testing.assert_close(logits, expected)
     assert count_cuts(network, image) == 4
 
 
 def test_at_the_input_manifold_mixup_is_mixup() -> None:
     network, (image, _) = build(NETWORKS[0]), batch()
-    cut = ManifoldMixup().cut_at(0, network, network, image, lambda tensor: mix(tensor, 0.4, ORDER))
-    assert torch.equal(cut, network(mix(image, 0.4, ORDER)))
+    cut = ManifoldMixup().logits_with_cut(network, network, image, Mix(0.4, ORDER), cut=0)
+    assert torch.equal(cut, network(Mix(0.4, ORDER)(image)))
 
 
 @pytest.mark.parametrize("spec", NETWORKS)
@@ -124,7 +131,7 @@ def test_every_tensor_that_crosses_a_cut_is_mixed_wherever_it_is(spec: str) -> N
     cuts = count_cuts(network, image)
     assert cuts > 1
     for cut in range(cuts):
-        logits = ManifoldMixup().cut_at(cut, network, network, image, lambda tensor: mix(tensor, 0.0, ORDER))
+        logits = ManifoldMixup().logits_with_cut(network, network, image, Mix(0.0, ORDER), cut=cut)
         torch.testing.assert_close(logits, expected, msg=f"cut {cut} of {cuts}")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
@@ -154,19 +161,20 @@ def test_a_mixed_step_has_the_gradient_of_the_mixed_loss() -> None:
 
 def test_groups_of_a_sample_stay_together() -> None:
     tensor = torch.arange(12.0).view(6, 2)  # 3 samples of 2 slices
-    torch.testing.assert_close(mix(tensor, 0.0, ORDER), tensor[[4, 5, 0, 1, 2, 3]])
-    torch.testing.assert_close(mix(tensor, 0.25, ORDER), 0.25 * tensor + 0.75 * tensor[[4, 5, 0, 1, 2, 3]])
+    torch.testing.assert_close(Mix(0.0, ORDER)(tensor), tensor[[4, 5, 0, 1, 2, 3]])
+    torch.testing.assert_close(Mix(0.25, ORDER)(tensor), 0.25 * tensor + 0.75 * tensor[[4, 5, 0, 1, 2, 3]])
 
 
 def test_shares_follow_beta_and_every_cut_is_drawn() -> None:
     shares, cuts = [], []
 
     class Recording(ManifoldMixup):
-        def mixed(self, network: Any, predict: Any, loss: Any, image: Any, label: Any, share: float, order: Any) -> Any:
-            shares.append(share)
-            return super().mixed(network, predict, loss, image, label, share, order)
+        def draw(self, image: Tensor) -> Mix:
+            mix = super().draw(image)
+            shares.append(mix.share)
+            return mix
 
-        def cut_at(self, cut: int, *rest: Any) -> Tensor:
+        def logits_with_cut(self, *_: Any, cut: int) -> Tensor:
             cuts.append(cut)
             return torch.zeros(3, 3, 4, 4, 8)
 
@@ -236,7 +244,7 @@ def test_wrapped_for_averaging_the_gradients_are_the_same() -> None:
         dist.destroy_process_group()
 
 
-def test_specs_are_told_apart_and_wrong_ones_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_specs_are_distinguished_and_wrong_ones_refused(capsys: pytest.CaptureFixture[str]) -> None:
     specs = ["mlperf", "mixup(alpha=0.2)", "torchio:RandomGamma(p=0.3)"]
     assert split_specs(specs) == (["mlperf", "torchio:RandomGamma(p=0.3)"], ["mixup(alpha=0.2)"])
     assert make_objective([], 2, True) == plain
@@ -244,12 +252,12 @@ def test_specs_are_told_apart_and_wrong_ones_refused(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
     make_objective(["manifold_mixup"], 1, False)
     assert "does nothing with a --batch_size of 1" in capsys.readouterr().err
-    for wrong, told in (
+    for wrong, problem in (
         (["mixup", "manifold_mixup"], "in one way alone"),
         (["mixup(alpha=0)"], "expected a number above 0"),
         (["mixup(beta=1)"], "unknown argument 'beta'; it takes alpha=0.2"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=problem):
             make_objective(wrong, 2, False)
     with pytest.raises(UserError, match="--compile would not see"):
         make_objective(["manifold_mixup"], 2, True)
