@@ -1,7 +1,7 @@
-"""Starting from another network's weights, and training only a part of a network.
+"""Starts from another network's weights, and freezes a part of a network.
 
-Frozen is frozen: no gradient, no optimizer, and what changes by itself while training (batch norm's statistics,
-dropout) stays as in an evaluation, whatever `train()` is called.
+A frozen part gets no gradient and no optimizer state, and stays in evaluation mode whenever `train()` is called, so
+that batch norm's statistics and dropout do not change either.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.registry import to_meta
 
-# Of `--freeze`: everything but the layer that gives the logits.
+# A value of `--freeze`: everything but the layer that produces the logits.
 ALL_BUT_OUTPUT = "all_but_output"
 
 
 @torch.no_grad()
 def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> str:
-    """The name of the last layer with parameters that a forward pass comes to; computed nowhere (meta device).
+    """Finds the last layer with parameters that a forward pass reaches, by running it on the meta device.
 
     Args:
-        channels: of the image.
-        window: (D, H, W) that the network takes.
+        channels: C of the image.
+        window: (D, H, W) of a valid window.
+
+    Returns:
+        Its name.
     """
     shadow = to_meta(network).eval()
     called: list[str] = []
@@ -37,57 +40,59 @@ def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> st
     return called[-1]
 
 
-def differences(network: nn.Module, weights: Mapping[str, Tensor], spared: str | None = None) -> list[str]:
-    """How the weights are not this network's, a phrase for each kind of difference; empty where they fit.
+def differences(network: nn.Module, weights: Mapping[str, Tensor], ignored: str | None = None) -> list[str]:
+    """Describes how weights do not fit the network, one phrase per kind of difference; empty if they fit.
 
     Args:
-        spared: a layer whose shapes may be others.
+        ignored: name of a layer whose shapes may differ.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
-    other = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    wrong = [name for name in other if spared is None or not name.startswith(f"{spared}.")]
+    wrong = [name for name in _other_shapes(own, weights) if ignored is None or not name.startswith(f"{ignored}.")]
     details = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
     return details + [f"has {n} as {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:1]]
 
 
-def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, who: str) -> str:
-    """Takes over weights of the same network; its output layer may be of other classes, and then stays as it is.
+def _other_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in own if name in weights and own[name].shape != weights[name].shape]
+
+
+def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, source: str) -> str:
+    """Loads weights of the same network. An output layer with another number of classes keeps its new weights.
 
     Args:
-        output: the name of the output layer.
-        who: names the weights, for the message.
+        output: name of the output layer.
+        source: where the weights come from, for the message.
 
     Returns:
-        What was taken over and what is new, in a phrase.
+        A phrase that states what was loaded and what is new.
 
     Raises:
-        UserError: they are another network's.
+        UserError: the weights belong to another network.
     """
     if details := differences(network, weights, output):
-        raise UserError(f"{who}: of another network than --model and --normalization give: it {' and '.join(details)}")
+        raise UserError(f"{source}: not the network of --model and --normalization: it {' and '.join(details)}")
     own = network.state_dict()
-    other = [name for name in own if own[name].shape != weights[name].shape]
+    other = _other_shapes(own, weights)
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
     if not other:
         return "all of the network"
-    (classes_now, *_), (classes_then, *_) = own[other[0]].shape, weights[other[0]].shape
-    return f"all but {output}, which is new: {classes_then} classes there, {classes_now} here"
+    return f"all but {output}, which is new: {len(weights[other[0]])} classes there, {len(own[other[0]])} here"
 
 
 def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
-    """Freezes every parameter whose whole name a pattern matches; before the network is wrapped or optimized.
+    """Freezes every parameter whose whole name matches a pattern. Call before wrapping in DDP or making the optimizer.
 
     Args:
         patterns: regular expressions, or `ALL_BUT_OUTPUT`.
-        output: the name of the output layer.
+        output: name of the output layer.
 
     Returns:
-        What is frozen and what is trained, in a phrase.
+        A phrase that states what is frozen and what is trained.
 
     Raises:
-        UserError: no regular expression, one that matches nothing, or nothing is left to train.
+        UserError: an invalid regular expression, one without a match, or nothing is left to train.
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     frozen: set[str] = set()
@@ -96,10 +101,10 @@ def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
         try:
             found = {name for name in parameters if re.fullmatch(expression, name)}
         except re.error as error:
-            raise UserError(f"--freeze {pattern!r} is no regular expression: {error}") from None
+            raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}") from None
         if not found:
             names = ", ".join(list(parameters)[:3])
-            raise UserError(f"--freeze {pattern!r} matches no parameter's whole name; they are {names}, …")
+            raise UserError(f"--freeze {pattern!r} does not match any parameter's whole name, such as {names}")
         frozen |= found
     if len(frozen) == len(parameters):
         raise UserError(f"--freeze {' '.join(patterns)} leaves nothing to train")
@@ -109,20 +114,20 @@ def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
     count = sum(parameters[name].numel() for name in frozen)
     trained = [name for name in parameters if name not in frozen]
     listed = ", ".join(trained[:4]) + (", …" if len(trained) > 4 else "")
-    return f"{len(frozen)} of {len(parameters)} tensors ({count:,} numbers) stay as they are; trained: {listed}"
+    return f"{len(frozen)} of {len(parameters)} tensors ({count:,} values) are frozen; trained: {listed}"
 
 
 def _keep_in_eval(module: nn.Module) -> None:
-    """Every part whose parameters are all frozen, with what it contains, no longer hears of `train()`."""
+    """Puts every submodule whose parameters are all frozen into evaluation mode, and makes its `train()` do nothing."""
     for child in module.children():
         parameters = list(child.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             child.eval()
-            # A method of the child, so that a deep copy's is the copy's own.
-            child.train = MethodType(_stays, child)  # type: ignore[method-assign]
+            # A bound method, so that a deep copy gets one bound to itself.
+            child.train = MethodType(_unchanged, child)  # type: ignore[method-assign]
         else:
             _keep_in_eval(child)
 
 
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+def _unchanged(module: nn.Module, mode: bool = True) -> nn.Module:
     return module

@@ -1,4 +1,4 @@
-"""The U-Net's blocks. Attribute names are those of the MLPerf reference's checkpoints, so that those load."""
+"""The U-Net's blocks. Attribute names match the MLPerf reference, so that its checkpoints load."""
 
 from __future__ import annotations
 
@@ -10,62 +10,62 @@ from torch import Tensor, nn
 from model.normalization import InstanceNormActivation
 
 NORMALIZATIONS = ("instancenorm", "batchnorm")
-# Slopes below zero.
+# Name -> slope below zero.
 ACTIVATIONS = {"relu": 0.0, "leaky_relu": 0.01}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What every block of a network has in common.
+    """What all blocks of a network have in common.
 
     Attributes:
         normalization: one of `NORMALIZATIONS`.
         activation: one of `ACTIVATIONS`.
-        fused: instance norm and activation as one operator (see `InstanceNormActivation`).
+        fused: whether instance norm and activation are one operator (see `InstanceNormActivation`).
     """
 
     normalization: str
     activation: str
     fused: bool = True
 
-    def make(self, channels: int) -> list[nn.Module]:
-        """Norm and activation, as one module or two."""
+    def norm_activation(self, channels: int) -> list[nn.Module]:
+        """Creates norm and activation, as one module or two."""
         slope = ACTIVATIONS[self.activation]
         if self.normalization == "instancenorm":
             return [InstanceNormActivation(channels, slope, self.fused)]
         return [nn.BatchNorm3d(channels), nn.LeakyReLU(slope, inplace=True)]
 
 
-def conv_block(in_channels: int, out_channels: int, stride: int, kind: BlockConfig) -> nn.Sequential:
-    """3x3x3 convolution (no bias: the norm's shift replaces it), affine norm, activation."""
+def conv_block(in_channels: int, out_channels: int, stride: int, config: BlockConfig) -> nn.Sequential:
+    """3x3x3 convolution (without bias, since the norm adds one), affine norm, activation."""
     convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-    return nn.Sequential(convolution, *kind.make(out_channels))
+    return nn.Sequential(convolution, *config.norm_activation(out_channels))
 
 
 class DoubleConv(nn.Module):
     """Two convolution blocks, the first with `stride`. (N, C, D, H, W) -> (N, F, D/stride, H/stride, W/stride)."""
 
-    def __init__(self, in_channels: int, filters: int, stride: int, kind: BlockConfig) -> None:
+    def __init__(self, in_channels: int, filters: int, stride: int, config: BlockConfig) -> None:
         super().__init__()
-        self.conv1 = conv_block(in_channels, filters, stride, kind)
-        self.conv2 = conv_block(filters, filters, 1, kind)
+        self.conv1 = conv_block(in_channels, filters, stride, config)
+        self.conv2 = conv_block(filters, filters, 1, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution, joins the encoder's features, and convolves twice.
+    """Doubles the resolution, concatenates the encoder's features and convolves twice.
 
-    x (N, C, D, H, W) and skip (N, F, 2D, 2H, 2W) -> (N, F, 2D, 2H, 2W). The transposed convolution has a bias,
-    no norm and no activation; it stands in a Sequential because the reference's parameter names say so.
+    x (N, C, D, H, W) and skip (N, F, 2D, 2H, 2W) -> (N, F, 2D, 2H, 2W). The transposed convolution has a bias, no norm
+    and no activation; the Sequential around it is there for the reference's parameter names.
     """
 
-    def __init__(self, in_channels: int, filters: int, kind: BlockConfig) -> None:
+    def __init__(self, in_channels: int, filters: int, config: BlockConfig) -> None:
         super().__init__()
         self.upsample_conv = nn.Sequential(nn.ConvTranspose3d(in_channels, filters, kernel_size=2, stride=2))
-        self.conv1 = conv_block(2 * filters, filters, 1, kind)
-        self.conv2 = conv_block(filters, filters, 1, kind)
+        self.conv1 = conv_block(2 * filters, filters, 1, config)
+        self.conv2 = conv_block(filters, filters, 1, config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.conv2(self.conv1(torch.cat((self.upsample_conv(x), skip), dim=1)))

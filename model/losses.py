@@ -63,7 +63,7 @@ class _DiceSumsFunction(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         kernels = triton_for(logits)
         backward = kernels.sums_backward if kernels else sums_backward
-        return backward(logits, labels, *grads[:3]), None
+        return backward(logits, labels, DiceSums(*grads)), None
 
 
 def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,20 +84,11 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return cross_entropy, intersection, probabilities.sum(SPATIAL), true
 
 
-def sums_backward(
-    logits: Tensor, labels: Tensor, cross_entropy: Tensor, intersection: Tensor, predicted: Tensor
-) -> Tensor:
-    """Computes the gradient with respect to the logits from those with respect to the sums.
+def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
+    """Computes the gradient with respect to the logits from `grads`, those with respect to the sums.
 
     With p the softmax, t the one-hot truth and q = predicted + intersection * t, the gradient of class j is
-    cross_entropy * (p_j - t_j) + p_j * (q_j - sum_k q_k p_k).
-
-    Args:
-        logits: (N, K, D, H, W).
-        labels: (N, 1, D, H, W).
-        cross_entropy: (N,) gradient.
-        intersection: (N, K) gradient.
-        predicted: (N, K) gradient.
+    cross_entropy * (p_j - t_j) + p_j * (q_j - sum_k q_k p_k). `true` does not depend on the logits.
 
     Returns:
         (N, K, D, H, W) in the type and memory format of the logits.
@@ -111,12 +102,12 @@ def sums_backward(
     mean = torch.zeros_like(probabilities[:, 0])
     for value in range(logits.shape[1]):
         is_true = labels[:, 0] == value
-        gradient[:, value] = column(predicted[:, value]) + column(intersection[:, value]) * is_true
+        gradient[:, value] = column(grads.predicted[:, value]) + column(grads.intersection[:, value]) * is_true
         mean.addcmul_(gradient[:, value], probabilities[:, value])
-    gradient += cross_entropy.view(-1, 1, 1, 1, 1) - mean[:, None]
+    gradient += grads.cross_entropy.view(-1, 1, 1, 1, 1) - mean[:, None]
     gradient *= probabilities
     for value in range(logits.shape[1]):
-        gradient[:, value] -= column(cross_entropy) * (labels[:, 0] == value)
+        gradient[:, value] -= column(grads.cross_entropy) * (labels[:, 0] == value)
     return gradient.to(logits.dtype)
 
 

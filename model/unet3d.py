@@ -1,4 +1,4 @@
-"""The benchmark network: MLPerf's 3D U-Net, 31,190,243 parameters for 1 channel and 3 classes."""
+"""MLPerf's 3D U-Net: 31,190,243 parameters for 1 channel and 3 classes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.layers import ACTIVATIONS, NORMALIZATIONS, BlockConfig, DoubleConv, OutputLayer, UpBlock
 
-# One entry a resolution, the bottleneck last.
+# Feature maps per resolution, the bottleneck last.
 MLPERF_FILTERS = (32, 64, 128, 256, 320, 320)
 
 
 class Unet3d(nn.Module):
-    """Encoder, bottleneck and decoder with skips; each resolution halves the one above.
+    """Encoder, bottleneck and decoder with skip connections; each resolution halves the one above.
 
     Args:
-        channels: C, of the image.
-        classes: K, the background included.
+        channels: C of the image.
+        classes: K, including the background.
         normalization: "instancenorm" (affine) or "batchnorm".
         activation: "relu" or "leaky_relu" (slope 0.01).
-        filters: feature maps of each resolution, the bottleneck last.
-        fused: False computes norm and activation by PyTorch's own operators; the numbers are the same.
+        filters: feature maps per resolution, the bottleneck last.
+        fused: False computes norm and activation with PyTorch's own operators, for comparison; same numbers.
 
     Raises:
         UserError: fewer than two resolutions, or an unknown normalization or activation.
@@ -39,19 +39,22 @@ class Unet3d(nn.Module):
     ) -> None:
         super().__init__()
         if normalization not in NORMALIZATIONS or activation not in ACTIVATIONS:
-            raise UserError(f"unet3d knows no normalization {normalization!r} with activation {activation!r}")
+            raise UserError(
+                f"unet3d: unknown normalization {normalization!r} or activation {activation!r}; "
+                f"available: {', '.join(NORMALIZATIONS)} and {', '.join(ACTIVATIONS)}"
+            )
         filters = tuple(filters)
         if len(filters) < 2 or not all(isinstance(n, int) and n > 0 for n in filters):
             raise UserError(f"unet3d: filters must be two or more positive numbers, got {filters}")
-        kind = BlockConfig(normalization, activation, fused)
+        config = BlockConfig(normalization=normalization, activation=activation, fused=fused)
         first, *inner, bottleneck = filters
-        self.input_block = DoubleConv(channels, first, 1, kind)
+        self.input_block = DoubleConv(channels, first, 1, config)
         self.downsample = nn.ModuleList(
-            DoubleConv(above, here, 2, kind) for above, here in zip(filters, inner, strict=False)
+            DoubleConv(above, here, 2, config) for above, here in zip(filters, inner, strict=False)
         )
-        self.bottleneck = DoubleConv(filters[-2], bottleneck, 2, kind)
+        self.bottleneck = DoubleConv(filters[-2], bottleneck, 2, config)
         self.upsample = nn.ModuleList(
-            UpBlock(below, here, kind) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
+            UpBlock(below, here, config) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
         )
         self.output = OutputLayer(first, classes)
         self.divisor = 2 ** (len(filters) - 1)
@@ -67,14 +70,19 @@ class Unet3d(nn.Module):
         return self.output(x)
 
     def check_window(self, shape: Sequence[int], flag: str) -> None:
-        """Raises UserError, naming the nearest shape that works, for a window that cannot be halved often enough."""
+        """Raises UserError for a window that cannot be halved often enough, naming the nearest one that can.
+
+        Args:
+            shape: (D, H, W).
+            flag: where the shape comes from, for the message.
+        """
         nearest = [max(1, round(n / self.divisor)) * self.divisor for n in shape]
-        # Instance norm of a single voxel is 0 / 0: the bottleneck needs at least two.
+        # Instance norm of a single voxel is 0 / 0, so the bottleneck needs at least two.
         if all(n == self.divisor for n in nearest):
             nearest[-1] = 2 * self.divisor
         if list(shape) != nearest:
-            works = " ".join(map(str, nearest))
             raise UserError(
                 f"{flag} {' '.join(map(str, shape))}: this network halves its window {len(self.upsample)} times, "
-                f"each side must be a multiple of {self.divisor} and one at least twice that; the nearest is {works}"
+                f"so each side must be a multiple of {self.divisor} and one at least twice that; "
+                f"the nearest is {' '.join(map(str, nearest))}"
             )

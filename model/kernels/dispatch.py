@@ -1,4 +1,4 @@
-"""Which implementation of the memory-bound operators a tensor gets: Triton's on CUDA, PyTorch's own elsewhere."""
+"""Chooses the implementation of the memory-bound operators: Triton on CUDA, PyTorch's own operators elsewhere."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# False computes everything in PyTorch's terms, for comparison; the numbers are the same.
+# False uses PyTorch's own operators everywhere, for comparison; the numbers are the same.
 USE_TRITON = True
 
 
 def triton_for(x: Tensor) -> ModuleType | None:
-    """`model.kernels.triton` where x is on CUDA and Triton works (PyTorch's CUDA builds bring it), else None."""
+    """Returns `model.kernels.triton` if x is on CUDA and Triton works (PyTorch's CUDA builds include it), else None."""
     return _triton_kernels()[0] if USE_TRITON and x.is_cuda else None
 
 
 def note(device: torch.device) -> str:
-    """One line for the user where a GPU's kernels cannot be used, else ""."""
+    """Returns a line for the user if the kernels cannot be used on this GPU, else ""."""
     return _triton_kernels()[1] if USE_TRITON and device.type == "cuda" else ""
 
 
 @lru_cache
 def _triton_kernels() -> tuple[ModuleType | None, str]:
-    """The kernels, or why there are none. Their first launch needs a C compiler, which a slim image may lack."""
+    """Returns the kernels, or None and why. The first launch needs a C compiler, which a slim image may lack."""
     try:
         from model.kernels import triton as triton_kernels
 
         _launch(triton_kernels)
-    except Exception as error:  # whatever Triton or its compiler raise: PyTorch's own operators compute the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return None, f"Triton's kernels cannot be used ({reason}); PyTorch's own operators are slower"
+    except Exception as error:  # Triton and its compiler may raise anything; PyTorch's own operators still work
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None, f"Triton kernels cannot be used ({reason}); PyTorch's own operators are slower"
     return triton_kernels, ""
 
 

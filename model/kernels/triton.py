@@ -1,7 +1,7 @@
-"""The memory-bound operators of a step as Triton kernels, for CUDA; imported only there and by their tests.
+"""The memory-bound operators of a training step as Triton kernels for CUDA.
 
-What they compute stands in `normalization.py` and `losses.py`, whose plain forms the tests hold them to. Every sum is
-made in two stages, blocks and then their total, so that it comes out the same on every run: no atomics.
+`normalization.py` and `losses.py` define what they compute, with PyTorch versions that the tests compare them with.
+Every sum has two stages, partial sums per program and then their total, without atomics: the same bits on every run.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: 16 KiB in fp32, which the registers of one program hold with room for a second tensor.
+from model.losses import DiceSums
+from model.normalization import NormState
+
+# Elements per tile: 16 KiB in fp32, so that the registers of one program hold two tensors.
 TILE = 4096
-# The softmax keeps more tensors of a tile at a time: with 4096 elements it needs more registers than Hopper has.
+# The softmax holds more tensors per tile; with 4096 elements it needs more registers than Hopper has.
 SOFTMAX_TILE = 1024
-# Programs a sample: enough to fill a large GPU (132 SMs on H200) at batch 1, few enough to sum up at once.
+# Programs per sample: enough to fill a large GPU (132 SMs on H200) at batch 1, few enough to sum in one step.
 PROGRAMS = 512
 
 
 @triton.jit
 def _moments(x, mean_out, m2_out, voxels, per_program, C: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr):
-    """Mean and sum of squared deviations of this program's voxels, per channel, tile by tile (Chan et al. 1979)."""
+    """Per channel, mean and sum of squared deviations of this program's voxels, tile by tile (Chan et al. 1979)."""
     sample, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     channel = tl.arange(0, C2)
     first = program * per_program
@@ -37,15 +40,15 @@ def _moments(x, mean_out, m2_out, voxels, per_program, C: tl.constexpr, C2: tl.c
         value = tl.load(x + (sample * voxels + voxel[:, None]) * C + channel[None, :], inside, 0.0).to(tl.float32)
         size = tl.minimum(last - start, ROWS).to(tl.float32)
         tile_mean = tl.sum(value, 0) / size
-        away = tl.where(inside, value - tile_mean[None, :], 0.0)
+        centred = tl.where(inside, value - tile_mean[None, :], 0.0)
         delta = tile_mean - mean
         total = count + size
-        m2 += tl.sum(away * away, 0) + delta * delta * (count * size / total)
+        m2 += tl.sum(centred * centred, 0) + delta * delta * (count * size / total)
         mean += delta * (size / total)
         count = total
-    place = (sample * tl.num_programs(0) + program) * C + channel
-    tl.store(mean_out + place, mean, channel < C)
-    tl.store(m2_out + place, m2, channel < C)
+    index = (sample * tl.num_programs(0) + program) * C + channel
+    tl.store(mean_out + index, mean, channel < C)
+    tl.store(m2_out + index, m2, channel < C)
 
 
 @triton.jit
@@ -55,13 +58,13 @@ def _normalize(x, y, scale, shift, slope, voxels, C: tl.constexpr, C2: tl.conste
     channel = tl.arange(0, C2)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-    place = (sample * voxels + voxel[:, None]) * C + channel[None, :]
-    value = tl.load(x + place, inside, 0.0).to(tl.float32)
+    index = (sample * voxels + voxel[:, None]) * C + channel[None, :]
+    value = tl.load(x + index, inside, 0.0).to(tl.float32)
     factor = tl.load(scale + sample * C + channel, channel < C, 0.0)
     offset = tl.load(shift + sample * C + channel, channel < C, 0.0)
     value = value * factor[None, :] + offset[None, :]
     value = tl.where(value > 0, value, value * slope)
-    tl.store(y + place, value.to(y.dtype.element_ty), inside)
+    tl.store(y + index, value.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def _gradient_sums(
     C2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sums of g and of g * (x - mean) over this program's voxels, g being the gradient below the activation."""
+    """Sums of g and of g * (x - mean) over this program's voxels; g is the gradient before the activation."""
     sample, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     channel = tl.arange(0, C2)
     factor = tl.load(scale + sample * C + channel, channel < C, 0.0)
@@ -93,40 +96,40 @@ def _gradient_sums(
     for start in range(first, last, ROWS):
         voxel = start + tl.arange(0, ROWS)
         inside = (voxel < last)[:, None] & (channel < C)[None, :]
-        place = (sample * voxels + voxel[:, None]) * C + channel[None, :]
-        value = tl.load(x + place, inside, 0.0).to(tl.float32)
-        g = tl.load(grad + place, inside, 0.0).to(tl.float32)
+        index = (sample * voxels + voxel[:, None]) * C + channel[None, :]
+        value = tl.load(x + index, inside, 0.0).to(tl.float32)
+        g = tl.load(grad + index, inside, 0.0).to(tl.float32)
         g = tl.where(value * factor[None, :] + offset[None, :] > 0, g, g * slope)
         g_sum += tl.sum(g, 0)
         gx_sum += tl.sum(g * (value - centre[None, :]), 0)
-    place = (sample * tl.num_programs(0) + program) * C + channel
-    tl.store(g_out + place, g_sum, channel < C)
-    tl.store(gx_out + place, gx_sum, channel < C)
+    index = (sample * tl.num_programs(0) + program) * C + channel
+    tl.store(g_out + index, g_sum, channel < C)
+    tl.store(gx_out + index, gx_sum, channel < C)
 
 
 @triton.jit
 def _gradient(
-    grad, x, dx, scale, shift, slant, base, slope, voxels, C: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr
+    grad, x, dx, scale, shift, slope_x, base, slope, voxels, C: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr
 ):
-    """dx = scale * g + slant * x + base."""
+    """dx = scale * g + slope_x * x + base."""
     sample = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, C2)
     voxel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (voxel < voxels)[:, None] & (channel < C)[None, :]
-    place = (sample * voxels + voxel[:, None]) * C + channel[None, :]
+    index = (sample * voxels + voxel[:, None]) * C + channel[None, :]
     factor = tl.load(scale + sample * C + channel, channel < C, 0.0)
     offset = tl.load(shift + sample * C + channel, channel < C, 0.0)
-    tilt = tl.load(slant + sample * C + channel, channel < C, 0.0)
-    start = tl.load(base + sample * C + channel, channel < C, 0.0)
-    value = tl.load(x + place, inside, 0.0).to(tl.float32)
-    g = tl.load(grad + place, inside, 0.0).to(tl.float32)
+    linear = tl.load(slope_x + sample * C + channel, channel < C, 0.0)
+    constant = tl.load(base + sample * C + channel, channel < C, 0.0)
+    value = tl.load(x + index, inside, 0.0).to(tl.float32)
+    g = tl.load(grad + index, inside, 0.0).to(tl.float32)
     g = tl.where(value * factor[None, :] + offset[None, :] > 0, g, g * slope)
-    result = g * factor[None, :] + value * tilt[None, :] + start[None, :]
-    tl.store(dx + place, result.to(dx.dtype.element_ty), inside)
+    result = g * factor[None, :] + value * linear[None, :] + constant[None, :]
+    tl.store(dx + index, result.to(dx.dtype.element_ty), inside)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`normalization.norm_forward` in two kernels: x is read twice, y written once."""
+def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `normalization.norm_forward` in two kernels, which read x twice and write y once."""
     n, channels = x.shape[:2]
     voxels = math.prod(x.shape[2:])
     padded, rows, programs, per_program = _tiles(channels, voxels, TILE)
@@ -136,50 +139,45 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: flo
     counts[-1] = voxels - (programs - 1) * per_program
     mean = (means * counts).sum(1) / voxels
     variance = (m2 + counts * (means - mean[:, None]) ** 2).sum(1) / voxels
-    inverse = (variance + eps).rsqrt()
-    scale = weight * inverse
+    inverse_std = (variance + eps).rsqrt()
+    scale = weight * inverse_std
     y = torch.empty_like(x)
     _normalize[triton.cdiv(voxels, rows), n](x, y, scale, bias - mean * scale, slope, voxels, channels, padded, rows)
-    return y, mean, inverse
+    return y, mean, inverse_std
 
 
-def norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`normalization.norm_backward` in two kernels: grad and x are read twice, dx written once.
+def norm_backward(grad: Tensor, state: NormState, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `normalization.norm_backward` in two kernels, which read grad and x twice and write dx once.
 
-    y is not read: its sign follows from x, which is read anyway.
+    They do not read y: its sign follows from x, which they read anyway.
     """
+    x, mean, inverse_std = state.x, state.mean, state.inverse_std
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
     n, channels = x.shape[:2]
     voxels = math.prod(x.shape[2:])
     padded, rows, programs, per_program = _tiles(channels, voxels, TILE)
-    scale = weight * inverse
-    shift = bias - mean * scale
+    scale = state.weight * inverse_std
+    shift = state.bias - mean * scale
     sums = x.new_empty(2, n, programs, channels, dtype=torch.float32)
     _gradient_sums[programs, n](
         grad, x, scale, shift, mean, sums[0], sums[1], slope, voxels, per_program, channels, padded, rows
     )
     dbias, dweight = sums.sum(2)
-    dweight = dweight * inverse
-    slant = -scale * inverse * dweight / voxels
-    base = -scale * dbias / voxels - slant * mean
+    dweight = dweight * inverse_std
+    slope_x = -scale * inverse_std * dweight / voxels
+    base = -scale * dbias / voxels - slope_x * mean
     dx = torch.empty_like(x)
     _gradient[triton.cdiv(voxels, rows), n](
-        grad, x, dx, scale, shift, slant, base, slope, voxels, channels, padded, rows
+        grad, x, dx, scale, shift, slope_x, base, slope, voxels, channels, padded, rows
     )
     return dx, dweight.sum(0), dbias.sum(0)
 
 
 def _tiles(channels: int, voxels: int, tile: int) -> tuple[int, int, int, int]:
-    """Channels as a power of two, voxels a tile, programs a sample, voxels a program (whole tiles but for the last)."""
+    """Returns channels padded to a power of two, voxels per tile, programs per sample and voxels per program.
+
+    A program gets whole tiles, except for the last one.
+    """
     padded = triton.next_power_of_2(channels)
     rows = max(1, tile // padded)
     tiles = triton.cdiv(voxels, rows)
@@ -201,7 +199,7 @@ def _sums(
     K2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Intersection, predicted and true of each class, and the cross-entropy, over this program's voxels."""
+    """The fields of `DiceSums`, over this program's voxels."""
     sample, program = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     value = tl.arange(0, K2).to(tl.int64)
     first = program * per_program
@@ -212,21 +210,21 @@ def _sums(
     entropy = tl.zeros((ROWS,), tl.float32)
     for start in range(first, last, ROWS):
         voxel = start + tl.arange(0, ROWS)
-        here = voxel < last
-        inside = here[:, None] & (value < K)[None, :]
-        place = sample * voxels * K + voxel[:, None] * voxel_stride + value[None, :] * class_stride
-        logit = tl.load(logits + place, inside, 0.0).to(tl.float32)
-        label = tl.load(labels + sample * voxels + voxel, here, 0).to(tl.int32)
+        in_volume = voxel < last
+        inside = in_volume[:, None] & (value < K)[None, :]
+        index = sample * voxels * K + voxel[:, None] * voxel_stride + value[None, :] * class_stride
+        logit = tl.load(logits + index, inside, 0.0).to(tl.float32)
+        label = tl.load(labels + sample * voxels + voxel, in_volume, 0).to(tl.int32)
         largest = tl.max(tl.where(inside, logit, -float("inf")), 1)
-        largest = tl.where(here, largest, 0.0)
+        largest = tl.where(in_volume, largest, 0.0)
         exponential = tl.where(inside, tl.exp(logit - largest[:, None]), 0.0)
-        total = tl.where(here, tl.sum(exponential, 1), 1.0)
+        total = tl.where(in_volume, tl.sum(exponential, 1), 1.0)
         probability = exponential / total[:, None]
         is_true = inside & (label[:, None] == value[None, :])
         intersection += tl.sum(tl.where(is_true, probability, 0.0), 0)
         predicted += tl.sum(probability, 0)
         true += tl.sum(is_true.to(tl.float32), 0)
-        entropy += tl.where(here, largest + tl.log(total) - tl.sum(tl.where(is_true, logit, 0.0), 1), 0.0)
+        entropy += tl.where(in_volume, largest + tl.log(total) - tl.sum(tl.where(is_true, logit, 0.0), 1), 0.0)
     row = sample * tl.num_programs(0) + program
     plane = tl.num_programs(0) * tl.num_programs(1) * K
     tl.store(overlaps + row * K + value, intersection, value < K)
@@ -250,32 +248,32 @@ def _sums_gradient(
     K2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """See `losses.sums_backward`."""
+    """The gradient in `losses.sums_backward`."""
     sample = tl.program_id(1).to(tl.int64)
     value = tl.arange(0, K2).to(tl.int64)
     voxel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    here = voxel < voxels
-    inside = here[:, None] & (value < K)[None, :]
-    place = sample * voxels * K + voxel[:, None] * voxel_stride + value[None, :] * class_stride
-    logit = tl.load(logits + place, inside, 0.0).to(tl.float32)
-    label = tl.load(labels + sample * voxels + voxel, here, 0).to(tl.int32)
-    of_entropy = tl.load(entropy_gradient + sample)
-    of_intersection = tl.load(intersection_gradient + sample * K + value, value < K, 0.0)
-    of_predicted = tl.load(predicted_gradient + sample * K + value, value < K, 0.0)
+    in_volume = voxel < voxels
+    inside = in_volume[:, None] & (value < K)[None, :]
+    index = sample * voxels * K + voxel[:, None] * voxel_stride + value[None, :] * class_stride
+    logit = tl.load(logits + index, inside, 0.0).to(tl.float32)
+    label = tl.load(labels + sample * voxels + voxel, in_volume, 0).to(tl.int32)
+    d_entropy = tl.load(entropy_gradient + sample)
+    d_intersection = tl.load(intersection_gradient + sample * K + value, value < K, 0.0)
+    d_predicted = tl.load(predicted_gradient + sample * K + value, value < K, 0.0)
     largest = tl.max(tl.where(inside, logit, -float("inf")), 1)
-    largest = tl.where(here, largest, 0.0)
+    largest = tl.where(in_volume, largest, 0.0)
     exponential = tl.where(inside, tl.exp(logit - largest[:, None]), 0.0)
-    total = tl.where(here, tl.sum(exponential, 1), 1.0)
+    total = tl.where(in_volume, tl.sum(exponential, 1), 1.0)
     probability = exponential / total[:, None]
     truth = (inside & (label[:, None] == value[None, :])).to(tl.float32)
-    slope = of_predicted[None, :] + of_intersection[None, :] * truth
+    slope = d_predicted[None, :] + d_intersection[None, :] * truth
     mean = tl.sum(slope * probability, 1)
-    result = of_entropy * (probability - truth) + probability * (slope - mean[:, None])
-    tl.store(gradient + place, result.to(gradient.dtype.element_ty), inside)
+    result = d_entropy * (probability - truth) + probability * (slope - mean[:, None])
+    tl.store(gradient + index, result.to(gradient.dtype.element_ty), inside)
 
 
 def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`losses.sums_forward` in one kernel: logits and labels are read once, nothing of their size is written."""
+    """Computes `losses.sums_forward` in one kernel, which reads logits and labels once and writes only partial sums."""
     logits, class_stride, voxel_stride = _class_strides(logits)
     n, classes = logits.shape[:2]
     voxels = math.prod(logits.shape[2:])
@@ -299,10 +297,8 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return cross_entropy.sum(1), intersection, predicted, true
 
 
-def sums_backward(
-    logits: Tensor, labels: Tensor, cross_entropy: Tensor, intersection: Tensor, predicted: Tensor
-) -> Tensor:
-    """`losses.sums_backward` in one kernel: logits and labels are read once, the gradient written once."""
+def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
+    """Computes `losses.sums_backward` in one kernel, which reads logits and labels and writes the gradient once."""
     logits, class_stride, voxel_stride = _class_strides(logits)
     n, classes = logits.shape[:2]
     voxels = math.prod(logits.shape[2:])
@@ -312,9 +308,9 @@ def sums_backward(
         logits,
         labels.contiguous(),
         gradient,
-        cross_entropy.contiguous(),
-        intersection.contiguous(),
-        predicted.contiguous(),
+        grads.cross_entropy.contiguous(),
+        grads.intersection.contiguous(),
+        grads.predicted.contiguous(),
         voxels,
         class_stride,
         voxel_stride,
@@ -326,7 +322,7 @@ def sums_backward(
 
 
 def _class_strides(logits: Tensor) -> tuple[Tensor, int, int]:
-    """The logits in NCDHW or channels-last memory, with the strides of a class and of a voxel in it."""
+    """Returns the logits, contiguous in NCDHW or channels-last, and their class and voxel strides in elements."""
     if logits.is_contiguous(memory_format=torch.channels_last_3d):
         return logits, 1, logits.shape[1]
     return logits.contiguous(), math.prod(logits.shape[2:]), 1

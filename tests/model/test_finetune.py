@@ -1,4 +1,4 @@
-"""Starting from other weights, and training a part: what is frozen stays to the bit, whatever is called."""
+"""Starting from other weights, and training a part: frozen tensors do not change by a bit, whatever is called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WINDOW = (8, 8, 8)
 
 
 class Odd(nn.Module):
-    """Its output is registered first; batch norm and dropout within, one of them beside trained parameters."""
+    """Registers its output layer first; has batch norm and dropout, one dropout beside trained parameters."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ def test_weights_of_the_same_network_are_taken_over_whole() -> None:
 def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ours, theirs = small(2), small(5)
     head = ours.output.conv.weight.clone()
-    told = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c")
-    assert told == "all but output.conv, which is new: 5 classes there, 2 here"
+    loaded = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c")
+    assert loaded == "all but output.conv, which is new: 5 classes there, 2 here"
     assert torch.equal(ours.output.conv.weight, head)
     for name, value in theirs.state_dict().items():
         if not name.startswith("output.conv."):
@@ -62,7 +62,7 @@ def test_a_head_of_other_classes_stays_and_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda weights: weights.pop("bottleneck.conv1.0.weight"), "lacks bottleneck.conv1.0.weight"),
         (lambda weights: weights.update(more=torch.zeros(1)), "also holds more"),
@@ -73,12 +73,12 @@ def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ],
 )
 def test_another_networks_weights_are_refused_and_nothing_is_loaded(
-    change: Callable[[dict[str, Tensor]], object], said: str
+    change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
     ours, weights = small(), dict(small().state_dict())
     before = copy.deepcopy(ours.state_dict())
     change(weights)
-    with pytest.raises(UserError, match=f"--init_from c: of another network.*{said}"):
+    with pytest.raises(UserError, match=f"--init_from c: not the network of --model.*{message}"):
         load_part(ours, weights, "output.conv", "--init_from c")
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
@@ -121,21 +121,21 @@ def test_a_copy_of_a_frozen_network_returns_itself_from_train() -> None:
     assert changed.body.train() is changed.body
 
 
-def test_what_is_frozen_is_told() -> None:
+def test_what_is_frozen_is_reported() -> None:
     assert freeze(Odd(), [ALL_BUT_OUTPUT], "output") == (
-        "4 of 6 tensors (120 numbers) stay as they are; trained: output.weight, output.bias"
+        "4 of 6 tensors (120 values) are frozen; trained: output.weight, output.bias"
     )
 
 
 @pytest.mark.parametrize(
-    ("patterns", "said"),
+    ("patterns", "message"),
     [
-        (("body",), "matches no parameter's whole name; they are output.weight, output.bias, body.0.weight"),
+        (("body",), "does not match any parameter's whole name, such as output.weight, output.bias, body.0.weight"),
         ((".*",), "leaves nothing to train"),
-        (("body.*", "(body"), "is no regular expression"),
+        (("body.*", "(body"), "is not a regular expression"),
         ((ALL_BUT_OUTPUT, "output.*"), "leaves nothing to train"),
     ],
 )
-def test_a_pattern_that_does_nothing_or_all_is_an_error(patterns: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=f"--freeze .*{said}"):
+def test_a_pattern_that_does_nothing_or_all_is_an_error(patterns: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=f"--freeze .*{message}"):
         freeze(Odd(), patterns, "output")

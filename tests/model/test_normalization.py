@@ -40,7 +40,7 @@ def affine(channels: int) -> tuple[Tensor, Tensor]:
 def run(x: Tensor, weight: Tensor, bias: Tensor, slope: float, grad: Tensor) -> list[Tensor]:
     """The output, and the gradients of x, weight and bias."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    y = instance_norm_activation(leaves[0], leaves[1], leaves[2], EPS, slope)
+    y = instance_norm_activation(leaves[0], leaves[1], leaves[2], eps=EPS, slope=slope)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
@@ -101,7 +101,7 @@ def test_a_large_mean_costs_few_digits() -> None:
 def test_statistics_of_a_large_window_hold_their_digits() -> None:
     """A million voxels a channel: a naive fp32 sum is off in the third digit."""
     x = 3 + volume((1, 2, 128, 128, 64))
-    _, mean, inverse = norm_forward(x, *affine(2), EPS, 0.0)
+    _, mean, inverse = norm_forward(x, *affine(2), eps=EPS, slope=0.0)
     values = x.double().flatten(2)
     torch.testing.assert_close(mean.double(), values.mean(2), rtol=1e-6, atol=0)
     torch.testing.assert_close(inverse.double(), (values.var(2, correction=0) + EPS).rsqrt(), rtol=1e-6, atol=0)
@@ -147,7 +147,7 @@ def test_unfused_is_the_same() -> None:
 def test_other_layouts_take_pytorch_s_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an NCDHW tensor gets, and one of one channel, which is in both orders."""
 
-    def refuse(*_: object) -> Tensor:
+    def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("the operator for channels-last")
 
     x = volume((2, 3, 4, 5, 6))

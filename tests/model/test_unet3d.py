@@ -18,7 +18,7 @@ from model.registry import NETWORKS, build_network, check_window
 from model.unet3d import MLPERF_FILTERS, Unet3d
 
 TINY = (4, 6, 8)
-# `fingerprint` of the logits of `tiny_network(…)` for `ramp(1, 1, 8, 8, 8)`: a row a class, a column a slab.
+# `fingerprint` of the logits of `tiny_network(…)` for `ramp(1, 1, 8, 8, 8)`: one row per class, one column per slab.
 GOLDEN = {
     ("instancenorm", "relu"): [
         [0.2836244, 0.6580863, 0.6130425, 0.7331787],
@@ -177,7 +177,7 @@ def test_any_number_of_resolutions(resolutions: int) -> None:
 
 
 def test_up_block_joins_upsampled_then_skip() -> None:
-    block = UpBlock(3, 2, BlockConfig("instancenorm", "relu"))
+    block = UpBlock(3, 2, BlockConfig(normalization="instancenorm", activation="relu"))
     seen: list[Tensor] = []
     block.conv1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x, skip = ramp(1, 3, 2, 2, 2), 7 + ramp(1, 2, 4, 4, 4)
@@ -255,8 +255,10 @@ def test_check_window_names_the_nearest_shape(shape: tuple[int, int, int], neare
         network.check_window(shape, "--input_shape")
         assert network(ramp(1, 1, *shape)).shape[2:] == shape
     else:
-        told = f"--input_shape {' '.join(map(str, shape))}: .* halves its window 2 times.* multiple of 4 .*{nearest}$"
-        with pytest.raises(UserError, match=told):
+        message = (
+            f"--input_shape {' '.join(map(str, shape))}: .* halves its window 2 times.* multiple of 4 .*{nearest}$"
+        )
+        with pytest.raises(UserError, match=message):
             network.check_window(shape, "--input_shape")
         network.check_window([int(n) for n in nearest.split()], "--input_shape")
 
@@ -283,7 +285,7 @@ def test_build_network_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("unet2d", "--model 'unet2d': unknown name; available: slicewise, unet3d"),
         ("unet3d(filter=(2, 4))", "unknown argument 'filter'; it takes filters"),
@@ -294,12 +296,12 @@ def test_build_network_by_name() -> None:
         ("unet3d(channels=4)", "'channels' is set by the program, leave it out"),
     ],
 )
-def test_a_wrong_spec_is_a_users_mistake(spec: str, told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_a_wrong_spec_is_a_users_mistake(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         build_network(spec, 1, 3)
 
 
 @pytest.mark.parametrize(("normalization", "activation"), [("groupnorm", "relu"), ("instancenorm", "gelu")])
 def test_unknown_kinds_are_refused(normalization: str, activation: str) -> None:
-    with pytest.raises(UserError, match="knows no normalization"):
+    with pytest.raises(UserError, match="unknown normalization"):
         Unet3d(1, 3, normalization, activation)

@@ -1,6 +1,6 @@
-"""The Triton kernels compiled for Hopper (sm_90), which needs no GPU; `test_triton_kernels.py` runs this file.
+"""The Triton kernels compiled for Hopper (sm_90), which needs no GPU; `test_triton.py` runs this file.
 
-The interpreter is Python: what Triton's own types refuse, and what does not fit a GPU's registers, shows here alone.
+The interpreter is Python; only compilation shows type errors of Triton's and kernels that exceed a GPU's registers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from model.kernels import triton as triton_kernels
+from model.losses import DiceSums
+from model.normalization import NormState
 
-# What a thread can have; a kernel that takes all of them keeps the rest in memory.
+# Registers per thread; a kernel that uses all of them spills to memory.
 REGISTERS = 255
 Compiled = dict[str, int]
 
 
 class Hopper:
-    """As much of a driver as compiling takes."""
+    """The part of a driver that compiling needs."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -37,7 +39,7 @@ class Hopper:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    """Every kernel that is launched is compiled instead: its name -> its registers a thread."""
+    """Compiles every launched kernel instead of running it: its name -> registers per thread."""
     registers: Compiled = {}
     launch = JITFunction.run
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -46,8 +48,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         file = tmp_path / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
-        said = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
-        (number,) = re.findall(rf"{self.__name__}:\s+REG:(\d+)", said.stdout)
+        usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+        (number,) = re.findall(rf"{self.__name__}:\s+REG:(\d+)", usage.stdout)
         registers[self.__name__] = int(number)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
@@ -68,8 +70,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
 def test_norm(compiled: Compiled, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
     weight, mean = torch.ones(shape[1]), torch.zeros(shape[:2])
-    triton_kernels.norm_forward(x, weight, weight, 1e-5, 0.0)
-    triton_kernels.norm_backward(x, x, x, weight, weight, mean, mean, 0.0)
+    triton_kernels.norm_forward(x, weight, weight, eps=1e-5, slope=0.0)
+    triton_kernels.norm_backward(x, NormState(x, x, weight, weight, mean, mean), 0.0)
     assert set(compiled) == {"_moments", "_normalize", "_gradient_sums", "_gradient"}
     assert max(compiled.values()) < REGISTERS, compiled
 
@@ -89,6 +91,6 @@ def test_loss_sums(compiled: Compiled, shape: tuple[int, ...], layout: torch.mem
     logits = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout)
     labels = torch.zeros(shape[0], 1, *shape[2:], dtype=torch.uint8)
     triton_kernels.sums_forward(logits, labels)
-    triton_kernels.sums_backward(logits, labels, torch.zeros(shape[0]), *torch.zeros(2, *shape[:2]))
+    triton_kernels.sums_backward(logits, labels, DiceSums(torch.zeros(shape[0]), *torch.zeros(3, *shape[:2])))
     assert set(compiled) == {"_sums", "_sums_gradient"}
     assert max(compiled.values()) < REGISTERS, compiled

@@ -1,7 +1,7 @@
-"""The Triton kernels against the plain functions; `test_triton_kernels.py` runs this file as a process of its own.
+"""The Triton kernels against the PyTorch functions; `test_triton.py` runs this file in a process of its own.
 
-By Triton's interpreter on the CPU with TRITON_INTERPRET=1, which must be set before anything imports Triton; else
-compiled, on a GPU.
+With TRITON_INTERPRET=1, which must be set before anything imports Triton, they run in Triton's interpreter on the CPU;
+otherwise compiled, on a GPU.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def test_norm(shape: tuple[int, ...], slope: float, dtype: torch.dtype, layout: 
     """`layout` is of the gradient from above."""
     x = (1 + normal(*shape)).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = normal(shape[1], seed=1), normal(shape[1], seed=2)
-    expected = normalization.norm_forward(x, weight, bias, EPS, slope)
-    for found, right in zip(triton_kernels.norm_forward(x, weight, bias, EPS, slope), expected, strict=True):
+    expected = normalization.norm_forward(x, weight, bias, eps=EPS, slope=slope)
+    for found, right in zip(triton_kernels.norm_forward(x, weight, bias, eps=EPS, slope=slope), expected, strict=True):
         assert_same(found, right)
     y, mean, inverse = expected
     grad = normal(*shape, seed=3).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    arguments = (grad, x, y, weight, bias, mean, inverse, slope)
+    arguments = (grad, normalization.NormState(x, y, weight, bias, mean, inverse), slope)
     # The plain form rounds a 16-bit gradient below the activation; not so the kernel.
     digits = 2e-6 if slope == 0 or dtype == torch.float32 else slope * torch.finfo(dtype).eps
     for found, right in zip(
@@ -83,8 +83,8 @@ def test_loss_sums(classes: int, side: int, layout: str, dtype: torch.dtype) -> 
     for one, right in zip(found[:3], expected[:3], strict=True):
         assert_same(one, right)
     assert torch.equal(found[3], expected[3])
-    above = normal(2, seed=2), normal(2, classes, seed=3), normal(2, classes, seed=4)
-    assert_same(triton_kernels.sums_backward(logits, labels, *above), losses.sums_backward(logits, labels, *above))
+    above = losses.DiceSums(normal(2, seed=2), normal(2, classes, seed=3), normal(2, classes, seed=4), found[3])
+    assert_same(triton_kernels.sums_backward(logits, labels, above), losses.sums_backward(logits, labels, above))
 
 
 def test_far_logits_and_any_labels_and_any_strides() -> None:
@@ -95,8 +95,8 @@ def test_far_logits_and_any_labels_and_any_strides() -> None:
         triton_kernels.sums_forward(logits, labels), losses.sums_forward(logits, labels), strict=True
     ):
         assert_same(one, right)
-    above = normal(1).expand(2), normal(1, 1).expand(2, 3), normal(1, 3).expand(2, 3)
-    found, right = (module.sums_backward(logits, labels, *above) for module in (triton_kernels, losses))
+    above = losses.DiceSums(normal(1).expand(2), normal(1, 1).expand(2, 3), normal(1, 3).expand(2, 3), torch.empty(0))
+    found, right = (module.sums_backward(logits, labels, above) for module in (triton_kernels, losses))
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
@@ -116,12 +116,14 @@ def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("norm_forward", "norm_backward", "sums_forward", "sums_backward"):
         kernel = getattr(triton_kernels, name)
         monkeypatch.setattr(
-            triton_kernels, name, lambda *args, name=name, kernel=kernel: (calls.append(name), kernel(*args))[1]
+            triton_kernels,
+            name,
+            lambda *args, name=name, kernel=kernel, **options: (calls.append(name), kernel(*args, **options))[1],
         )
     results = []
     for module in (None, triton_kernels):
-        for room in (normalization, losses):
-            monkeypatch.setattr(room, "triton_for", lambda _, module=module: module)
+        for importer in (normalization, losses):
+            monkeypatch.setattr(importer, "triton_for", lambda _, module=module: module)
         results.append(step())
     assert calls == ["norm_forward", "sums_forward", "sums_backward", "norm_backward"]
     plain, fused = results
@@ -131,12 +133,12 @@ def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of mean 100 and deviation 1, in many tiles; a program has several."""
+    """Mean 100 and standard deviation 1, in many tiles, several per program."""
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 32)
     shape = (1, 2, *LARGE)
     x = (100 + normal(*shape)).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = normal(2, seed=1), normal(2, seed=2)
-    _, mean, inverse = triton_kernels.norm_forward(x, weight, bias, EPS, 1.0)
+    _, mean, inverse = triton_kernels.norm_forward(x, weight, bias, eps=EPS, slope=1.0)
     values, exact_weight = x.double().flatten(2), weight.double()
     exact_mean = values.mean(2)
     exact_inverse = (values.var(2, correction=0) + EPS).rsqrt()
@@ -144,7 +146,8 @@ def test_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-6, atol=0)
     # With a slope of 1 there is no kink, and the sums do not cancel where grad follows x.
     grad = (x - 99 + normal(*shape, seed=3)).contiguous(memory_format=torch.channels_last_3d)
-    dx, dweight, dbias = triton_kernels.norm_backward(grad, x, x, weight, bias, mean, inverse, 1.0)
+    state = normalization.NormState(x, x, weight, bias, mean, inverse)
+    dx, dweight, dbias = triton_kernels.norm_backward(grad, state, 1.0)
     g, z = grad.double().flatten(2), (values - exact_mean[..., None]) * exact_inverse[..., None]
     g_mean, gz_mean = g.mean(2, keepdim=True), (g * z).mean(2, keepdim=True)
     right = (exact_weight * exact_inverse)[..., None] * (g - g_mean - z * gz_mean)
