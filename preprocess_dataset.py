@@ -1,13 +1,13 @@
-"""Raw scans to training volumes, bit for bit as MLPerf's reference makes them; and their verification.
+"""Preprocesses raw scans into training volumes, bit for bit as MLPerf's reference does, and verifies them.
 
     python3 preprocess_dataset.py --data_dir RAW --results_dir OUT
-    python3 preprocess_dataset.py --data_dir RAW --results_dir OUT --dataset msd --split 0.6 0.2 0.2
+    python3 preprocess_dataset.py --data_dir RAW --results_dir OUT --dataset msd --split_ratios 0.6 0.2 0.2
     python3 preprocess_dataset.py --data_dir SERIES --labels_dir MASKS --results_dir OUT --dataset dicom \\
-        --labels 86,87=1:muscle --window -160 240 --intensity unit
+        --labels 86,87=1:muscle --intensity_window -160 240 --intensity minmax
     python3 preprocess_dataset.py --results_dir OUT --mode verify [--checksums FILE]
 
-A case that is done and intact is not done again, and nothing half-written is ever left under a final name: interrupt
-it at will and start it again. `dataset.json` appears when every case is done.
+It can be interrupted at any time and started again: finished cases that are intact are skipped, and files get their
+final names only when they are complete. `dataset.json` appears when every case is finished.
 """
 
 from __future__ import annotations
@@ -21,35 +21,30 @@ from pathlib import Path
 from typing import Any
 
 from common import registry
-from common.cli import Parser
+from common.cli import Parser, renamed_values
 from common.errors import UserError, run_program
 from common.messages import logger
-from data_loading.readers.base import RawDataset, flags_of
-from data_loading.readers.kits19 import RAW_LAYOUTS, RawReader
-from data_loading.spec import INTENSITIES
+from data_loading.readers import READERS
+from data_loading.readers.base import RawDataset, Reader, ReaderOptions
+from data_loading.spec import INTENSITIES, RENAMED_INTENSITIES
 from data_loading.verification import verify
 from data_loading.writer import preprocess
-
-EVALUATION_CASES = Path(__file__).resolve().parent / "evaluation_cases.txt"
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = vars(make_parser().parse_args(argv))
-    mode, data_dir, results_dir = (arguments.pop(name) for name in ("mode", "data_dir", "results_dir"))
-    dataset, num_workers, seed, checksums = (
-        arguments.pop(name) for name in ("dataset", "num_workers", "seed", "checksums")
-    )
+    mode, results_dir, checksums = (arguments.pop(name) for name in ("mode", "results_dir", "checksums"))
+    dataset, data_dir = arguments.pop("dataset"), arguments.pop("data_dir")
+    num_workers, seed = arguments.pop("num_workers"), arguments.pop("seed")
     if num_workers < 1 or seed < 0:
         raise UserError("--num_workers must be at least 1 and --seed at least 0")
     if mode == "verify":
         return verify(results_dir, checksums)
     if data_dir is None or not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir}: no such folder; give the folder of the raw scans")
-    if results_dir.exists():
-        for name, folder in (("data_dir", data_dir), ("labels_dir", arguments.get("labels_dir"))):
-            if folder and folder.exists() and results_dir.samefile(folder):
-                what = "raw scans" if name == "data_dir" else "masks"
-                raise UserError(f"--results_dir {results_dir} holds the {what} themselves; name another folder")
+    for contents, folder in (("raw scans", data_dir), ("masks", arguments.get("labels_dir"))):
+        if folder and folder.exists() and results_dir.exists() and results_dir.samefile(folder):
+            raise UserError(f"--results_dir {results_dir} is the folder of the {contents}; choose another folder")
     raw = read_raw(dataset, data_dir, seed, arguments)
     for note in raw.notes:
         logger.info(note)
@@ -58,91 +53,106 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_raw(dataset: str, data_dir: Path, seed: int, flags: dict[str, Any]) -> RawDataset:
-    """The raw data set of that name; `flags` are those of its own that were given.
+    """Finds the cases of a raw data set.
+
+    Args:
+        dataset: the reader's name in `READERS`.
+        flags: values of the given reader options, by the names of their flags.
 
     Raises:
-        UserError: an unknown name, a flag that this data set does not take, or what its reader refuses.
+        UserError: an unknown name, an option that the reader does not accept, or an error of the reader.
     """
     read = find_reader(dataset)
+    accepted = READERS[dataset].options
+    if unknown := [name for name in flags if name not in accepted]:
+        listed = ", ".join(f"--{name}" for name in sorted(accepted))
+        raise UserError(f"--{unknown[0]} does not apply to --dataset {dataset}, which accepts {listed}")
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
-    allowed = flags_of(read)
-    for name in flags:
-        if name not in allowed:
-            listed = ", ".join(f"--{flag}" for flag in sorted(allowed))
-            raise UserError(f"--{name} means nothing for --dataset {dataset}, which takes {listed}")
-    evaluation_ids = EVALUATION_CASES.read_text(encoding="utf-8").split()
     try:
-        raw = read(data_dir, evaluation_ids, seed, **flags)
-    except OSError as error:  # a folder that may not be entered, a disk that fails
+        raw = read(data_dir, ReaderOptions(seed=seed, **flags))
+    except OSError as error:  # a folder without permission, a disk that fails
         raise UserError(f"{error.filename or data_dir}: cannot be read: {error.strerror or error}") from None
-    told = {name: value for name, value in flags.items() if not isinstance(value, Path)}
-    return replace(raw, made={"dataset": dataset, "seed": seed, **told})
+    given = {name: value for name, value in flags.items() if not isinstance(value, Path)}
+    return replace(raw, provenance={"dataset": dataset, "seed": seed, **given})
 
 
-def find_reader(dataset: str) -> RawReader:
-    """The reader of that name. Raises UserError where there is none, or a package that it needs is missing."""
-    if dataset not in RAW_LAYOUTS:
-        near = difflib.get_close_matches(dataset, RAW_LAYOUTS, n=3) or sorted(RAW_LAYOUTS)
-        raise UserError(f"--dataset {dataset!r} does not exist; there is {', '.join(near)}")
-    entry = RAW_LAYOUTS[dataset]
-    reader: RawReader = registry.load(entry, f"--dataset {dataset}", dataset) if isinstance(entry, str) else entry
+def find_reader(dataset: str) -> Reader:
+    """Returns the reader of that name. Raises UserError for an unknown name or a missing package."""
+    if dataset not in READERS:
+        near = difflib.get_close_matches(dataset, READERS, n=3) or sorted(READERS)
+        raise UserError(f"--dataset {dataset!r}: unknown data set; available: {', '.join(near)}")
+    entry = READERS[dataset]
+    reader: Reader = registry.load(entry.function, f"--dataset {dataset}", entry.extra)
     return reader
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; the data sets' own flags are absent unless they are given."""
+def make_parser() -> Parser:
+    """Returns the command line. Options of readers are absent from the result unless they are given."""
     parser = Parser(
         prog="preprocess_dataset.py",
-        description="Raw scans to training volumes, and their verification.",
+        description="Preprocesses raw scans into training volumes, and verifies them.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data_dir", type=Path, help="raw scans (not needed to verify)")
-    add("--results_dir", type=Path, required=True, help="training volumes and dataset.json")
-    add("--mode", choices=("preprocess", "verify"), default="preprocess")
-    add("--dataset", default="kits19", help=f"layout of --data_dir: {', '.join(sorted(RAW_LAYOUTS))} (default: kits19)")
-    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--checksums", type=Path, help="verify: JSON of {file: MD5}, such as MLPerf's checksum.json")
-    group = parser.add_argument_group("a data set's own", argument_default=argparse.SUPPRESS)
-    add = group.add_argument
-    add(
-        "--split",
+    add("--data_dir", type=Path, metavar="PATH", help="folder of the raw scans (not needed to verify)")
+    add("--results_dir", type=Path, metavar="PATH", required=True, help="folder for the volumes and dataset.json")
+    add("--mode", choices=("preprocess", "verify"), default="preprocess", help="(default: preprocess)")
+    add("--dataset", metavar="NAME", default="kits19", help=f"{', '.join(sorted(READERS))} (default: kits19)")
+    add("--num_workers", type=int, metavar="N", default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--seed", type=int, metavar="N", default=0, help="seed of the split (default: 0)")
+    add("--checksums", type=Path, metavar="PATH", help="verify: JSON {file: MD5} to compare with, as MLPerf's is")
+    _add_reader_options(parser)
+    return parser
+
+
+def _add_reader_options(parser: Parser) -> None:
+    """Adds the flags of `ReaderOptions`."""
+    add = parser.add_argument_group("options of data sets", argument_default=argparse.SUPPRESS).add_argument
+    split_ratios = add(
+        "--split_ratios",
         type=float,
         nargs="+",
-        metavar="SHARE",
-        help="train and evaluation, or train, evaluation and test, by patient, such as 0.6 0.2 0.2 (default: 0.8 0.2, "
-        "of kits19 MLPerf's list)",
+        metavar="RATIO",
+        help="shares of the patients: train and evaluation, or train, evaluation and test, such as 0.6 0.2 0.2 "
+        "(default: 0.8 0.2; kits19: MLPerf's list)",
     )
     add(
         "--labels",
         nargs="+",
         metavar="VALUES=CLASS",
-        help="merges and chooses, the rest is background: 86,87=1:muscle 5=2 (default: each value is a class, in "
-        "rising order)",
+        help="select, merge and name classes, such as 86,87=1:muscle 5=2; all other values are background "
+        "(default: one class per value, in ascending order)",
     )
     add(
         "--drop_empty",
         action=argparse.BooleanOptionalAction,
-        help="leave out training cases whose mask is empty (default: of dicom and of slabs alone)",
+        help="leave out training cases whose mask is empty (default: only for dicom and with --slices_per_case)",
     )
-    add("--labels_dir", type=Path, help="dicom, images, nifti: the masks")
-    add("--slab", type=int, metavar="N", help="dicom, nifti: every N slices of a scan are a case")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="images: resized to it")
-    add("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="clip to it (CT: in HU)")
+    add("--labels_dir", type=Path, metavar="PATH", help="dicom, images, nifti: folder of the masks")
+    slices_per_case = add(
+        "--slices_per_case", type=int, metavar="N", help="dicom, nifti: divide each scan into cases of N slices"
+    )
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="images: resize to H x W pixels")
+    intensity_window = add(
+        "--intensity_window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="clip values to it, for CT in HU"
+    )
     add(
         "--intensity",
+        type=renamed_values("--intensity", RENAMED_INTENSITIES),
         choices=INTENSITIES,
-        help="zscore: of each scan; unit: to 0 to 1, of the window, else of each scan",
+        help="zscore: by mean and standard deviation of each scan; minmax: to [0, 1], by the window or the range of "
+        "each scan; none: unchanged (default: zscore; kits19: MLPerf's mean and deviation)",
     )
-    add("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="resample to it, in mm")
-    add("--orientation", metavar="RAS", help="turn every scan's axes to run this way")
+    add("--spacing", type=float, nargs=3, metavar=("D_MM", "H_MM", "W_MM"), help="resample to this spacing")
+    add("--orientation", metavar="CODE", help="reorient the axes of every scan, such as RAS")
     add(
         "--foreground_crop",
         action="store_true",
-        help="cut to the box of what is above the window's lower end, without a window above the mean",
+        help="crop to the bounding box of all voxels above the window's LOW, without a window above the mean",
     )
-    return parser
+    parser.add_old_spelling("--split", split_ratios)
+    parser.add_old_spelling("--slab", slices_per_case)
+    parser.add_old_spelling("--window", intensity_window)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS = (16, 24, 24), 2, 1, 1
 PROGRAM = """
 import json, re, resource, sys, time
 from pathlib import Path
+from data_loading.readers.base import ReaderOptions
 from data_loading.readers.kits19 import read_kits19
 from data_loading.writer import preprocess
 
@@ -44,7 +45,7 @@ def peak():
 if __name__ == "__main__":
     raw, results, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     base, started = peak(), time.perf_counter()
-    preprocess(read_kits19(raw, [], 0), results, workers)
+    preprocess(read_kits19(raw, ReaderOptions(), []), results, workers)
     print(json.dumps({"seconds": time.perf_counter() - started, "base": base, "peak": peak()}))
 """
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from data_loading.io.orientation import Turn, turn_to, turned_geometry
+from data_loading.io.orientation import Reorientation, reorient_geometry, reorientation_to
 from data_loading.io.volume import Geometry, Volume
 from data_loading.spec import DatasetSpec
 
@@ -54,19 +54,19 @@ class Transform:
     by_area: bool = False
 
     @property
-    def turn(self) -> Turn | None:
+    def turn(self) -> Reorientation | None:
         """How the scan's axes were turned; None: not at all."""
-        return turn_to(self.source.affine, self.orientation) if self.orientation else None
+        return reorientation_to(self.source.affine, self.orientation) if self.orientation else None
 
     @property
     def whole(self) -> Geometry:
         """The scan's geometry after it was turned."""
-        return turned_geometry(self.source, self.turn) if self.turn else self.source
+        return reorient_geometry(self.source, self.turn) if self.turn else self.source
 
     @property
     def cut(self) -> Geometry:
         """The scan's geometry after it was turned and cut: what was resampled."""
-        return self.whole.part(self.crop[:3], _size_of(self.crop)) if self.crop else self.whole
+        return self.whole.cropped(self.crop[:3], _size_of(self.crop)) if self.crop else self.whole
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -158,7 +158,7 @@ def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float
         image = np.clip(image, np.float32(low), np.float32(high))
     if spec.intensity == "none":
         return image
-    if spec.intensity == "unit":
+    if spec.intensity == "minmax":
         ends = spec.intensity_window or (_each(image, np.min), _each(image, np.max))
         least, most = (np.asarray(end, np.float32) for end in ends)
         extent = np.where(most > least, most - least, np.float32(1))

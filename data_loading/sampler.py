@@ -51,11 +51,15 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
     """
     if len(shares) not in (2, 3) or not min(shares) >= 0 or not abs(sum(shares) - 1) <= SHARE_TOLERANCE:
         told = " ".join(f"{share:g}" for share in shares)
-        raise UserError(f"--split {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2")
+        raise UserError(
+            f"--split_ratios {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2"
+        )
     ordered = sorted(set(patients.values()))
     if len(ordered) < 2 <= sum(share > 0 for share in shares):
         whose = ", all of one patient" if len(patients) > len(ordered) else ""
-        raise UserError(f"a split needs at least 2 cases, found {len(patients)}{whose}; --split 1 0 trains on all")
+        raise UserError(
+            f"a split needs at least 2 cases, found {len(patients)}{whose}; --split_ratios 1 0 trains on all"
+        )
     if len(shares) == 2:
         held_out = split_cases(ordered, shares[1], seed)[1] if min(shares) > 0 else ordered if shares[1] else []
         counts = [len(held_out)]
@@ -66,7 +70,7 @@ def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: i
     for part, share, count in zip(SUBSETS, shares, counts, strict=False):
         if share > 0 and count == 0:
             raise UserError(
-                f"--split: {len(ordered)} patient(s) leave none for {part} at a share of {share:g}; give "
+                f"--split_ratios: {len(ordered)} patient(s) leave none for {part} at a share of {share:g}; give "
                 "other shares (0 leaves a part out)"
             )
     permutation = np.random.default_rng([SPLIT_STREAM, seed]).permutation(len(ordered))

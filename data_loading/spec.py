@@ -7,7 +7,9 @@ from typing import Any
 
 from common.errors import UserError
 
-INTENSITIES = ("zscore", "unit", "none")
+INTENSITIES = ("zscore", "minmax", "none")
+# Former names, in dataset.json and checkpoints of older versions.
+RENAMED_INTENSITIES = {"unit": "minmax"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class DatasetSpec:
         spacing_mm: every scan is resampled to this; None keeps each scan's own.
         intensity_window: values are clipped to this, in HU for CT; None clips nothing.
         mean, deviation: subtracted, then divided by; None: of each scan and channel itself.
-        intensity: "zscore": by mean and deviation; "unit": to 0 to 1, of the window, without one of each scan and
+        intensity: "zscore": by mean and deviation; "minmax": to 0 to 1, of the window, without one of each scan and
             channel; "none": the (clipped) values as they are.
         min_shape: volumes are padded with their edge values to at least this.
         padding_value: what a sliding window sees outside the volume, after normalisation; None repeats the edge.
@@ -62,6 +64,8 @@ class DatasetSpec:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
         }
+        if isinstance(intensity := values.get("intensity"), str):
+            values["intensity"] = RENAMED_INTENSITIES.get(intensity, intensity)
         if values.get("intensity", "zscore") not in INTENSITIES:
             raise UserError(
                 f"dataset.json: the spec has an unknown intensity {values['intensity']!r}; preprocess again"

@@ -71,7 +71,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
             records[case] = made
             write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(raw.spec, {}, records).to_json())
         split = _without(raw.split, dropped)
-        made_of = raw.made | ({"dropped": sorted(dropped)} if dropped else {})
+        made_of = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
         write_json(results_dir / INDEX_NAME, DatasetIndex(raw.spec, split, records, made_of).to_json())
         (results_dir / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:

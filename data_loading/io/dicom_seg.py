@@ -1,4 +1,4 @@
-"""A mask as DICOM-SEG, one segment a class, each frame referring to the slice that it lies on: written, and read.
+"""Reads and writes masks as DICOM-SEG: one segment per class, and each frame refers to its source slice.
 
 Needs `pip install '.[dicom]'`.
 """
@@ -20,38 +20,39 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, sorted_headers, with_identifiers
+from data_loading.io.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, fill_missing_uids, sorted_headers
 from data_loading.io.volume import Geometry, free_memory_bytes
 
-# What a class is must be a code; its name stands in the label. SNOMED CT's most general ones for a part of a body.
+# The standard requires codes for category and type of a segment; its label is the class name. These are SNOMED CT's
+# most general codes for a part of the body.
 CATEGORY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 PROPERTY = CodedConcept("85756007", "SCT", "Tissue")
-MAKER = "unet3d-benchmark"
-SEGMENTATION_CLASS = "1.2.840.10008.5.1.4.1.1.66.4"
-# A frame lies on a slice when its origin is so near, in voxels.
-PLACE_TOLERANCE = 0.05
-# A pixel as stored and as read.
-SEGMENT_BYTES = 2
+MANUFACTURER = "unet3d-benchmark"
+SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
+# Largest distance of a frame's origin from that of its slice, in voxels.
+POSITION_TOLERANCE = 0.05
+# Memory per pixel of a frame: one byte as stored, one as read.
+WORKING_BYTES_PER_PIXEL = 2
 
 
 def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, classes: Sequence[str]) -> list[str]:
-    """Writes the mask, atomically.
+    """Writes a mask, atomically.
 
     Args:
         mask: (1, columns, rows, slices), on the grid of `read_series`.
-        classes: names by label value, the background first.
+        classes: class names, the background first.
 
     Returns:
-        A line for the user where the source lacks identifiers, else none.
+        A message for the user if the source lacks UIDs, else none.
 
     Raises:
-        UserError: the source's headers lack what the standard asks of a segmentation.
+        UserError: the source's headers lack elements that the standard requires for a segmentation.
     """
     headers, _ = sorted_headers(series)
-    filled = with_identifiers(headers)
+    filled = fill_missing_uids(headers)
     frames = np.ascontiguousarray(mask[0].transpose(2, 1, 0))
     try:
-        with warnings.catch_warnings(action="ignore"):  # of empty frames, and of names that are no person's
+        with warnings.catch_warnings(action="ignore"):  # about empty frames and malformed patient names
             segmentation = Segmentation(
                 source_images=headers,
                 pixel_array=frames,
@@ -61,8 +62,8 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
                 series_number=_free_number(headers[0]),
                 sop_instance_uid=hd.UID(),
                 instance_number=1,
-                manufacturer=MAKER,
-                manufacturer_model_name=MAKER,
+                manufacturer=MANUFACTURER,
+                manufacturer_model_name=MANUFACTURER,
                 software_versions="0.1.0",
                 device_serial_number="0",
             )
@@ -70,10 +71,10 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
                 segmentation.save_as(temporary)
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: series {series.name} lacks what DICOM-SEG needs ({error}); "
+            f"{path}: series {series.name} lacks elements that DICOM-SEG requires ({error}); "
             "write NIfTI instead, with --output FILE.nii.gz"
         ) from None
-    note = f"{path}: the source's UIDs are empty in part, by an anonymiser it seems; missing ones are made up"
+    note = f"{path}: some UIDs of the source are empty, probably due to anonymisation; they are generated instead"
     return [note] if filled else []
 
 
@@ -85,25 +86,25 @@ def _description(value: int, name: str) -> SegmentDescription:
         segmented_property_type=PROPERTY,
         algorithm_type="AUTOMATIC",
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=MAKER, family=CodedConcept("123109", "DCM", "Artificial Intelligence"), version="0.1.0"
+            name=MANUFACTURER, family=CodedConcept("123109", "DCM", "Artificial Intelligence"), version="0.1.0"
         ),
     )
 
 
 def _free_number(header: Any) -> int:
-    """A series number that the source's own is not."""
+    """Returns a series number other than the source's."""
     number = header.get("SeriesNumber")
     return 1000 + int(number or 0) if 0 <= int(number or 0) < 10**8 else 1000
 
 
-@dataclass(frozen=True)
-class Segments:
-    """A DICOM-SEG file's header.
+@dataclass(frozen=True, kw_only=True)
+class SegmentationHeader:
+    """Header of a DICOM-SEG file.
 
     Attributes:
-        names: of the segments, by number.
-        series: UIDs of the series that it says it belongs to.
-        header: the file without its pixels.
+        names: segment labels by segment number.
+        series: UIDs of the series that the file refers to.
+        header: the dataset without its pixels.
     """
 
     path: Path
@@ -111,24 +112,24 @@ class Segments:
     series: frozenset[str]
     header: Any
 
-    def slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
-        """(segment, slice) of each frame, where all frames lie on a grid of `read_series`; None where they do not.
+    def frames_on(self, geometry: Geometry) -> list[tuple[int, int]] | None:
+        """Returns the (segment, slice) of each frame if all are on the grid of a series, else None.
 
         Raises:
-            UserError: the header does not say where they lie.
+            UserError: the header lacks the positions of the frames.
         """
         try:
-            return self._slices(geometry)
-        except Exception as error:  # a damaged file fails in as many ways as the format has parts
+            return self._frames_on(geometry)
+        except Exception as error:  # pydicom raises many types on a damaged file
             raise UserError(f"{self.path}: not a readable DICOM-SEG file ({error})") from None
 
-    def _slices(self, geometry: Geometry) -> list[tuple[int, int]] | None:
+    def _frames_on(self, geometry: Geometry) -> list[tuple[int, int]] | None:
         columns, rows, count = geometry.shape
         if (self.header.Columns, self.header.Rows) != (columns, rows):
             return None
         to_voxels = np.linalg.inv(LPS_TO_RAS @ geometry.affine)
         across, down = ((LPS_TO_RAS @ geometry.affine)[:3, axis] / geometry.spacing_mm[axis] for axis in (0, 1))
-        found = []
+        frames = []
         for group in self.header.PerFrameFunctionalGroupsSequence:
             position = _item(group, self.header, "PlanePositionSequence").ImagePositionPatient
             cosines = np.asarray(_item(group, self.header, "PlaneOrientationSequence").ImageOrientationPatient, float)
@@ -137,73 +138,75 @@ class Segments:
                 return None
             if not np.allclose(spacing, geometry.spacing_mm[1::-1], rtol=1e-3):
                 return None
-            place = (to_voxels @ [*map(float, position), 1.0])[:3]
-            index = round(float(place[2]))
-            if np.abs(place - [0, 0, index]).max() > PLACE_TOLERANCE or not 0 <= index < count:
+            origin = (to_voxels @ [*map(float, position), 1.0])[:3]
+            index = round(float(origin[2]))
+            if np.abs(origin - [0, 0, index]).max() > POSITION_TOLERANCE or not 0 <= index < count:
                 return None
             segment = int(_item(group, self.header, "SegmentIdentificationSequence").ReferencedSegmentNumber)
             if segment not in self.names:
                 raise ValueError(f"no segment {segment}")
-            found.append((segment, index))
-        return found
+            frames.append((segment, index))
+        return frames
 
 
 def _item(group: Any, header: Any, keyword: str) -> Any:
-    """The first item of a frame's sequence, of all frames' where it is shared."""
-    own = group.get(keyword) or header.SharedFunctionalGroupsSequence[0].get(keyword)
-    if not own:
+    """Returns the first item of a frame's sequence, or of the sequence that all frames share."""
+    sequence = group.get(keyword) or header.SharedFunctionalGroupsSequence[0].get(keyword)
+    if not sequence:
         raise AttributeError(f"no {keyword}")
-    return own[0]
+    return sequence[0]
 
 
-def open_segments(path: Path) -> Segments | None:
-    """The header of a DICOM-SEG file; None of another DICOM object. Raises UserError where it is damaged."""
+def read_header(path: Path) -> SegmentationHeader | None:
+    """Reads the header of a DICOM-SEG file; None for other DICOM objects. Raises UserError if it is damaged."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header: Any = pydicom.dcmread(path, stop_before_pixels=True)
-        if header.get("SOPClassUID") != SEGMENTATION_CLASS:
+        if header.get("SOPClassUID") != SEGMENTATION_STORAGE:
             return None
-        names = {int(one.SegmentNumber): str(one.SegmentLabel) for one in header.SegmentSequence}
-        series = {str(one.SeriesInstanceUID) for one in header.get("ReferencedSeriesSequence", [])}
-        found = Segments(path, names, frozenset(series), header)
+        names = {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in header.SegmentSequence}
+        series = frozenset(str(item.SeriesInstanceUID) for item in header.get("ReferencedSeriesSequence", []))
         if header.SegmentationType not in ("BINARY", "FRACTIONAL"):
             raise UserError(f"{path}: a segmentation of type {header.SegmentationType}; export it as BINARY")
     except UserError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as the format has parts
+    except Exception as error:  # pydicom raises many types on a damaged file
         raise UserError(f"{path}: not a readable DICOM-SEG file ({error})") from None
-    return found
+    return SegmentationHeader(path=path, names=names, series=series, header=header)
 
 
-def read_segments(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
-    """A DICOM-SEG file as classes on the grid of its series, (1, columns, rows, slices).
+def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
+    """Reads a DICOM-SEG file as classes on the grid of its series.
 
-    Where segments overlap the higher class counts. Of fractions, half and above is inside.
+    Where segments overlap the higher class wins. In a fractional segmentation, half of the maximum and above is inside.
 
     Args:
-        class_of: of a segment's name.
+        class_of: returns the class of a segment label.
+
+    Returns:
+        Classes, (1, columns, rows, slices).
 
     Raises:
-        UserError: it is damaged, or lies on another grid.
+        UserError: the file is damaged, on another grid, or needs more than the free memory.
     """
-    segments = open_segments(path)
-    slices = segments.slices(geometry) if segments else None
-    if segments is None or slices is None:
-        raise UserError(f"{path}: does not lie on its series' grid")
-    needed, free = len(slices) * geometry.shape[0] * geometry.shape[1] * SEGMENT_BYTES, free_memory_bytes()
+    header = read_header(path)
+    positions = header.frames_on(geometry) if header else None
+    if header is None or positions is None:
+        raise UserError(f"{path}: is not on the grid of its series")
+    needed, free = len(positions) * geometry.shape[0] * geometry.shape[1] * WORKING_BYTES_PER_PIXEL, free_memory_bytes()
     if needed > free:
         raise UserError(
-            f"{path}: {len(slices)} frames need {needed / 2**30:.1f} GiB to work on, and "
+            f"{path}: {len(positions)} frames need {needed / 2**30:.1f} GiB of memory, but only "
             f"{free / 2**30:.1f} GiB are free"
         )
     try:
         dataset: Any = pydicom.dcmread(path)
-        frames = dataset.pixel_array.reshape(len(slices), *dataset.pixel_array.shape[-2:])
+        frames = dataset.pixel_array.reshape(len(positions), *dataset.pixel_array.shape[-2:])
         limit = float(dataset.get("MaximumFractionalValue", 1)) / 2
-    except Exception as error:  # as above
+    except Exception as error:  # pydicom raises many types on a damaged file
         raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
     mask = np.zeros((1, *geometry.shape), np.uint8)
-    for frame, (segment, index) in zip(frames, slices, strict=True):
-        classes = np.where(limit <= frame.T, np.uint8(class_of(segments.names[segment])), np.uint8(0))
+    for frame, (segment, index) in zip(frames, positions, strict=True):
+        classes = np.where(limit <= frame.T, np.uint8(class_of(header.names[segment])), np.uint8(0))
         np.maximum(mask[0, :, :, index], classes, out=mask[0, :, :, index])
     return mask

@@ -1,8 +1,8 @@
-"""Volume and Geometry: a scan in memory with its place in space; reading and writing NIfTI.
+"""Volume and Geometry, a scan in memory with its position in space; reading and writing NIfTI.
 
-Reading trusts nothing: sizes are capped from the header before a voxel is read, what the header says twice
-must agree, and a gzip stream is read to its end, so that its checksum is verified (nibabel alone loads a flipped
-byte in silence).
+Files are not trusted: the size in the header is checked before voxels are read, redundant fields of the header must
+agree, and a gzip stream is read to its end so that its checksum is verified (nibabel alone silently loads a flipped
+byte).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import math
 import os
 import stat
 import warnings
@@ -25,35 +26,34 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import replacing
 
-# A voxel passes through the stored type, float32 and the resampled float32: about this many bytes
-# besides the stored ones are needed at once.
 ML_PER_MM3 = 1e-3
+# Memory needed at once besides the stored voxels: a voxel is converted to float32 and resampled to another float32.
 WORKING_BYTES_PER_VOXEL = 12
-# Image and label of one case must agree this well, in mm (the KiTS19 pairs agree to 1e-5).
+# Largest difference between the affines of image and mask, in mm (in KiTS19 it is 1e-5).
 AFFINE_TOLERANCE_MM = 1e-3
-# Spacing and affine of one header must agree this well, relatively or in mm: programs round one of them, and what is
-# beyond this is an error that resampling would act on (in the real scans at hand they agree to the last bit).
+# Largest difference between spacing and affine of one header, relative or in mm: some programs round one of them. A
+# larger one is an error that resampling would act on (in the real scans tested they agree to the last bit).
 SPACING_TOLERANCE = 1e-2
 SPACING_TOLERANCE_MM = 1e-2
-# xyzt_units, its lowest three bits: 0 says nothing, which is mm everywhere.
-FOREIGN_UNITS = {1: "metres", 3: "microns"}
+# The lowest three bits of xyzt_units; 0 is unspecified, which means mm in practice.
+UNSUPPORTED_UNITS = {1: "metres", 3: "microns"}
 NIFTI_HEADER_BYTES = 348
-# NIfTI-1: after the header 4 bytes that announce extensions; voxels begin here or later.
+# In NIfTI-1 the header is followed by 4 bytes that announce extensions; voxels begin here or later.
 FIRST_VOXEL_BYTE = 352
-# Behind the last voxel some programs pad to a block; a stream that goes on for longer may never end.
+# Some programs pad the file to a block after the last voxel; a longer stream may never end.
 MAX_TRAILING_BYTES = 1 << 20
-# nibabel tells on stderr what it finds odd in a header; a UserError says in one line what matters of it.
+# nibabel logs oddities of a header on stderr; what matters of them becomes a UserError.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a scan's voxels lie.
+    """Position of a scan's voxels in space.
 
     Attributes:
-        affine: (4, 4) float64, voxel index (d, h, w, 1) to scanner mm (x, y, z, 1).
-        shape: voxels along the three stored axes.
-        spacing_mm: distance between voxel centres along each axis, as the header's pixdim states it.
+        affine: (4, 4) float64, maps a voxel index (d, h, w, 1) to scanner coordinates (x, y, z, 1) in mm.
+        shape: number of voxels along the three stored axes.
+        spacing_mm: distance between voxel centres along each axis, from the header's pixdim.
     """
 
     affine: NDArray[np.float64]
@@ -69,8 +69,8 @@ class Geometry:
         sd, sh, sw = (float(s) for s in record["spacing_mm"])
         return cls(np.asarray(record["affine"], dtype=np.float64), (d, h, w), (sd, sh, sw))
 
-    def part(self, start: tuple[int, int, int], shape: tuple[int, int, int]) -> Geometry:
-        """The geometry of so many voxels from `start` on: the origin moves, the voxels stay in their places."""
+    def cropped(self, start: tuple[int, int, int], shape: tuple[int, int, int]) -> Geometry:
+        """Returns the geometry of a crop of this shape whose first voxel is `start`."""
         affine = self.affine.copy()
         affine[:3, 3] = self.affine[:3, :3] @ start + self.affine[:3, 3]
         return Geometry(affine, shape, self.spacing_mm)
@@ -78,7 +78,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Volume:
-    """A scan or a mask: `array` is (C, D, H, W), `geometry` its place in space."""
+    """A scan or a mask: `array` is (C, D, H, W), `geometry` its position in space."""
 
     array: NDArray[Any]
     geometry: Geometry
@@ -88,18 +88,18 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
     """Reads a `.nii` or `.nii.gz` file whole.
 
     Args:
-        path: the file; 3-D, or 4-D with the channels last as the Decathlon stores them.
-        dtype: what the values are converted to, np.float32 for scans and np.uint8 for masks.
+        path: a 3-D scan, or a 4-D one with its channels last, as in the Decathlon.
+        dtype: type of the returned values, np.float32 for scans and np.uint8 for masks.
 
     Returns:
-        The volume, array (C, D, H, W), axes in the order in which the file stores them.
+        The volume, array (C, D, H, W) with its axes in the order of the file.
 
     Raises:
-        UserError: the file is missing, damaged, no NIfTI, has impossible dimensions, contradicts itself, or
-            claims more voxels than this machine's free memory holds.
+        UserError: the file is missing, damaged, not NIfTI, has an impossible or inconsistent header, or needs more
+            than the free memory.
     """
     image = _parse(path, _read_bytes(path))
-    # What is too large for float32 becomes infinity, and that is for preprocessing to refuse.
+    # Values too large for float32 become infinite, which preprocessing rejects.
     with np.errstate(over="ignore", invalid="ignore"):
         array = np.asarray(image.dataobj)
         array = array[np.newaxis] if array.ndim == 3 else np.moveaxis(array, -1, 0)
@@ -109,12 +109,12 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """The geometry alone, from the header; checks what `read_nifti` checks before it reads voxels."""
+    """Reads only the geometry, with those checks of `read_nifti` that need the header alone."""
     return geometry_of(_read_header(path))
 
 
 def read_channels(path: Path) -> int:
-    """How many channels `read_nifti` finds in the file, from the header alone."""
+    """Reads only the number of channels, from the header."""
     shape = _read_header(path).shape
     return 1 if len(shape) == 3 else int(shape[3])
 
@@ -122,36 +122,36 @@ def read_channels(path: Path) -> int:
 def _read_header(path: Path) -> nib.Nifti1Image:
     with _open(path) as stream:
         header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
-    _claimed_bytes(path, header)
+    _check_header(path, header)
     return _parse(path, header)
 
 
 def geometry_of(image: nib.Nifti1Image) -> Geometry:
-    """The geometry of a NIfTI image; spacing is pixdim[1:4], as MLPerf's preprocessing reads it."""
+    """Returns the geometry of a NIfTI image; the spacing is pixdim[1:4], as in MLPerf's preprocessing."""
     d, h, w = (int(n) for n in image.shape[:3])
     sd, sh, sw = (float(s) for s in image.header["pixdim"][1:4])
     return Geometry(np.asarray(image.affine, dtype=np.float64), (d, h, w), (sd, sh, sw))
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
-    """Writes a one-channel volume as NIfTI, atomically; the same volume gives the same bytes.
+    """Writes a one-channel volume as NIfTI, atomically and reproducibly byte for byte.
 
     Args:
-        path: a `.nii` or `.nii.gz` file; its folder must exist.
+        path: a `.nii` or `.nii.gz` file in an existing folder.
         volume: array (1, D, H, W).
     """
     image = nib.Nifti1Image(volume.array[0], volume.geometry.affine)
     image.header["pixdim"][1:4] = volume.geometry.spacing_mm
     content = image.to_bytes()
     if path.name.endswith(".gz"):
-        # mtime=0: gzip would write the time of day into the file. Level 1: noise hardly compresses.
+        # mtime=0: otherwise gzip writes the current time. Level 1: noise hardly compresses.
         content = gzip.compress(content, compresslevel=1, mtime=0)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def check_same_geometry(image: Geometry, label: Geometry, case: str) -> None:
-    """Raises UserError, naming the axis, unless image and mask have one shape and one affine."""
+    """Raises UserError, naming the axis, unless image and mask have the same shape and affine."""
     if image.shape != label.shape:
         raise UserError(
             f"{case}: the image has shape {image.shape} but its mask {label.shape}; "
@@ -168,7 +168,7 @@ def check_same_geometry(image: Geometry, label: Geometry, case: str) -> None:
 
 
 def free_memory_bytes() -> int:
-    """Memory that can be had without swapping: MemAvailable on Linux, else all physical pages."""
+    """Returns the memory available without swapping: MemAvailable on Linux, elsewhere all physical memory."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -181,7 +181,7 @@ def free_memory_bytes() -> int:
 def _open(path: Path) -> IO[bytes]:
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for its other end
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would block
             raise UserError(f"{path}: a pipe or a device; expected a file")
         opener: Any = gzip.open if path.name.endswith(".gz") else open
         return opener(path, "rb")
@@ -195,44 +195,43 @@ def _read_up_to(path: Path, stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged ({error}); fetch or export it again") from None
+        raise UserError(f"{path}: damaged ({error}); download or export it again") from None
 
 
-def _claimed_bytes(path: Path, header: bytes) -> int:
-    """How long the file must be by its own header; refuses what cannot be a scan or cannot fit."""
+def _check_header(path: Path, header: bytes) -> int:
+    """Returns the file size in bytes that the header implies. Raises UserError for bad headers and too large scans."""
     try:
         parsed = nib.Nifti1Header.from_fileobj(io.BytesIO(header))
         shape = [int(n) for n in parsed.get_data_shape()]
         stored = parsed.get_data_dtype()
         offset = int(parsed["vox_offset"])
-        # As stored: nibabel makes 1 mm of a spacing of 0, drops a sign, and corrects bitpix.
+        # Unchecked, because nibabel would replace a spacing of 0 by 1 mm, drop a sign, and correct bitpix.
         as_stored = nib.Nifti1Header(header, check=False)
         spacing = np.abs(as_stored["pixdim"][1:4]).tolist()
         bits, unit = int(as_stored["bitpix"]), int(as_stored["xyzt_units"]) & 7
         if offset < FIRST_VOXEL_BYTE:
             raise ValueError("the voxels overlap the header")
-    except Exception:  # nibabel raises half a dozen types of its own on a bad header
+    except Exception:  # nibabel raises many types on a bad header
         raise UserError(f"{path}: not a NIfTI-1 file, or its header is damaged; export it again") from None
     if stored.kind not in "iuf":
-        raise UserError(f"{path}: stores {stored} values; expected one number a voxel, no colours or complex numbers")
+        raise UserError(
+            f"{path}: stores {stored} values; expected one real number per voxel, not colours or complex numbers"
+        )
     if bits != 8 * stored.itemsize:
-        raise UserError(f"{path}: the header says {stored} and {bits} bits a voxel, which differ; export it again")
+        raise UserError(f"{path}: the header states {stored} but {bits} bits per voxel; export it again")
     if len(shape) not in (3, 4) or min(shape) < 1:
-        raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header says {tuple(shape)}")
+        raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header states {tuple(shape)}")
     if not all(0 < s < 1e4 for s in spacing):
         raise UserError(f"{path}: the header's voxel spacing {spacing} mm is impossible; export it again")
-    if unit in FOREIGN_UNITS:
-        raise UserError(f"{path}: the header's voxel spacing is in {FOREIGN_UNITS[unit]}; export it in mm")
-    # Python integers: 32767 cubed would overflow numpy's.
-    voxels = 1
-    for n in shape:
-        voxels *= n
+    if unit in UNSUPPORTED_UNITS:
+        raise UserError(f"{path}: the header's voxel spacing is in {UNSUPPORTED_UNITS[unit]}; export it in mm")
+    voxels = math.prod(shape)
     needed = offset + voxels * (stored.itemsize + WORKING_BYTES_PER_VOXEL)
     free = free_memory_bytes()
     if needed > free:
         raise UserError(
-            f"{path}: the header claims {tuple(shape)} voxels, {needed / 2**30:.1f} GiB to work on, "
-            f"and {free / 2**30:.1f} GiB are free; the header is damaged or this machine is too small"
+            f"{path}: the header claims {tuple(shape)} voxels, which need {needed / 2**30:.1f} GiB of memory, but only "
+            f"{free / 2**30:.1f} GiB are free; the header is damaged or this machine is too small"
         )
     return offset + voxels * stored.itemsize
 
@@ -240,26 +239,24 @@ def _claimed_bytes(path: Path, header: bytes) -> int:
 def _read_bytes(path: Path) -> bytes:
     with _open(path) as stream:
         header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
-        claimed = _claimed_bytes(path, header)
-        rest = _read_up_to(path, stream, claimed - len(header))
-        if len(header) + len(rest) < claimed:
-            raise UserError(
-                f"{path}: ends after {len(header) + len(rest)} of {claimed} bytes; fetch or export it again"
-            )
-        # Only at its very end does gzip compare its checksum; what lies behind the last voxel is read for that alone.
+        size = _check_header(path, header)
+        content = header + _read_up_to(path, stream, size - len(header))
+        if len(content) < size:
+            raise UserError(f"{path}: ends after {len(content)} of {size} bytes; download or export it again")
+        # gzip compares its checksum only at the end of the stream, so trailing bytes are read as well.
         if len(_read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
             raise UserError(
-                f"{path}: goes on for more than {MAX_TRAILING_BYTES >> 20} MiB behind the last voxel that its header "
-                "tells of; export it again"
+                f"{path}: continues for more than {MAX_TRAILING_BYTES >> 20} MiB after the last voxel that its header "
+                "describes; export it again"
             )
-    return header + rest
+    return content
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of odd extensions, which nothing here reads
+        with warnings.catch_warnings(action="ignore"):  # about odd extensions, which are not used
             image = nib.Nifti1Image.from_bytes(content)
-    except Exception as error:  # as above
+    except Exception as error:  # nibabel raises many types on a bad header
         raise UserError(f"{path}: not a readable NIfTI-1 file ({error})") from None
     if not np.isfinite(image.affine).all():
         raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
@@ -268,20 +265,20 @@ def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
 
 
 def _check_spacing(path: Path, geometry: Geometry) -> None:
-    """Raises UserError, naming the axis, unless the spacing is the length of the affine's steps."""
-    steps = np.linalg.norm(geometry.affine[:3, :3], axis=0)
-    for axis, (spacing, step) in enumerate(zip(geometry.spacing_mm, steps.tolist(), strict=True)):
+    """Raises UserError, naming the axis, unless the spacing agrees with the affine."""
+    of_affine = np.linalg.norm(geometry.affine[:3, :3], axis=0)
+    for axis, (spacing, step) in enumerate(zip(geometry.spacing_mm, of_affine.tolist(), strict=True)):
         if abs(spacing - step) > max(SPACING_TOLERANCE * spacing, SPACING_TOLERANCE_MM):
             raise UserError(
-                f"{path}: along axis {axis} the header's voxel spacing is {spacing:g} mm, but {step:g} mm by its "
-                "affine; export it again"
+                f"{path}: along axis {axis} the header's voxel spacing is {spacing:g} mm, but by its affine it is "
+                f"{step:g} mm; export it again"
             )
 
 
 def _check_labels(path: Path, array: NDArray[Any], dtype: type[np.generic]) -> None:
     if not np.isfinite(array).all():
-        raise UserError(f"{path}: the mask holds NaN or infinity; masks are whole numbers")
+        raise UserError(f"{path}: the mask holds NaN or infinity; expected whole numbers")
     low, high = float(array.min()), float(array.max())
     limit = np.iinfo(dtype).max  # type: ignore[type-var]
     if low < 0 or high > limit or (array.dtype.kind == "f" and not (array == np.rint(array)).all()):
-        raise UserError(f"{path}: a mask holds whole numbers from 0 to {limit}, this one {low:g} to {high:g}")
+        raise UserError(f"{path}: a mask must hold whole numbers from 0 to {limit}, found {low:g} to {high:g}")

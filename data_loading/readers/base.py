@@ -1,50 +1,68 @@
-"""A data set before preprocessing: its cases, their split, and what the flags of `preprocess_dataset.py` make of it."""
+"""A raw data set: its cases, their split, and the options that turn it into training volumes."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
 from data_loading.io.orientation import DIRECTIONS, is_orientation
 from data_loading.io.volume import Volume, check_same_geometry, read_nifti
-from data_loading.readers.labels import LabelMap
+from data_loading.readers.label_map import LabelMap
 from data_loading.sampler import split_patients
-from data_loading.spec import INTENSITIES, DatasetSpec
+from data_loading.spec import DatasetSpec
 
-# Where neither the data set nor `--split` has another.
-OWN_SPLIT = (0.8, 0.2)
-
-
-class IntensityFlags(TypedDict, total=False):
-    """What becomes of the values: every data set takes these flags; see `with_flags`."""
-
-    window: tuple[float, float]
-    intensity: str
+# Shares of the patients that train and evaluate, unless the data set or the user chooses others.
+DEFAULT_SPLIT_RATIOS = (0.8, 0.2)
 
 
-class VolumeFlags(IntensityFlags, total=False):
-    """How volumes are made of scans: every data set of scans takes these flags."""
-
-    spacing: tuple[float, float, float]
-    orientation: str
-    foreground_crop: bool
-
-
-@dataclass(frozen=True)
-class RawCase:
-    """One scan's files before preprocessing; extras derive others, which read other files.
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    """Options of `preprocess_dataset.py` under the names of their flags; None: not given.
 
     Attributes:
-        labels: of the mask's values; None: they are the classes.
-        patient: whose it is, "" where each case is a patient of its own.
+        seed: seed of the split.
+        split_ratios: shares of patients for train and evaluation, or for train, evaluation and test.
+        labels: entries of `--labels` (see `LabelMap.parse`); empty: every value of the masks is a class.
+        drop_empty: leave out training cases whose mask is empty; None: the reader's default.
+        labels_dir: folder of the masks.
+        slices_per_case: number of slices per case into which scans are divided; None: a scan is one case.
+        size: (H, W) in pixels; 2-D images are resized to it.
+        intensity_window: (low, high), for CT in HU; values are clipped to it.
+        intensity: normalisation, one of `spec.INTENSITIES`.
+        spacing: (D, H, W) in mm; scans are resampled to it.
+        orientation: three letters such as "RAS"; axes are reoriented to it.
+        foreground_crop: crop scans to the bounding box of their foreground.
+    """
+
+    seed: int = 0
+    split_ratios: tuple[float, ...] | None = None
+    labels: tuple[str, ...] = ()
+    drop_empty: bool | None = None
+    labels_dir: Path | None = None
+    slices_per_case: int | None = None
+    size: tuple[int, int] | None = None
+    intensity_window: tuple[float, float] | None = None
+    intensity: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    orientation: str | None = None
+    foreground_crop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawCase:
+    """The files of one case before preprocessing. Subclasses read other file formats.
+
+    Attributes:
+        case: case id, unique in its data set.
+        labels: maps the mask's values to classes; None: the values are the classes.
+        patient: patient id, "" where every case is a patient of its own.
     """
 
     case: str
@@ -54,109 +72,133 @@ class RawCase:
     patient: str = ""
 
     def files(self) -> list[list[Path]]:
-        """What the image is made of, and what the mask."""
+        """Returns the files of the image and the files of the mask."""
         return [[self.image], [self.label]]
 
-    def options(self) -> str:
-        """What else than the files and the spec the case's volumes follow from, "" for nothing."""
+    def settings(self) -> str:
+        """Returns what changes the case's volumes besides its files and the spec, as text; "" for nothing."""
         return repr(self.labels.pairs) if self.labels else ""
 
     def stamp(self) -> list[list[int]]:
-        """Notices another source: size and time of the last change (ns) of image and mask, and a number of the options.
+        """Returns a stamp that changes with the sources.
 
-        Of several files the sizes' sum and the latest time.
+        It has [size in bytes, time of last change in ns] of image and mask, of several files the sum of the sizes and
+        the latest time, and then a checksum of `settings` where there are any.
         """
-        found = [[path.stat() for path in files] for files in self.files()]
-        own = [[sum(one.st_size for one in each), max(one.st_mtime_ns for one in each)] for each in found]
-        return [*own, [zlib.crc32(options.encode())]] if (options := self.options()) else own
+        status = [[path.stat() for path in files] for files in self.files()]
+        stamps = [[sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)] for files in status]
+        return [*stamps, [zlib.crc32(settings.encode())]] if (settings := self.settings()) else stamps
 
     def read(self) -> tuple[Volume, Volume]:
-        """The scan (C, D, H, W) float32 and its mask (1, D, H, W) of classes. Raises UserError as `read_nifti` does."""
+        """Reads the case.
+
+        Returns:
+            The scan (C, D, H, W) float32 and its mask of classes (1, D, H, W) uint8.
+
+        Raises:
+            UserError: as `read_nifti`, or image and mask differ in shape or affine.
+        """
         image = read_nifti(self.image, np.float32)
         label = read_nifti(self.label, np.uint8)
         check_same_geometry(image.geometry, label.geometry, self.case)
-        return image, self.classified(label)
+        return image, self.to_classes(label)
 
-    def classified(self, label: Volume) -> Volume:
-        """The mask with classes in place of its values."""
+    def to_classes(self, label: Volume) -> Volume:
+        """Returns the mask with its values replaced by classes."""
         return Volume(self.labels.apply(label.array), label.geometry) if self.labels else label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RawDataset:
     """A raw data set, ready to be preprocessed.
 
     Attributes:
-        split: maps "train", "evaluation" and perhaps "test" to case ids.
-        drop_empty: training cases whose mask is empty are left out.
-        notes: lines for the user.
-        made: what `dataset.json` is to say of the options.
+        split: case ids of "train", "evaluation" and, in a three-way split, "test".
+        drop_empty: leave out training cases whose mask is empty.
+        notes: messages for the user, one line each.
+        provenance: how the data set was made, for `dataset.json`.
     """
 
     spec: DatasetSpec
-    cases: list[RawCase]
+    cases: Sequence[RawCase]
     split: dict[str, list[str]]
     drop_empty: bool = False
-    notes: list[str] = field(default_factory=list)
-    made: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def with_flags(spec: DatasetSpec, size: tuple[int, int] | None = None, **flags: Unpack[VolumeFlags]) -> DatasetSpec:
-    """The spec as the flags change it.
+Reader = Callable[[Path, ReaderOptions], RawDataset]
+
+
+def apply_options(spec: DatasetSpec, options: ReaderOptions) -> DatasetSpec:
+    """Returns the spec with the options applied.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: an option has an impossible value.
     """
-    low, high = flags.get("window", (-math.inf, math.inf))
-    spacing = flags.get("spacing", (1.0, 1.0, 1.0))
-    orientation = flags.get("orientation")
-    intensity = flags.get("intensity", spec.intensity)
-    if not low < high or ("window" in flags and not math.isfinite(high - low)):
-        raise UserError(f"--window {low:g} {high:g}: the lower end must be below the upper one")
-    if len(spacing) != 3 or not all(0 < mm < math.inf for mm in spacing):
-        raise UserError(f"--spacing {' '.join(f'{mm:g}' for mm in spacing)}: give three distances in mm, above 0")
+    window, spacing, orientation, size = options.intensity_window, options.spacing, options.orientation, options.size
+    if window is not None and not (window[0] < window[1] and math.isfinite(window[1] - window[0])):
+        raise UserError(f"--intensity_window {window[0]:g} {window[1]:g}: LOW must be below HIGH")
+    if spacing is not None and not all(0 < mm < math.inf for mm in spacing):
+        raise UserError(f"--spacing {' '.join(f'{mm:g}' for mm in spacing)}: expected three distances in mm, above 0")
     if orientation is not None and not is_orientation(orientation):
         pairs = ", ".join(" or ".join(pair) for pair in DIRECTIONS)
-        raise UserError(f"--orientation {orientation}: give three letters such as RAS, one each of {pairs}")
-    if intensity not in INTENSITIES:
-        raise UserError(f"--intensity {intensity} does not exist; there is {', '.join(INTENSITIES)}")
+        raise UserError(f"--orientation {orientation}: expected three letters such as RAS, one of each pair: {pairs}")
     if size is not None and min(size) < 1:
-        raise UserError(f"--size {size[0]} {size[1]}: must be at least 1 pixel each way")
-    if "window" in flags:
-        # What is outside of the volume was a value of the former window.
-        spec = replace(spec, intensity_window=(low, high), padding_value=None)
-    if "intensity" in flags:
-        spec = replace(spec, intensity=intensity, mean=None, deviation=None, padding_value=None)
+        raise UserError(f"--size {size[0]} {size[1]}: height and width must be at least 1 pixel")
+    # A padding value is what lies outside the body under the former normalisation.
+    if window is not None:
+        spec = replace(spec, intensity_window=window, padding_value=None)
+    if options.intensity is not None:
+        spec = replace(spec, intensity=options.intensity, mean=None, deviation=None, padding_value=None)
     return replace(
         spec,
-        spacing_mm=flags.get("spacing", spec.spacing_mm),
+        spacing_mm=spacing or spec.spacing_mm,
         orientation=orientation or spec.orientation,
-        foreground_crop=flags.get("foreground_crop", False),
+        foreground_crop=options.foreground_crop,
         size=size or spec.size,
     )
 
 
-def with_classes(spec: DatasetSpec, cases: list[RawCase], labels: Sequence[str]) -> tuple[DatasetSpec, list[RawCase]]:
-    """Spec and cases of a data set whose classes are known, as `--labels` chooses and merges them."""
-    chosen = LabelMap.parse(labels, spec.classes)
-    return replace(spec, classes=chosen.classes), [replace(raw, labels=chosen) for raw in cases]
+def map_labels(
+    spec: DatasetSpec, cases: Sequence[RawCase], options: ReaderOptions
+) -> tuple[DatasetSpec, list[RawCase]]:
+    """Applies `--labels`, if given, to a data set with known classes; returns its new spec and cases.
+
+    Raises:
+        UserError: as `LabelMap.parse`.
+    """
+    if not options.labels:
+        return spec, list(cases)
+    labels = LabelMap.parse(options.labels, spec.classes)
+    return replace(spec, classes=labels.classes), [replace(raw, labels=labels) for raw in cases]
 
 
-def split_of(cases: Sequence[RawCase], shares: Sequence[float], seed: int, where: object) -> dict[str, list[str]]:
-    """The split by patient. Raises UserError where there are too few, naming `where` they are."""
+def split_by_patient(cases: Sequence[RawCase], options: ReaderOptions, source: object) -> dict[str, list[str]]:
+    """Splits the cases by patient, by the options' ratios and seed.
+
+    Args:
+        source: where the cases come from, for the error message.
+
+    Raises:
+        UserError: bad ratios or too few patients.
+    """
+    patients = {raw.case: raw.patient or raw.case for raw in cases}
     try:
-        return split_patients({raw.case: raw.patient or raw.case for raw in cases}, shares, seed)
+        return split_patients(patients, options.split_ratios or DEFAULT_SPLIT_RATIOS, options.seed)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
-def flags_of(read: Callable[..., RawDataset]) -> list[str]:
-    """The flags that a reader takes."""
-    hints = get_type_hints(read)
-    names: list[str] = []
-    for name, parameter in inspect.signature(read).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            names += get_type_hints(get_args(hints[name])[0])
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            names.append(name)
-    return names
+def make_case(case: str, image: Path, label: Path) -> RawCase:
+    """Returns the case of an image and its mask. Raises UserError if one of the files is missing."""
+    try:
+        is_complete = image.exists() and label.exists()
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise UserError(f"{case}: cannot look up {image} or its mask: {error.strerror}") from None
+    if not is_complete:
+        missing, present = (image, label) if not image.exists() else (label, image)
+        kind = "mask" if missing is label else "image"
+        beside = f" beside {present.name}" if present.exists() else ""
+        raise UserError(f"{case}: its {kind} {missing} is missing{beside}; download it or remove the case")
+    return RawCase(case=case, image=image, label=label)

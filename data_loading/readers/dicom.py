@@ -1,10 +1,10 @@
-"""`--dataset dicom`: DICOM series, and their masks by their place in space.
+"""`--dataset dicom`: DICOM series, and masks on the series' grids.
 
     preprocess_dataset.py --dataset dicom --data_dir SERIES --labels_dir MASKS --results_dir OUT
 
-All series below SERIES, whatever the folders; masks (NIfTI or DICOM-SEG) below MASKS, else among the series. A scan
-that was exported to NIfTI may lie among the series where MASKS is given. A mask belongs to the scan on whose grid it
-lies, and a scan to the patient of its PatientID, where that is empty to the topmost folder's.
+Series are searched in all subfolders of SERIES; masks (NIfTI or DICOM-SEG) in MASKS, by default among the series. With
+MASKS given, NIfTI files among the series are further scans. A mask belongs to the scan with the same grid. The patient
+of a scan is its PatientID, or its topmost folder where that is empty.
 """
 
 from __future__ import annotations
@@ -12,178 +12,184 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack
 
 from common.errors import UserError
 from data_loading.io.dicom import Series, find_series, is_dicom, sorted_headers
-from data_loading.io.dicom_seg import open_segments
+from data_loading.io.dicom_seg import read_header
 from data_loading.io.scan_discovery import stem
 from data_loading.io.volume import Geometry, read_channels, read_geometry
-from data_loading.readers.base import OWN_SPLIT, RawDataset, VolumeFlags
-from data_loading.readers.mask_matching import fitting, is_nifti, nifti_files
-from data_loading.readers.nifti import ScanCase, make_dataset
-from data_loading.spec import DatasetSpec
+from data_loading.readers.base import RawDataset, ReaderOptions
+from data_loading.readers.mask_matching import is_nifti, matching_grids, nifti_files
+from data_loading.readers.nifti import ScanCase, make_scan_dataset
 
 
-@dataclass(frozen=True)
-class Found:
-    """A scan that was found.
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A scan found in the data folder.
 
     Attributes:
-        case: the id it gets.
-        folder: where it lies.
-        top: the topmost folder below the data folder, else its own name.
+        case: its case id.
+        path: folder of the series, or the NIfTI file.
+        folder: name of the folder that it is in.
+        top_folder: first folder below the data folder; the file's own stem if it is in none.
+        series: None for a NIfTI scan.
     """
 
     case: str
     path: Path
     folder: str
-    top: str
+    top_folder: str
     geometry: Geometry
     series: Series | None
 
 
-def read_dicom(
-    data_dir: Path,
-    evaluation_ids: Sequence[str],
-    seed: int,
-    *,
-    labels_dir: Path | None = None,
-    labels: Sequence[str] = (),
-    slab: int | None = None,
-    split: Sequence[float] = OWN_SPLIT,
-    drop_empty: bool = True,
-    **volumes: Unpack[VolumeFlags],
-) -> RawDataset:
-    """The series that have a mask; see above.
+def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
+    """Finds the series that have a mask, as the module describes. Training cases with empty masks are dropped.
 
     Raises:
-        UserError: no series, no mask that lies on one's grid, or one that lies on several.
+        UserError: no series, no mask on the grid of a series, or a mask that may belong to several.
     """
-    if labels_dir is not None and not labels_dir.is_dir():
-        raise UserError(f"--labels_dir {labels_dir}: no such folder")
-    masks_dir = labels_dir or data_dir
+    if options.labels_dir is not None and not options.labels_dir.is_dir():
+        raise UserError(f"--labels_dir {options.labels_dir}: no such folder")
+    masks_dir = options.labels_dir or data_dir
     scans, notes = find_scans(data_dir, None if masks_dir.samefile(data_dir) else masks_dir)
     masks = find_masks(masks_dir)
-    of_scan, strangers = match(masks, scans)
-    notes += _told("passed over, they lie on no series' grid", [str(path) for path in strangers])
-    bare = [scan.case for index, scan in enumerate(scans) if index not in of_scan]
-    notes += _told("passed over, no mask lies on their grid", bare)
-    if not of_scan:
+    masks_of, unmatched = match_masks(masks, scans)
+    notes += _skipped("not on the grid of any series", [str(path) for path in unmatched])
+    notes += _skipped("no mask on its grid", [scan.case for index, scan in enumerate(scans) if index not in masks_of])
+    if not masks_of:
         shapes = ", ".join(sorted({" x ".join(map(str, scan.geometry.shape)) for scan in scans}))
         raise UserError(
-            f"--labels_dir {masks_dir}: none of its {len(masks)} mask(s) lies on the grid of a series in "
-            f"{data_dir} ({shapes} voxels); masks must have their series' shape and affine"
+            f"--labels_dir {masks_dir}: none of its {len(masks)} mask(s) is on the grid of a series in "
+            f"{data_dir} ({shapes} voxels); masks must have the shape and affine of their series"
         )
-    patients = patients_of(scans)
+    patients = patient_ids(scans)
     cases = [
         ScanCase(
-            scans[i].case,
-            scans[i].path,
-            files[0],
-            patient=patients[i],
+            case=scans[index].case,
+            image=scans[index].path,
+            label=files[0],
+            patient=patients[index],
             masks=tuple(files),
-            series=scans[i].series,
-            slices=scans[i].geometry.shape[2],
+            series=scans[index].series,
+            slices=scans[index].geometry.shape[2],
         )
-        for i, files in sorted(of_scan.items())
+        for index, files in sorted(masks_of.items())
     ]
-    spec = DatasetSpec(data_dir.resolve().name.lower(), (), 1)
-    where = f"--labels_dir {masks_dir}"
-    return make_dataset(spec, cases, seed, labels, slab, split, drop_empty, where, notes, **volumes)
+    raw = make_scan_dataset(cases, options, data_dir=data_dir, masks_dir=masks_dir, channels=1, drops_empty=True)
+    return replace(raw, notes=[*notes, *raw.notes])
 
 
-def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Found], list[str]]:
-    """The series below a folder that are volumes, and NIfTI scans among them; and lines on what is passed over.
+def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Scan], list[str]]:
+    """Finds the series in a folder that are volumes, and the NIfTI scans among them.
 
     Args:
-        masks_dir: whose NIfTI files are masks; None: all are.
+        masks_dir: folder whose NIfTI files are masks; None: all NIfTI files are masks.
+
+    Returns:
+        The scans, and messages about skipped series.
+
+    Raises:
+        UserError: no scans, or two with the same case id.
     """
-    scans: list[Found] = []
+    scans: list[Scan] = []
     notes = []
     for series in find_series(data_dir, "--data_dir"):
         try:
             _, geometry = sorted_headers(series)
-        except UserError as error:  # a localiser, a series with a slice missing
-            notes.append(f"passed over: {error}")
+        except UserError as error:  # a localiser, a missing slice
+            notes.append(f"skipped: {error}")
             continue
         folder = series.files[0].parent
-        several = sum(folder == scan.path for scan in scans)
-        scans.append(_found(data_dir, folder, f"_{series.name}" if several else "", geometry, series))
+        suffix = f"_{series.name}" if any(folder == scan.path for scan in scans) else ""
+        scans.append(_make_scan(data_dir, folder, geometry, series=series, suffix=suffix))
     for path in nifti_files(data_dir) if masks_dir else []:
         if masks_dir not in path.parents and read_channels(path) == 1:
-            scans.append(_found(data_dir, path, "", read_geometry(path), None))
+            scans.append(_make_scan(data_dir, path, read_geometry(path)))
     names = [scan.case for scan in scans]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--data_dir {data_dir}: two scans would be called {twice[0]}; rename a folder")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--data_dir {data_dir}: two scans would be called {duplicates[0]}; rename a folder")
     if not scans:
         raise UserError(f"--data_dir {data_dir}: no series that is a volume; {notes[0]}")
     return scans, notes
 
 
-def _found(data_dir: Path, path: Path, suffix: str, geometry: Geometry, series: Series | None) -> Found:
+def _make_scan(
+    data_dir: Path, path: Path, geometry: Geometry, *, series: Series | None = None, suffix: str = ""
+) -> Scan:
     relative = path.relative_to(data_dir)
     parts = [*relative.parts[:-1], stem(path)] if relative.parts else [data_dir.resolve().name]
-    case = re.sub(r"[^\w.-]", "_", "_".join(parts) + suffix).lstrip(".")
-    return Found(case or "scan", path, path.name if series else path.parent.name, parts[0], geometry, series)
+    return Scan(
+        case=re.sub(r"[^\w.-]", "_", "_".join(parts) + suffix).lstrip(".") or "scan",
+        path=path,
+        folder=path.name if series else path.parent.name,
+        top_folder=parts[0],
+        geometry=geometry,
+        series=series,
+    )
 
 
 def find_masks(folder: Path) -> list[Path]:
-    """NIfTI and DICOM-SEG files below a folder."""
+    """Returns the NIfTI and DICOM-SEG files in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if is_nifti(path) or (is_dicom(path) and open_segments(path) is not None)]
+    return [path for path in files if is_nifti(path) or (is_dicom(path) and read_header(path) is not None)]
 
 
-def match(masks: Sequence[Path], scans: Sequence[Found]) -> tuple[dict[int, list[Path]], list[Path]]:
-    """The masks of each scan by its index, and those that lie on no scan's grid.
+def match_masks(masks: Sequence[Path], scans: Sequence[Scan]) -> tuple[dict[int, list[Path]], list[Path]]:
+    """Matches masks to scans by their grids.
 
-    Of series that share a grid, as phases of one examination do, a DICOM-SEG file tells its own; a NIfTI file lies in
-    the series' folder, or is called like it.
+    Several series may share a grid, such as the phases of one examination. Then a DICOM-SEG file belongs to the series
+    that it refers to, and a NIfTI file to the one whose folder it is in or is named after.
+
+    Returns:
+        The masks of each scan by its index, and the masks that are on no scan's grid.
 
     Raises:
-        UserError: a mask might be any of several scans'.
+        UserError: a mask may belong to several scans.
     """
-    of_scan: dict[int, list[Path]] = {}
-    strangers = []
+    masks_of: dict[int, list[Path]] = {}
+    unmatched = []
     for path in masks:
-        indices = fitting(path, [scan.geometry for scan in scans])
-        if len(indices) > 1:
-            indices = _own(path, indices, scans)
+        indices = matching_grids(path, [scan.geometry for scan in scans])
         if not indices:
-            strangers.append(path)
+            unmatched.append(path)
             continue
-        of_scan.setdefault(indices[0], []).append(path)
-    return of_scan, strangers
+        index = indices[0] if len(indices) == 1 else _choose_scan(path, indices, scans)
+        masks_of.setdefault(index, []).append(path)
+    return masks_of, unmatched
 
 
-def _own(path: Path, indices: Sequence[int], scans: Sequence[Found]) -> list[int]:
-    segments = None if is_nifti(path) else open_segments(path)
-    told = segments.series if segments else frozenset()
-    found = [i for i in indices if (series := scans[i].series) is not None and series.uid in told]
-    called = (path.parent.name, stem(path))
-    found = found or [i for i in indices if scans[i].case == stem(path) or scans[i].folder in called]
+def _choose_scan(path: Path, indices: Sequence[int], scans: Sequence[Scan]) -> int:
+    header = None if is_nifti(path) else read_header(path)
+    referenced = header.series if header else frozenset()
+    found = [index for index in indices if (series := scans[index].series) is not None and series.uid in referenced]
+    if not found:
+        names = (path.parent.name, stem(path))
+        found = [index for index in indices if scans[index].case == stem(path) or scans[index].folder in names]
     if len(found) != 1:
-        listed = ", ".join(scans[i].case for i in indices)
+        listed = ", ".join(scans[index].case for index in indices)
         raise UserError(
-            f"{path} lies on the grid of {len(indices)} scans ({listed}); call it or its folder like its own"
+            f"{path} is on the grid of {len(indices)} scans ({listed}); name it or its folder after its own"
         )
-    return found
+    return found[0]
 
 
-def patients_of(scans: Sequence[Found]) -> list[str]:
-    """Of each scan a name that its patient alone has, and that does not tell who it is."""
-    ids = [
+def patient_ids(scans: Sequence[Scan]) -> list[str]:
+    """Returns a pseudonym of each scan's patient: a hash of the PatientID, or the name of the topmost folder."""
+    hashes = [
         hashlib.sha256(scan.series.patient.encode()).hexdigest()[:12] if scan.series and scan.series.patient else ""
         for scan in scans
     ]
-    of_folder = {scan.top: patient for scan, patient in zip(scans, ids, strict=True) if patient}
-    return [patient or of_folder.get(scan.top, scan.top) for scan, patient in zip(scans, ids, strict=True)]
+    hash_of = {scan.top_folder: patient for scan, patient in zip(scans, hashes, strict=True) if patient}
+    return [
+        patient or hash_of.get(scan.top_folder, scan.top_folder) for scan, patient in zip(scans, hashes, strict=True)
+    ]
 
 
-def _told(what: str, names: Sequence[str]) -> list[str]:
+def _skipped(reason: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{what}: {', '.join(names[:3])}{more}"]
+    return [f"skipped, {reason}: {', '.join(names[:3])}{more}"]

@@ -1,67 +1,72 @@
-"""`--dataset nifti`: two folders of scans and masks with equal stems; and what every data set of scans shares with it.
+"""`--dataset nifti`: two folders of scans and masks with equal stems; and the cases of scans, shared with `dicom`.
 
     preprocess_dataset.py --dataset nifti --data_dir SCANS --labels_dir MASKS --results_dir OUT
 
-A scan's mask is `MASKS/STEM.nii.gz`, or a folder `MASKS/STEM/` with a file for each organ.
+The mask of a scan is `MASKS/STEM.nii.gz`, or a folder `MASKS/STEM/` with one file per structure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from common import registry
 from common.errors import UserError
-from data_loading.dataset import is_safe_case_id
-from data_loading.io.scan_discovery import DICOM, stem
+from data_loading.io.scan_discovery import DICOM
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
-from data_loading.readers.base import OWN_SPLIT, RawCase, RawDataset, VolumeFlags, split_of, with_flags
-from data_loading.readers.labels import LabelMap
-from data_loading.readers.mask_matching import is_nifti, keys_in, nifti_files, read_classes
+from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
+from data_loading.readers.label_map import LabelMap
+from data_loading.readers.mask_matching import (
+    check_labels_dir,
+    find_keys,
+    is_nifti,
+    nifti_files,
+    pair_by_stem,
+    read_classes,
+)
 from data_loading.spec import DatasetSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScanCase(RawCase):
-    """A scan and its masks.
+    """A NIfTI scan or DICOM series with its masks, whole or a slab of it.
 
     Attributes:
-        masks: the files of its mask; `label` is the first.
-        series: a `dicom.Series`, None for a NIfTI scan.
-        slices: of the scan, along the slice axis: the third one as stored.
-        slab: (first slice, their number) of the part that is the case, None for all.
+        masks: files of the mask; `label` is the first.
+        series: a `dicom.Series`; None for a NIfTI scan.
+        slices: number of slices of the scan, along its third axis as stored.
+        slab: (first slice, number of slices) of the case; None for the whole scan.
     """
 
-    masks: tuple[Path, ...] = ()
+    masks: tuple[Path, ...]
+    slices: int
     series: Any = None
-    slices: int = 0
     slab: tuple[int, int] | None = None
 
     def files(self) -> list[list[Path]]:
         return [list(self.series.files) if self.series else [self.image], list(self.masks)]
 
-    def options(self) -> str:
-        return super().options() + (f" slab {self.slab}" if self.slab else "")
+    def settings(self) -> str:
+        return super().settings() + (f" slab {self.slab}" if self.slab else "")
 
     def read(self) -> tuple[Volume, Volume]:
-        """As `RawCase.read`; of a slab its own slices, with the origin moved to its first."""
+        """Reads the case as `RawCase.read` does; the origin of a slab is at its first slice."""
         if self.slab is None:
-            return _read(self)
-        first, number = self.slab
-        image, label = _read_once(replace(self, case=self.case.rpartition("_slab")[0], slab=None))
+            return _read_scan(self)
+        first, count = self.slab
+        image, label = _read_scan_once(replace(self, case=self.case.rpartition("_slab")[0], slab=None))
         d, h, _ = image.geometry.shape
-        part = image.geometry.part((0, 0, first), (d, h, number))
-        return Volume(image.array[..., first : first + number], part), Volume(
-            label.array[..., first : first + number], part
-        )
+        geometry = image.geometry.cropped((0, 0, first), (d, h, count))
+        slices = slice(first, first + count)
+        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry)
 
 
-def _read(scan: ScanCase) -> tuple[Volume, Volume]:
+def _read_scan(scan: ScanCase) -> tuple[Volume, Volume]:
     if scan.series:
         image = registry.load(f"{DICOM}:read_series", "--dataset dicom", "dicom")(scan.series)
     else:
@@ -70,139 +75,105 @@ def _read(scan: ScanCase) -> tuple[Volume, Volume]:
     return image, read_classes(scan.masks, image.geometry, scan.labels, scan.case)
 
 
-# The slabs of a scan follow one another.
-_read_once = lru_cache(maxsize=1)(_read)
+# The slabs of a scan are read one after another.
+_read_scan_once = lru_cache(maxsize=1)(_read_scan)
 
 
-def read_folders(
-    data_dir: Path,
-    evaluation_ids: Sequence[str],
-    seed: int,
-    *,
-    labels_dir: Path | None = None,
-    labels: Sequence[str] = (),
-    slab: int | None = None,
-    split: Sequence[float] = OWN_SPLIT,
-    drop_empty: bool | None = None,
-    **volumes: Unpack[VolumeFlags],
-) -> RawDataset:
-    """Scans and masks as NIfTI files with equal stems; a 4-D scan has its channels last. A file is a patient.
+def read_nifti_folders(data_dir: Path, options: ReaderOptions) -> RawDataset:
+    """Finds scans and masks, NIfTI files with equal stems; a 4-D scan has its channels last. Every file is a patient.
 
     Raises:
-        UserError: a scan without its mask or the other way round, or another data set's folder.
+        UserError: a scan without its mask or a mask without its scan, or a bad option.
     """
-    masks_dir = folder_of_masks(labels_dir, data_dir, "nifti")
-    files_here = [(stem(path), path) for path in sorted(data_dir.iterdir()) if is_nifti(path)]
-    scans = by_stem(files_here, f"--data_dir {data_dir}")
-    found = [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))]
-    masks = by_stem(((path.name if path.is_dir() else stem(path), path) for path in found), f"--labels_dir {masks_dir}")
-    check_paired(scans, masks, data_dir, masks_dir, "scan")
+    masks_dir = check_labels_dir(options.labels_dir, data_dir, "nifti")
+    pairs = pair_by_stem(
+        [path for path in sorted(data_dir.iterdir()) if is_nifti(path)],
+        [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))],
+        data_dir=data_dir,
+        labels_dir=masks_dir,
+        kind="scan",
+    )
     cases = []
-    for name, path in scans.items():
-        files = tuple(nifti_files(masks[name])) if masks[name].is_dir() else (masks[name],)
-        cases.append(ScanCase(name, path, files[0], masks=files, slices=read_geometry(path).shape[2]))
-    spec = DatasetSpec(data_dir.resolve().name.lower(), (), read_channels(cases[0].image))
-    return make_dataset(
-        spec,
+    for case, scan, mask in pairs:
+        masks = tuple(nifti_files(mask)) if mask.is_dir() else (mask,)
+        cases.append(ScanCase(case=case, image=scan, label=masks[0], masks=masks, slices=read_geometry(scan).shape[2]))
+    return make_scan_dataset(
         cases,
-        seed,
-        labels,
-        slab,
-        split,
-        bool(slab) if drop_empty is None else drop_empty,
-        f"--labels_dir {masks_dir}",
-        [],
-        **volumes,
+        options,
+        data_dir=data_dir,
+        masks_dir=masks_dir,
+        channels=read_channels(cases[0].image),
+        drops_empty=options.slices_per_case is not None,
     )
 
 
-def folder_of_masks(labels_dir: Path | None, data_dir: Path, dataset: str) -> Path:
-    """`--labels_dir`. Raises UserError where it is not given, no folder, or the scans' own."""
-    if labels_dir is None:
-        raise UserError(f"--dataset {dataset} needs --labels_dir, the folder of the masks")
-    if not labels_dir.is_dir():
-        raise UserError(f"--labels_dir {labels_dir}: no such folder")
-    if labels_dir.samefile(data_dir):
-        raise UserError(f"--labels_dir {labels_dir} is --data_dir; masks need a folder of their own")
-    return labels_dir
-
-
-def by_stem(paths: Iterable[tuple[str, Path]], where: str) -> dict[str, Path]:
-    """Files and folders by their stems. Raises UserError where two have one, or one cannot name a case."""
-    found: dict[str, Path] = {}
-    for name, path in paths:
-        if not is_safe_case_id(name):
-            raise UserError(f"{where}: {path.name} cannot name a case")
-        if name in found:
-            raise UserError(f"{where}: {found[name].name} and {path.name} have one stem")
-        found[name] = path
-    return found
-
-
-def check_paired(scans: dict[str, Path], masks: dict[str, Path], data_dir: Path, labels_dir: Path, what: str) -> None:
-    """Raises UserError where one is missing: it names the first and counts them."""
-    if not scans:
-        raise UserError(f"--data_dir {data_dir}: no {what} in it")
-    for these, those, kind, place in (
-        (scans, masks, "mask", f"--labels_dir {labels_dir}"),
-        (masks, scans, what, f"--data_dir {data_dir}"),
-    ):
-        if missing := sorted(set(these) - set(those)):
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UserError(f"{place}: no {kind} {missing[0]} for {these[missing[0]].name}{more}; stems must be equal")
-
-
-def make_dataset(
-    spec: DatasetSpec,
+def make_scan_dataset(
     cases: Sequence[ScanCase],
-    seed: int,
-    labels: Sequence[str],
-    slab: int | None,
-    split: Sequence[float],
-    drop_empty: bool,
-    where: str,
-    notes: list[str],
-    **volumes: Unpack[VolumeFlags],
+    options: ReaderOptions,
+    *,
+    data_dir: Path,
+    masks_dir: Path,
+    channels: int,
+    drops_empty: bool,
 ) -> RawDataset:
-    """What all data sets of scans do with what they found: classes, slabs, split.
+    """Makes a data set of scans with their masks: selects classes, divides into slabs, splits.
 
     Args:
-        where: the masks are from, for messages.
-    """
-    # Several files of one scan can only be organs; a single one then is an organ's too.
-    by_name = any(len(scan.masks) > 1 for scan in cases)
-    chosen = LabelMap.parse(labels) if labels else None
-    names_wanted = chosen is not None and any(isinstance(key, str) for key, _ in chosen.pairs)
-    if chosen is None or names_wanted:
-        keys = set().union(*(keys_in(scan.masks, by_name or names_wanted) for scan in cases))
-        if chosen:
-            chosen.check_covers(keys, where)
-        chosen = chosen or LabelMap.of_found(keys, where)
-    cases = [replace(scan, labels=chosen) for scan in cases]
-    if slab is not None:
-        cases, told = cut_into_slabs(cases, slab)
-        notes = [*notes, told]
-    spec = with_flags(replace(spec, classes=chosen.classes), **volumes)
-    return RawDataset(spec, list(cases), split_of(cases, split, seed, spec.name), drop_empty, notes)
-
-
-def cut_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCase], str]:
-    """Groups of `size` slices, each a case of its scan's patient, and a line that counts what is left over.
+        drops_empty: the default of `--drop_empty`.
 
     Raises:
-        UserError: no scan has so many slices.
+        UserError: a bad option.
+    """
+    labels = _select_labels(cases, options.labels, f"--labels_dir {masks_dir}")
+    cases = [replace(scan, labels=labels) for scan in cases]
+    notes = []
+    if options.slices_per_case is not None:
+        cases, note = divide_into_slabs(cases, options.slices_per_case)
+        notes.append(note)
+    name = data_dir.resolve().name.lower()
+    return RawDataset(
+        spec=apply_options(DatasetSpec(name=name, classes=labels.classes, channels=channels), options),
+        cases=cases,
+        split=split_by_patient(cases, options, name),
+        drop_empty=drops_empty if options.drop_empty is None else options.drop_empty,
+        notes=notes,
+    )
+
+
+def _select_labels(cases: Sequence[ScanCase], entries: Sequence[str], source: str) -> LabelMap:
+    """Returns the classes that `--labels` lists, or else one for each value or name in the masks."""
+    # Several files of one scan can only be one per structure; then a scan with a single file has one structure.
+    by_name = any(len(scan.masks) > 1 for scan in cases)
+    labels = LabelMap.parse(entries) if entries else None
+    if labels is not None and not labels.has_names():
+        return labels
+    keys = set().union(*(find_keys(scan.masks, by_name or labels is not None) for scan in cases))
+    if labels is None:
+        return LabelMap.from_keys(keys, source)
+    labels.check_names(keys, source)
+    return labels
+
+
+def divide_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCase], str]:
+    """Divides scans into cases of `size` consecutive slices each, which belong to one patient.
+
+    Returns:
+        The cases, and a message that counts them and the slices left over.
+
+    Raises:
+        UserError: no scan has that many slices.
     """
     if size < 1:
-        raise UserError(f"--slab {size}: must be at least 1 slice")
+        raise UserError(f"--slices_per_case {size}: must be at least 1")
     slabs = [
         replace(scan, case=f"{scan.case}_slab{index:03d}", patient=scan.patient or scan.case, slab=(index * size, size))
         for scan in cases
         for index in range(scan.slices // size)
     ]
     if not slabs:
-        raise UserError(f"--slab {size}: no scan has so many slices; the longest has {max(s.slices for s in cases)}")
-    left = [scan.slices % size for scan in cases if scan.slices % size]
-    told = (
-        f"; {sum(left)} slices at the ends of {len(left)} scan(s) are too few for another and dropped" if left else ""
-    )
-    return slabs, f"{len(slabs)} slabs of {size} slices{told}"
+        longest = max(scan.slices for scan in cases)
+        raise UserError(f"--slices_per_case {size}: no scan is that long; the longest has {longest} slices")
+    note = f"{len(slabs)} slabs of {size} slices"
+    if remainders := [scan.slices % size for scan in cases if scan.slices % size]:
+        note += f"; {sum(remainders)} slices at the ends of {len(remainders)} scan(s) fill no slab and are dropped"
+    return slabs, note

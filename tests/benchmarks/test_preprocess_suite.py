@@ -13,6 +13,7 @@ from benchmarks.harness import Options
 from benchmarks.preprocess import largest_case_bytes, preprocess_once, run, write_scans
 from common.errors import UserError
 from data_loading.io.volume import read_geometry
+from data_loading.readers.base import ReaderOptions
 from data_loading.readers.kits19 import read_kits19
 
 SHAPE = (16, 20, 24)
@@ -20,7 +21,7 @@ SHAPE = (16, 20, 24)
 
 def test_scans_repeat_a_few_phantoms_in_the_layout_of_kits19(tmp_path: Path) -> None:
     write_scans(tmp_path, 5, 2, SHAPE)
-    cases = read_kits19(tmp_path, [], 0).cases
+    cases = read_kits19(tmp_path, ReaderOptions(), []).cases
     assert [raw.case for raw in cases] == [f"case_{number:05d}" for number in range(5)]
     assert all(read_geometry(raw.image).shape == SHAPE for raw in cases)
     content = [raw.image.read_bytes() for raw in cases]

@@ -31,7 +31,9 @@ from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
 from data_loading.integrity import VERIFIED_NAME, check_files, fingerprint
 from data_loading.io.volume import read_nifti
 from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
-from data_loading.readers.kits19 import read_kits19, read_msd
+from data_loading.readers.base import ReaderOptions
+from data_loading.readers.kits19 import read_kits19
+from data_loading.readers.msd import read_msd
 from data_loading.spec import KITS19
 from preprocess_dataset import main
 
@@ -472,7 +474,7 @@ def test_another_seed_splits_anew_and_preprocesses_nothing(
         preprocess(raw, out, "--dataset", "msd", "--seed", seed)
         splits.append(read_index(out / INDEX_NAME).split)
     assert splits[0] == splits[2] != splits[1]
-    assert splits[1] == read_msd(raw, [], seed=1).split
+    assert splits[1] == read_msd(raw, ReaderOptions(seed=1)).split
     assert capsys.readouterr().out.count("10 cases (0 now, 10 already done)") == 2
 
 
@@ -499,12 +501,12 @@ def test_modalities_and_merged_labels_as_in_brain_tumours(tmp_path: Path, write_
         "msd",
         "--labels",
         "kidney,tumour=1:whole",
-        "--split",
+        "--split_ratios",
         "0.6",
         "0.2",
         "0.2",
         "--intensity",
-        "unit",
+        "minmax",
         "--orientation",
         "SAR",
     )
@@ -524,10 +526,10 @@ def test_the_split_and_what_it_follows_from_are_saved_with_a_hash(tmp_path: Path
     raw, out = write_msd(tmp_path / "raw", 5), tmp_path / "out"
     hashes = []
     for seed in ("3", "3", "4"):
-        preprocess(raw, out, "--dataset", "msd", "--split", "0.6", "0.2", "0.2", "--seed", seed)
+        preprocess(raw, out, "--dataset", "msd", "--split_ratios", "0.6", "0.2", "0.2", "--seed", seed)
         content = json.loads((out / INDEX_NAME).read_text())
         hashes.append(content["split_hash"])
-        assert content["made"] == {"dataset": "msd", "seed": int(seed), "split": [0.6, 0.2, 0.2]}
+        assert content["made"] == {"dataset": "msd", "seed": int(seed), "split_ratios": [0.6, 0.2, 0.2]}
     assert hashes[0] == hashes[1] != hashes[2]
     assert hashes[2] == hashlib.sha256(json.dumps(content["split"], sort_keys=True).encode()).hexdigest()
     # A split that was changed by hand is noticed, even where the file's own digest was taken away.
@@ -599,13 +601,13 @@ def test_labels_outside_of_the_foreground_crop_are_counted(
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("window", (-100.0, 300.0)),
+        ("intensity_window", (-100.0, 300.0)),
         ("intensity", "zscore"),
         ("spacing", (2.0, 2.0, 2.0)),
         ("orientation", "IPL"),
         ("foreground_crop", True),
         ("labels", ("1,2=1",)),
-        ("split", (0.5, 0.5)),
+        ("split_ratios", (0.5, 0.5)),
     ],
 )
 def test_kits19_with_a_flag_is_no_longer_kits19(raw: Path, flag: str, value: Any) -> None:
@@ -613,12 +615,12 @@ def test_kits19_with_a_flag_is_no_longer_kits19(raw: Path, flag: str, value: Any
     assert data.spec.name == f"kits19 with other {flag}"
     assert preprocess_dataset.read_raw("kits19", raw, 0, {}).spec == KITS19
     # What lies outside of another window is not what lay outside of KiTS19's.
-    assert (data.spec.padding_value is None) == (flag in ("window", "intensity"))
+    assert (data.spec.padding_value is None) == (flag in ("intensity_window", "intensity"))
 
 
 @pytest.mark.real_data
 def test_the_real_hippocampus_set_is_split_in_three(real_data: Callable[[str], Path]) -> None:
-    flags = {"split": (0.6, 0.2, 0.2), "orientation": "SPL"}
+    flags = {"split_ratios": (0.6, 0.2, 0.2), "orientation": "SPL"}
     data = preprocess_dataset.read_raw("msd", real_data("hippocampus"), 0, flags)
     assert [len(cases) for cases in data.split.values()] == [120, 40, 40]
     assert len({case for cases in data.split.values() for case in cases}) == 200
@@ -626,7 +628,7 @@ def test_the_real_hippocampus_set_is_split_in_three(real_data: Callable[[str], P
 
 @pytest.mark.real_data
 def test_real_mri_scans_come_through(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
-    data = read_msd(real_data("hippocampus"), [], seed=0)
+    data = read_msd(real_data("hippocampus"), ReaderOptions())
     for raw in data.cases[:4]:
         case, record = writing.preprocess_case(raw, tmp_path, data.spec)
         x, y = (np.load(tmp_path / f"{case}_{kind}.npy") for kind in "xy")
@@ -810,8 +812,8 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "msd: no mask": ("msd", lambda raw: raw.scan("label").unlink(), "scan_1: its mask"),
     "no list": ("msd", lambda raw: (raw.data / "dataset.json").unlink(), "no dataset.json in it"),
     "damaged list": ("msd", lambda raw: (raw.data / "dataset.json").write_text("{"), "not a Decathlon dataset.json"),
-    "a way out": ("msd", lambda raw: raw.cases(image="../x.nii.gz"), "'../x.nii.gz' leaves the data folder"),
-    "an absolute path": ("msd", lambda raw: raw.cases(label="/etc/hostname"), "leaves the data folder"),
+    "a way out": ("msd", lambda raw: raw.cases(image="../x.nii.gz"), "'../x.nii.gz' is outside the data folder"),
+    "an absolute path": ("msd", lambda raw: raw.cases(label="/etc/hostname"), "is outside the data folder"),
     "shapes differ": (
         "msd",
         lambda raw: raw.change("label", lambda scan: other_grid(scan, shape=1)),
@@ -834,7 +836,7 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "NaN in the image": ("msd", lambda raw: raw.values("image", np.nan), "the scan holds NaN or infinity"),
     "infinity in the image": ("msd", lambda raw: raw.values("image", np.inf), "the scan holds NaN or infinity"),
     "NaN in the mask": ("msd", lambda raw: raw.values("label", np.nan), "the mask holds NaN or infinity"),
-    "half a class": ("msd", lambda raw: raw.values("label", 0.5), "a mask holds whole numbers"),
+    "half a class": ("msd", lambda raw: raw.values("label", 0.5), "a mask must hold whole numbers"),
     "a class too many": ("msd", lambda raw: raw.values("label", 3), "scan_1.nii.gz: label 3, but the classes end at 2"),
     "another modality": (
         "msd",
@@ -846,36 +848,40 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "results in the data": (
         "msd",
         lambda raw: replace_argument(raw, "--results_dir", raw.data / "imagesTr" / ".."),
-        "holds the raw scans themselves; name another folder",
+        "is the folder of the raw scans; choose another folder",
     ),
     "no workers": ("msd", lambda raw: raw.arguments.extend(["--num_workers", "0"]), "--num_workers must be at least 1"),
     "negative seed": ("msd", lambda raw: raw.arguments.extend(["--seed", "-1"]), "--seed at least 0"),
     "no such data set": (
         "msd",
         lambda raw: replace_argument(raw, "--dataset", "kist19"),
-        "--dataset 'kist19' does not exist; there is kits19",
+        "--dataset 'kist19': unknown data set; available: kits19",
     ),
     "a flag of another data set": (
         "msd",
-        lambda raw: raw.arguments.extend(["--slab", "5"]),
-        "--slab means nothing for --dataset msd, which takes --drop_empty, --foreground_crop, --intensity, --labels, "
-        "--orientation, --spacing, --split, --window",
+        lambda raw: raw.arguments.extend(["--slices_per_case", "5"]),
+        "--slices_per_case does not apply to --dataset msd, which accepts --drop_empty, --foreground_crop, "
+        "--intensity, --intensity_window, --labels, --orientation, --spacing, --split_ratios",
     ),
-    "no number": ("msd", lambda raw: raw.arguments.extend(["--window", "low", "9"]), "invalid float value: 'low'"),
+    "no number": (
+        "msd",
+        lambda raw: raw.arguments.extend(["--intensity_window", "low", "9"]),
+        "invalid float value: 'low'",
+    ),
     "no shares": (
         "msd",
-        lambda raw: raw.arguments.extend(["--split", "0.5", "0.6"]),
+        lambda raw: raw.arguments.extend(["--split_ratios", "0.5", "0.6"]),
         "two or three shares that add up",
     ),
     "too few for three": (
         "msd",
-        lambda raw: raw.arguments.extend(["--split", "0.6", "0.2", "0.2"]),
+        lambda raw: raw.arguments.extend(["--split_ratios", "0.6", "0.2", "0.2"]),
         "2 patient(s) leave none for evaluation at a share of 0.2",
     ),
     "a label too many": (
         "msd",
         lambda raw: raw.arguments.extend(["--labels", "7=1"]),
-        "--labels 7=1: 7 is no label of 0 to 2",
+        "--labels 7=1: 7 is not a label from 0 to 2",
     ),
     "nothing to verify": ("msd", lambda raw: raw.arguments.extend(["--mode", "verify"]), "no preprocessed cases in it"),
 }
@@ -926,7 +932,7 @@ def test_the_process_says_so_too(
 def test_results_in_the_data_folder_leave_the_data_alone(spoil: Callable[[str], tuple[Raw, str]]) -> None:
     raw, _ = spoil("results in the data")
     before = (raw.data / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match="name another folder"):
+    with pytest.raises(UserError, match="choose another folder"):
         main(list(map(str, raw.arguments)))
     assert (raw.data / "dataset.json").read_bytes() == before
 
@@ -949,4 +955,45 @@ def test_verify_refuses_a_damaged_index(copy: tuple[Path, Path]) -> None:
 def test_an_image_without_a_case_is_nothing_to_preprocess(raw: Path) -> None:
     # 210 and above have no masks; they are neither preprocessed nor missed.
     assert (raw / "case_00210" / "imaging.nii.gz").exists()
-    assert [case.case for case in read_kits19(raw, [], 0).cases] == [f"case_{number:05d}" for number in IDS]
+    assert [case.case for case in read_kits19(raw, ReaderOptions(), []).cases] == [
+        f"case_{number:05d}" for number in IDS
+    ]
+
+
+def test_every_reader_is_found_by_name() -> None:
+    assert preprocess_dataset.find_reader("kits19") is read_kits19
+    assert preprocess_dataset.find_reader("msd") is read_msd
+
+
+def test_old_spellings_of_flags_give_the_same_folder(
+    tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = write_msd(tmp_path / "raw", 5)
+    old = "--split 0.6 0.2 0.2 --window 0 9 --intensity unit"
+    new = "--split_ratios 0.6 0.2 0.2 --intensity_window 0 9 --intensity minmax"
+    preprocess(raw, tmp_path / "new", "--dataset", "msd", *new.split())
+    assert capsys.readouterr().err == ""
+    preprocess(raw, tmp_path / "old", "--dataset", "msd", *old.split())
+    pairs = [
+        ("--split", "--split_ratios"),
+        ("--window", "--intensity_window"),
+        ("--intensity unit", "--intensity minmax"),
+    ]
+    ending = "; the old spelling will be removed in 0.3"
+    assert capsys.readouterr().err.splitlines() == [f"warning: {a} is now {b}{ending}" for a, b in pairs]
+    assert contents(tmp_path / "old") == contents(tmp_path / "new")
+
+
+def test_a_folder_with_the_former_name_of_minmax_is_not_preprocessed_again(
+    tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = write_msd(tmp_path / "raw", 2), tmp_path / "out"
+    preprocess(raw, out, "--dataset", "msd", "--intensity", "minmax")
+    content = json.loads((out / INDEX_NAME).read_text())
+    content["spec"]["intensity"] = "unit"
+    del content["digest"]
+    (out / INDEX_NAME).write_text(json.dumps(content))
+    assert read_index(out / INDEX_NAME).spec.intensity == "minmax"
+    capsys.readouterr()
+    preprocess(raw, out, "--dataset", "msd", "--intensity", "minmax")
+    assert "2 cases (0 now, 2 already done)" in capsys.readouterr().out

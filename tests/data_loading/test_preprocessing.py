@@ -436,10 +436,10 @@ def test_old_transforms_have_neither_turn_nor_crop() -> None:
 
 def test_to_unit_by_the_window_or_by_each_scans_own_ends() -> None:
     image = np.array([-200.0, -100.0, 0.0, 300.0, 900.0], F32).reshape(1, 1, 1, 5)
-    windowed = normalise(image, replace(PLAIN, intensity="unit", intensity_window=(-100.0, 300.0)))
+    windowed = normalise(image, replace(PLAIN, intensity="minmax", intensity_window=(-100.0, 300.0)))
     np.testing.assert_allclose(windowed.ravel(), [0, 0, 0.25, 1, 1])
     two = np.concatenate([image, 2 * image, 7 + 0 * image])
-    own = normalise(two, replace(PLAIN, intensity="unit"))
+    own = normalise(two, replace(PLAIN, intensity="minmax"))
     expected = (image.ravel() + 200) / 1100
     np.testing.assert_allclose(own[:, 0, 0], [expected, expected, np.zeros(5)], rtol=1e-6)
     assert own.dtype == F32

@@ -225,13 +225,13 @@ def test_a_share_of_0_leaves_a_part_out(shares: tuple[float, ...], expected: lis
 @pytest.mark.parametrize(
     ("count", "shares", "message"),
     [
-        (9, (0.6, 0.2, 0.3), "--split 0.6 0.2 0.3: give two or three shares that add up to 1"),
+        (9, (0.6, 0.2, 0.3), "--split_ratios 0.6 0.2 0.3: give two or three shares that add up to 1"),
         (9, (1.2, -0.2), "give two or three shares that add up to 1"),
         (9, (1,), "give two or three shares"),
         (9, (0.25, 0.25, 0.25, 0.25), "give two or three shares"),
         (9, (float("nan"), 0.5), "give two or three shares"),
         (4, (0.6, 0.2, 0.2), r"4 patient\(s\) leave none for evaluation at a share of 0.2"),
-        (1, (0.8, 0.2), "a split needs at least 2 cases, found 1; --split 1 0 trains on all"),
+        (1, (0.8, 0.2), "a split needs at least 2 cases, found 1; --split_ratios 1 0 trains on all"),
     ],
 )
 def test_shares_that_are_none_are_one_clear_line(count: int, shares: tuple[float, ...], message: str) -> None:
@@ -240,7 +240,7 @@ def test_shares_that_are_none_are_one_clear_line(count: int, shares: tuple[float
 
 
 def test_one_patient_with_several_cases_cannot_be_split() -> None:
-    with pytest.raises(UserError, match="found 3, all of one patient; --split 1 0 trains on all"):
+    with pytest.raises(UserError, match="found 3, all of one patient; --split_ratios 1 0 trains on all"):
         split_patients(dict.fromkeys(["a", "b", "c"], "p"), (0.8, 0.2), 0)
 
 

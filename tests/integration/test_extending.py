@@ -73,7 +73,7 @@ def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
         data,
         "--num_workers",
         1,
-        "--split",
+        "--split_ratios",
         0.6,
         0.4,
     )

@@ -324,10 +324,10 @@ def test_a_file_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
         ("in", "mask.nii.gz", None, "is a file, but .* holds 2 scans"),
         ("in/a.nii", "mask.dcm", None, "DICOM-SEG refers to DICOM slices"),
         ("in/a.nii", "in/a.nii", None, "is a scan or another scan's mask"),
-        ("in", "out", "4", "--series 4 is for DICOM; .* is NIfTI"),
-        ("in/a.nii", "mask.png", None, "a picture has one slice"),
-        ("picture.png", "mask.dcm", None, "and .* is pictures; write .png"),
-        ("picture.png", "out", "4", "--series 4 is for DICOM; .* is pictures"),
+        ("in", "out", "4", "--series 4 applies only to DICOM, but .* contains NIfTI"),
+        ("in/a.nii", "mask.png", None, "an image has one slice"),
+        ("picture.png", "mask.dcm", None, "but .* contains 2-D images; write .png"),
+        ("picture.png", "out", "4", "--series 4 applies only to DICOM, but .* contains 2-D images"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, scan: str, output: str, series: str | None, told: str) -> None:

@@ -72,8 +72,7 @@ def open_by_report(config: RunConfig, given: frozenset[str], world: World, folde
     best = SimpleNamespace(epoch=1, per_case={"case_0": [0.5, 0.5]})
     run: Any = SimpleNamespace(best=best, config={"data_dir": str(folder)}, seeds={"master": 1}, folder=folder)
     model = config.model if "model" in given else None
-    cpu, path = torch.device("cpu"), config.load_ckpt_path[0]
-    cases.draw_cases(run, folder, device=cpu, checkpoint=path, data_dir=folder, model=model)
+    cases.draw_cases(run, config.load_ckpt_path[0], folder, torch.device("cpu"), folder, model)
 
 
 WAYS = [open_by_evaluate, open_by_predict, open_by_report]

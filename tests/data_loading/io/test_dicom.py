@@ -83,8 +83,8 @@ def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"ImagePositionPatient": [0, 0, 400]}, "is a slice missing"),
-        ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "is turned against other slices"),
-        ({"PixelSpacing": [2, 2]}, "has other pixel spacing"),
+        ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "is oriented differently from other slices"),
+        ({"PixelSpacing": [2, 2]}, "has a different pixel spacing"),
         ({"Rows": 3}, "pixels, others"),
         ({"PixelData": b"\0\0"}, "cannot be decoded"),
     ],
@@ -100,10 +100,10 @@ def test_what_is_no_volume_is_refused(tmp_path: Path, changes: dict[str, object]
 def test_a_missing_slice_and_two_at_one_place(tmp_path: Path) -> None:
     files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN, seed=1)
     (series,) = dicom.find_series(tmp_path)
-    position = {path: float(dicom._header(path).ImagePositionPatient[2]) for path in files}
+    position = {path: float(dicom._read_header(path).ImagePositionPatient[2]) for path in files}
     second = sorted(files, key=position.__getitem__)[1]
     second.rename(tmp_path.parent / f"{tmp_path.name}.out")
-    with pytest.raises(UserError, match=r"run from 2\.5 to 5 mm; is a slice missing"):
+    with pytest.raises(UserError, match=r"range from 2\.5 to 5 mm; is a slice missing"):
         dicom.read_series(dicom.find_series(tmp_path)[0])
     shutil.copy(files[0] if files[0] != second else files[1], tmp_path / "again")
     with pytest.raises(UserError, match="several slices at one position"):

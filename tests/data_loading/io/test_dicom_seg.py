@@ -23,7 +23,7 @@ CLASSES = ("background", "kidney", "tumour")
 GRID = Geometry(np.diag([-0.8, -0.6, 2.5, 1.0]), (5, 4, 6), (0.8, 0.6, 2.5))
 
 
-def made_up_mask(shape: tuple[int, int, int]) -> np.ndarray:
+def random_mask(shape: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(3).integers(0, 3, (1, *shape)).astype(np.uint8)
 
 
@@ -32,7 +32,7 @@ def check(path: Path, mask: np.ndarray, series: dicom.Series) -> None:
     segmentation = hd.seg.segread(path)
     assert [segment.SegmentLabel for segment in segmentation.SegmentSequence] == list(CLASSES[1:])
     headers, _ = dicom.sorted_headers(series)
-    dicom.with_identifiers(headers)
+    dicom.fill_missing_uids(headers)
     found = segmentation.get_pixels_by_source_instance(
         [str(header.SOPInstanceUID) for header in headers], combine_segments=True, ignore_spatial_locations=False
     )
@@ -45,7 +45,7 @@ def check(path: Path, mask: np.ndarray, series: dicom.Series) -> None:
 def test_every_frame_refers_to_its_slice(tmp_path: Path) -> None:
     write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID)
     (series,) = dicom.find_series(tmp_path / "in")
-    mask = made_up_mask(GRID.shape)
+    mask = random_mask(GRID.shape)
     assert write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES) == []
     check(tmp_path / "mask.dcm", mask, series)
     stored = pydicom.dcmread(tmp_path / "mask.dcm")
@@ -65,9 +65,9 @@ def test_uids_that_an_anonymiser_emptied_are_made_up_and_told(tmp_path: Path) ->
     for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
         change(file, SOPInstanceUID="", StudyInstanceUID="", SeriesInstanceUID="")
     (series,) = dicom.find_series(tmp_path / "in")
-    mask = made_up_mask(GRID.shape)
+    mask = random_mask(GRID.shape)
     (note,) = write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES)
-    assert "UIDs are empty" in note
+    assert "some UIDs of the source are empty" in note
     check(tmp_path / "mask.dcm", mask, series)
 
 
@@ -75,8 +75,8 @@ def test_headers_that_lack_what_the_standard_asks_are_told_in_a_line(tmp_path: P
     for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
         change(file, PatientID=None)
     (series,) = dicom.find_series(tmp_path / "in")
-    with pytest.raises(UserError, match=r"lacks what DICOM-SEG needs.*write NIfTI instead"):
-        write_segmentation(tmp_path / "mask.dcm", made_up_mask(GRID.shape), series, CLASSES)
+    with pytest.raises(UserError, match=r"lacks elements that DICOM-SEG requires.*write NIfTI instead"):
+        write_segmentation(tmp_path / "mask.dcm", random_mask(GRID.shape), series, CLASSES)
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == []
 
 

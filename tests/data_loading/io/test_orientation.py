@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_loading.io.orientation import common_orientation, orientation_of, turn_to, turned
+from data_loading.io.orientation import common_orientation, orientation_of, reorient, reorientation_to
 from data_loading.io.volume import Geometry, Volume
 from tests.data_loading.oblique import geometries
 
@@ -29,8 +29,8 @@ def volume_of(geometry: Geometry) -> Volume:
 @given(geometries(), st.sampled_from(WAYS))
 def test_a_turned_scan_runs_as_asked_and_every_voxel_stays_in_its_place(geometry: Geometry, way: str) -> None:
     scan = volume_of(geometry)
-    turn = turn_to(geometry.affine, way)
-    other = turned(scan, turn)
+    turn = reorientation_to(geometry.affine, way)
+    other = reorient(scan, turn)
     assert orientation_of(other.geometry.affine) == way
     assert other.array.shape[1:] == other.geometry.shape
     steps = np.linalg.norm(other.geometry.affine[:3, :3], axis=0)
@@ -46,7 +46,7 @@ def test_a_turned_scan_runs_as_asked_and_every_voxel_stays_in_its_place(geometry
 
 def test_a_scan_that_runs_that_way_already_is_left_as_it_is() -> None:
     scan = volume_of(Geometry(np.diag([-1.0, 1.0, 2.0, 1.0]), (3, 4, 5), (1.0, 1.0, 2.0)))
-    other = turned(scan, turn_to(scan.geometry.affine, "LAS"))
+    other = reorient(scan, reorientation_to(scan.geometry.affine, "LAS"))
     np.testing.assert_array_equal(other.array, scan.array)
     np.testing.assert_array_equal(other.geometry.affine, scan.geometry.affine)
 
@@ -61,7 +61,7 @@ def test_it_is_what_nibabel_does(way: str) -> None:
         nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(way))
     )
     theirs = image.as_reoriented(change)
-    ours = turned(scan, turn_to(scan.geometry.affine, way))
+    ours = reorient(scan, reorientation_to(scan.geometry.affine, way))
     np.testing.assert_array_equal(ours.array[0], np.asarray(theirs.dataobj))
     np.testing.assert_allclose(ours.geometry.affine, theirs.affine)
 
@@ -76,12 +76,12 @@ def test_the_common_orientation_is_that_of_all_or_none() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_scan_of_one_slice_is_turned_to_what_torch_takes(way: str) -> None:
     scan = volume_of(Geometry(np.eye(4), (1, 3, 4), (1.0, 1.0, 1.0)))
-    other = turned(scan, turn_to(scan.geometry.affine, way))
+    other = reorient(scan, reorientation_to(scan.geometry.affine, way))
     assert torch.from_numpy(other.array).shape[1:] == other.geometry.shape
     assert orientation_of(other.geometry.affine) == way
 
 
 def test_what_is_no_orientation_is_one_clear_line() -> None:
     for text in ("RAX", "RA", "RLS", "ras", ""):
-        with pytest.raises(UserError, match=f"'{text}' is no orientation; give three letters such as RAS"):
-            turn_to(np.eye(4), text)
+        with pytest.raises(UserError, match=f"'{text}' is not an orientation; use three letters such as RAS"):
+            reorientation_to(np.eye(4), text)

@@ -107,7 +107,8 @@ def test_spacing_and_affine_must_agree(tmp_path: Path, axis: int, read: Callable
             read(tmp_path / "a.nii")
         else:
             said = (
-                rf"a\.nii: along axis {axis} the header's voxel spacing is {spacing:g} mm, but {SPACING_MM[axis]:g} mm"
+                rf"a\.nii: along axis {axis} the header's voxel spacing is {spacing:g} mm, but by its affine it is "
+                rf"{SPACING_MM[axis]:g} mm"
             )
             with pytest.raises(UserError, match=said):
                 read(tmp_path / "a.nii")
@@ -223,11 +224,15 @@ FAULTS: dict[str, tuple[str, bytes, str]] = {
     "kilometre spacing": ("a.nii", nifti_bytes(at_84=("<f", 1e6)), "spacing .*impossible"),
     "a metre's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 1)}), "voxel spacing is in metres"),
     "micron's spacing": ("a.nii", nifti_bytes(**{f"at_{UNITS}": ("<B", 3 + 8)}), "voxel spacing is in microns"),
-    "8 bits of int16": ("a.nii", nifti_bytes(**{f"at_{BITPIX}": ("<h", 8)}), "int16 and 8 bits a voxel"),
-    "another type": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<h", 2)}), "uint8 and 16 bits a voxel"),
-    "steps of 9 mm": ("a.nii", nifti_bytes(**{f"at_{SROW_X + 8}": ("<f", 9.0)}), "along axis 2 .* 1.5 mm, but 9 mm"),
-    "colours": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<2h", 128, 24)}) + bytes(999), "no colours"),
-    "complex": ("a.nii", nifti_bytes(np.zeros(SHAPE, np.complex64)), "no colours or complex numbers"),
+    "8 bits of int16": ("a.nii", nifti_bytes(**{f"at_{BITPIX}": ("<h", 8)}), "int16 but 8 bits per voxel"),
+    "another type": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<h", 2)}), "uint8 but 16 bits per voxel"),
+    "steps of 9 mm": (
+        "a.nii",
+        nifti_bytes(**{f"at_{SROW_X + 8}": ("<f", 9.0)}),
+        "along axis 2 .* 1.5 mm, but by its affine it is 9 mm",
+    ),
+    "colours": ("a.nii", nifti_bytes(**{f"at_{DATATYPE}": ("<2h", 128, 24)}) + bytes(999), "not colours"),
+    "complex": ("a.nii", nifti_bytes(np.zeros(SHAPE, np.complex64)), "not colours or complex numbers"),
     "voxels in the header": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 0.0)}), "not a NIfTI-1 file"),
     "voxels a petabyte on": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 1e15)}), "GiB are free"),
     "voxels beyond any file": ("a.nii", nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", 1e30)}), "GiB are free"),
@@ -276,7 +281,7 @@ def test_what_lies_behind_the_last_voxel_is_read_and_bounded(tmp_path: Path, nam
     np.testing.assert_array_equal(read_nifti(tmp_path / name, np.float32).array[0], noise(np.int16))
     # Had it been read on, what comes behind would have been "no gzip file".
     write(MAX_TRAILING_BYTES + 1, end=b"junk")
-    with pytest.raises(UserError, match="goes on for more than 1 MiB behind the last voxel"):
+    with pytest.raises(UserError, match="continues for more than 1 MiB after the last voxel"):
         read_nifti(tmp_path / name, np.float32)
 
 

@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
 from common.errors import UserError
 from data_loading.io import dicom
-from data_loading.io.dicom_seg import open_segments, read_segments, write_segmentation
+from data_loading.io.dicom_seg import read_header, read_segmentation, write_segmentation
 from data_loading.io.volume import Geometry
-from data_loading.readers.mask_matching import fitting
+from data_loading.readers.mask_matching import matching_grids
 from tests.data_loading.io.series import change, write_series
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
@@ -61,7 +61,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_mask_finds_its_series_by_its_place(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    index = preprocess("dicom", *folders, tmp_path / "out", "--intensity none --split 0.7 0.3")
+    index = preprocess("dicom", *folders, tmp_path / "out", "--intensity none --split_ratios 0.7 0.3")
     assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
     assert index.spec.classes == ("background", "1", "2")
     assert [len(cases) for cases in index.split.values()] == [2, 1]
@@ -83,9 +83,9 @@ def test_masks_among_the_series_and_other_files_are_told_apart(
     index = preprocess("dicom", data, None, tmp_path / "out")
     assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
     said = capsys.readouterr().out
-    assert "passed over, they lie on no series' grid: " in said
+    assert "skipped, not on the grid of any series: " in said
     assert "elsewhere.nii.gz" in said
-    assert "passed over, no mask lies on their grid: P1_scout" in said
+    assert "skipped, no mask on its grid: P1_scout" in said
 
 
 def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -98,7 +98,9 @@ def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, P
         else:
             nib.save(nib.Nifti1Image(image_of(number), grid(number).affine), folder / "later.nii.gz")
         save_mask(masks / f"{number}.nii.gz", mask_of(number), grid(number))
-    index = preprocess("dicom", data, masks, tmp_path / "out", "--slab 2 --split 0.5 0.5 --labels 1=1")
+    index = preprocess(
+        "dicom", data, masks, tmp_path / "out", "--slices_per_case 2 --split_ratios 0.5 0.5 --labels 1=1"
+    )
     assert len({record.patient for record in index.cases.values()}) == 3
     assert len({index.cases[f"{scan}_slab000"].patient for scan in ("P0_CT", "P9_CT2", "P0_later")}) == 1
     sides = [{index.cases[case].patient for case in cases} for cases in index.split.values()]
@@ -126,10 +128,10 @@ def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, P
         path = masks / f"{9 - number}.dcm"
         write_segmentation(path, mask_of(number)[np.newaxis], series, CLASSES)
         _, geometry = dicom.sorted_headers(series)
-        found = read_segments(path, geometry, {"liver": 1, "spleen": 2}.get)
+        found = read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get)
         np.testing.assert_array_equal(found[0], mask_of(number))
-        with pytest.raises(UserError, match="does not lie on its series' grid"):
-            read_segments(path, grid(5), lambda _: 1)
+        with pytest.raises(UserError, match="is not on the grid of its series"):
+            read_segmentation(path, grid(5), lambda _: 1)
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert index.spec.classes == CLASSES
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1))
@@ -151,9 +153,9 @@ def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
             content[place] = rng.integers(0, 256)
         (tmp_path / "m.dcm").write_bytes(content[: rng.integers(0, 3 * len(good))])
         try:
-            if open_segments(tmp_path / "m.dcm"):
-                assert fitting(tmp_path / "m.dcm", [geometry]) in ([0], [])
-                assert read_segments(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
+            if read_header(tmp_path / "m.dcm"):
+                assert matching_grids(tmp_path / "m.dcm", [geometry]) in ([0], [])
+                assert read_segmentation(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
         except UserError:
             refused_ones += 1
     assert 0 < refused_ones < 60
@@ -177,7 +179,7 @@ def test_series_on_one_grid_have_their_masks_by_folder_and_else_none(
     data, masks = folders
     write_series(data / "P0" / "venous", image_of(8), grid(0), number=8)
     said = refused(capsys, "dicom", data, masks)
-    assert "mask_9.nii.gz lies on the grid of 2 scans (P0_CT, P0_venous); call it or its folder like its own" in said
+    assert "mask_9.nii.gz is on the grid of 2 scans (P0_CT, P0_venous); name it or its folder after its own" in said
     (masks / "mask_9.nii.gz").rename(masks / "P0_venous.nii.gz")
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
@@ -195,15 +197,15 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "half a voxel beside",
         lambda data, masks: shift(masks),
         "",
-        "none of its 3 mask(s) lies on the grid of a series in",
+        "none of its 3 mask(s) is on the grid of a series in",
     ),
-    ("no masks", lambda data, masks: [path.unlink() for path in masks.iterdir()], "", "none of its 0 mask(s) lies on"),
+    ("no masks", lambda data, masks: [path.unlink() for path in masks.iterdir()], "", "none of its 0 mask(s) is on"),
     ("no series", lambda data, masks: [path.unlink() for path in data.rglob("IM*")], "", "no DICOM series of single"),
     (
         "one patient",
         lambda data, masks: [change(path, PatientID="1") for path in data.rglob("IM*")],
         "",
-        "a split needs at least 2 cases, found 3, all of one patient; --split 1 0 trains on all",
+        "a split needs at least 2 cases, found 3, all of one patient; --split_ratios 1 0 trains on all",
     ),
     (
         "two values in an organ",
@@ -212,9 +214,9 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
             and (masks / "mask_8.nii.gz").unlink()
         ),
         "",
-        "but it holds 2 values",
+        "holds 2 values, but it is taken for the mask of",
     ),
-    ("a flag of pictures", lambda data, masks: None, "--size 5 5", "--size means nothing for --dataset dicom"),
+    ("a flag of pictures", lambda data, masks: None, "--size 5 5", "--size does not apply to --dataset dicom"),
 ]
 
 
@@ -243,8 +245,9 @@ def test_without_pydicom_the_line_says_what_to_install(
 @pytest.mark.real_data
 def test_the_real_series_has_its_muscles_on_the_back(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     folder = real_data("abdomen_ct")
-    flags = "--split 1 0 --slab 10 --labels 86,87=1:muscle --window -160 240 --intensity unit --orientation SPL"
-    index = preprocess("dicom", folder / "dicom", folder, tmp_path / "out", flags, "--spacing 2 4 4 --foreground_crop")
+    flags = "--split_ratios 1 0 --slices_per_case 10 --labels 86,87=1:muscle --spacing 2 4 4 --foreground_crop"
+    intensity = "--intensity_window -160 240 --intensity minmax --orientation SPL"
+    index = preprocess("dicom", folder / "dicom", folder, tmp_path / "out", flags, intensity)
     assert index.split == {"train": ["dicom_slab000", "dicom_slab001"], "evaluation": []}
     for case, record in index.cases.items():
         x, y = arrays(tmp_path / "out", case)

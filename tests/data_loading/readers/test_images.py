@@ -18,7 +18,7 @@ from PIL import Image
 
 from common.errors import UserError
 from data_loading.dataset import read_spec_and_split
-from data_loading.readers.images import read_mask, read_picture
+from data_loading.readers.images import read_image, read_mask
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
 Folders = tuple[Path, Path]
@@ -49,7 +49,7 @@ def folders(tmp_path: Path) -> Folders:
 
 
 def test_a_grey_picture_is_a_volume_of_one_slice(folders: Folders, tmp_path: Path) -> None:
-    index = preprocess("images", *folders, tmp_path / "out", "--intensity none --split 0.6 0.2 0.2")
+    index = preprocess("images", *folders, tmp_path / "out", "--intensity none --split_ratios 0.6 0.2 0.2")
     assert (index.spec.classes, index.spec.channels) == (("background", "255"), 1)
     assert [len(cases) for cases in index.split.values()] == [3, 1, 1]
     x, y = arrays(tmp_path / "out", "3")
@@ -68,7 +68,7 @@ def test_one_colour_picture_gives_all_of_them_three_channels(folders: Folders, t
 
 
 def test_pictures_are_resized_and_chosen_labels_named(folders: Folders, tmp_path: Path) -> None:
-    index = preprocess("images", *folders, tmp_path / "out", "--size 12 10 --labels 0=1:ground --intensity unit")
+    index = preprocess("images", *folders, tmp_path / "out", "--size 12 10 --labels 0=1:ground --intensity minmax")
     assert (index.spec.size, index.spec.classes) == ((12, 10), ("background", "ground"))
     for number in range(5):
         x, y = arrays(tmp_path / "out", str(number))
@@ -89,10 +89,10 @@ def test_every_kind_of_picture_is_read(tmp_path: Path, mode: str) -> None:
     picture.save(path)
     for channels in (1, 3):
         if channels == 1 and mode in ("RGB", "RGBA", "P"):
-            with pytest.raises(UserError, match=r"in colour .*, but the network knows grey pictures"):
-                read_picture(path, 1)
+            with pytest.raises(UserError, match=r"in colour .*, but the network takes grey images"):
+                read_image(path, 1)
             continue
-        array = read_picture(path, channels).array
+        array = read_image(path, channels).array
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, np.stack([grey[np.newaxis] * np.float32(scale)] * channels))
 
@@ -108,9 +108,9 @@ def test_a_mask_is_grey_values_or_the_indices_of_a_palette(tmp_path: Path) -> No
     Image.fromarray(np.stack([indices * 100, indices, indices], -1)).save(tmp_path / "colour.png")
     for name, expected in (("p", indices), ("rgb", indices * 100), ("bits", indices > 1)):
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png").array[0, 0], expected)
-    with pytest.raises(UserError, match="a mask holds whole numbers from 0 to 255, this one 0 to 400"):
+    with pytest.raises(UserError, match="a mask must hold whole numbers from 0 to 255, found 0 to 400"):
         read_mask(tmp_path / "deep.png")
-    with pytest.raises(UserError, match="a mask in colour; give one grey value"):
+    with pytest.raises(UserError, match="a mask in colour; expected one grey value"):
         read_mask(tmp_path / "colour.png")
 
 
@@ -119,18 +119,18 @@ def test_a_photograph_lies_as_its_camera_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned a quarter to the left
     stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 1).array[0, 0], np.rot90(stored, -1))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 1).array[0, 0], np.rot90(stored, -1))
 
 
 def test_other_formats_and_stacks_are_no_pictures(tmp_path: Path) -> None:
     """Pillow would hand a PostScript file to another program."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(UserError, match=r"a.png: not a readable picture"):
-        read_picture(tmp_path / "a.png", 1)
+    with pytest.raises(UserError, match=r"a.png: not a readable image"):
+        read_image(tmp_path / "a.png", 1)
     pages = [Image.fromarray(picture_of(number)) for number in (1, 1)]
     pages[0].save(tmp_path / "b.tif", save_all=True, append_images=pages[1:])
-    with pytest.raises(UserError, match=r"b.tif: holds 2 pictures; save each for itself"):
-        read_picture(tmp_path / "b.tif", 1)
+    with pytest.raises(UserError, match=r"b.tif: holds 2 images; save each as a file"):
+        read_image(tmp_path / "b.tif", 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,7 +146,7 @@ def test_any_damage_is_refused_or_harmless(
     path = tmp_path_factory.mktemp("damaged") / f"a.{kind.lower()}"
     path.write_bytes(content[: data.draw(st.integers(0, 3 * len(content)))])
     with contextlib.suppress(UserError):
-        assert read_picture(path, 3).array.shape[0] == 3
+        assert read_image(path, 3).array.shape[0] == 3
         assert read_mask(path).array.dtype == np.uint8
 
 
@@ -162,8 +162,8 @@ def noise(path: Path) -> None:
 
 BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     ("no mask", lambda data, masks: (masks / "3.bmp").unlink(), "", "no mask 3 for 3.png; stems must be equal"),
-    ("no picture", lambda data, masks: (data / "3.png").unlink(), "", "no picture 3 for 3.bmp; stems must be equal"),
-    ("two of a name", lambda data, masks: noise(data / "3.jpg"), "", "3.jpg and 3.png have one stem"),
+    ("no picture", lambda data, masks: (data / "3.png").unlink(), "", "no image 3 for 3.bmp; stems must be equal"),
+    ("two of a name", lambda data, masks: noise(data / "3.jpg"), "", "3.jpg and 3.png have the same stem"),
     (
         "other shape",
         lambda data, masks: Image.fromarray(mask_of(4)).save(masks / "3.bmp"),
@@ -182,7 +182,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "no masks but pictures",
         lambda data, masks: [noise(path) for path in masks.iterdir()],
         "",
-        "values; choose and merge with --labels, such as 128-255=1",
+        "values; select and merge with --labels, such as 128-255=1",
     ),
     (
         "nothing drawn",
@@ -194,10 +194,10 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "a flag of scans",
         lambda data, masks: None,
         "--orientation RAS",
-        "--orientation means nothing for --dataset images, which takes --drop_empty, --intensity, --labels, "
-        "--labels_dir, --size, --split, --window",
+        "--orientation does not apply to --dataset images, which accepts --drop_empty, --intensity, "
+        "--intensity_window, --labels, --labels_dir, --size, --split_ratios",
     ),
-    ("no size", lambda data, masks: None, "--size 0 5", "--size 0 5: must be at least 1 pixel each way"),
+    ("no size", lambda data, masks: None, "--size 0 5", "--size 0 5: height and width must be at least 1 pixel"),
 ]
 
 
@@ -226,14 +226,14 @@ def test_a_picture_larger_than_memory_is_refused_by_its_header(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_loading.readers.images.free_memory_bytes", lambda: 100)
-    with pytest.raises(UserError, match=r"3.png: 11 x 6 pixels need .* GiB are free"):
-        read_picture(folders[0] / "3.png", 1)
+    with pytest.raises(UserError, match=r"3.png: 11 x 6 pixels need .* GiB of memory, but only .* GiB are free"):
+        read_image(folders[0] / "3.png", 1)
 
 
 @pytest.mark.real_data
 def test_real_membranes_are_darker_than_cells(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     folder = real_data("membrane_2d")
-    flags = "--size 64 64 --labels 0=1:membrane --split 0.6 0.2 0.2"
+    flags = "--size 64 64 --labels 0=1:membrane --split_ratios 0.6 0.2 0.2"
     index = preprocess("images", folder / "images", folder / "masks", tmp_path, flags)
     assert [len(cases) for cases in index.split.values()] == [18, 6, 6]
     for case in index.cases:

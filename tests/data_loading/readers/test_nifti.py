@@ -11,6 +11,7 @@ import pytest
 
 from data_loading.dataset import read_spec_and_split
 from data_loading.readers import nifti as scans
+from data_loading.readers.base import ReaderOptions
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
 SHAPE = (6, 5, 8)
@@ -42,7 +43,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    index = preprocess("nifti", *folders, tmp_path / "out", "--intensity none --split 0.5 0.25 0.25")
+    index = preprocess("nifti", *folders, tmp_path / "out", "--intensity none --split_ratios 0.5 0.25 0.25")
     assert (index.spec.name, index.spec.classes, index.spec.channels) == ("scans", ("background", "3", "7"), 1)
     assert {name: len(cases) for name, cases in index.split.items()} == {"train": 4, "evaluation": 1, "test": 1}
     for number in range(6):
@@ -50,7 +51,7 @@ def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
         np.testing.assert_array_equal(x[0], nib.load(folders[0] / f"p{number}.nii.gz").get_fdata(dtype=np.float32))
         np.testing.assert_array_equal(y[0], np.searchsorted([0, 3, 7], mask_of(number)))
     assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "LAS"
-    assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split": [0.5, 0.25, 0.25]}
+    assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split_ratios": [0.5, 0.25, 0.25]}
 
 
 def test_a_mask_whose_axes_run_another_way_is_turned_onto_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -70,9 +71,11 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    index = preprocess("nifti", *folders, out, "--slab 3 --labels 7=1:cyst 3=2 --split 0.5 0.5 --intensity none")
+    index = preprocess(
+        "nifti", *folders, out, "--slices_per_case 3 --labels 7=1:cyst 3=2 --split_ratios 0.5 0.5 --intensity none"
+    )
     said = capsys.readouterr().out
-    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) are too few for another and dropped" in said
+    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) fill no slab and are dropped" in said
     # Slices 0 to 2 hold 3, and 3 to 5 too (in slice 3): nothing is empty with these labels.
     assert len(index.cases) == 12
     for subset, cases in index.split.items():
@@ -87,7 +90,7 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
     assert transform is not None
     np.testing.assert_allclose(transform.source.affine, whole.slicer[..., 3:6].affine)
 
-    index = preprocess("nifti", *folders, out, "--slab 2 --labels 7=1:cyst --split 0.5 0.5")
+    index = preprocess("nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5")
     held_out = index.split["evaluation"]
     assert len(held_out) == 12, "empty ones are kept where they are scored"
     trains = [f"p{n}_slab003" for n in range(6) if n % 2 and f"p{n}_slab003" not in held_out]
@@ -98,7 +101,9 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
     said = capsys.readouterr().out
     assert f"{dropped[0]}: dropped, its mask is empty" in said
     assert f"{len(dropped)} training cases dropped for their empty masks" in said
-    kept = preprocess("nifti", *folders, out, "--slab 2 --labels 7=1:cyst --split 0.5 0.5 --no-drop_empty")
+    kept = preprocess(
+        "nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5 --no-drop_empty"
+    )
     assert len(kept.cases) == 24
 
 
@@ -106,12 +111,14 @@ def test_a_scan_is_read_once_for_its_slabs(folders: tuple[Path, Path], monkeypat
     read = []
     real = scans.read_nifti
     monkeypatch.setattr(scans, "read_nifti", lambda *how: read.append(how[0].name) or real(*how))
-    scans._read_once.cache_clear()
-    data = scans.read_folders(folders[0], [], 0, labels_dir=folders[1], slab=2, labels=["3=1"])
+    scans._read_scan_once.cache_clear()
+    data = scans.read_nifti_folders(
+        folders[0], ReaderOptions(labels_dir=folders[1], slices_per_case=2, labels=("3=1",))
+    )
     for case in data.cases:
         case.read()
     assert read == [f"p{number}.nii.gz" for number in range(6)]
-    scans._read_once.cache_clear()
+    scans._read_scan_once.cache_clear()
 
 
 def test_other_labels_or_slabs_preprocess_again_and_another_split_does_not(
@@ -120,7 +127,7 @@ def test_other_labels_or_slabs_preprocess_again_and_another_split_does_not(
     for flags, now in (
         ("--labels 3=1", 6),
         ("--labels 3=1 --seed 4", 0),
-        ("--labels 3=1 --split 0.5 0.25 0.25", 0),
+        ("--labels 3=1 --split_ratios 0.5 0.25 0.25", 0),
         ("--labels 7=1:3", 6),
     ):
         preprocess("nifti", *folders, tmp_path / "out", flags)
@@ -147,11 +154,15 @@ def test_an_organ_a_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_turned_cropped_and_resampled_as_the_flags_say(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    flags = "--orientation SPR --spacing 1.5 1.5 2 --window 50 400 --intensity unit --foreground_crop"
+    flags = "--orientation SPR --spacing 1.5 1.5 2 --intensity_window 50 400 --intensity minmax --foreground_crop"
     index = preprocess("nifti", *folders, tmp_path / "out", flags)
     spec = index.spec
     assert (spec.orientation, spec.spacing_mm, spec.intensity_window) == ("SPR", (1.5, 1.5, 2.0), (50.0, 400.0))
-    assert (spec.intensity, spec.foreground_crop, read_spec_and_split(tmp_path / "out", [])[0]) == ("unit", True, spec)
+    assert (spec.intensity, spec.foreground_crop, read_spec_and_split(tmp_path / "out", [])[0]) == (
+        "minmax",
+        True,
+        spec,
+    )
     for case, record in index.cases.items():
         x, y = arrays(tmp_path / "out", case)
         assert x.min() == 0
@@ -170,7 +181,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "no scan p3 for p3.nii.gz (and 1 more); stems must be equal",
     ),
     ("nothing", lambda data, masks: [p.unlink() for p in data.glob("*.nii.gz")], "", "Scans: no scan in it"),
-    ("two of a name", lambda data, masks: (data / "p3.nii").touch(), "", "p3.nii and p3.nii.gz have one stem"),
+    ("two of a name", lambda data, masks: (data / "p3.nii").touch(), "", "p3.nii and p3.nii.gz have the same stem"),
     (
         "other shape",
         lambda data, masks: nib.save(nib.Nifti1Image(mask_of(1)[:5], AFFINE), masks / "p3.nii.gz"),
@@ -191,18 +202,38 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
             [nib.save(nib.Nifti1Image(mask_of(1), AFFINE), masks / "p3" / f"{name}.nii.gz") for name in "ab"],
         ),
         "--labels 3=1",
-        "p3: 2 masks lie on its grid (a.nii.gz, b.nii.gz); remove all but one, or name organs",
+        "p3: 2 masks are on its grid (a.nii.gz, b.nii.gz); remove all but one, or name structures",
     ),
-    ("slab too long", lambda data, masks: None, "--slab 9", "--slab 9: no scan has so many slices; the longest has 8"),
-    ("no slab", lambda data, masks: None, "--slab 0", "--slab 0: must be at least 1 slice"),
+    (
+        "slab too long",
+        lambda data, masks: None,
+        "--slices_per_case 9",
+        "--slices_per_case 9: no scan is that long; the longest has 8 slices",
+    ),
+    ("no slab", lambda data, masks: None, "--slices_per_case 0", "--slices_per_case 0: must be at least 1"),
     ("nothing labelled", lambda data, masks: None, "--labels 99=1 --drop_empty", "every training case has an empty"),
     ("no such organ", lambda data, masks: None, "--labels spleen=1", "--labels spleen: no mask of that name in"),
-    ("not its flag", lambda data, masks: None, "--size 5 5", "--size means nothing for --dataset nifti, which"),
-    ("no window", lambda data, masks: None, "--window 5 5", "--window 5 5: the lower end must be below the upper one"),
-    ("no spacing", lambda data, masks: None, "--spacing 1 0 1", "--spacing 1 0 1: give three distances in mm, above 0"),
-    ("no orientation", lambda data, masks: None, "--orientation RAL", "--orientation RAL: give three letters such as"),
-    ("too few", lambda data, masks: None, "--split 0.9 0.05 0.05", "6 patient(s) leave none for evaluation"),
-    ("no shares", lambda data, masks: None, "--split 0.9 0.2", "--split 0.9 0.2: give two or three shares that add up"),
+    ("not its flag", lambda data, masks: None, "--size 5 5", "--size does not apply to --dataset nifti, which accepts"),
+    ("no window", lambda data, masks: None, "--intensity_window 5 5", "--intensity_window 5 5: LOW must be below HIGH"),
+    (
+        "no spacing",
+        lambda data, masks: None,
+        "--spacing 1 0 1",
+        "--spacing 1 0 1: expected three distances in mm, above 0",
+    ),
+    (
+        "no orientation",
+        lambda data, masks: None,
+        "--orientation RAL",
+        "--orientation RAL: expected three letters such as",
+    ),
+    ("too few", lambda data, masks: None, "--split_ratios 0.9 0.05 0.05", "6 patient(s) leave none for evaluation"),
+    (
+        "no shares",
+        lambda data, masks: None,
+        "--split_ratios 0.9 0.2",
+        "--split_ratios 0.9 0.2: give two or three shares that add up",
+    ),
 ]
 
 
@@ -224,7 +255,7 @@ def test_the_masks_folder_is_asked_for(folders: tuple[Path, Path], capsys: pytes
         "--dataset nifti needs --labels_dir, the folder of the masks"
     )
     assert "no such folder" in refused(capsys, "nifti", data, masks / "none")
-    assert "masks need a folder of their own" in refused(capsys, "nifti", data, data)
+    assert "masks need a separate folder" in refused(capsys, "nifti", data, data)
 
 
 def test_a_folder_that_may_not_be_entered_is_one_clear_line(
@@ -244,8 +275,9 @@ def test_real_ct_comes_through(real_data: Callable[[str], Path], tmp_path: Path)
     masks.mkdir()
     (data / "ct.nii.gz").symlink_to(real_data("abdomen_ct") / "example_ct_sm.nii.gz")
     (masks / "ct.nii.gz").symlink_to(real_data("abdomen_ct") / "example_seg.nii.gz")
-    flags = "--split 1 0 --labels 86,87=1:muscle 5=2:liver --window -160 240 --intensity unit --orientation SPL"
-    index = preprocess("nifti", data, masks, tmp_path / "out", flags, "--foreground_crop")
+    flags = "--split_ratios 1 0 --labels 86,87=1:muscle 5=2:liver --foreground_crop"
+    intensity = "--intensity_window -160 240 --intensity minmax --orientation SPL"
+    index = preprocess("nifti", data, masks, tmp_path / "out", flags, intensity)
     x, y = arrays(tmp_path / "out", "ct")
     assert sorted(index.cases["ct"].boxes) == [1, 2]
     # The liver is brighter than the air around the patient, and the muscles of the back lie behind it, on both sides.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data_loading.readers.labels import LabelMap
+from data_loading.readers.label_map import LabelMap
 
 KNOWN = ("background", "kidney", "tumour")
 
@@ -31,7 +31,7 @@ def test_0_may_be_a_class_and_names_stand_for_organs() -> None:
     assert LabelMap.parse(["0=1:membrane"]).apply(np.array([0, 255], np.uint8)).tolist() == [1, 0]
     labels = LabelMap.parse(["autochthon_left,autochthon_right=1", "liver=2"])
     assert labels.classes == ("background", "autochthon_left+autochthon_right", "liver")
-    assert [labels.of(name) for name in ("autochthon_right", "liver", "spleen")] == [1, 2, 0]
+    assert [labels.class_of(name) for name in ("autochthon_right", "liver", "spleen")] == [1, 2, 0]
 
 
 def test_a_data_sets_own_names_are_known() -> None:
@@ -44,14 +44,14 @@ def test_a_data_sets_own_names_are_known() -> None:
     [
         (["86"], "--labels 86: expected VALUES=CLASS, such as 86,87=1 or 5=2:liver"),
         (["86=muscle"], "expected VALUES=CLASS"),
-        (["86=2"], r"classes must be 1, 2, … without a gap, found \[2\]"),
+        (["86=2"], r"classes must be numbered 1, 2, … without a gap, found \[2\]"),
         (["86=0"], r"without a gap, found \[0\]"),
-        (["86=1", "86=2"], "--labels 86=2: 86 is there twice"),
-        (["80-90=1", "86=2"], "86 is there twice"),
-        (["86=1:a", "87=1:b"], "class 1 is a already"),
-        (["86=1:a", "87=2:a"], "two classes have one name"),
-        (["256=1"], "256 is no label of 0 to 255"),
-        (["9-3=1"], "9-3 is no label"),
+        (["86=1", "86=2"], "--labels 86=2: 86 is listed twice"),
+        (["80-90=1", "86=2"], "86 is listed twice"),
+        (["86=1:a", "87=1:b"], "class 1 is already named a"),
+        (["86=1:a", "87=2:a"], "two classes have the same name"),
+        (["256=1"], "256 is not a label from 0 to 255"),
+        (["9-3=1"], "9-3 is not a label"),
         ([",5=1"], "a key is empty"),
     ],
 )
@@ -61,19 +61,19 @@ def test_bad_lists_are_one_clear_line(tokens: list[str], message: str) -> None:
 
 
 def test_what_a_data_set_does_not_have_is_told() -> None:
-    with pytest.raises(UserError, match="--labels 7=1: 7 is no label of 0 to 2"):
+    with pytest.raises(UserError, match="--labels 7=1: 7 is not a label from 0 to 2"):
         LabelMap.parse(["7=1"], KNOWN)
-    with pytest.raises(UserError, match="'liver' is no label; there is background, kidney, tumour"):
+    with pytest.raises(UserError, match="unknown label 'liver'; available: background, kidney, tumour"):
         LabelMap.parse(["liver=1"], KNOWN)
-    with pytest.raises(UserError, match="--labels spleen: no mask of that name in here; there is liver"):
-        LabelMap.parse(["spleen=1"]).check_covers({"liver", 3}, "here")
+    with pytest.raises(UserError, match="--labels spleen: no mask of that name in here; available: liver"):
+        LabelMap.parse(["spleen=1"]).check_names({"liver", 3}, "here")
 
 
 def test_without_a_list_every_value_is_a_class_in_rising_order() -> None:
-    labels = LabelMap.of_found({0, 255, 7}, "masks")
+    labels = LabelMap.from_keys({0, 255, 7}, "masks")
     assert (labels.pairs, labels.classes) == (((7, 1), (255, 2)), ("background", "7", "255"))
-    assert LabelMap.of_found({"liver", "aorta"}, "masks").classes == ("background", "aorta", "liver")
+    assert LabelMap.from_keys({"liver", "aorta"}, "masks").classes == ("background", "aorta", "liver")
     with pytest.raises(UserError, match="masks: every mask is empty"):
-        LabelMap.of_found({0}, "masks")
-    with pytest.raises(UserError, match=r"the masks hold 99 values; choose and merge with --labels, such as 128-255=1"):
-        LabelMap.of_found(set(range(100)), "masks")
+        LabelMap.from_keys({0}, "masks")
+    with pytest.raises(UserError, match=r"the masks hold 99 values; select and merge with --labels, such as 128-255=1"):
+        LabelMap.from_keys(set(range(100)), "masks")

@@ -1,0 +1,130 @@
+"""Maps the values of masks to classes: `--labels 86,87=1:muscle 5=2` selects, merges and names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+
+# A value of the mask, or the name of a structure that has a file or a segment of its own.
+Key = int | str
+MAX_VALUE = 255
+# A file with more distinct values than this is taken for an image, not for a mask.
+MAX_VALUES_FOUND = 64
+ENTRY = re.compile(r"([^=]+)=(\d+)(?::(.+))?")
+RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Maps the values of masks, or the names of their files, to classes; everything else is background.
+
+    Attributes:
+        pairs: (value or name, class).
+        classes: class names, the background first.
+    """
+
+    pairs: tuple[tuple[Key, int], ...]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, entries: Sequence[str], known: Sequence[str] = ()) -> LabelMap:
+        """Parses `--labels`.
+
+        Args:
+            entries: KEYS=CLASS or KEYS=CLASS:NAME each; keys are values, ranges such as 1-9, or names.
+            known: class names of the data set, if it has any: they may be used as keys, and name the new classes.
+
+        Raises:
+            UserError: a malformed entry, a value that is listed twice or that the data set lacks, or classes that are
+                not numbered 1, 2, …
+        """
+        pairs: dict[Key, int] = {}
+        names: dict[int, str] = {}
+        merged: dict[int, list[str]] = {}
+        for entry in entries:
+            match = ENTRY.fullmatch(entry)
+            if not match:
+                raise _bad_entry(entry, "expected VALUES=CLASS, such as 86,87=1 or 5=2:liver")
+            value = int(match[2])
+            for key in _parse_keys(match[1], entry, known):
+                if key in pairs:
+                    raise _bad_entry(entry, f"{key} is listed twice")
+                pairs[key] = value
+                merged.setdefault(value, []).append(known[key] if isinstance(key, int) and known else str(key))
+            if match[3] and names.setdefault(value, match[3]) != match[3]:
+                raise _bad_entry(entry, f"class {value} is already named {names[value]}")
+        if sorted(merged) != list(range(1, len(merged) + 1)) or not merged or len(merged) > MAX_VALUE:
+            raise UserError(f"--labels: classes must be numbered 1, 2, … without a gap, found {sorted(merged)}")
+        classes = [names.get(value) or "+".join(merged[value]) for value in sorted(merged)]
+        if len(set(classes)) != len(classes):
+            raise UserError(f"--labels: two classes have the same name: {', '.join(classes)}")
+        return cls(tuple(pairs.items()), ("background", *classes))
+
+    @classmethod
+    def from_keys(cls, keys: Iterable[Key], source: str) -> LabelMap:
+        """Makes one class of each value or name found in the masks, except 0, in ascending order.
+
+        Args:
+            source: where the masks come from, for the error message.
+
+        Raises:
+            UserError: there are none, or too many for masks.
+        """
+        found = sorted(set(keys) - {0}, key=lambda key: (isinstance(key, str), key))
+        if not found:
+            raise UserError(f"{source}: every mask is empty; choose another folder")
+        if len(found) > MAX_VALUES_FOUND:
+            raise UserError(
+                f"{source}: the masks hold {len(found)} values; select and merge with --labels, such as 128-255=1"
+            )
+        return cls(tuple((key, value) for value, key in enumerate(found, 1)), ("background", *map(str, found)))
+
+    def class_of(self, name: str) -> int:
+        """Returns the class of a structure by its name, 0 if it is not listed."""
+        return dict(self.pairs).get(name, 0)
+
+    def apply(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Returns a mask of any shape with its values replaced by classes."""
+        table = np.zeros(MAX_VALUE + 1, np.uint8)
+        for key, value in self.pairs:
+            if isinstance(key, int):
+                table[key] = value
+        return table[mask]
+
+    def has_names(self) -> bool:
+        """Returns whether structures are listed by name."""
+        return any(isinstance(key, str) for key, _ in self.pairs)
+
+    def check_names(self, keys: Collection[Key], source: str) -> None:
+        """Raises UserError if a listed name is in no mask at all: most likely it is misspelt."""
+        missing = [key for key, _ in self.pairs if isinstance(key, str) and key not in keys]
+        if missing:
+            available = ", ".join(sorted(key for key in keys if isinstance(key, str))) or "values only"
+            raise UserError(f"--labels {missing[0]}: no mask of that name in {source}; available: {available}")
+
+
+def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[Key]:
+    for part in text.split(","):
+        match = RANGE.fullmatch(part)
+        if not match:
+            if known and part not in known:
+                raise _bad_entry(entry, f"unknown label {part!r}; available: {', '.join(known)}")
+            if not part:
+                raise _bad_entry(entry, "a key is empty")
+            yield known.index(part) if known else part
+            continue
+        first, last = int(match[1]), int(match[2] or match[1])
+        highest = len(known) - 1 if known else MAX_VALUE
+        if not first <= last <= highest:
+            raise _bad_entry(entry, f"{part} is not a label from 0 to {highest}")
+        yield from range(first, last + 1)
+
+
+def _bad_entry(entry: str, reason: str) -> UserError:
+    return UserError(f"--labels {entry}: {reason}")
