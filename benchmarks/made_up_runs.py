@@ -114,18 +114,34 @@ def events_of(
     batch = config.batch_size * config.ga_steps
     division = "open" if reasons else "closed"
     yield ev.InitStarted(config, {}, caches_were_cleared=True)
-    yield ev.InitStopped(config, seeds, division, list(reasons), "1xABACUS", ["a", "b"], TRAINING, [])
+    yield ev.InitStopped(
+        config=config,
+        seeds=seeds,
+        division=division,
+        reasons=list(reasons),
+        platform="1xABACUS",
+        tensors=["a", "b"],
+        samples_per_epoch=TRAINING,
+        notes=[],
+    )
     yield ev.RunStarted()
-    yield ev.DataOpened(TRAINING, EVALUATION, TRAINING, batch, config.ga_steps, list(KITS19.classes))
+    yield ev.DataOpened(
+        train_samples=TRAINING,
+        eval_samples=EVALUATION,
+        samples_per_epoch=TRAINING,
+        global_batch_size=batch,
+        gradient_accumulation_steps=config.ga_steps,
+        classes=list(KITS19.classes),
+    )
     start = 1
     for stop in range(first, epochs + 1, interval):
         yield ev.BlockStarted(start, stop - start + 1)
         for epoch in range(start, stop + 1):
             yield ev.EpochStarted(epoch, 0.1, TRAINING // batch)
-            yield ev.EpochStopped(epoch, 0.5, 0.1, TRAINING, 1.0)
+            yield ev.EpochStopped(epoch=epoch, loss=0.5, learning_rate=0.1, samples=TRAINING, seconds=1.0)
         score = 0.5 if stop + interval <= epochs else 0.91 if converges else 0.6
         yield ev.EvaluationStarted(stop, EVALUATION)
-        yield ev.EvaluationStopped(stop, score, [score, score], 0.2, 1.0)
+        yield ev.EvaluationStopped(epoch=stop, mean_dice=score, dice=[score, score], loss=0.2, seconds=1.0)
         yield ev.BlockStopped(start, stop - start + 1)
         start = stop + 1
     status = ("success", "mean Dice reached 0.908") if converges else ("aborted", "all epochs are over")

@@ -16,7 +16,7 @@ RULE_EVALUATION_INTERVAL = 20
 
 @dataclass(frozen=True)
 class EvalSchedule:
-    """Up to `epochs`, with an evaluation at `first_evaluation` and every `interval` after it; None: never."""
+    """Up to `epochs` epochs; an evaluation after epoch `first_evaluation` (None: never) and every `interval` later."""
 
     epochs: int
     first_evaluation: int | None
@@ -27,10 +27,10 @@ class EvalSchedule:
         return first is not None and epoch >= first and (epoch - first) % self.interval == 0
 
     def check(self, batches: int, ga_steps: int, warmup_steps: int | None) -> None:
-        """Refuses, before anything is touched, a run that would end without a result.
+        """Refuses a run that would end without a result, before anything is built.
 
         Args:
-            batches: of a rank in an epoch.
+            batches: number of micro-batches per rank and epoch.
             warmup_steps: of `--benchmark`; None without it.
 
         Raises:
@@ -46,14 +46,14 @@ class EvalSchedule:
             )
 
     def note(self) -> str:
-        """One line where no evaluation will take place, which a user seldom means; else ""."""
+        """A note if no evaluation will take place, which users seldom intend; otherwise ""."""
         if self.first_evaluation is not None and self.first_evaluation <= self.epochs:
             return ""
         when = f"the first is due at epoch {self.first_evaluation}" if self.first_evaluation else "there are no cases"
         return f"no evaluation in these {self.epochs} epochs ({when}); --start_eval_at and --evaluate_every set others"
 
     def blocks(self, start: int) -> Iterator[tuple[int, int]]:
-        """(first, last) epochs of each stretch up to and with an evaluation, from epoch `start` on."""
+        """The (first, last) epochs up to and including each evaluation, from epoch `start` on."""
         first = start
         for epoch in range(start, self.epochs + 1):
             if self.evaluates(epoch) or epoch == self.epochs:

@@ -1,4 +1,4 @@
-"""How a micro-batch's loss is formed: the plain way, or as one of `--augment` that mixes whole samples says."""
+"""How the loss of a micro-batch is formed: plainly, or by an `--augment` that mixes whole samples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Objective(Protocol):
-    """A loss to go back from. What it draws comes from torch's generator, which `seed_step` has set."""
+    """Computes a loss to backpropagate. Its random numbers come from torch's generator, seeded by `seed_step`."""
 
     def __call__(self, network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         """The loss of one micro-batch, a scalar.
 
         Args:
-            network: the bare network, to look into; it is `predict` that computes, in the run's precision.
+            network: the bare network, to inspect; `predict` runs it, in the run's precision.
             image: (N, C, D, H, W).
             label: (N, 1, D, H, W) uint8.
         """
@@ -41,7 +41,7 @@ OBJECTIVES: registry.Table[Objective] = {
 
 
 def split_specs(specs: Sequence[registry.Spec]) -> tuple[list[registry.Spec], list[registry.Spec]]:
-    """What of `--augment` changes a sample on its own, and what mixes those of a batch."""
+    """Splits `--augment` into the specs that change single samples and those that mix the samples of a batch."""
     mixing = [spec for spec in specs if registry.parse(spec, "--augment")[0] in OBJECTIVES]
     return [spec for spec in specs if spec not in mixing], mixing
 
@@ -50,12 +50,12 @@ def make_objective(specs: Sequence[registry.Spec], batch_size: int, is_compiled:
     """Returns the objective that `--augment` names, and notes where it has no effect.
 
     Raises:
-        UserError: several, unknown arguments, or one that `--compile` would leave out.
+        UserError: more than one, unknown arguments, or one that `--compile` would bypass.
     """
     if not specs:
         return plain
     if len(specs) > 1:
-        raise UserError(f"--augment {' '.join(map(str, specs))}: samples can be mixed in one way alone")
+        raise UserError(f"--augment {' '.join(map(str, specs))}: only one of them may mix samples")
     objective = registry.build(specs[0], OBJECTIVES, "--augment")
     if is_compiled and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")

@@ -1,6 +1,7 @@
-"""What happens in a run, as dataclasses. Metrics inside an event are already global: every rank decides alike.
+"""The events of a run, as dataclasses, and their dispatcher.
 
-Only `InitStarted` carries the whole configuration; the order of the events is the order of MLPerf's log.
+Scores in an event are already those of all ranks, so that every rank takes the same decisions. The order of the events
+is the order of MLPerf's log.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from runtime.arguments import RunConfig
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened; `kind` in the JSON lines is the class's name."""
+    """Something that happened; in the JSON lines `event` is the class's name."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,23 @@ class InitStarted(Event):
 
 @dataclass(frozen=True)
 class PreflightEnd(Event):
-    """The pre-flight's result: a table for people, and for each check what was looked at, found, and to do."""
+    """The result of the pre-flight checks: a table to print, and each check's subject, finding and remedy."""
 
     table: str
     checks: list[dict[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InitStopped(Event):
     """Network, optimizer and warm-up are ready; no training data has been touched.
 
     Attributes:
         seeds: by purpose.
-        division: "closed" or "open", with the reasons for "open".
-        platform: what it runs on.
-        tensors: parameter-holding modules' names, in the network's order, for `weights_initialization`.
+        division: "closed" or "open"; `reasons` are the rule violations that make it open.
+        platform: the system's name.
+        tensors: names of the modules with parameters, in the network's order, for `weights_initialization`.
         samples_per_epoch: over all ranks.
-        notes: what the user may not expect, a line each.
+        notes: what the user may not expect, one line each.
     """
 
     config: RunConfig
@@ -60,12 +61,12 @@ class InitStopped(Event):
 
 @dataclass(frozen=True)
 class Calibrated(Event):
-    """`--benchmark`: what the figures are compared with, measured before the clock starts.
+    """`--benchmark`: reference figures, measured before the clock starts.
 
     Attributes:
-        flops_per_sample: of forward and backward, a multiplication and an addition counted as two.
-        peak_flops: a second, of this rank's device in a large matrix product of the step's number format.
-        communication_ms: what a step takes longer where it averages gradients over the ranks; 0 on one.
+        flops_per_sample: of forward and backward; a multiply-add counts as two.
+        peak_flops: per second, of this rank's device in a large matrix product of the step's number format.
+        communication_ms: by how much averaging the gradients over the ranks prolongs a step; 0 on one rank.
     """
 
     flops_per_sample: float
@@ -75,12 +76,12 @@ class Calibrated(Event):
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """The clock starts: comes before the first look at the data."""
+    """The clock starts; the training data has not been touched yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOpened(Event):
-    """`notes`: what the user may not expect, a line each."""
+    """The data set is open; `notes`: what the user may not expect, one line each."""
 
     train_samples: int
     eval_samples: int
@@ -93,7 +94,7 @@ class DataOpened(Event):
 
 @dataclass(frozen=True)
 class BlockStarted(Event):
-    """A block: the epochs up to and with the next evaluation."""
+    """A block is the epochs up to and including the next evaluation."""
 
     first_epoch: int
     epochs: int
@@ -122,18 +123,18 @@ class MicroBatchEnd(Event):
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepEnd(Event):
-    """A step of the optimizer, told when its numbers have reached the host: on a GPU a step later.
+    """A step of the optimizer, reported when its numbers have reached the host: on a GPU, one step later.
 
     Attributes:
-        batch: of the epoch, the last one of the step, counted from 0.
-        loss: this rank's, the mean of the step's micro-batches.
+        batch: index in the epoch, from 0, of the step's last micro-batch.
+        loss: this rank's mean over the step's micro-batches.
         gradient_norm: of the averaged gradients, the loss scale divided out; equal on all ranks.
         loss_scale: 1 without a loss scaler.
-        signal: the number of one that asks some rank to leave, 0: none. It and what follows are alike on all ranks.
+        signal: number of a signal that some rank received, 0: none. This and the fields below are equal on all ranks.
         save: a checkpoint is due.
-        fault: some rank's loss or gradient is no finite number, or its loss scale has collapsed.
+        fault: some rank's loss or gradient is not finite, or its loss scale has collapsed.
     """
 
     epoch: int
@@ -146,9 +147,9 @@ class StepEnd(Event):
     fault: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochStopped(Event):
-    """`loss` is the mean over all ranks and batches, `seconds` this rank's."""
+    """`loss` is the mean over all ranks and batches, `seconds` is this rank's time."""
 
     epoch: int
     loss: float
@@ -165,13 +166,13 @@ class EvaluationStarted(Event):
 
 @dataclass(frozen=True)
 class CaseEvaluated(Event):
-    """One case of this rank is done."""
+    """This rank has scored one case."""
 
     epoch: int
     case: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationStopped(Event):
     """Scores over all cases and ranks.
 
@@ -179,7 +180,7 @@ class EvaluationStopped(Event):
         dice: mean Dice of each foreground class, in the classes' order.
         mean_dice: mean of `dice`.
         loss: mean loss of the sliding-window logits.
-        per_case: {case: Dice of each foreground class}.
+        per_case: Dice of each foreground class, by case id.
     """
 
     epoch: int
@@ -190,9 +191,9 @@ class EvaluationStopped(Event):
     per_case: dict[str, list[float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainDiceEnd(Event):
-    """Scores of training cases, found as an evaluation finds its own; nothing is decided by them."""
+    """Scores of training cases, computed as an evaluation does; no decision depends on them."""
 
     epoch: int
     mean_dice: float
@@ -209,7 +210,7 @@ class BlockStopped(Event):
 
 @dataclass(frozen=True)
 class RunStopped(Event):
-    """`status` is "success" or "aborted", `reason` says why."""
+    """`status` is "success" or "aborted", for the stated `reason`."""
 
     status: str
     reason: str
@@ -219,9 +220,9 @@ class RunStopped(Event):
 
 @dataclass(frozen=True)
 class RunFinalized(Event):
-    """The last event, however a run ended that had started training: nothing of it is written any more.
+    """The last event of a run that had started training, however it ended: nothing is written after it.
 
-    `files` are what it leaves behind: checkpoint, logs, report and pictures.
+    `files`: checkpoint, logs, report and pictures of the run.
     """
 
     files: list[str]

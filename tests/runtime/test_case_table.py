@@ -96,7 +96,10 @@ def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     table = CaseTable(data_dir, SPEC, "test")
     table.keep({"a": [1.5, math.nan] + [0.25] * (table.size - 2), "b": [math.inf] * table.size})
     per_case = {"a": [0.9, 0.7], "b": [0.5, 0.4]}
-    line = table.write(tmp_path / "logs", EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, per_case))
+    line = table.write(
+        tmp_path / "logs",
+        EvaluationStopped(epoch=3, mean_dice=0.6, dice=[0.7, 0.5], loss=0.1, seconds=1.0, per_case=per_case),
+    )
     assert line.startswith(f"cases {tmp_path / 'logs' / 'evaluation.csv'}")
     with (tmp_path / "logs" / "evaluation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -114,6 +117,9 @@ def test_without_monai_its_columns_are_left_out_and_that_is_reported(
     table = CaseTable(data_dir, SPEC, "evaluation")
     assert table("a", logits_of(MOVED), TRUE).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
     table.keep({"a": [1.0] * 4})
-    line = table.write(tmp_path, EvaluationStopped(3, 0.6, [0.7, 0.5], 0.1, 1.0, {"a": [0.9, 0.7]}))
+    line = table.write(
+        tmp_path,
+        EvaluationStopped(epoch=3, mean_dice=0.6, dice=[0.7, 0.5], loss=0.1, seconds=1.0, per_case={"a": [0.9, 0.7]}),
+    )
     assert line.endswith("(without surface Dice and Hausdorff distance: pip install '.[monai]')")
     assert "hausdorff" not in (tmp_path / "evaluation.csv").read_text()

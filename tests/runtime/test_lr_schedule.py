@@ -28,7 +28,7 @@ RUN = LRScheduleConfig(
 
 
 def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
-    return EvaluationStopped(epoch, dice, [dice], loss, 1.0)
+    return EvaluationStopped(epoch=epoch, mean_dice=dice, dice=[dice], loss=loss, seconds=1.0)
 
 
 @pytest.mark.parametrize("spec", ["multistep", "cosine", "polynomial", "plateau"])

@@ -253,7 +253,7 @@ def test_specs_are_distinguished_and_wrong_ones_refused(capsys: pytest.CaptureFi
     make_objective(["manifold_mixup"], 1, False)
     assert "does nothing with a --batch_size of 1" in capsys.readouterr().err
     for wrong, problem in (
-        (["mixup", "manifold_mixup"], "in one way alone"),
+        (["mixup", "manifold_mixup"], "only one of them may mix samples"),
         (["mixup(alpha=0)"], "expected a number above 0"),
         (["mixup(beta=1)"], "unknown argument 'beta'; it takes alpha=0.2"),
     ):

@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 
 
 def scored(mean_dice: float, epoch: int = 4) -> EvaluationStopped:
-    return EvaluationStopped(epoch, mean_dice, [mean_dice, mean_dice], 0.5, 1.0)
+    return EvaluationStopped(epoch=epoch, mean_dice=mean_dice, dice=[mean_dice, mean_dice], loss=0.5, seconds=1.0)
 
 
 def step_end(loss: float = 0.5, norm: float = 1.0, scale: float = 1.0, **agreed: Any) -> StepEnd:
-    return StepEnd(4, 7, loss, norm, scale, **agreed)
+    return StepEnd(epoch=4, batch=7, loss=loss, gradient_norm=norm, loss_scale=scale, **agreed)
 
 
 @dataclass(frozen=True)

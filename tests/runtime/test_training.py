@@ -300,7 +300,7 @@ def test_events_of_an_epoch(make_state: MakeState, make_batches: MakeBatches) ->
     expected: list[Event] = [EpochStarted(4, 0.25, 3)]
     for index in range(3):
         expected += [PhaseEnd("data"), PhaseEnd("forward and backward"), MicroBatchEnd(4, index, 2)]
-        expected += [StepEnd(4, index, 0.0, 0.0, 1.0)]
+        expected += [StepEnd(epoch=4, batch=index, loss=0.0, gradient_norm=0.0, loss_scale=1.0)]
     # The numbers have a test of their own.
     without = [replace(e, loss=0.0, gradient_norm=0.0) if isinstance(e, StepEnd) else e for e in events]
     assert without[:-1] == expected
@@ -666,7 +666,7 @@ class Run:
     def evaluate(self, epoch: int) -> EvaluationStopped:
         self.emit(EvaluationStarted(epoch, 1))
         score = self.scores.get(epoch, 0.5)
-        return EvaluationStopped(epoch, score, [score], 0.1, 0.0)
+        return EvaluationStopped(epoch=epoch, mean_dice=score, dice=[score], loss=0.1, seconds=0.0)
 
     def wish(self) -> StepRequest:
         return StepRequest(self.signals.get(sum(isinstance(event, StepEnd) for event in self.events), 0))

@@ -23,7 +23,7 @@ Make = Callable[..., Callback]
 
 
 def scored(epoch: int, dice: float, loss: float = 1.0) -> EvaluationStopped:
-    return EvaluationStopped(epoch, dice, [dice, dice], loss, 1.0)
+    return EvaluationStopped(epoch=epoch, mean_dice=dice, dice=[dice, dice], loss=loss, seconds=1.0)
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def events() -> list[Event]:
 def make(tmp_path: Path, events: list[Event]) -> Make:
     def build(spec: str, rank: int = 0) -> Callback:
         def make_evaluate_fn(cases: Any, emit: Any) -> Callable[[int], EvaluationStopped]:
-            return lambda epoch: EvaluationStopped(epoch, 0.1 * len(cases), [0.2, 0.3], 0.4, 5.0)
+            return lambda epoch: EvaluationStopped(
+                epoch=epoch, mean_dice=0.1 * len(cases), dice=[0.2, 0.3], loss=0.4, seconds=5.0
+            )
 
         def take(state: TrainState, sums: list[float]) -> dict[str, Any]:
             return snapshot(state, sums, config={"a": 1}, seed=1, data="")
@@ -159,7 +161,7 @@ def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -
     for spec in ("top_k(k=1)", "lr_monitor"):
         callback, state = make(spec, rank=1), make_state()
         callback.on_evaluation_end(scored(1, 0.5), state)
-        callback.on_step_end(StepEnd(1, 0, 0.5, 1.0, 1.0), state)
+        callback.on_step_end(StepEnd(epoch=1, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0), state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +180,7 @@ def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tm
     state, callback = make_state(rate=0.25), make("lr_monitor(every=2)")
     for batch in range(5):
         state.optimizer.param_groups[0]["lr"] = 0.1 * batch
-        callback.on_step_end(StepEnd(3, batch, 0.5, 2.0, 8.0), state)
+        callback.on_step_end(StepEnd(epoch=3, batch=batch, loss=0.5, gradient_norm=2.0, loss_scale=8.0), state)
     with (tmp_path / "rates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["epoch"], row["batch"], float(row["learning_rate"])) for row in rows] == [
@@ -192,9 +194,9 @@ def test_training_cases_are_scored_after_each_evaluation(
     make: Make, make_state: MakeState, events: list[Event]
 ) -> None:
     callback = make("train_dice(cases=2)")
-    callback.on_step_end(StepEnd(1, 0, 0.5, 1.0, 1.0), make_state())
+    callback.on_step_end(StepEnd(epoch=1, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0), make_state())
     callback.on_evaluation_end(scored(7, 0.5), make_state())
-    assert events == [TrainDiceEnd(7, 0.2, [0.2, 0.3], 0.4, 5.0)]
+    assert events == [TrainDiceEnd(epoch=7, mean_dice=0.2, dice=[0.2, 0.3], loss=0.4, seconds=5.0)]
 
 
 @pytest.mark.parametrize(

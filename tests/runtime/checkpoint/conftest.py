@@ -51,7 +51,7 @@ def train_epochs(
 
 
 def keep_best(state: TrainState, epoch: int, mean_dice: float) -> None:
-    keep_if_best(state, EvaluationStopped(epoch, mean_dice, [mean_dice], 0.1, 1.0))
+    keep_if_best(state, EvaluationStopped(epoch=epoch, mean_dice=mean_dice, dice=[mean_dice], loss=0.1, seconds=1.0))
 
 
 def keep_state(

@@ -29,7 +29,7 @@ MakeState = Callable[..., TrainState]
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 FULL = OSError(errno.ENOSPC, "No space left on device")
-DUE = StepEnd(4, 1, 0.5, 1.0, 1.0, save=True)
+DUE = StepEnd(epoch=4, batch=1, loss=0.5, gradient_norm=1.0, loss_scale=1.0, save=True)
 ENDED = Stop("aborted", "not reached")
 take = partial(snapshot, config={}, seed=1, data="")
 

@@ -19,6 +19,11 @@ from runtime.logging.events import StepEnd
 STEPS = [(3, 1, 0.5, 2.0), (3, 3, 0.25, 1.5), (3, 5, 0.125, 1.0), (4, 1, 0.75, 0.5)]
 
 
+def expected_end(step: tuple[int, int, float, float]) -> StepEnd:
+    epoch, batch, loss, norm = step
+    return StepEnd(epoch=epoch, batch=batch, loss=loss, gradient_norm=norm, loss_scale=1.0)
+
+
 def submit(
     step_sync: StepSync, epoch: int, batch: int, loss: float, norm: float, scale: float | None = None
 ) -> list[StepEnd]:
@@ -47,7 +52,7 @@ def test_every_step_comes_once_in_order_so_many_beats_later(lag: int, world: Wor
     step_sync = StepSync(world, lag=lag)
     came = [submit(step_sync, *step) for step in STEPS]
     rest = list(step_sync.drain())
-    expected = [StepEnd(*step, loss_scale=1.0) for step in STEPS]
+    expected = [expected_end(step) for step in STEPS]
     assert [len(events) for events in came] == [0] * lag + [1] * (4 - lag)
     assert [event for events in [*came, rest] for event in events] == expected
     assert list(step_sync.drain()) == [], "each is told once"
@@ -58,7 +63,7 @@ def test_the_lag_is_of_the_device(world: World) -> None:
     assert len(submit(StepSync(world), *STEPS[0])) == 1
     step_sync = StepSync(World(0, 1, torch.device("cuda")))
     assert submit(step_sync, *STEPS[0]) == []
-    assert submit(step_sync, *STEPS[1]) == [StepEnd(*STEPS[0], loss_scale=1.0)]
+    assert submit(step_sync, *STEPS[1]) == [expected_end(STEPS[0])]
 
 
 def test_a_beat_reads_what_was_sent_before_and_nothing_else(
@@ -80,7 +85,7 @@ def test_a_beat_reads_what_was_sent_before_and_nothing_else(
     assert reads == []
     for count, step in enumerate(steps[1:], start=1):
         (event,) = step_sync.submit(**step)
-        assert event == StepEnd(*STEPS[count - 1], loss_scale=1.0)
+        assert event == expected_end(STEPS[count - 1])
         assert reads == ["tolist"] * count, "one vector a step"
 
 
@@ -119,7 +124,7 @@ def test_a_copy_is_waited_for_before_it_is_read(world: World, monkeypatch: pytes
         return host, lambda: host.copy_(vector)
 
     monkeypatch.setattr("runtime.distributed.step_sync._start_copy", copy)
-    assert hear(world, 0.5, 2.0) == StepEnd(1, 0, 0.5, 2.0, 1.0)
+    assert hear(world, 0.5, 2.0) == StepEnd(epoch=1, batch=0, loss=0.5, gradient_norm=2.0, loss_scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -194,4 +199,4 @@ def test_a_vector_that_a_step_changes_later_was_copied(world: World) -> None:
     assert list(step_sync.submit(epoch=1, batch=0, loss=loss, gradient_norm=norm, loss_scale=scale)) == []
     for tensor in (loss, norm, scale):
         tensor.fill_(7.0)
-    assert list(step_sync.drain()) == [StepEnd(1, 0, 0.5, 2.0, 1024.0)]
+    assert list(step_sync.drain()) == [StepEnd(epoch=1, batch=0, loss=0.5, gradient_norm=2.0, loss_scale=1024.0)]

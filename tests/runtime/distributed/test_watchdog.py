@@ -155,7 +155,12 @@ def test_a_note_tells_which_function_the_main_thread_is_in(board: KeyValueStore,
 
 def test_a_place_is_further_on_with_every_mark() -> None:
     watchdog, places, texts = make(None), [], []
-    epoch = [ev.EpochStarted(3, 0.1, 2), *a_step(3, 0), *a_step(3, 1), ev.EpochStopped(3, 0.5, 0.1, 4, 1.0)]
+    epoch = [
+        ev.EpochStarted(3, 0.1, 2),
+        *a_step(3, 0),
+        *a_step(3, 1),
+        ev.EpochStopped(epoch=3, loss=0.5, learning_rate=0.1, samples=4, seconds=1.0),
+    ]
     for event in [*epoch, ev.EpochStarted(4, 0.1, 2)]:
         places.append(tell(watchdog, event)._place)
         texts.append(watchdog._text)
@@ -325,12 +330,14 @@ def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(7.9, compute) == 40
     assert after(9, step) == pytest.approx(45), "five times the slowest mark"
     assert after(1, done) == pytest.approx(45)
-    assert after(1, ev.EpochStopped(1, 0.5, 0.1, 8, 1.0)) == 1800
+    assert after(1, ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.1, samples=8, seconds=1.0)) == 1800
     assert after(500, ev.EvaluationStarted(1, 3)) == 1800
     assert after(500, ev.CaseEvaluated(1, "case_00000")) == 1800
-    assert after(500, ev.EvaluationStopped(1, 0.5, [0.5], 0.5, 1.0)) == 1800
+    assert after(500, ev.EvaluationStopped(epoch=1, mean_dice=0.5, dice=[0.5], loss=0.5, seconds=1.0)) == 1800
     assert after(500, ev.EpochStarted(2, 0.1, 4)) == pytest.approx(45), "an evaluation is no step"
-    assert after(0, ev.BlockStopped(1, 1), ev.StepEnd(2, 0, 0.5, 1.0, 1.0)) == pytest.approx(45), "nothing is marked"
+    assert after(
+        0, ev.BlockStopped(1, 1), ev.StepEnd(epoch=2, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0)
+    ) == pytest.approx(45), "nothing is marked"
     assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
 
 
@@ -348,7 +355,11 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeyp
         [],
         [ev.EpochStarted(1, 0.1, 4)],
         [ev.EpochStarted(1, 0.1, 4), ev.PhaseEnd("data")],
-        [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EpochStopped(1, 0.5, 0.1, 8, 1.0)],
+        [
+            ev.EpochStarted(1, 0.1, 4),
+            *a_step(1, 0),
+            ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.1, samples=8, seconds=1.0),
+        ],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EvaluationStarted(1, 3)],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.RunStopped("aborted", "interrupted by SIGTERM", 1, 1.0)],
     ],

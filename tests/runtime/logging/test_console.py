@@ -22,7 +22,16 @@ def config() -> RunConfig:
 
 def init_stopped(config: RunConfig, reasons: list[str], notes: list[str]) -> ev.InitStopped:
     division = "open" if reasons else "closed"
-    return ev.InitStopped(config, {"master": 1234}, division, reasons, "1xABACUS", ["a"], 168, notes)
+    return ev.InitStopped(
+        config=config,
+        seeds={"master": 1234},
+        division=division,
+        reasons=reasons,
+        platform="1xABACUS",
+        tensors=["a"],
+        samples_per_epoch=168,
+        notes=notes,
+    )
 
 
 def evaluation(epoch: int) -> list[ev.Event]:
@@ -30,7 +39,7 @@ def evaluation(epoch: int) -> list[ev.Event]:
         ev.EvaluationStarted(epoch, 2),
         ev.CaseEvaluated(epoch, "case_00000"),
         ev.CaseEvaluated(epoch, "case_00003"),
-        ev.EvaluationStopped(epoch, 0.65, [0.7, 0.6], 0.1234, 2.04),
+        ev.EvaluationStopped(epoch=epoch, mean_dice=0.65, dice=[0.7, 0.6], loss=0.1234, seconds=2.04),
     ]
 
 
@@ -39,12 +48,19 @@ def run(config: RunConfig) -> list[ev.Event]:
         ev.InitStarted(config, {}, False),
         init_stopped(config, [], []),
         ev.RunStarted(),
-        ev.DataOpened(168, 42, 168, 2, 1, ["background", "kidney", "tumour"]),
+        ev.DataOpened(
+            train_samples=168,
+            eval_samples=42,
+            samples_per_epoch=168,
+            global_batch_size=2,
+            gradient_accumulation_steps=1,
+            classes=["background", "kidney", "tumour"],
+        ),
         ev.BlockStarted(1, 1),
         ev.EpochStarted(1, 0.125, 2),
         ev.MicroBatchEnd(1, 0, 2),
         ev.MicroBatchEnd(1, 1, 2),
-        ev.EpochStopped(1, 0.5, 0.125, 4, 1.0),
+        ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.125, samples=4, seconds=1.0),
         *evaluation(1),
         ev.BlockStopped(1, 1),
         ev.RunStopped("success", "mean Dice 0.6500 reached 0.6", 1, 61.26),
@@ -117,7 +133,11 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
     tell(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
     tell(
         tracker,
-        [ev.StepEnd(2, 0, 0.75, 1.0, 1.0), ev.MicroBatchEnd(2, 1, 2), ev.RunStopped("aborted", "by hand", 2, 1.0)],
+        [
+            ev.StepEnd(epoch=2, batch=0, loss=0.75, gradient_norm=1.0, loss_scale=1.0),
+            ev.MicroBatchEnd(2, 1, 2),
+            ev.RunStopped("aborted", "by hand", 2, 1.0),
+        ],
     )
     drawn = capsys.readouterr().err
     assert "Dice 0.6500, loss 0.7500" in drawn

@@ -10,7 +10,7 @@ from runtime.logging.events import EvaluationStopped, Event, EventDispatcher, Ru
 
 
 def scored(mean_dice: float, epoch: int = 4) -> EvaluationStopped:
-    return EvaluationStopped(epoch, mean_dice, [mean_dice, mean_dice], 0.5, 1.0)
+    return EvaluationStopped(epoch=epoch, mean_dice=mean_dice, dice=[mean_dice, mean_dice], loss=0.5, seconds=1.0)
 
 
 class Recorder:

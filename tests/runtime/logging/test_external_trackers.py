@@ -67,9 +67,25 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
     """Two epochs of two steps of two micro-batches, each evaluated; one loss is no number."""
     told: list[ev.Event] = [
         ev.InitStarted(config, {"torch": "2.13", "command": ["main.py", "--epochs", "2"]}, False),
-        ev.InitStopped(config, {"master": 1234}, "open", ["one", "two"], "1xABACUS", ["a"], 8, []),
+        ev.InitStopped(
+            config=config,
+            seeds={"master": 1234},
+            division="open",
+            reasons=["one", "two"],
+            platform="1xABACUS",
+            tensors=["a"],
+            samples_per_epoch=8,
+            notes=[],
+        ),
         ev.RunStarted(),
-        ev.DataOpened(8, 2, 8, 4, 2, CLASSES),
+        ev.DataOpened(
+            train_samples=8,
+            eval_samples=2,
+            samples_per_epoch=8,
+            global_batch_size=4,
+            gradient_accumulation_steps=2,
+            classes=CLASSES,
+        ),
     ]
     for epoch in (1, 2):
         told.append(ev.EpochStarted(epoch, 0.1 * epoch, 4))
@@ -77,9 +93,15 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
             told.append(ev.MicroBatchEnd(epoch, batch, 2))
             if batch % 2:
                 loss = math.nan if (epoch, batch) == (2, 3) else 1.0 / (epoch + batch)
-                told.append(ev.StepEnd(epoch, batch, loss, 0.5 * epoch, 65536.0))
-        told.append(ev.EpochStopped(epoch, 0.5 / epoch, 0.1 * epoch, 8, 2.0))
-        told.append(ev.EvaluationStopped(epoch, 0.3 * epoch, [0.4 * epoch, 0.2 * epoch], 0.25, 1.5))
+                told.append(
+                    ev.StepEnd(epoch=epoch, batch=batch, loss=loss, gradient_norm=0.5 * epoch, loss_scale=65536.0)
+                )
+        told.append(ev.EpochStopped(epoch=epoch, loss=0.5 / epoch, learning_rate=0.1 * epoch, samples=8, seconds=2.0))
+        told.append(
+            ev.EvaluationStopped(
+                epoch=epoch, mean_dice=0.3 * epoch, dice=[0.4 * epoch, 0.2 * epoch], loss=0.25, seconds=1.5
+            )
+        )
     stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0)
     return [*told, stopped, ev.RunFinalized([str(file) for file in files])]
 
@@ -310,7 +332,9 @@ def test_mlflow_keeps_its_database_in_the_log_folder_and_marks_an_aborted_run(
 
 def test_mlflow_takes_many_metrics_at_once(tmp_path: Path, make_config: MakeConfig, database: str) -> None:
     events = run(make_config(), [])
-    steps: list[ev.Event] = [ev.StepEnd(1, 2 * step + 1, 1.0, 1.0, 1.0) for step in range(1200)]
+    steps: list[ev.Event] = [
+        ev.StepEnd(epoch=1, batch=2 * step + 1, loss=1.0, gradient_norm=1.0, loss_scale=1.0) for step in range(1200)
+    ]
     tell(tmp_path, "mlflow", [*events[:4], ev.EpochStarted(1, 0.1, 2400), *steps, *events[-2:]])
     client, found = mlflow_run(database)
     assert len(metrics(client, found)["step/loss"]) == 1200

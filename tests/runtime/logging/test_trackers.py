@@ -46,9 +46,25 @@ def initialisation(config: RunConfig, tensors: list[str], reasons: list[str] | N
     division = "open" if reasons else "closed"
     return [
         ev.InitStarted(config, {"torch": "2.13"}, caches_were_cleared=True),
-        ev.InitStopped(config, seeds, division, reasons or [], "1xABACUS", tensors, SAMPLES_PER_EPOCH, []),
+        ev.InitStopped(
+            config=config,
+            seeds=seeds,
+            division=division,
+            reasons=reasons or [],
+            platform="1xABACUS",
+            tensors=tensors,
+            samples_per_epoch=SAMPLES_PER_EPOCH,
+            notes=[],
+        ),
         ev.RunStarted(),
-        ev.DataOpened(168, 42, SAMPLES_PER_EPOCH, 4, 2, ["background", "kidney", "tumour"]),
+        ev.DataOpened(
+            train_samples=168,
+            eval_samples=42,
+            samples_per_epoch=SAMPLES_PER_EPOCH,
+            global_batch_size=4,
+            gradient_accumulation_steps=2,
+            classes=["background", "kidney", "tumour"],
+        ),
     ]
 
 
@@ -65,11 +81,18 @@ def blocks(scores: dict[int, float]) -> Iterator[ev.Event]:
                     ev.PhaseEnd("forward and backward"),
                     ev.MicroBatchEnd(epoch, batch, 84),
                 )
-                yield ev.StepEnd(epoch, batch, 0.5, 1.0, 1.0)
-            yield ev.EpochStopped(epoch, 0.5, 0.1, 168, 1.0)
+                yield ev.StepEnd(epoch=epoch, batch=batch, loss=0.5, gradient_norm=1.0, loss_scale=1.0)
+            yield ev.EpochStopped(epoch=epoch, loss=0.5, learning_rate=0.1, samples=168, seconds=1.0)
         yield ev.EvaluationStarted(last, 42)
         yield ev.CaseEvaluated(last, "case_00000")
-        yield ev.EvaluationStopped(last, score, [score, score], 0.2, 1.0, {"case_00000": [score, score]})
+        yield ev.EvaluationStopped(
+            epoch=last,
+            mean_dice=score,
+            dice=[score, score],
+            loss=0.2,
+            seconds=1.0,
+            per_case={"case_00000": [score, score]},
+        )
         yield ev.BlockStopped(first, last - first + 1)
         first = last + 1
 
@@ -424,7 +447,7 @@ def test_a_full_disk_is_told_to_who_announces(
 
 def test_a_lost_loss_is_still_a_line(tmp_path: Path) -> None:
     tracker = JsonLinesTracker(tmp_path)
-    tracker.on(ev.EpochStopped(1, math.nan, 0.1, 8, 1.0))
+    tracker.on(ev.EpochStopped(epoch=1, loss=math.nan, learning_rate=0.1, samples=8, seconds=1.0))
     line = (tmp_path / "log.jsonl").read_text()
     assert json.loads(line)["loss"] is None
     assert "NaN" not in line  # JSON has none: strict readers would refuse the whole file
