@@ -73,6 +73,20 @@ class Allowlist:
     forbidden_parameters: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
+    def admits(self, target: Any, package: str) -> bool:
+        """Whether an untrusted spec may call what it names in a module of this package."""
+        if not (isinstance(target, type) and issubclass(target, self.base)):
+            return False
+        parameters = set(inspect.signature(target).parameters)
+        return (
+            f"{target.__module__}.".startswith(f"{package}.")
+            and not parameters & set(self.forbidden_parameters)
+            and all(parameters & set(group) for group in self.required_parameters)
+        )
+
+
+NOTHING = Allowlist(modules=(), base=object)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSpec(Generic[T]):
@@ -105,11 +119,13 @@ class ResolvedSpec(Generic[T]):
         for name, p in self.parameters.items():
             if name in (hidden or {}) or p.kind is p.VAR_POSITIONAL:
                 continue
-            default = repr(p.default)
-            value = default if len(default) <= 24 and "<" not in default else "…"
-            shown.append(
-                f"**{name}" if p.kind is p.VAR_KEYWORD else name if p.default is p.empty else f"{name}={value}"
-            )
+            if p.kind is p.VAR_KEYWORD:
+                shown.append(f"**{name}")
+            elif p.default is p.empty:
+                shown.append(name)
+            else:
+                default = repr(p.default)
+                shown.append(f"{name}={default if len(default) <= 24 and '<' not in default else '…'}")
         return ", ".join(shown) or "none"
 
     def call(self, fixed: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> T:
@@ -155,60 +171,40 @@ def parse(spec: Spec | str, flag: str) -> tuple[str, dict[str, Any]]:
     raise UserError(f"{flag} {text!r}: expected a name or name(key=value, …) with plain values")
 
 
-def resolve(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist | None = None) -> ResolvedSpec[T]:
+def resolve(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist = NOTHING) -> ResolvedSpec[T]:
     """Looks a spec's name up in the table, or imports it if the spec may.
 
     Args:
         spec: a plain string is untrusted.
         flag: names the spec's origin in messages.
-        allowlist: what an untrusted spec may import; None: nothing.
+        allowlist: what an untrusted spec may import.
 
     Raises:
         UserError: an unknown name, a missing package, or an untrusted spec that names anything else.
     """
     spec = spec if isinstance(spec, Spec) else Spec(spec)
     name, arguments = parse(spec, flag)
-    is_path = ":" in name
-    if not is_path and name not in table:
+    module, colon, _ = name.partition(":")
+    if not colon and name not in table:
         raise UserError(f"{flag} {name!r}: unknown name; available: {', '.join(sorted(table))}")
-    needs_check = is_path and not spec.trusted
-    if needs_check and not (allowlist and _may_import(name, arguments, allowlist)):
-        raise _refusal(spec, table, flag, allowlist)
-    entry: Callable[..., T] | str = name if is_path else table[name]
-    target = load(entry, f"{flag} {name}", "" if is_path else name) if isinstance(entry, str) else entry
+    is_checked = bool(colon) and not spec.trusted
+    refusal = UserError(
+        f"{flag} {str(spec)!r} comes from a file, not from the command line; such a spec may only name "
+        f"{', '.join([*table, *(f'{allowed}:…' for allowed in allowlist.modules)])}, with plain arguments; "
+        f"if you trust it, give {flag} on the command line as well"
+    )
+    # Before anything is imported.
+    if is_checked and not (module in allowlist.modules and all(map(_is_plain, arguments.values()))):
+        raise refusal
+    entry: Callable[..., T] | str = name if colon else table[name]
+    target = load(entry, f"{flag} {name}", "" if colon else name) if isinstance(entry, str) else entry
     found = ResolvedSpec[T](spec=spec, flag=flag, name=name, target=target, arguments=arguments)
-    if needs_check and allowlist:
-        if not _is_allowed(found, allowlist):
-            raise _refusal(spec, table, flag, allowlist)
+    if is_checked:
+        if not allowlist.admits(target, module.partition(".")[0]):
+            raise refusal
         present = allowlist.overrides.keys() & {*arguments, *found.parameters}
         arguments.update({name: allowlist.overrides[name] for name in present})
     return found
-
-
-def _refusal(spec: Spec, table: Table[Any], flag: str, allowlist: Allowlist | None) -> UserError:
-    names = [*table, *(f"{module}:…" for module in (allowlist.modules if allowlist else ()))]
-    return UserError(
-        f"{flag} {str(spec)!r} comes from a file, not from the command line; such a spec may only name "
-        f"{', '.join(names)}, with plain arguments; if you trust it, give {flag} on the command line as well"
-    )
-
-
-def _may_import(name: str, arguments: Mapping[str, Any], allowlist: Allowlist) -> bool:
-    """Checks an untrusted spec before its module is imported."""
-    return name.partition(":")[0] in allowlist.modules and all(map(_is_plain, arguments.values()))
-
-
-def _is_allowed(found: ResolvedSpec[Any], allowlist: Allowlist) -> bool:
-    """Checks the target of an untrusted spec, once imported."""
-    package = found.name.partition(":")[0].partition(".")[0]
-    target, parameters = found.target, set(found.parameters)
-    return (
-        isinstance(target, type)
-        and issubclass(target, allowlist.base)
-        and f"{target.__module__}.".startswith(f"{package}.")
-        and not parameters & set(allowlist.forbidden_parameters)
-        and all(parameters & set(group) for group in allowlist.required_parameters)
-    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -219,7 +215,7 @@ def _is_plain(value: Any) -> bool:
     return not isinstance(value, str | bytes) or (isinstance(value, str) and PLAIN_TEXT.fullmatch(value) is not None)
 
 
-def build(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist | None = None, **fixed: Any) -> T:
+def build(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist = NOTHING, **fixed: Any) -> T:
     """Resolves a spec and calls it with its own arguments and `fixed`. Raises UserError as both steps do."""
     return resolve(spec, table, flag, allowlist).call(fixed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,24 +71,13 @@ def build_network(
         UserError: unknown name or arguments, a spec that may not import, or a network without a channels parameter.
     """
     found = resolve(spec, NETWORKS, "--model", ALLOWED)
-
-    def build_inner(text: str, channels: int, classes: int, dimensions: int) -> nn.Module:
-        """Builds a network inside this one, from a spec within the spec: it is trusted exactly as far."""
-        inner = replace(found.spec, text=text)
-        return build_network(
-            inner,
-            channels,
-            classes,
-            normalization=normalization,
-            activation=activation,
-            dimensions=dimensions,
-        )
-
+    inner = partial(build_network, normalization=normalization, activation=activation)
     offered: dict[str, Any] = {
         "spatial_dims": dimensions,
         "normalization": normalization,
         "activation": activation,
-        "build": build_inner,
+        # For a network inside this one: its spec is part of this spec, and trusted exactly as far.
+        "build": lambda text, c, k, dimensions: inner(replace(found.spec, text=text), c, k, dimensions=dimensions),
     }
     for names, value in ((CHANNELS, channels), (CLASSES, classes)):
         # A network with **kwargs may get them in the spec under any name; `check_window` sees what comes of it.

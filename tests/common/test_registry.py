@@ -1,4 +1,4 @@
-"""Specs: names and literals are read, everything else is refused, nothing is executed."""
+"""Specs: names and literals are read, anything else is refused, nothing is executed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.errors import UserError
 
 
 class Thing:
-    """What a room's table might hold."""
+    """A class that a table might hold."""
 
     def __init__(self, channels: int, size: int = 1, names: tuple[str, ...] = ()) -> None:
         self.channels = channels
@@ -88,7 +88,7 @@ def test_nothing_in_a_spec_is_executed(spec: str, tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-def test_build_calls_with_the_rooms_and_the_specs_arguments() -> None:
+def test_build_calls_with_the_callers_and_the_specs_arguments() -> None:
     thing = registry.build("thing(size=4, names=('a', 'b'))", TABLE, "--model", channels=3)
     assert (thing.channels, thing.size, thing.names) == (3, 4, ("a", "b"))
     assert registry.build("other", TABLE, "--model", channels=2).channels == 2
@@ -105,14 +105,14 @@ def test_an_unknown_argument_shows_what_the_name_takes() -> None:
         registry.build("thing(sise=4)", TABLE, "--loss", channels=1)
 
 
-def test_a_spec_cannot_override_what_the_room_sets() -> None:
+def test_a_spec_cannot_override_what_the_program_sets() -> None:
     with pytest.raises(
         UserError, match=r"'channels' is set by the program, leave it out; it takes size=1, names=\(\)$"
     ):
         registry.build("thing(channels=4)", TABLE, "--model", channels=1)
 
 
-def test_a_name_that_takes_nothing_says_so() -> None:
+def test_a_target_without_parameters_is_shown_as_such() -> None:
     with pytest.raises(UserError, match=r"unknown argument 'size'; it takes none"):
         registry.build("empty(size=4)", {"empty": _nothing}, "--model")
 
@@ -121,7 +121,7 @@ def _nothing() -> int:
     return 7
 
 
-def test_a_value_of_the_wrong_kind_is_a_users_mistake() -> None:
+def test_a_value_of_the_wrong_type_is_a_user_error() -> None:
     def sized(size: tuple[int, ...]) -> int:
         return len(size)
 
@@ -131,7 +131,7 @@ def test_a_value_of_the_wrong_kind_is_a_users_mistake() -> None:
         registry.build("sized", {"sized": sized}, "--model")
 
 
-def test_other_errors_of_the_thing_itself_are_not_hidden() -> None:
+def test_other_errors_of_the_target_are_not_hidden() -> None:
     def broken() -> int:
         raise ZeroDivisionError
 
@@ -139,7 +139,7 @@ def test_other_errors_of_the_thing_itself_are_not_hidden() -> None:
         registry.build("broken", {"broken": broken}, "--model")
 
 
-# Imported when asked for
+# Imports on demand
 
 
 LAZY: registry.Table[Thing] = {
@@ -156,18 +156,18 @@ def build(spec: str, table: registry.Table[Any] = LAZY) -> Any:
 def test_a_table_s_entry_may_be_imported_when_it_is_named() -> None:
     thing = build("lazy(size=4)")
     assert (type(thing).__name__, thing.channels, thing.size) == ("Thing", 1, 4)
-    assert build("thing").size == 1, "the lost one is not looked for"
+    assert build("thing").size == 1, "the lost one is not imported"
 
 
 @pytest.mark.parametrize(
     "spec", ["tests.common.test_registry:Thing", "  tests.common.test_registry:Thing  ", "{}()", "{}(size=1)"]
 )
-def test_one_s_own_is_imported_by_its_path(spec: str) -> None:
+def test_a_path_is_imported(spec: str) -> None:
     assert build(spec.format("tests.common.test_registry:Thing")).size == 1
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("lost", r"^--trackers lost: there is no module nowhere_at_all$"),
         ("nowhere_at_all:Thing", r"^--trackers nowhere_at_all:Thing: there is no module nowhere_at_all$"),
@@ -189,12 +189,12 @@ def test_one_s_own_is_imported_by_its_path(spec: str) -> None:
         ("lambda:thing", r"there is no module lambda$"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line(spec: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_failed_import_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build(spec)
 
 
-# Who wrote the spec
+# Trust
 
 
 ALLOWED = registry.Allowlist(
@@ -225,46 +225,46 @@ def make_thing(channels: int) -> Thing:
     [
         "os:system(command='touch {path}')",
         "subprocess:run(args='touch {path}', shell=True)",
-        "pathlib:Path",  # a class, of a module that the room does not know
-        "tests.common.test_registry:Path",  # known module, but of another package
+        "pathlib:Path",  # a class, of a module outside the allowlist
+        "tests.common.test_registry:Path",  # from an allowed module, but defined in another package
         "tests.common.test_registry:make_thing",  # a function
         "tests.common.test_registry:TABLE",
-        "tests.common.test_registry:Fetching",  # has a parameter that it may never have
-        "tests.common.test_registry:Narrow",  # takes none of what the room fills in
+        "tests.common.test_registry:Fetching",  # has a forbidden parameter
+        "tests.common.test_registry:Narrow",  # has none of the required parameters
         "tests.common.test_registry:Thing(names=('a/b',))",  # a path
         "tests.common.test_registry:Thing(names={{'k': ['hub:x']}})",  # an address
         "tests.common.test_registry:Thing(names=b'a')",
         "tests:Thing",
     ],
 )
-def test_a_spec_that_nobody_typed_imports_nothing_but_the_known(spec: str, tmp_path: Path) -> None:
+def test_an_untrusted_spec_imports_only_from_the_allowlist(spec: str, tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     text = spec.format(path=witness)
-    with pytest.raises(UserError, match=r"comes from a file|has no callable TABLE") as told:
+    with pytest.raises(UserError, match=r"comes from a file|has no callable TABLE") as raised:
         registry.build(text, LAZY, "--model", allowlist=ALLOWED, channels=1)
     assert not witness.exists()
-    if "comes from a file" in str(told.value):
-        assert "thing, lazy, lost, tests.common.test_registry:…" in str(told.value)
-        assert "give --model on the command line" in str(told.value)
+    if "comes from a file" in str(raised.value):
+        assert "thing, lazy, lost, tests.common.test_registry:…" in str(raised.value)
+        assert "give --model on the command line" in str(raised.value)
     with pytest.raises(UserError, match="comes from a file"):
-        registry.build(text, LAZY, "--model", channels=1)  # a room that knows no module
+        registry.build(text, LAZY, "--model", channels=1)  # no allowlist
     assert not witness.exists()
 
 
-def test_a_spec_that_nobody_typed_may_name_the_table_and_the_known() -> None:
+def test_an_untrusted_spec_may_name_the_table_and_the_allowlist() -> None:
     assert registry.build("lazy(size=3)", LAZY, "--model", allowlist=ALLOWED, channels=1).size == 3
     spec = "tests.common.test_registry:Thing(size=9, names=('a-b.c',))"
     thing = registry.build(spec, LAZY, "--model", allowlist=ALLOWED, channels=1)
-    assert (thing.size, thing.names) == (1, ("a-b.c",)), "size is what the room says instead"
+    assert (thing.size, thing.names) == (1, ("a-b.c",)), "the allowlist overrides size"
 
 
 @pytest.mark.parametrize("name", ["Thing", "make_thing", "Fetching"])
-def test_a_typed_spec_may_import_what_it_names(name: str) -> None:
-    typed = registry.Spec(f"tests.common.test_registry:{name}", trusted=True)
-    assert registry.build(typed, LAZY, "--model", allowlist=ALLOWED, channels=5).channels == 5
+def test_a_trusted_spec_may_import_whatever_it_names(name: str) -> None:
+    spec = registry.Spec(f"tests.common.test_registry:{name}", trusted=True)
+    assert registry.build(spec, LAZY, "--model", allowlist=ALLOWED, channels=5).channels == 5
 
 
-def test_whatever_is_not_typed_is_not_trusted() -> None:
+def test_unmarked_specs_are_untrusted() -> None:
     trusted = registry.Spec("tests.common.test_registry:make_thing", trusted=True)
     for spec in (trusted.text, str(trusted), f"{trusted}", registry.Spec(trusted.text)):
         with pytest.raises(UserError, match="comes from a file"):
@@ -274,12 +274,12 @@ def test_whatever_is_not_typed_is_not_trusted() -> None:
         registry.build(["unet3d"], LAZY, "--model", channels=1)  # type: ignore[arg-type]
 
 
-def test_a_near_name_in_a_module_is_listed() -> None:
+def test_a_similar_name_in_a_module_is_listed() -> None:
     with pytest.raises(UserError, match=r"tests\.common\.test_registry has no callable Fethcing; similar: Fetching"):
         build("tests.common.test_registry:Fethcing")
 
 
-def test_a_missing_argument_shows_the_signature_without_what_is_filled_in() -> None:
+def test_a_missing_argument_shows_the_signature_without_what_the_program_sets() -> None:
     def network(channels: int, strides: tuple[int, ...], kernel: int = 3, norm: Any = len, **rest: Any) -> int:
         return 1
 
@@ -288,7 +288,7 @@ def test_a_missing_argument_shows_the_signature_without_what_is_filled_in() -> N
 
 
 @pytest.mark.parametrize(("package", "pip"), [("monai", r"'\.\[monai\]'"), ("torchio", r"'\.\[torchio\]'")])
-def test_a_known_package_that_is_missing_says_what_to_install(
+def test_a_missing_package_of_an_allowed_module_names_what_to_install(
     package: str, pip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str) -> Any:
@@ -307,21 +307,21 @@ def test_a_module_that_breaks_when_it_is_imported_is_one_line(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("import not_installed_at_all", r"^--trackers lazy: needs not_installed_at_all, which is not installed; "),
         ("from json import nothing", r"^--trackers lazy: cannot import name 'nothing' from 'json' .*; "),
     ],
 )
-def test_a_missing_package_is_told_with_what_to_install(
-    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_package_names_what_to_install(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"lazy_{abs(hash(source))}"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=said + r"pip install '\.\[lazy\]'$"):
+    with pytest.raises(UserError, match=message + r"pip install '\.\[lazy\]'$"):
         build("lazy", {"lazy": f"{name}:Thing"})
 
 
-def test_what_takes_anything_gets_it() -> None:
+def test_a_target_with_kwargs_gets_any_argument() -> None:
     assert build("any(size=3, other='x')", {"any": lambda **given: given}) == {"channels": 1, "size": 3, "other": "x"}

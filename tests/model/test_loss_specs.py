@@ -1,4 +1,4 @@
-"""Losses by spec: what the room fills in, Generalized Dice by its formula, and what a spec from a file may name."""
+"""Losses by spec: arguments set by the program, Generalized Dice by its formula, what a spec from a file may name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLASSES = 3
 
 
 class Recording(nn.Module):
-    """Keeps what it was made with and called with."""
+    """Records the arguments of its constructor and calls."""
 
     def __init__(self, include_background: bool, softmax: bool = False, sigmoid: bool = False) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def pair() -> Any:
 
 
 def batch(present: int = CLASSES) -> tuple[Tensor, Tensor]:
-    """Logits (2, 3, 4, 5, 6) and labels that hold the first so many classes."""
+    """Logits (2, 3, 4, 5, 6) and labels (2, 1, 4, 5, 6) of the first `present` classes."""
     generator = torch.Generator().manual_seed(present)
     logits = torch.randn(2, CLASSES, 4, 5, 6, generator=generator)
     return logits.requires_grad_(), torch.randint(present, (2, 1, 4, 5, 6), generator=generator, dtype=torch.uint8)
@@ -47,7 +47,7 @@ def build(spec: str, include_background: bool = False) -> nn.Module:
     return build_loss(Spec(spec, trusted=True), include_background, CLASSES)
 
 
-def test_the_tables_own_are_what_they_were() -> None:
+def test_the_tables_losses_are_built_as_they_are() -> None:
     assert isinstance(build("dice_ce"), DiceCELoss)
     dice = build("dice", include_background=True)
     assert isinstance(dice, DiceLoss)
@@ -59,11 +59,11 @@ def test_the_tables_own_are_what_they_were() -> None:
     ("spec", "made_with"),
     [
         ("Recording", (True, True, False)),
-        ("Recording(sigmoid=True)", (True, False, True)),  # one way to probabilities, the user's
+        ("Recording(sigmoid=True)", (True, False, True)),  # the user's choice of probabilities replaces softmax
         ("Recording(include_background=False)", (False, True, False)),
     ],
 )
-def test_what_the_spec_leaves_out_is_filled_in(spec: str, made_with: tuple[bool, ...]) -> None:
+def test_what_the_spec_leaves_out_is_set_by_the_program(spec: str, made_with: tuple[bool, ...]) -> None:
     loss = build(f"{HERE}:{spec}", include_background=True)
     logits, labels = batch()
     loss(logits.half(), labels)
@@ -72,7 +72,7 @@ def test_what_the_spec_leaves_out_is_filled_in(spec: str, made_with: tuple[bool,
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         (f"{HERE}:no_loss", "cannot compare logits of 3 classes with labels: 'int' object is not callable"),
         (f"{HERE}:pair", "returns a tuple, not a single number"),
@@ -82,8 +82,8 @@ def test_what_the_spec_leaves_out_is_filled_in(spec: str, made_with: tuple[bool,
         ("dice_ce(weight=2)", "unknown argument 'weight'; it takes include_background=False"),
     ],
 )
-def test_what_is_no_loss_is_one_line(spec: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"^--loss .*{told}"):
+def test_anything_but_a_loss_is_refused_in_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^--loss .*{message}"):
         build(spec)
 
 
@@ -104,7 +104,7 @@ def test_torchs_own_losses_get_class_indices() -> None:
         "torch:load",
     ],
 )
-def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: Any) -> None:
+def test_a_spec_out_of_a_file_stays_within_the_allowlist(spec: str, tmp_path: Any) -> None:
     if spec.startswith("monai"):
         pytest.importorskip("monai")
     with pytest.raises(UserError, match=r"comes from a file.*give --loss on the command line|has no callable torch"):

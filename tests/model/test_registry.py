@@ -1,4 +1,4 @@
-"""Networks by spec: what the room fills in, what a window must be, and what a spec comes from a file may name."""
+"""Networks by spec: arguments that the program sets, valid windows, and what a spec from a file may name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEGRESNET = "monai.networks.nets:SegResNet(init_filters=8, blocks_down=(1,1), bl
 
 
 class Net(nn.Module):
-    """Halves its window once and says what it was given."""
+    """Halves its window once and records its arguments."""
 
     def __init__(
         self, in_channels: int, out_channels: int, channels: int = 4, spatial_dims: int = 2, pretrained: bool = True
@@ -50,7 +50,7 @@ class Pair(Net):
 
 
 class OnTheHost(Net):
-    """Its own constant lies on the host, so that nothing can be found out on the meta device."""
+    """Has a constant on the host, so that it cannot run on the meta device."""
 
     def forward(self, image: Tensor) -> Tensor:
         if image.device.type == "meta":
@@ -66,15 +66,15 @@ def build(spec: str, channels: int = 2, classes: int = 3) -> nn.Module:
     return build_network(Spec(spec, trusted=True), channels, classes)
 
 
-def test_channels_classes_and_dimensions_are_filled_in_by_name_and_nothing_is_fetched() -> None:
+def test_channels_classes_and_dimensions_are_passed_by_name_and_nothing_is_downloaded() -> None:
     network = build(f"{HERE}:Net(channels=5)")
     assert isinstance(network, Net)
-    assert network.given == (2, 3, 5, 3, False), "channels is its own where there is in_channels"
-    assert build(f"{HERE}:Net(pretrained=True)").given[-1] is True, "asked for"  # type: ignore[union-attr, index]
+    assert network.given == (2, 3, 5, 3, False), "`channels` is its own if it also has `in_channels`"
+    assert build(f"{HERE}:Net(pretrained=True)").given[-1] is True, "the spec asks for it"  # type: ignore[union-attr, index]
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("Net(in_channels=1)", "'in_channels' is set by the program, leave it out; it takes channels=4, pretrained"),
         ("Net(chanels=1)", "unknown argument 'chanels'; it takes channels=4"),
@@ -87,12 +87,12 @@ def test_channels_classes_and_dimensions_are_filled_in_by_name_and_nothing_is_fe
         ("Nett", "has no callable Nett; similar: Net"),
     ],
 )
-def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_a_wrong_spec_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         build(f"{HERE}:{spec}")
 
 
-def test_a_network_that_takes_anything_is_told_in_the_spec_and_tried() -> None:
+def test_a_network_with_kwargs_gets_its_arguments_from_the_spec_and_is_tried() -> None:
     network = build(f"{HERE}:Anything(width=2, classes_out=3)")
     check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
     with pytest.raises(UserError, match=r"it maps \(2, 2, 4, 4, 4\) to \(2, 3, 4, 4, 4\), not to \(2, 5, 4, 4, 4\)"):
@@ -112,13 +112,13 @@ def test_a_window_that_does_not_fit_names_the_nearest(window: tuple[int, int, in
     check_window(network, [int(size) for size in nearest.split()], "--input_shape", channels=2, classes=3)
 
 
-def test_an_output_that_is_no_tensor_is_refused_and_what_cannot_be_tried_is_let_through() -> None:
+def test_an_output_that_is_not_a_tensor_is_refused_and_a_network_that_cannot_be_tried_passes() -> None:
     with pytest.raises(UserError, match="its output is a tuple, not a tensor of logits"):
         check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", channels=2, classes=3)
     check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", channels=2, classes=3)
 
 
-def test_looking_computes_nothing_and_changes_nothing() -> None:
+def test_checking_computes_nothing_and_changes_nothing() -> None:
     network = build(f"{HERE}:Net").eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shadow = to_meta(network)
@@ -128,7 +128,7 @@ def test_looking_computes_nothing_and_changes_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_what_the_logits_do_not_depend_on_is_frozen() -> None:
+def test_parameters_that_do_not_affect_the_logits_are_frozen() -> None:
     network = build(f"{HERE}:Net")
     assert freeze_unused(network, 2, (4, 4, 4)) == ["unused.weight", "unused.bias"]
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["unused.weight", "unused.bias"]
@@ -141,14 +141,14 @@ def test_what_the_logits_do_not_depend_on_is_frozen() -> None:
         "os:system(command='touch {path}')",
         f"{HERE}:Net",
         "torch.nn:Conv3d(kernel_size=1)",
-        "monai.networks.nets:Transchex",  # fetches what it is told
+        "monai.networks.nets:Transchex",  # downloads what its arguments name
         "monai.networks.nets:get_efficientnet_image_size",  # a function
         "monai.networks.nets:torch",
-        "monai.networks.nets.unet:UNet",  # not the module that is known
+        "monai.networks.nets.unet:UNet",  # not the allowed module itself
         "monai.networks.nets:SegResNet(act='../../file')",
     ],
 )
-def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: object) -> None:
+def test_a_spec_out_of_a_file_stays_within_the_allowlist(spec: str, tmp_path: object) -> None:
     if spec.startswith("monai"):
         pytest.importorskip("monai")
     path = f"{tmp_path}/executed"
@@ -157,14 +157,14 @@ def test_a_spec_out_of_a_file_stays_within_the_known(spec: str, tmp_path: object
     assert not __import__("os").path.exists(path)
 
 
-@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize(
     "spec", [SEGRESNET, "monai.networks.nets:UNet(channels=(2, 4), strides=(2,))", "unet3d(filters=(2, 4))"]
 )
-def test_known_networks_come_from_the_command_line_and_from_files(spec: str, typed: bool) -> None:
+def test_allowed_networks_come_from_the_command_line_and_from_files(spec: str, trusted: bool) -> None:
     pytest.importorskip("monai")
     torch.manual_seed(0)
-    network = build_network(Spec(spec, trusted=typed), 2, 4)
+    network = build_network(Spec(spec, trusted=trusted), 2, 4)
     check_window(network, (4, 4, 8), "--input_shape", channels=2, classes=4)
     assert network(torch.randn(1, 2, 4, 4, 8)).shape == (1, 4, 4, 4, 8)
 
@@ -175,7 +175,7 @@ def test_a_missing_argument_of_monais_is_one_line() -> None:
         build("monai.networks.nets:UNet")
 
 
-def test_a_file_cannot_make_a_known_network_fetch_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_cannot_make_an_allowed_network_download_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     nets = pytest.importorskip("monai.networks.nets")
     asked = []
 
@@ -184,7 +184,7 @@ def test_a_file_cannot_make_a_known_network_fetch_weights(monkeypatch: pytest.Mo
             asked.append((pretrained, weights))
             super().__init__(3, 8, in_channels, out_channels)
 
-    Fetching.__module__ = "monai.networks.nets.made_up"
+    Fetching.__module__ = "monai.networks.nets.dummy"
     monkeypatch.setattr(nets, "Fetching", Fetching, raising=False)
     spec = "monai.networks.nets:Fetching(pretrained=True, weights='all')"
     build_network(spec, 1, 2)

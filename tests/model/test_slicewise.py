@@ -15,7 +15,7 @@ from model.slicewise import Slicewise
 
 
 class Plane(nn.Module):
-    """A 1x1 convolution of what it sees."""
+    """A 1x1 convolution."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ def test_without_context_it_is_the_2d_network_of_each_slice() -> None:
     torch.testing.assert_close(network(image)[:, :, 1], network.network(image[:, :, 1]))
 
 
-def test_a_picture_is_a_volume_of_one_slice() -> None:
+def test_an_image_is_a_volume_of_one_slice() -> None:
     network, image = slicewise(3, 2, 3), torch.randn(2, 3, 1, 4, 6)
     torch.testing.assert_close(network(image)[:, :, 0], network.network(torch.cat([image[:, :, 0]] * 3, dim=1)))
 
 
 def test_a_volume_that_is_flipped_has_its_neighbours_reversed() -> None:
     network, image = slicewise(1, 2, 3), torch.randn(1, 1, 4, 2, 2)
-    with torch.no_grad():  # a network that does not tell above from below
+    with torch.no_grad():  # a network that treats the slices above and below the same
         weight = network.network.conv.weight  # type: ignore[union-attr]
         weight[:, 2] = weight[:, 0]
     torch.testing.assert_close(network(image.flip(2)).flip(2), network(image))
@@ -64,12 +64,12 @@ def test_an_even_context_is_refused(context: object) -> None:
         slicewise(1, 2, context)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("typed", [True, False])
-def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_checked(typed: bool) -> None:
+@pytest.mark.parametrize("trusted", [True, False])
+def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_checked(trusted: bool) -> None:
     pytest.importorskip("monai")
     inner = "monai.networks.nets:UNet(channels=(2, 4), strides=(2,))"
     spec = f"slicewise(network='{inner}', context=3)"
-    network = build_network(Spec(spec, trusted=typed), 2, 3)
+    network = build_network(Spec(spec, trusted=trusted), 2, 3)
     assert next(network.parameters()).shape[1] == 6
     assert network(torch.randn(1, 2, 5, 4, 6)).shape == (1, 3, 5, 4, 6)
     check_window(network, (1, 4, 6), "--input_shape", channels=2, classes=3)
@@ -85,22 +85,22 @@ def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_c
         "slicewise(network='tests.model.test_slicewise:Plane')",
     ],
 )
-def test_what_a_spec_out_of_a_file_quotes_comes_out_of_a_file_too(spec: str, tmp_path: Path) -> None:
+def test_a_spec_inside_an_untrusted_spec_is_untrusted(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"comes from a file.*give --model on the command line"):
         build_network(spec.format(path=tmp_path / "executed"), 2, 3)
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_a_typed_spec_quotes_is_typed() -> None:
+def test_a_spec_inside_a_trusted_spec_is_trusted() -> None:
     spec = Spec("slicewise(network='tests.model.test_slicewise:Plane', context=5)", trusted=True)
     assert build_network(spec, 2, 3)(torch.zeros(1, 2, 3, 4, 4)).shape == (1, 3, 3, 4, 4)
 
 
-def test_what_it_is_told_wrongly_is_one_line() -> None:
-    for spec, told in (
+def test_wrong_arguments_are_one_line() -> None:
+    for spec, message in (
         ("slicewise", "missing 1 required .*'network'; it takes network, context=1$"),
         ("slicewise(network=3)", "expected a spec in quotes"),
         ("slicewise(network='nothing_like_it')", "unknown name; available: slicewise, unet3d"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             build_network(Spec(spec, trusted=True), 1, 2)

@@ -1,4 +1,4 @@
-"""A checkpoint that names `os:system` runs nothing, whoever opens it; to be trusted, it must be named again."""
+"""A checkpoint that names `os:system` runs nothing, whatever opens it; a spec repeated as a flag is trusted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = ["--val_input_shape", "4", "4", "8"]
 
 
 def tiny(channels: int, classes: int, command: str = "") -> Unet3d:
-    """What a user trusts: a network by one's own import path."""
+    """A user's own network, named by its import path."""
     return Unet3d(channels, classes, filters=(3, 4))
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> Callable[..., Path]:
-    """`write_checkpoint(model="os:system(…)")`: a sound checkpoint with these flags."""
+    """`write_checkpoint(model="os:system(…)")`: a valid checkpoint with these flags."""
 
     def write(**flags: Any) -> Path:
         state = make_state()
@@ -47,7 +47,7 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
         config = (
             parse_arguments(["--data_dir", "DATA", "--model", "unet3d(filters=(3,4))", *SMALL])[0].to_json() | flags
         )
-        spec = DatasetSpec("made_up", CLASSES).to_json()
+        spec = DatasetSpec("dummy", CLASSES).to_json()
         path = tmp_path / "checkpoint.pth"
         save(path, checkpoints.snapshot(state, [0.0], config=config, seed=1, data="", spec=spec))
         return path
@@ -55,17 +55,17 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
     return write
 
 
-def open_by_evaluate(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+def open_with_evaluate(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
     program.evaluate_checkpoint(config, given, world)
 
 
-def open_by_predict(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+def open_with_predict(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
     from prediction.predict import make_predictor
 
     make_predictor(config, given, world)
 
 
-def open_by_report(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
+def open_with_report(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
     pytest.importorskip("matplotlib")
     from report import cases
 
@@ -75,10 +75,10 @@ def open_by_report(config: RunConfig, given: frozenset[str], world: World, folde
     cases.draw_cases(run, config.load_ckpt_path[0], folder, torch.device("cpu"), folder, model)
 
 
-WAYS = [open_by_evaluate, open_by_predict, open_by_report]
+COMMANDS = [open_with_evaluate, open_with_predict, open_with_report]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -89,9 +89,9 @@ WAYS = [open_by_evaluate, open_by_predict, open_by_report]
     ],
     ids=str,
 )
-def test_a_spec_out_of_a_checkpoint_runs_nothing(
+def test_a_spec_from_a_checkpoint_runs_nothing(
     flags: dict[str, str],
-    way: Callable[..., None],
+    command: Callable[..., None],
     folder: Path,
     write_checkpoint: Callable[..., Path],
     world: World,
@@ -102,29 +102,29 @@ def test_a_spec_out_of_a_checkpoint_runs_nothing(
     arguments = ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path)]
     config, given = parse_arguments(arguments)
     (flag,) = flags
-    if flag == "loss" and way is not open_by_evaluate:  # who computes no loss does not look at it
-        way(config, given, world, folder)
+    if flag == "loss" and command is not open_with_evaluate:  # commands that compute no loss ignore it
+        command(config, given, world, folder)
     else:
         with pytest.raises(
             UserError, match=rf"--{flag} .*comes from a file.*give --{flag} on the command line as well"
         ):
-            way(config, given, world, folder)
+            command(config, given, world, folder)
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_named_again_is_trusted(
-    way: Callable[..., None], folder: Path, write_checkpoint: Callable[..., Path], world: World
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_spec_repeated_on_the_command_line_is_trusted(
+    command: Callable[..., None], folder: Path, write_checkpoint: Callable[..., Path], world: World
 ) -> None:
     spec = "tests.runtime.test_untrusted_specs:tiny"
     path = write_checkpoint(model=spec)
     arguments = ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path), "--model", spec]
     config, given = parse_arguments(arguments)
-    way(config, given, world, folder)
+    command(config, given, world, folder)
 
 
 @pytest.mark.parametrize("value", [3, ["unet3d"], None, {"name": "unet3d"}], ids=str)
-def test_a_spec_that_is_no_text_is_one_line(
+def test_a_spec_that_is_not_text_is_one_line(
     value: Any, folder: Path, write_checkpoint: Callable[..., Path], world: World
 ) -> None:
     path = write_checkpoint(model=value)
@@ -132,4 +132,4 @@ def test_a_spec_that_is_no_text_is_one_line(
         ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path)]
     )
     with pytest.raises(UserError, match="expected a text"):
-        open_by_evaluate(config, given, world, folder)
+        open_with_evaluate(config, given, world, folder)
