@@ -18,7 +18,7 @@ from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import KITS19
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.logging import events as ev
-from runtime.logging.trackers import MLPerfTracker
+from runtime.logging.mlperf import MLPerfTracker
 
 SIDE = 16
 # So much that no score is a perfect 1.0, which MLPerf's checker does not take of an open run.

@@ -4,6 +4,6 @@ What lives here: arguments, the ranks (`World`), seeds, optimizer and schedule, 
 evaluation, events and those who listen to them (callbacks may stop a run, trackers only watch), checkpoints.
 May import: torch, numpy, mlperf-logging, tqdm, `errors`, `data_loading/`, `model/`. Only `distributed.py` touches
 `torch.distributed`.
-To add a tracker: a class with `on(event)` and its line in `TRACKERS` of `trackers.py`; a callback: a class with
+To add a tracker: a class with `on(event)` and its line in `TRACKERS` of `logging/base.py`; a callback: a class with
 `on(event, state)` and its line in `main.py`.
 """

@@ -34,9 +34,13 @@ from runtime.environment import describe_environment, platform_name
 from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
 from runtime.flags import parse_interval
-from runtime.logging import events, trackers
+from runtime.logging import events
+from runtime.logging.base import make_trackers
 from runtime.logging.console import ConsoleTracker
 from runtime.logging.events import Event, EventDispatcher
+from runtime.logging.jsonl import RunFileTracker
+from runtime.logging.log_folder import rotate_logs
+from runtime.logging.mlperf import tensor_names
 from runtime.logging.throughput import ThroughputTracker
 from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
 from runtime.memory_format import to_device
@@ -186,7 +190,7 @@ def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
         division=run.division,
         reasons=run.violations,
         platform=config.submission_platform or platform_name(world.device, world.size),
-        tensors=trackers.tensor_names(state.network),
+        tensors=tensor_names(state.network),
         samples_per_epoch=run.samples_per_epoch,
         notes=take_notes(),
     )
@@ -339,10 +343,10 @@ def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
     config, world = run.config, run.world
     if not world.is_main:
         return EventDispatcher([], watchdog)
-    trackers.rotate_logs(config.log_dir)
+    rotate_logs(config.log_dir)
     active = [
-        *trackers.make_trackers(config.trackers, config.log_dir),
-        trackers.RunFileTracker(config.log_dir),
+        *make_trackers(config.trackers, config.log_dir),
+        RunFileTracker(config.log_dir),
         ConsoleTracker(config.verbose, config.epochs),
     ]
     if config.benchmark:

@@ -17,9 +17,9 @@ from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.evaluation import CaseScorer
-from runtime.logging import trackers
 from runtime.logging.console import EvaluationTracker
 from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
+from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
 from runtime.precision import choose_precision
 from runtime.run_spec import leave_done, make_run_spec, read_dataset
@@ -64,7 +64,7 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
         if stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
             write_report(config, world)
     finally:
-        emit(RunFinalized(trackers.left_behind(config.log_dir, checkpoint_path(config))))
+        emit(RunFinalized(run_files(config.log_dir, checkpoint_path(config))))
     # A launcher ends all ranks as soon as one exits with a status other than 0: let rank 0 finish first. The store may
     # be in rank 0's process, which may be gone.
     with suppress(RuntimeError):

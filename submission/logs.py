@@ -12,7 +12,8 @@ from common.errors import UserError
 from runtime.mlperf.closed_division import RESUMED
 
 TOKEN = ":::MLLOG "
-WRITER = "runtime/logging/trackers.py"
+WRITER = "runtime/logging/mlperf.py"
+FORMER_WRITERS = ("runtime/trackers.py",)  # the module in earlier versions
 BENCHMARK = "unet3d"
 TARGET = 0.908
 # What every log has once, in this order.
@@ -175,7 +176,8 @@ def _parse(number: int, text: str) -> Record | str:
         )
     except (ValueError, TypeError, KeyError, RecursionError):
         return "a damaged line"
-    return record if record.metadata.get("file") == WRITER else f"not written by this program's {WRITER}: a foreign log"
+    is_own = record.metadata.get("file") in (WRITER, *FORMER_WRITERS)
+    return record if is_own else f"not written by this program's {WRITER}: a foreign log"
 
 
 def _examine(log: Log) -> Iterator[tuple[int, str]]:

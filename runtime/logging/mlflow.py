@@ -93,7 +93,7 @@ class MLflow(Recorder):
     def _log(self, **values: Any) -> None:
         self._client.log_batch(self._run, **values)
 
-    def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
         now_ms = int(time.time() * 1000)
         # Other characters in a name, as a class may have them, are refused.
         self._metrics += [Metric(re.sub(r"[^\w.\-/ ]", "_", name), v, now_ms, at) for name, v in values.items()]

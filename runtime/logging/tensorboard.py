@@ -34,7 +34,7 @@ class TensorBoard(Recorder):
             rows = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items()]
             self._writer.add_text(name, "\n".join(["| | |", "| --- | --- |", *rows]))
 
-    def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, at)
 

@@ -84,7 +84,7 @@ class WeightsAndBiases(Recorder):
     def begin(self, facts: dict[str, dict[str, Any]]) -> None:
         self._run.config.update({**facts["config"], "environment": facts["environment"], "run": facts["run"]})
 
-    def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
         self._run.log({axis: at, **values})
 
     def end(self, event: ev.RunStopped) -> None:

@@ -14,7 +14,7 @@ from model.losses import build_loss
 from model.registry import build_network, check_window
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.callbacks.base import CALLBACKS
-from runtime.logging.trackers import TRACKERS
+from runtime.logging.base import TRACKERS
 from runtime.lr_schedule import LR_SCHEDULES
 from runtime.objective import make_objective, split_specs
 from tests.integration.conftest import PROJECT

@@ -20,7 +20,8 @@ import torch
 from common.errors import UserError
 from runtime.arguments import parse_arguments
 from runtime.logging import events as ev
-from runtime.logging.trackers import JsonLinesTracker, rotate_logs
+from runtime.logging.jsonl import JsonLinesTracker
+from runtime.logging.log_folder import rotate_logs
 
 pytest.importorskip("matplotlib", reason="the report is drawn by matplotlib, which is not installed")
 

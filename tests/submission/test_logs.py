@@ -111,11 +111,11 @@ def test_a_foreign_log(result_dir: Path) -> None:
     edit(
         result(result_dir, 2),
         "cache_clear",
-        lambda line: line.replace("runtime/logging/trackers.py", "/workspace/unet3d/main.py"),
+        lambda line: line.replace("runtime/logging/mlperf.py", "/workspace/unet3d/main.py"),
     )
     line = edit(result(result_dir, 3), "submission_benchmark", set_value('"resnet"'))
     assert told(result_dir)[1:] == [
-        "result_2.txt:1: not written by this program's runtime/logging/trackers.py: a foreign log",
+        "result_2.txt:1: not written by this program's runtime/logging/mlperf.py: a foreign log",
         f"result_3.txt:{line}: of the benchmark 'resnet', not unet3d: a foreign log",
     ]
 
@@ -229,7 +229,7 @@ def test_which_results_are_meant(result_dir: Path) -> None:
 
 def test_a_hostile_log_is_a_problem_and_no_crash(tmp_path: Path) -> None:
     path = tmp_path / "result_0.txt"
-    record = {"time_ms": 1, "key": "run_stop", "value": None, "metadata": {"file": "runtime/logging/trackers.py"}}
+    record = {"time_ms": 1, "key": "run_stop", "value": None, "metadata": {"file": "runtime/logging/mlperf.py"}}
     for content in ("[" * 100_000, json.dumps(record | {"time_ms": []}), json.dumps(record | {"metadata": 3}), "\0"):
         path.write_text(f":::MLLOG {content}\n")
         assert read_log(path).problems[0].line == 1

@@ -27,10 +27,9 @@ from common.errors import UserError
 from runtime.arguments import RunConfig
 from runtime.logging import events as ev
 from runtime.logging import mlflow as mlflow_tracker
-from runtime.logging.base import Recorder
+from runtime.logging.base import Recorder, make_trackers
 from runtime.logging.events import EventDispatcher
 from runtime.logging.mlflow import MLflow
-from runtime.logging.trackers import make_trackers
 from tests.conftest import ROOT
 
 MakeConfig = Callable[..., RunConfig]
@@ -420,7 +419,7 @@ def test_every_number_of_a_recorder_is_told_with_its_epoch_or_step(make_config: 
         def begin(self, facts: dict[str, dict[str, Any]]) -> None:
             assert list(facts) == ["config", "environment", "run"]
 
-        def numbers(self, axis: str, at: int, values: dict[str, float]) -> None:
+        def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
             for name in values:
                 self.axes.setdefault(axis, set()).add(name)
 
@@ -445,7 +444,7 @@ class Missing:
         if name.partition(".")[0] in {tools!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-from runtime.logging.trackers import make_trackers
+from runtime.logging.base import make_trackers
 from common.errors import UserError
 for tool in {tools!r}:
     try:

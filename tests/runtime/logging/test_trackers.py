@@ -1,4 +1,4 @@
-"""MLPerf's log to the key, JSON lines, throughput, and logs of earlier runs that are kept."""
+"""MLPerf's log key by key, JSON lines and run.json."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import UserError
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig
 from runtime.logging import events as ev
-from runtime.logging import trackers
-from runtime.logging.trackers import (
-    JsonLinesTracker,
-    MLPerfTracker,
-    RunFileTracker,
-    rotate_logs,
-    tensor_names,
-)
+from runtime.logging.jsonl import JsonLinesTracker, RunFileTracker
+from runtime.logging.mlperf import MLPerfTracker, tensor_names
 from tests.runtime.conftest import disk_of
 
 MakeConfig = Callable[..., RunConfig]
@@ -102,7 +95,7 @@ def whole_run(config: RunConfig, tensors: list[str], scores: dict[int, float]) -
     return [*initialisation(config, tensors), *blocks(scores), ev.RunStopped(*status, max(scores), 60.0)]
 
 
-def tell(tracker: ev.Tracker, events: list[ev.Event]) -> None:
+def send(tracker: ev.Tracker, events: list[ev.Event]) -> None:
     for event in events:
         tracker.on(event)
 
@@ -138,7 +131,7 @@ TAIL = [
 
 
 def test_keys_come_in_the_references_order(tmp_path: Path, make_config: MakeConfig, tensors: list[str]) -> None:
-    tell(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
+    send(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
     keys = [record["key"] for record in read_log(tmp_path / "unet3d.log")]
     assert len(tensors) == 50
     assert keys == [*HEAD, *["weights_initialization"] * 50, "init_stop", "run_start", *DATA, *TAIL]
@@ -160,7 +153,7 @@ def test_values_are_the_runs(tmp_path: Path, make_config: MakeConfig) -> None:
         val_input_shape=(96, 64, 32),
         overlap=0.25,
     )
-    tell(MLPerfTracker(tmp_path), initialisation(config, ["a", "b"], reasons=["one", "two"]))
+    send(MLPerfTracker(tmp_path), initialisation(config, ["a", "b"], reasons=["one", "two"]))
     records = read_log(tmp_path / "unet3d.log")
     assert {key: value_of(records, key) for key in [*HEAD, *DATA]} == {
         "cache_clear": True,
@@ -197,23 +190,23 @@ def test_values_are_the_runs(tmp_path: Path, make_config: MakeConfig) -> None:
 def test_epochs_are_counted_in_samples_with_the_plain_number_beside(
     tmp_path: Path, make_config: MakeConfig, tensors: list[str]
 ) -> None:
-    tell(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
-    told: dict[str, list[Any]] = {}
+    send(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
+    metadata: dict[str, list[Any]] = {}
     for record in read_log(tmp_path / "unet3d.log"):
         own = {name: value for name, value in record["metadata"].items() if name not in ("file", "lineno")}
-        told.setdefault(record["key"], []).append(own)
+        metadata.setdefault(record["key"], []).append(own)
     epochs = [{"epoch_num": epoch * 168, "epoch": epoch} for epoch in (1, 2, 3)]
-    assert told["epoch_start"] == epochs
-    assert told["epoch_stop"] == epochs
+    assert metadata["epoch_start"] == epochs
+    assert metadata["epoch_stop"] == epochs
     for key in ("eval_start", "eval_accuracy", "eval_stop"):
-        assert told[key] == epochs[1:]
-    assert told["block_start"] == [
+        assert metadata[key] == epochs[1:]
+    assert metadata["block_start"] == [
         {"first_epoch_num": 168, "epoch_count": 2 * 168},
         {"first_epoch_num": 3 * 168, "epoch_count": 168},
     ]
-    assert told["block_stop"] == [{"first_epoch_num": 168}, {"first_epoch_num": 3 * 168}]
-    assert told["run_stop"] == [{"status": "success", "reason": "mean Dice reached"} | epochs[2]]
-    assert "departures" not in told["submission_division"][0]
+    assert metadata["block_stop"] == [{"first_epoch_num": 168}, {"first_epoch_num": 3 * 168}]
+    assert metadata["run_stop"] == [{"status": "success", "reason": "mean Dice reached"} | epochs[2]]
+    assert "departures" not in metadata["submission_division"][0]
 
 
 def test_up_to_ruleset_3_0_epochs_are_counted_in_epochs(
@@ -223,7 +216,7 @@ def test_up_to_ruleset_3_0_epochs_are_counted_in_epochs(
     for ruleset in ("3.0.0", "3.1.0"):
         (tmp_path / ruleset).mkdir()
         config = make_config(ruleset=ruleset, lr_warmup_epochs=5, lr_decay_epochs=(10, 20))
-        tell(MLPerfTracker(tmp_path / ruleset), whole_run(config, tensors, {2: 0.5, 3: 0.91}))
+        send(MLPerfTracker(tmp_path / ruleset), whole_run(config, tensors, {2: 0.5, 3: 0.91}))
     in_epochs, in_samples = (read_log(tmp_path / ruleset / "unet3d.log") for ruleset in ("3.0.0", "3.1.0"))
     assert value_of(in_epochs, "opt_learning_rate_warmup_epochs") == 5
     assert value_of(in_epochs, "opt_learning_rate_decay_boundary_epochs") == [10, 20]
@@ -242,12 +235,12 @@ def test_up_to_ruleset_3_0_epochs_are_counted_in_epochs(
 
 
 def test_intervals_points_and_scores(tmp_path: Path, make_config: MakeConfig, tensors: list[str]) -> None:
-    tell(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
+    send(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 3: 0.91}))
     records = read_log(tmp_path / "unet3d.log")
     for record in records:
         kind = {"start": "INTERVAL_START", "stop": "INTERVAL_END"}.get(record["key"].rpartition("_")[2])
         assert record["event_type"] == (kind or "POINT_IN_TIME"), record["key"]
-        assert record["metadata"]["file"] == "runtime/logging/trackers.py", "no path of this machine in the log"
+        assert record["metadata"]["file"] == "runtime/logging/mlperf.py", "no path of this machine in the log"
     assert [record["value"] for record in records if record["key"] == "eval_accuracy"] == [0.5, 0.91]
     times = [record["time_ms"] for record in records]
     assert times == sorted(times)
@@ -259,7 +252,7 @@ def test_mlperfs_checker_on_a_closed_run(
     ruleset: str, score: float, passes: bool, tmp_path: Path, make_config: MakeConfig, tensors: list[str]
 ) -> None:
     """2.1.0 demands the exact names of all tensors; both demand 168 and 42 samples and 0.908 in the closed division."""
-    tell(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 4: score}))
+    send(MLPerfTracker(tmp_path), whole_run(make_config(), tensors, {2: 0.5, 4: score}))
     command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", ruleset]
     done = subprocess.run(
         [*command, "--log_output", str(tmp_path / "checker.log"), str(tmp_path / "unet3d.log")],
@@ -269,17 +262,17 @@ def test_mlperfs_checker_on_a_closed_run(
         timeout=60,
         cwd=tmp_path,
     )
-    told = done.stdout + done.stderr
-    assert (done.returncode == 0) is passes, told
-    assert ("SUCCESS" in told) is passes, told
-    assert ("Failed checks for eval_accuracy" in told) is not passes, told
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) is passes, output
+    assert ("SUCCESS" in output) is passes, output
+    assert ("Failed checks for eval_accuracy" in output) is not passes, output
 
 
 def test_two_runs_do_not_write_into_each_others_log(tmp_path: Path, make_config: MakeConfig) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-        tell(MLPerfTracker(folder), initialisation(make_config(), ["x"]))
+        send(MLPerfTracker(folder), initialisation(make_config(), ["x"]))
     first, second = (len(read_log(folder / "unet3d.log")) for folder in folders)
     assert first == second == len(HEAD) + 1 + 2 + len(DATA)
 
@@ -288,7 +281,7 @@ def test_nothing_reaches_the_console(
     tmp_path: Path, make_config: MakeConfig, tensors: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for tracker in (MLPerfTracker(tmp_path), JsonLinesTracker(tmp_path), RunFileTracker(tmp_path)):
-        tell(tracker, whole_run(make_config(), tensors, {2: 0.5}))
+        send(tracker, whole_run(make_config(), tensors, {2: 0.5}))
     assert capfd.readouterr() == ("", "")
 
 
@@ -304,7 +297,7 @@ def test_an_existing_log_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def mlperf_tensors() -> list[str]:
-    """The names that ruleset 2.1.0 demands, written down from the documented pattern."""
+    """Returns the names that ruleset 2.1.0 demands, by the documented pattern."""
     names = []
     for block in ["input_block", *(f"down{i}" for i in range(5))]:
         prefix = "input" if block == "input_block" else block
@@ -343,7 +336,7 @@ def test_json_lines_hold_every_event_but_batches_steps_and_cases(
 ) -> None:
     events = whole_run(make_config(save_ckpt_path=Path("c.pth")), tensors, {2: 0.5, 3: 0.91})
     before = time.time()
-    tell(JsonLinesTracker(tmp_path), events)
+    send(JsonLinesTracker(tmp_path), events)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     left_out = ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated
     kept = [event for event in events if not isinstance(event, left_out)]
@@ -366,7 +359,7 @@ def test_json_lines_are_on_disk_at_once(tmp_path: Path) -> None:
 def test_the_run_file_is_complete_before_the_first_step(tmp_path: Path, make_config: MakeConfig) -> None:
     tracker = RunFileTracker(tmp_path)
     begin = initialisation(make_config(), ["x"], reasons=["one"])
-    tell(tracker, begin[:2])
+    send(tracker, begin[:2])
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["seeds"] == {"master": 1234, "order": 1, "samples": 2, "ranks": [3]}
     assert (content["division"], content["departures"], content["platform"]) == ("open", ["one"], "1xABACUS")
@@ -374,74 +367,13 @@ def test_the_run_file_is_complete_before_the_first_step(tmp_path: Path, make_con
     assert content["config"]["batch_size"] == 2
 
 
-# Earlier logs
-
-
-def write(folder: Path, **contents: str) -> None:
-    for name, text in contents.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
-def listing(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
-
-
-def test_rotation_keeps_every_earlier_log(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "logs"
-    rotate_logs(folder)
-    assert listing(folder) == {}
-    for run in ("first", "second", "third"):
-        rotate_logs(folder)
-        write(folder, unet3d__log=run, log__jsonl=run, run__json=run)
-    assert listing(folder) == {
-        "unet3d.1.log": "first",
-        "log.1.jsonl": "first",
-        "run.1.json": "first",
-        "unet3d.2.log": "second",
-        "log.2.jsonl": "second",
-        "run.2.json": "second",
-        "unet3d.log": "third",
-        "log.jsonl": "third",
-        "run.json": "third",
-    }
-
-
-def test_a_runs_files_keep_one_number(tmp_path: Path) -> None:
-    """Each run wrote other files; a number is a run's, not a file's."""
-    write(tmp_path, unet3d__log="first")
-    rotate_logs(tmp_path)
-    write(tmp_path, benchmark__json="second", notes__txt="mine")
-    rotate_logs(tmp_path)
-    write(tmp_path, unet3d__log="third", benchmark__json="third")
-    rotate_logs(tmp_path)
-    assert listing(tmp_path) == {
-        "unet3d.1.log": "first",
-        "benchmark.2.json": "second",
-        "unet3d.3.log": "third",
-        "benchmark.3.json": "third",
-        "notes.txt": "mine",
-    }
-
-
-def test_a_log_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^--log_dir .*file/logs: cannot be written"):
-        rotate_logs(tmp_path / "file" / "logs")
-
-
-def test_a_log_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers.os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(UserError, match=r"cannot be written: permission denied$"):
-        rotate_logs(tmp_path)
-
-
-def test_a_full_disk_is_told_to_who_announces(
+def test_a_full_disk_is_reported_to_the_dispatcher(
     tmp_path: Path, make_config: MakeConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Who warns once; logging's own way is a traceback on stderr for every line."""
+    """It warns once; `logging` by itself prints a traceback on stderr for every line."""
     for tracker in (MLPerfTracker(tmp_path), JsonLinesTracker(tmp_path)):
         with disk_of(100), pytest.raises(OSError, match="File too large"):
-            tell(tracker, initialisation(make_config(), ["x"]))
+            send(tracker, initialisation(make_config(), ["x"]))
     assert capfd.readouterr() == ("", "")
 
 

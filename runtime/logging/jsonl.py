@@ -1,0 +1,53 @@
+"""`LOG_DIR/log.jsonl`, one JSON object per event, and `LOG_DIR/run.json`, the facts known before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime.logging import events as ev
+
+
+class JsonLinesTracker:
+    """`LOG_DIR/log.jsonl`: every event except single batches, steps and cases, each flushed at once."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
+
+    def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated | ev.RunFinalized):
+            return
+        values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        if "config" in values:
+            values["config"] = values["config"].to_json()
+        line = {"event": type(event).__name__, "time_s": time.time(), **values}
+        print(json.dumps(_strict(line), allow_nan=False), file=self._file, flush=True)
+
+
+def _strict(value: Any) -> Any:
+    """Replaces NaN and infinity, which JSON does not have, by null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFileTracker:
+    """`LOG_DIR/run.json`: configuration, environment, seeds and division, written before the first step."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._path = log_dir / "run.json"
+        self._content: dict[str, Any] = {}
+
+    def on(self, event: ev.Event) -> None:
+        if isinstance(event, ev.InitStarted):
+            self._content |= {"config": event.config.to_json(), "environment": event.environment}
+        if isinstance(event, ev.InitStopped):
+            self._content |= {"seeds": event.seeds, "division": event.division, "departures": event.reasons}
+            self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
+            self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
