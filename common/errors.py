@@ -1,7 +1,7 @@
-"""How a program ends: its exit statuses, and what every room may raise.
+"""How a program ends: exit statuses, and the exceptions that end it in one line.
 
-A `UserError` is a mistake of the user's, an `Interrupted` a wish to stop, a `RankLost` the end of another process of
-the run. Anything else that escapes is a bug of ours and keeps its traceback.
+A `UserError` is the user's mistake, `Interrupted` a request to stop, `RankLost` the end of another process of the run.
+Any other exception that escapes is a bug in this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 # sysexits.h EX_USAGE is 64, but argparse exits with 2 and users script against that.
 USER_ERROR_EXIT = 2
-# The run ended in order, but with numbers that are of no use: to start it again would end in the same.
+# The run ended in order, but diverged: starting it again would end the same way.
 DIVERGED_EXIT = 3
-# Another rank was lost: this one is sound, and starting again with --resume goes on.
+# Another rank was lost; this one is sound, and --resume continues the run.
 RANK_LOST_EXIT = 4
 
 
 class UserError(Exception):
-    """Bad input: the message says in one line what is wrong and what to do."""
+    """Bad input. The message states in one line what is wrong and what to do."""
 
 
 def one_line(error: BaseException) -> str:
@@ -28,15 +28,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class RankLost(Exception):  # noqa: N818 - an end, not an error of this process
-    """Another rank of the run was killed, hangs or failed; the message says which, as far as it is known."""
+class RankLost(Exception):  # noqa: N818 - not an error of this process
+    """Another rank of the run was killed, hangs or failed; the message names it, if it is known."""
 
 
-class Interrupted(Exception):  # noqa: N818 - a wish, not an error
-    """A signal asked the program to leave.
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """A signal asked the program to stop.
 
     Args:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -45,35 +45,32 @@ class Interrupted(Exception):  # noqa: N818 - a wish, not an error
 
 
 def interrupted_exit(number: int) -> int:
-    """128 + the signal's number, as shells and Kubernetes know it: 143 after SIGTERM, 130 after Ctrl-C."""
+    """Returns 128 + the signal's number, the convention of shells and Kubernetes: 143 for SIGTERM, 130 for Ctrl-C."""
     return 128 + number
 
 
 def run_program(program: Callable[[], int | None], name: str) -> int:
-    """Runs a command-line program and turns a user's mistake into one line on stderr.
+    """Runs a command-line program and reports user errors in one line on stderr.
 
     Args:
-        program: the program; what it returns is the exit status (None: 0).
-        name: what the line begins with, such as "main.py".
+        program: returns the exit status (None: 0).
+        name: begins the line, such as "main.py".
 
     Returns:
         The exit status: the program's own, 2 after a UserError, 4 after a RankLost, 130 after Ctrl-C.
     """
     try:
         return program() or 0
-    except UserError as error:
-        print(complaint(name, str(error)), file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT
-    except RankLost as error:
-        print(complaint(name, str(error)), file=sys.stderr, flush=True)
-        return RANK_LOST_EXIT
+    except (UserError, RankLost) as error:
+        print(error_line(name, str(error)), file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT if isinstance(error, UserError) else RANK_LOST_EXIT
     except KeyboardInterrupt:
         print(f"{_prefix(name)}: interrupted", file=sys.stderr, flush=True)
         return interrupted_exit(signal.SIGINT)
 
 
-def complaint(name: str, message: str) -> str:
-    """The one line that tells an error, with the rank where there are several."""
+def error_line(name: str, message: str) -> str:
+    """Returns the one line that reports an error, with the rank unless it is 0."""
     return f"{_prefix(name)}: error: {' '.join(message.split())}"
 
 

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader, or a program interrupted at any moment, finds the old one or the new one, whole."""
+"""Replacing files atomically, so that a reader always finds a whole one, old or new, and keeping earlier ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder, which takes `path`'s place if nothing is raised, and else goes.
+    """Yields a temporary path in the same folder; it replaces `path` at the end, or is deleted if an error is raised.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; the old file is untouched.

@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import main as torchrun
 
-from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, complaint, interrupted_exit
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, error_line, interrupted_exit
 
 # A rank that ended so would end so again.
 FINAL_EXITS = (USER_ERROR_EXIT, DIVERGED_EXIT)
@@ -85,7 +85,7 @@ def _cause(error: ChildFailedError) -> tuple[int, str]:
 
 
 def _report(status: int, message: str) -> int:
-    print(complaint("torchrun", message), file=sys.stderr, flush=True)
+    print(error_line("torchrun", message), file=sys.stderr, flush=True)
     return status
 
 

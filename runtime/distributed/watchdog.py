@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.compat import gloo_cause
-from common.errors import RANK_LOST_EXIT, RankLost, complaint
+from common.errors import RANK_LOST_EXIT, RankLost, error_line
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
@@ -172,7 +172,7 @@ class Watchdog:
     def _end(self, cause: str) -> None:
         """Ends this process at once: its main thread hangs in a collective, from which nothing calls it back."""
         self._let_others_read()
-        print(complaint(self._name, f"{cause}; start again with --resume"), file=sys.stderr, flush=True)
+        print(error_line(self._name, f"{cause}; start again with --resume"), file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()  # one that hangs would stay
         os._exit(RANK_LOST_EXIT)

@@ -40,8 +40,8 @@ def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
 class Recorder(ABC):
     """Translates a run's events into what experiment trackers record: facts, values by name, and files.
 
-    Values are named step/… (per optimizer step), train/… (per epoch) and evaluation/…. The first are indexed by the step,
-    counted from the run's first epoch, the others by the epoch.
+    Values are named step/… (per optimizer step), train/… (per epoch) and evaluation/…. The first are indexed by the
+    step, counted from the run's first epoch, the others by the epoch.
 
     Args:
         every: record one step in `every`, at least 1.

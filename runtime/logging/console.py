@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines on stdout, progress bars on stderr. Trackers like the others: they only watch."""
+"""Trackers for the terminal: lines on stdout, progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.logging import events as ev
 
 
 class EvaluationTracker:
-    """`--exec_mode evaluate`: a progress bar on stderr and a `name value` line each on stdout."""
+    """`--exec_mode evaluate`: a progress bar on stderr, and each score as a `name value` line on stdout."""
 
     def __init__(self, verbose: bool) -> None:
         self._bar = CaseBar() if verbose else None
@@ -38,47 +38,47 @@ class CaseBar:
         elif isinstance(event, ev.CaseEvaluated):
             self._bar.update()
         elif isinstance(event, ev.EvaluationStopped | ev.RunStopped) and self._bar is not None:
-            self._bar.close()  # a run may end within an evaluation
+            self._bar.close()  # a run may end during an evaluation
 
 
 class ConsoleTracker:
-    """What a person sees: each evaluation and the end as a line, and, if `verbose`, progress bars on stderr."""
+    """Prints each evaluation and the end of the run in a line, and, if `verbose`, progress bars on stderr."""
 
     def __init__(self, verbose: bool, epochs: int) -> None:
         self._verbose = verbose
         self._epochs = epochs
         self._bar: Any = None
-        self._cases = CaseBar()
+        self._case_bar = CaseBar()
         self._first_epoch = 1
         self._batches = 1
-        self._told: dict[str, str] = {}
+        self._postfix: dict[str, str] = {}
 
     def on(self, event: ev.Event) -> None:
         if isinstance(event, ev.PreflightEnd) and event.table:
-            self._say(event.table)
+            self._print(event.table)
         if isinstance(event, ev.InitStopped | ev.DataOpened):
             for note in event.notes:
-                self._say(f"note: {note}")
+                self._print(f"note: {note}")
         if isinstance(event, ev.InitStopped):
             because = f" ({'; '.join(event.reasons)})" if event.reasons else ""
-            self._say(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
+            self._print(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
         elif isinstance(event, ev.EvaluationStopped):
             scores = ", ".join(f"L{value} {dice:.4f}" for value, dice in enumerate(event.dice, start=1))
-            self._say(
+            self._print(
                 f"epoch {event.epoch}: mean Dice {event.mean_dice:.4f} ({scores}), loss {event.loss:.4f}, "
                 f"{event.seconds:.1f} s"
             )
         if self._verbose:
             self._progress(event)
         if isinstance(event, ev.RunStopped):
-            self._say(f"{event.status} after {event.epoch} epochs and {event.seconds:.1f} s: {event.reason}")
+            self._print(f"{event.status} after {event.epoch} epochs and {event.seconds:.1f} s: {event.reason}")
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def _progress(self, event: ev.Event) -> None:
-        self._cases.on(event)
+        self._case_bar.on(event)
         if isinstance(event, ev.EpochStarted):
             if self._bar is None:
                 self._first_epoch, self._batches = event.epoch, event.batches
@@ -86,20 +86,20 @@ class ConsoleTracker:
                 self._bar = tqdm(total=remaining * event.batches, desc="train", unit="batch", dynamic_ncols=True)
             self._bar.set_description(f"epoch {event.epoch}/{self._epochs} rate {event.learning_rate:.3g}")
         elif isinstance(event, ev.MicroBatchEnd):
-            # Not one more each time: a resumed run may begin in the middle of an epoch.
+            # Not `update(1)`: a resumed run may begin in the middle of an epoch.
             done = (event.epoch - self._first_epoch) * self._batches + event.batch + 1
             self._bar.update(done - self._bar.n)
         elif isinstance(event, ev.StepEnd):
-            self._tell("loss", event.loss)  # drawn with the next batch: a step must not cost a line on the terminal
+            self._show("loss", event.loss)  # drawn with the next batch: no terminal output per step
         elif isinstance(event, ev.EpochStopped):
-            self._tell("loss", event.loss, refresh=True)
+            self._show("loss", event.loss, refresh=True)
         elif isinstance(event, ev.EvaluationStopped):
-            self._tell("Dice", event.mean_dice, refresh=True)
+            self._show("Dice", event.mean_dice, refresh=True)
         elif isinstance(event, ev.RunStopped) and self._bar is not None:
             self._bar.close()
 
-    def _tell(self, name: str, value: float, refresh: bool = False) -> None:
-        """Puts a number beside the bar; there may be none, in an evaluation before the first epoch."""
-        self._told[name] = f"{name} {value:.4f}"
+    def _show(self, name: str, value: float, refresh: bool = False) -> None:
+        """Shows a value beside the bar, which does not exist in an evaluation before the first epoch."""
+        self._postfix[name] = f"{name} {value:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(self._told.values()), refresh=refresh)
+            self._bar.set_postfix_str(", ".join(self._postfix.values()), refresh=refresh)

@@ -1,4 +1,4 @@
-"""`--trackers 'mlflow(uri="sqlite:///mlflow.db")'`: MLflow, in a database or on a server."""
+"""`--trackers 'mlflow(uri="sqlite:///mlflow.db")'`: MLflow, with a database or a server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Read as the package is imported: it tells its makers what is called.
+# Read on import: the package reports its use to its developers.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
-# A server that does not answer is given up after a minute, not after ten; ours are only the defaults.
+# Give up on a server that does not answer after a minute instead of ten; a user's own settings come first.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -25,29 +25,29 @@ from mlflow.entities import Metric, Param, RunTag
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
 
-# MLflow takes so many metrics, so many parameters and so long a value at once.
-METRICS, PARAMETERS, LENGTH = 1000, 100, 5000
-# Steps' numbers are sent together, as often.
+# MLflow's limits: metrics and parameters per call, characters per value.
+MAX_METRICS, MAX_PARAMETERS, MAX_LENGTH = 1000, 100, 5000
+# Interval at which the values of the steps are sent.
 SEND_S = 10.0
-# At the end the last of it may take so long, a checkpoint's upload included.
+# Limit for the last calls at the end of the run, including a checkpoint's upload.
 CLOSE_S = 300.0
 
 
 class MLflow(Recorder):
-    """A new run of MLflow's for each run, a resumed one too. A thread talks to MLflow, so that training never waits.
+    """A new MLflow run for each run, including a resumed one. A thread makes the calls, so that training never waits.
 
     Args:
-        uri: of the database or server; None: what MLFLOW_TRACKING_URI says, else LOG_DIR/mlflow.db.
-        experiment: by its name; made where it does not exist, its artefacts beside the database.
+        uri: of the database or server; None: $MLFLOW_TRACKING_URI, or else LOG_DIR/mlflow.db.
+        experiment: its name; created if it does not exist, with its artifacts beside the database.
         name: of the run.
-        every: one step in so many is recorded.
+        every: record one step in `every`.
     """
 
     def __init__(
         self, log_dir: Path, uri: str | None = None, experiment: str = "unet3d", name: str | None = None, every: int = 1
     ) -> None:
         super().__init__(every)
-        for logger in ("mlflow", "alembic"):  # a new database is told of in twenty lines
+        for logger in ("mlflow", "alembic"):  # they log twenty lines when they create a database
             logging.getLogger(logger).setLevel(logging.WARNING)
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{log_dir.resolve() / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
@@ -72,7 +72,7 @@ class MLflow(Recorder):
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except Exception as error:  # told of with the next event
+            except Exception as error:  # raised at the next event
                 self._error = self._error or error
 
     def begin(self, facts: dict[str, dict[str, Any]]) -> None:
@@ -86,23 +86,23 @@ class MLflow(Recorder):
             for kind in ("environment", "run")
             for name, value in facts[kind].items()
         ]
-        for at in range(0, len(parameters), PARAMETERS):
-            self._log(params=parameters[at : at + PARAMETERS])
+        for at in range(0, len(parameters), MAX_PARAMETERS):
+            self._log(params=parameters[at : at + MAX_PARAMETERS])
         self._log(tags=tags)
 
     def _log(self, **values: Any) -> None:
         self._client.log_batch(self._run, **values)
 
-    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
+    def log_values(self, axis: str, index: int, values: dict[str, float]) -> None:
         now_ms = int(time.time() * 1000)
-        # Other characters in a name, as a class may have them, are refused.
-        self._metrics += [Metric(re.sub(r"[^\w.\-/ ]", "_", name), v, now_ms, at) for name, v in values.items()]
-        if axis == "epoch" or time.monotonic() - self._sent_at > SEND_S or len(self._metrics) > METRICS // 2:
+        # MLflow refuses other characters in a name; a class name may have them.
+        self._metrics += [Metric(re.sub(r"[^\w.\-/ ]", "_", name), v, now_ms, index) for name, v in values.items()]
+        if axis == "epoch" or time.monotonic() - self._sent_at > SEND_S or len(self._metrics) > MAX_METRICS // 2:
             self._send()
 
     def _send(self) -> None:
-        for at in range(0, len(self._metrics), METRICS):
-            self._jobs.put(partial(self._log, metrics=self._metrics[at : at + METRICS]))
+        for at in range(0, len(self._metrics), MAX_METRICS):
+            self._jobs.put(partial(self._log, metrics=self._metrics[at : at + MAX_METRICS]))
         self._metrics = []
         self._sent_at = time.monotonic()
 
@@ -122,11 +122,11 @@ class MLflow(Recorder):
         self._jobs.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            raise TimeoutError(f"MLflow has not taken everything within {CLOSE_S:g} s")
+            raise TimeoutError(f"MLflow did not accept everything within {CLOSE_S:g} s")
 
 
 def find_experiment(client: MlflowClient, name: str, uri: str) -> str:
-    """The experiment's id; a new one keeps its artefacts beside a database, and where it wants on a server."""
+    """Returns the experiment's id. A new one keeps its artifacts beside a database, or where its server decides."""
     if known := client.get_experiment_by_name(name):
         return str(known.experiment_id)
     database = Path(uri.removeprefix("sqlite:///"))
@@ -135,4 +135,4 @@ def find_experiment(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return str(value)[:LENGTH]
+    return str(value)[:MAX_LENGTH]

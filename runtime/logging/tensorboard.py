@@ -12,16 +12,16 @@ from torch.utils.tensorboard import SummaryWriter
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
 
-# A run that is killed loses what it said in the last seconds only.
+# A run that is killed loses only the values of its last seconds.
 FLUSH_S = 10
 RGBA = 4
 
 
 class TensorBoard(Recorder):
-    """Curves, the configuration as text, the report's pictures, and the names of the files: it keeps no files itself.
+    """Curves, the configuration as text, the report's charts, and the names of the files; keeps no files itself.
 
     Args:
-        every: one step in so many is recorded.
+        every: record one step in `every`.
     """
 
     def __init__(self, log_dir: Path, every: int = 1) -> None:
@@ -34,9 +34,9 @@ class TensorBoard(Recorder):
             rows = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items()]
             self._writer.add_text(name, "\n".join(["| | |", "| --- | --- |", *rows]))
 
-    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
+    def log_values(self, axis: str, index: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, at)
+            self._writer.add_scalar(name, value, index)
 
     def end(self, event: ev.RunStopped) -> None:
         self._epoch = event.epoch
@@ -47,11 +47,11 @@ class TensorBoard(Recorder):
         self._writer.add_text("files", "\n".join(f"- {file}" for file in files), self._epoch)
         for file in files:
             if file.suffix == ".png":
-                # As they are: to decode a picture for `add_image` would need one package more.
+                # The PNG bytes unchanged: `add_image` needs a decoded image, hence one more package.
                 picture = file.read_bytes()
                 width, height = struct.unpack(">II", picture[16:24])
                 image = Summary.Image(width=width, height=height, colorspace=RGBA, encoded_image_string=picture)
                 value = Summary.Value(tag=f"pictures/{file.stem}", image=image)
-                writer: Any = self._writer.file_writer  # torch says None, which it is once closed
+                writer: Any = self._writer.file_writer  # torch annotates None, which it is only once closed
                 writer.add_summary(Summary(value=[value]), self._epoch)
         self._writer.close()

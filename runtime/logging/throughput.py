@@ -1,4 +1,4 @@
-"""`--benchmark`: times every iteration after the warm-up; where the time went, and how near the limit it is."""
+"""`--benchmark`: times each iteration after the warm-up, by phase, and compares it with the device's peak."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ import torch
 from runtime.logging import events as ev
 
 PHASES = ("data", "forward and backward", "optimizer")
-# A share of the step below this is the jitter of a healthy run; above it, it is what to work on first.
+# A wait is reported as the bottleneck above this share of the step; below it, it is jitter.
 NOTABLE_SHARE = 0.1
 
 
 class ThroughputTracker:
-    """Writes `LOG_DIR/benchmark.json` and prints a `name value` line each.
+    """Writes `LOG_DIR/benchmark.json` and prints each figure as a `name value` line.
 
-    On a GPU the marks are CUDA events, so that the host never waits for the device between iterations.
+    On a GPU the timestamps are CUDA events, so that the host never waits for the device between iterations.
 
     Args:
         warmup_steps: iterations that are not counted.
-        ranks: all iterate alike, so samples/s is this rank's times `ranks`.
+        ranks: number of ranks; samples/s is this rank's rate times `ranks`, since all of them do the same work.
     """
 
     def __init__(self, device: torch.device, warmup_steps: int, ranks: int, log_dir: Path) -> None:
@@ -35,37 +36,37 @@ class ThroughputTracker:
         self._warmup_steps = warmup_steps
         self._ranks = ranks
         self._path = log_dir / "benchmark.json"
-        # A mark before the first iteration, then one a phase, `len(PHASES)` an iteration.
-        self._marks: list[Any] = []
+        # A timestamp before the first iteration, then one per phase, `len(PHASES)` per iteration.
+        self._timestamps: list[Any] = []
         self._samples: list[int] = []
         self._limits = ev.Calibrated(0.0, 0.0, 0.0)
 
     def on(self, event: ev.Event) -> None:
         if isinstance(event, ev.Calibrated):
             self._limits = event
-        if isinstance(event, ev.EpochStarted) and not self._marks:
-            self._mark()
+        if isinstance(event, ev.EpochStarted) and not self._timestamps:
+            self._add_timestamp()
         if isinstance(event, ev.PhaseEnd | ev.MicroBatchEnd):
-            self._mark()
+            self._add_timestamp()
         if isinstance(event, ev.MicroBatchEnd):
             self._samples.append(event.samples)
         if isinstance(event, ev.RunStopped):
             self._report()
 
-    def _mark(self) -> None:
+    def _add_timestamp(self) -> None:
         if self._device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-            self._marks.append(mark)
+            timestamp = torch.cuda.Event(enable_timing=True)
+            timestamp.record()
+            self._timestamps.append(timestamp)
         else:
-            self._marks.append(time.perf_counter())
+            self._timestamps.append(time.perf_counter())
 
     def _milliseconds(self) -> list[float]:
-        """Of every phase, in the order they came."""
+        """Returns the duration of each phase in ms, in the order of execution."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the run is over: the only wait
-            return [first.elapsed_time(second) for first, second in zip(self._marks, self._marks[1:], strict=False)]
-        return [1e3 * (second - first) for first, second in zip(self._marks, self._marks[1:], strict=False)]
+            torch.cuda.synchronize(self._device)  # the only wait, once the run is over
+            return [first.elapsed_time(second) for first, second in pairwise(self._timestamps)]
+        return [1e3 * (second - first) for first, second in pairwise(self._timestamps)]
 
     def _report(self) -> None:
         phases = np.array(self._milliseconds()).reshape(-1, len(PHASES))[self._warmup_steps :]
@@ -82,17 +83,17 @@ class ThroughputTracker:
 
 
 def measured_samples_per_s(log_dir: Path) -> float | None:
-    """What `--benchmark` measured last in this log folder; None where it has not."""
+    """Returns the rate that `--benchmark` last measured in this log folder, or None."""
     try:
         newest = max(log_dir.glob("benchmark*.json"), key=lambda path: path.stat().st_mtime)
         rate = float(json.loads(newest.read_text(encoding="utf-8"))["samples_per_s"])
-    except (OSError, ValueError, TypeError, KeyError):  # nothing there, or damaged: it is no more than a hint
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: the rate is only a hint
         return None
     return rate if math.isfinite(rate) and rate > 0 else None
 
 
 def throughput(latencies_ms: Sequence[float], samples: Sequence[int], ranks: int) -> dict[str, float]:
-    """Samples over time (not a mean of rates, which one slow step distorts) and latency percentiles in ms."""
+    """Returns samples per second (total over total: one slow step distorts a mean of rates) and latencies in ms."""
     p90, p95, p99 = np.percentile(latencies_ms, (90, 95, 99)).tolist()
     return {
         "samples_per_s": 1e3 * sum(samples) * ranks / sum(latencies_ms),
@@ -105,7 +106,7 @@ def throughput(latencies_ms: Sequence[float], samples: Sequence[int], ranks: int
 
 
 def breakdown(phases_ms: Mapping[str, float], communication_ms: float) -> dict[str, float]:
-    """Where a mean iteration's time went, in ms; the part of the backward pass that waits for other ranks apart."""
+    """Returns the parts of a mean iteration in ms, with communication separate from the backward pass."""
     communication = min(communication_ms, phases_ms["forward and backward"])
     return {
         "data_wait_ms": phases_ms["data"],
@@ -116,7 +117,7 @@ def breakdown(phases_ms: Mapping[str, float], communication_ms: float) -> dict[s
 
 
 def efficiency(samples_per_s: float, limits: ev.Calibrated) -> dict[str, float]:
-    """TFLOP/s of one rank, and its share of what the device reaches in a large matrix product."""
+    """Returns TFLOP/s of one rank, and its share of what the device reaches in a large matrix product."""
     if not limits.peak_flops:
         return {}
     rate = samples_per_s * limits.flops_per_sample
@@ -128,14 +129,14 @@ def efficiency(samples_per_s: float, limits: ev.Calibrated) -> dict[str, float]:
 
 
 def verdict(figures: Mapping[str, float]) -> str:
-    """What bounds the run: its input, its communication, or else its arithmetic."""
+    """Returns the run's bottleneck: its input, its communication, or else its arithmetic."""
     waits = {"input-bound": figures["data_wait_ms"], "communication-bound": figures["communication_ms"]}
     worst = max(waits, key=lambda name: waits[name])
     return worst if waits[worst] > NOTABLE_SHARE * figures["latency_mean_ms"] else "compute-bound"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: of the GPU's memory, or else of the host's."""
+    """Returns this process's peak memory use, of the GPU or else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB

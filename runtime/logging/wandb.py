@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Read as the package is imported: it reports its own errors to its makers.
+# Read on import: the package reports its own errors to its developers.
 os.environ["WANDB_ERROR_REPORTING"] = "false"
 
 from wandb import Artifact, Image, Settings, init
@@ -18,19 +18,19 @@ from common.messages import logger
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
 
-# Without a network the run begins, and ends, after so long; what was not uploaded lies in the log folder.
+# Timeouts without a network; what was not uploaded stays in the log folder.
 INIT_S = 30.0
 FINISH_S = 300.0
 MODES = ("offline", "online", "disabled", "shared")
 
 
 class WeightsAndBiases(Recorder):
-    """A new run of W&B's for each run, a resumed one too.
+    """A new W&B run for each run, including a resumed one.
 
     Args:
-        project, entity, name, group, tags: W&B's.
-        mode: "offline", "online" or "disabled"; None: what WANDB_MODE says, else offline.
-        every: one step in so many is recorded.
+        project, entity, name, group, tags: passed on to W&B.
+        mode: "offline", "online" or "disabled"; None: $WANDB_MODE, or else offline.
+        every: record one step in `every`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class WeightsAndBiases(Recorder):
         every: int = 1,
     ) -> None:
         super().__init__(every)
-        # Nothing is written outside the folders given: by itself it keeps copies of artefacts in the home folder.
+        # Write only to the given folders: by default W&B copies artifacts to the home folder.
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(variable, str(log_dir.resolve() / "wandb"))
         (log_dir / "wandb").mkdir(exist_ok=True)
@@ -84,21 +84,21 @@ class WeightsAndBiases(Recorder):
     def begin(self, facts: dict[str, dict[str, Any]]) -> None:
         self._run.config.update({**facts["config"], "environment": facts["environment"], "run": facts["run"]})
 
-    def log_values(self, axis: str, at: int, values: dict[str, float]) -> None:
-        self._run.log({axis: at, **values})
+    def log_values(self, axis: str, index: int, values: dict[str, float]) -> None:
+        self._run.log({axis: index, **values})
 
     def end(self, event: ev.RunStopped) -> None:
         self._run.summary.update({"status": event.status, "reason": event.reason, "seconds": event.seconds})
         self._exit_code = 0 if event.status == "success" else 1
 
     def close(self, files: list[Path]) -> None:
-        for kind, artefact in (("model", "checkpoint"), ("record", "record")):
+        for kind, name in (("model", "checkpoint"), ("record", "record")):
             chosen = [file for file in files if (file.suffix == ".pth") == (kind == "model")]
             if chosen and not self._run.disabled:
-                made = Artifact(f"{artefact}-{self._run.id}", type=kind)
+                artifact = Artifact(f"{name}-{self._run.id}", type=kind)
                 for file in chosen:
-                    made.add_file(str(file))
-                self._run.log_artifact(made)
+                    artifact.add_file(str(file))
+                self._run.log_artifact(artifact)
         if pictures := [file for file in files if file.suffix == ".png"]:
             self._run.log({f"pictures/{file.stem}": Image(str(file)) for file in pictures})
         self._run.finish(exit_code=self._exit_code)

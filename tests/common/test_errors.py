@@ -13,7 +13,7 @@ from common.errors import (
     Interrupted,
     RankLost,
     UserError,
-    complaint,
+    error_line,
     interrupted_exit,
     run_program,
 )
@@ -52,7 +52,7 @@ def test_a_lost_rank_is_one_line_and_status_4(
 
 
 def test_every_end_has_a_status_of_its_own() -> None:
-    """Scripts and launchers tell by them whether to start again."""
+    """Scripts and launchers decide by them whether to start again."""
     assert (USER_ERROR_EXIT, DIVERGED_EXIT, RANK_LOST_EXIT) == (2, 3, 4)
     assert (interrupted_exit(signal.SIGTERM), interrupted_exit(signal.SIGINT)) == (143, 130)
 
@@ -63,8 +63,8 @@ def test_an_interruption_names_its_signal(number: int, name: str, status: int) -
     assert (str(leaving), leaving.exit_status) == (f"interrupted by {name}", status)
 
 
-def test_a_complaint_is_one_line_whatever_it_tells() -> None:
-    assert complaint("main.py", "a\n b \t c") == "main.py: error: a b c"
+def test_an_error_is_one_line_whatever_its_message() -> None:
+    assert error_line("main.py", "a\n b \t c") == "main.py: error: a b c"
 
 
 def test_another_rank_says_which(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,13 +67,13 @@ def run(config: RunConfig) -> list[ev.Event]:
     ]
 
 
-def tell(tracker: ev.Tracker, events: list[ev.Event]) -> None:
+def send(tracker: ev.Tracker, events: list[ev.Event]) -> None:
     for event in events:
         tracker.on(event)
 
 
 def test_a_quiet_run_is_three_lines_on_stdout_and_nothing_on_stderr(config: RunConfig, capsys: Captured) -> None:
-    tell(ConsoleTracker(verbose=False, epochs=1), run(config))
+    send(ConsoleTracker(verbose=False, epochs=1), run(config))
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -87,9 +87,9 @@ def test_a_quiet_run_is_three_lines_on_stdout_and_nothing_on_stderr(config: RunC
 
 
 def test_a_verbose_run_has_the_same_lines_and_bars_on_stderr(config: RunConfig, capsys: Captured) -> None:
-    tell(ConsoleTracker(verbose=False, epochs=1), run(config))
+    send(ConsoleTracker(verbose=False, epochs=1), run(config))
     quiet = capsys.readouterr().out
-    tell(ConsoleTracker(verbose=True, epochs=1), run(config))
+    send(ConsoleTracker(verbose=True, epochs=1), run(config))
     out, err = capsys.readouterr()
     assert out == quiet
     assert "epoch 1/1 rate 0.125" in err
@@ -98,7 +98,7 @@ def test_a_verbose_run_has_the_same_lines_and_bars_on_stderr(config: RunConfig, 
     assert "evaluate" in err
 
 
-def test_reasons_for_the_open_division_and_notes_are_told(config: RunConfig, capsys: Captured) -> None:
+def test_reasons_for_the_open_division_and_notes_are_printed(config: RunConfig, capsys: Captured) -> None:
     ConsoleTracker(verbose=False, epochs=1).on(init_stopped(config, ["one", "two"], ["look here", "and there"]))
     assert capsys.readouterr().out.splitlines() == [
         "note: look here",
@@ -109,13 +109,13 @@ def test_reasons_for_the_open_division_and_notes_are_told(config: RunConfig, cap
 
 def test_a_bar_of_a_resumed_run_counts_what_remains(config: RunConfig, capsys: Captured) -> None:
     tracker = ConsoleTracker(verbose=True, epochs=10)
-    tell(tracker, [ev.EpochStarted(8, 0.1, 5), ev.RunStopped("aborted", "stopped by hand", 8, 1.0)])
+    send(tracker, [ev.EpochStarted(8, 0.1, 5), ev.RunStopped("aborted", "stopped by hand", 8, 1.0)])
     assert "0/15" in capsys.readouterr().err
 
 
 def test_a_bar_of_a_run_resumed_within_an_epoch_is_where_the_run_is(config: RunConfig, capsys: Captured) -> None:
     stopped = ev.RunStopped("aborted", "stopped by hand", 8, 1.0)
-    tell(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.MicroBatchEnd(8, 3, 2), stopped])
+    send(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.MicroBatchEnd(8, 3, 2), stopped])
     assert "4/15" in capsys.readouterr().err
 
 
@@ -130,8 +130,8 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
 ) -> None:
     monkeypatch.setattr(console, "tqdm", Eager)
     tracker = ConsoleTracker(verbose=True, epochs=3)
-    tell(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
-    tell(
+    send(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
+    send(
         tracker,
         [
             ev.StepEnd(epoch=2, batch=0, loss=0.75, gradient_norm=1.0, loss_scale=1.0),
@@ -145,7 +145,7 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
 
 
 def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
-    tell(ConsoleTracker(verbose=True, epochs=3), [*evaluation(1)[:2], ev.RunStopped("aborted", "by hand", 1, 1.0)])
+    send(ConsoleTracker(verbose=True, epochs=3), [*evaluation(1)[:2], ev.RunStopped("aborted", "by hand", 1, 1.0)])
     assert capsys.readouterr().err.endswith("\r")
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured)
 
 
 def test_an_evaluation_is_name_value_lines(capsys: Captured) -> None:
-    tell(EvaluationTracker(verbose=False), evaluation(7))
+    send(EvaluationTracker(verbose=False), evaluation(7))
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -170,7 +170,7 @@ def test_an_evaluation_is_name_value_lines(capsys: Captured) -> None:
 
 def test_a_verbose_evaluation_counts_its_cases_on_stderr(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "tqdm", partial(tqdm, mininterval=0))  # every update is drawn
-    tell(EvaluationTracker(verbose=True), evaluation(7))
+    send(EvaluationTracker(verbose=True), evaluation(7))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
     assert [count for count in ("0/2", "1/2", "2/2") if count in err] == ["0/2", "1/2", "2/2"]

@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and MLflow, each against the real package: told of a run, and read back by its own means."""
+"""TensorBoard, W&B and MLflow, each with the real package: a run is recorded, then read back by the package itself."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def png(path: Path) -> Path:
 
 def run(config: RunConfig, files: list[Path], status: str = "success") -> list[ev.Event]:
     """Two epochs of two steps of two micro-batches, each evaluated; one loss is no number."""
-    told: list[ev.Event] = [
+    events: list[ev.Event] = [
         ev.InitStarted(config, {"torch": "2.13", "command": ["main.py", "--epochs", "2"]}, False),
         ev.InitStopped(
             config=config,
@@ -87,22 +87,22 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
         ),
     ]
     for epoch in (1, 2):
-        told.append(ev.EpochStarted(epoch, 0.1 * epoch, 4))
+        events.append(ev.EpochStarted(epoch, 0.1 * epoch, 4))
         for batch in range(4):
-            told.append(ev.MicroBatchEnd(epoch, batch, 2))
+            events.append(ev.MicroBatchEnd(epoch, batch, 2))
             if batch % 2:
                 loss = math.nan if (epoch, batch) == (2, 3) else 1.0 / (epoch + batch)
-                told.append(
+                events.append(
                     ev.StepEnd(epoch=epoch, batch=batch, loss=loss, gradient_norm=0.5 * epoch, loss_scale=65536.0)
                 )
-        told.append(ev.EpochStopped(epoch=epoch, loss=0.5 / epoch, learning_rate=0.1 * epoch, samples=8, seconds=2.0))
-        told.append(
+        events.append(ev.EpochStopped(epoch=epoch, loss=0.5 / epoch, learning_rate=0.1 * epoch, samples=8, seconds=2.0))
+        events.append(
             ev.EvaluationStopped(
                 epoch=epoch, mean_dice=0.3 * epoch, dice=[0.4 * epoch, 0.2 * epoch], loss=0.25, seconds=1.5
             )
         )
     stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0)
-    return [*told, stopped, ev.RunFinalized([str(file) for file in files])]
+    return [*events, stopped, ev.RunFinalized([str(file) for file in files])]
 
 
 # What a tool must have of that run: name: {epoch or step: value}.
@@ -127,7 +127,7 @@ def hold(found: dict[str, dict[int, float]], expected: dict[str, dict[int, float
         assert found[name] == pytest.approx(values, rel=1e-6, nan_ok=True), name
 
 
-def tell(folder: Path, spec: str, events: list[ev.Event]) -> None:
+def record(folder: Path, spec: str, events: list[ev.Event]) -> None:
     (tracker,) = make_trackers([spec], folder)
     for event in events:
         tracker.on(event)
@@ -173,7 +173,7 @@ def text(read: EventAccumulator, name: str) -> str:
 def test_tensorboard_has_the_curves_the_configuration_and_the_pictures(
     tmp_path: Path, make_config: MakeConfig, files: list[Path]
 ) -> None:
-    tell(tmp_path, "tensorboard", run(make_config(learning_rate=0.125, model="a|b"), files))
+    record(tmp_path, "tensorboard", run(make_config(learning_rate=0.125, model="a|b"), files))
     read, found = scalars(tmp_path)
     hold(found)
     assert "| learning_rate | 0.125 |" in text(read, "config")
@@ -189,7 +189,7 @@ def test_tensorboard_has_the_curves_the_configuration_and_the_pictures(
 
 @pytest.mark.parametrize("spec", ["tensorboard(every=2)", "tensorboard(every=3)"])
 def test_one_step_in_so_many_is_recorded(tmp_path: Path, make_config: MakeConfig, spec: str) -> None:
-    tell(tmp_path, spec, run(make_config(), []))
+    record(tmp_path, spec, run(make_config(), []))
     steps = (2, 4) if "2" in spec else (3,)
     curves = {n: {x: v for x, v in c.items() if x in steps or not n.startswith("step/")} for n, c in CURVES.items()}
     hold(scalars(tmp_path)[1], curves)
@@ -235,7 +235,7 @@ def history(stored: list[Record]) -> dict[str, dict[int, float]]:
 def test_wandb_offline_has_the_curves_the_configuration_and_the_artefacts(
     tmp_path: Path, make_config: MakeConfig, files: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tell(tmp_path, OFFLINE, run(make_config(learning_rate=0.125), files))
+    record(tmp_path, OFFLINE, run(make_config(learning_rate=0.125), files))
     stored = records(tmp_path)
     hold(history(stored))
     config = {name: value for record in stored for name, value in items(record.config.update).items()}
@@ -266,12 +266,12 @@ def test_wandb_offline_has_the_curves_the_configuration_and_the_artefacts(
 
 
 def test_wandb_marks_an_aborted_run(tmp_path: Path, make_config: MakeConfig) -> None:
-    tell(tmp_path, OFFLINE, run(make_config(), [], status="aborted"))
+    record(tmp_path, OFFLINE, run(make_config(), [], status="aborted"))
     assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
 
 
 def test_wandb_is_offline_unless_asked(tmp_path: Path, make_config: MakeConfig) -> None:
-    tell(tmp_path, "wandb", run(make_config(), []))
+    record(tmp_path, "wandb", run(make_config(), []))
     assert {record.run.project for record in records(tmp_path) if record.HasField("run")} == {"unet3d"}
 
 
@@ -298,7 +298,7 @@ def test_mlflow_has_the_curves_the_configuration_and_the_artefacts(
 ) -> None:
     uri = f"sqlite:///{tmp_path}/of_ours.db"
     spec = f"mlflow(uri={uri!r}, experiment='kits', name='first')"
-    tell(tmp_path, spec, run(make_config(learning_rate=0.125, model="x" * 9000), files))
+    record(tmp_path, spec, run(make_config(learning_rate=0.125, model="x" * 9000), files))
     client, found = mlflow_run(uri, "kits")
     # MLflow refuses commas in names.
     hold(metrics(client, found), {name.replace(",", "_"): values for name, values in CURVES.items()})
@@ -322,7 +322,7 @@ def test_mlflow_keeps_its_database_in_the_log_folder_and_marks_an_aborted_run(
     tmp_path: Path, make_config: MakeConfig, database: str
 ) -> None:
     for _ in range(2):  # the second finds the experiment
-        tell(tmp_path, "mlflow", run(make_config(), [], status="aborted"))
+        record(tmp_path, "mlflow", run(make_config(), [], status="aborted"))
     client = MlflowClient(tracking_uri=database)
     known = client.get_experiment_by_name("unet3d")
     assert known is not None
@@ -334,7 +334,7 @@ def test_mlflow_takes_many_metrics_at_once(tmp_path: Path, make_config: MakeConf
     steps: list[ev.Event] = [
         ev.StepEnd(epoch=1, batch=2 * step + 1, loss=1.0, gradient_norm=1.0, loss_scale=1.0) for step in range(1200)
     ]
-    tell(tmp_path, "mlflow", [*events[:4], ev.EpochStarted(1, 0.1, 2400), *steps, *events[-2:]])
+    record(tmp_path, "mlflow", [*events[:4], ev.EpochStarted(1, 0.1, 2400), *steps, *events[-2:]])
     client, found = mlflow_run(database)
     assert len(metrics(client, found)["step/loss"]) == 1200
 
@@ -370,7 +370,7 @@ def test_a_server_that_does_not_answer_keeps_nobody_waiting(
         *events, closed = run(make_config(), [])
         for event in events:
             tracker.on(event)
-        with pytest.raises(TimeoutError, match=r"has not taken everything within 0\.1 s"):
+        with pytest.raises(TimeoutError, match=r"did not accept everything within 0\.1 s"):
             tracker.on(closed)
         assert isinstance(tracker, MLflow)
     finally:
@@ -383,7 +383,7 @@ def test_a_server_that_does_not_answer_keeps_nobody_waiting(
 @pytest.mark.parametrize("spec", ["tensorboard", OFFLINE, "mlflow"])
 def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig, database: str, spec: str) -> None:
     events = run(make_config(), [], status="aborted")
-    tell(tmp_path, spec, [*events[:6], *events[-2:]])
+    record(tmp_path, spec, [*events[:6], *events[-2:]])
     if spec == "mlflow":
         _, found = mlflow_run(database)
         assert found.info.status == "FAILED"
@@ -397,7 +397,7 @@ def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("tensorboard(every=0)", r"every=0; a tracker records one step in so many"),
+        ("tensorboard(every=0)", r"every=0; expected a whole number, 1 or more"),
         ("tensorboard(evry=2)", r"unknown argument 'evry'; it takes every=1$"),
         ("wandb(projekt='a')", r"it takes project='unet3d', mode=None, entity=None, .*, every=1$"),
         ("wandb(mode='sometimes')", r"--trackers \"wandb\(mode='sometimes'\)\": "),
@@ -405,12 +405,12 @@ def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig
         ("mlflow(uri='sqlite:////dev/null/no.db')", r"--trackers \"mlflow\(uri='sqlite:////dev/null/no.db'\)\": "),
     ],
 )
-def test_what_cannot_begin_is_told_before_the_run(tmp_path: Path, spec: str, said: str) -> None:
+def test_a_tracker_that_cannot_begin_is_reported_before_the_run(tmp_path: Path, spec: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make_trackers([spec], tmp_path)
 
 
-def test_every_number_of_a_recorder_is_told_with_its_epoch_or_step(make_config: MakeConfig) -> None:
+def test_every_value_of_a_recorder_is_recorded_with_its_epoch_or_step(make_config: MakeConfig) -> None:
     class Notes(Recorder):
         def __init__(self) -> None:
             super().__init__(every=1)
@@ -465,7 +465,7 @@ def test_no_tool_is_imported_unless_it_is_named() -> None:
 
 
 def test_nobody_s_telemetry() -> None:
-    """Both packages call home by themselves: they are told not to before they are imported."""
+    """Both packages send telemetry by default; it is disabled before they are imported."""
     program = """
 import runtime.logging.mlflow, runtime.logging.wandb
 from mlflow.telemetry.client import get_telemetry_client

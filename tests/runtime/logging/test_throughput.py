@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_throughput_is_samples_over_time_and_no_mean_of_rates() -> None:
-    """Nine steps of 10 ms and one of 1 s: 20 samples in 1.09 s; a mean of rates would say 182."""
+    """Nine steps of 10 ms and one of 1 s: 20 samples in 1.09 s; a mean of rates would be 182."""
     figures = throughput([10.0] * 9 + [1000.0], [2] * 10, ranks=1)
     assert figures["samples_per_s"] == pytest.approx(20 / 1.09)
     assert figures["latency_mean_ms"] == pytest.approx(109)
@@ -35,7 +35,7 @@ def test_latency_percentiles() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that `time.perf_counter` will tell, set by the test."""
+    """Seconds that `time.perf_counter` returns, set by the test."""
     now = [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     return now
