@@ -25,6 +25,7 @@ __all__ = [
     "is_dataloader_timeout",
     "is_dataloader_worker_error",
     "is_gloo_error",
+    "is_meta_device_problem",
     "is_missing_dicom_decoder",
     "loss_scale",
     "mllog_clock",
@@ -52,6 +53,15 @@ def without_torch_function() -> AbstractContextManager[None]:
 def cpu_computes_bf16() -> bool:
     """Returns whether this CPU has bfloat16 instructions that oneDNN uses. torch 2.13."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_meta_device_problem(message: str) -> bool:
+    """Returns whether an operation failed only because its tensors are on the meta device, which holds no values.
+
+    torch has no type for it: a network that creates a tensor on the host or reads a value gets a RuntimeError, or a
+    NotImplementedError, whose text names the device. torch 2.13.
+    """
+    return "meta" in message
 
 
 def is_gloo_error(error: RuntimeError) -> bool:

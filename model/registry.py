@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.compat import is_meta_device_problem
 from common.errors import UserError, one_line
 from common.registry import Allowlist, Spec, Table, resolve
 from model.unet3d import Unet3d
@@ -114,7 +115,7 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channel
     shadow = to_meta(network)
     problem = _problem(shadow, shape, channels, classes)
     # A network that creates tensors on another device than its input's cannot be checked without computing.
-    if not problem or "meta" in problem:
+    if not problem or is_meta_device_problem(problem):
         return
     message = f"{flag} {' '.join(map(str, shape))}: this network cannot take such a window"
     for candidate in _near(shape):

@@ -59,6 +59,27 @@ def fail() -> None:
     raise RuntimeError("CUDA error: out of memory")
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x + torch.ones(2, 2),
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_what_the_meta_device_cannot_do(act: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+        act(torch.empty(2, 2, device="meta"))
+    assert compat.is_meta_device_problem(" ".join(str(caught.value).split())[:200])
+
+
+def test_a_wrong_shape_on_the_meta_device_is_an_ordinary_error() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.cat((torch.empty(2, 2, device="meta"), torch.empty(2, 3, device="meta")))
+    assert not compat.is_meta_device_problem(str(caught.value))
+
+
 def test_a_killed_dataloader_worker() -> None:
     error = error_of(kill)
     assert compat.is_dataloader_worker_error(error)
