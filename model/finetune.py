@@ -31,12 +31,12 @@ def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> st
     Returns:
         Its name.
     """
-    shadow = to_meta(network).eval()
+    meta_network = to_meta(network).eval()
     called: list[str] = []
-    for name, module in shadow.named_modules():
+    for name, module in meta_network.named_modules():
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
-    shadow(torch.empty(1, channels, *window, device="meta"))
+    meta_network(torch.empty(1, channels, *window, device="meta"))
     return called[-1]
 
 

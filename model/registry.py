@@ -112,18 +112,18 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channel
     if own := getattr(network, "check_window", None):
         own(shape, flag)
         return
-    shadow = to_meta(network)
-    problem = _problem(shadow, shape, channels, classes)
+    meta_network = to_meta(network)
+    problem = _problem(meta_network, shape, channels, classes)
     # A network that creates tensors on another device than its input's cannot be checked without computing.
     if not problem or is_meta_device_problem(problem):
         return
     message = f"{flag} {' '.join(map(str, shape))}: this network cannot take such a window"
     for candidate in _near(shape):
-        if not _problem(shadow, candidate, channels, classes):
+        if not _problem(meta_network, candidate, channels, classes):
             nearest = list(candidate)
             for axis, size in enumerate(shape):  # keep every side that works as it is
                 tried = [*nearest[:axis], size, *nearest[axis + 1 :]]
-                nearest = nearest if _problem(shadow, tried, channels, classes) else tried
+                nearest = nearest if _problem(meta_network, tried, channels, classes) else tried
             raise UserError(f"{message} ({problem}); the nearest is {' '.join(map(str, nearest))}")
     raise UserError(f"{message}: {problem}")
 
@@ -138,13 +138,13 @@ def _near(shape: Sequence[int]) -> list[tuple[int, ...]]:
     return sorted(candidates, key=lambda one: sum(abs(a - b) for a, b in zip(one, shape, strict=True)))
 
 
-def _problem(shadow: nn.Module, shape: Sequence[int], channels: int, classes: int) -> str:
+def _problem(meta_network: nn.Module, shape: Sequence[int], channels: int, classes: int) -> str:
     """Returns why the network on the meta device cannot train with this window; "" if it can."""
     # Two samples: batch norm needs two values per channel, which a batch may provide.
     image = torch.empty(2, channels, *shape, device="meta")
     try:
         with torch.no_grad():
-            logits = shadow.train()(image)
+            logits = meta_network.train()(image)
     except Exception as error:  # any network of any library
         return one_line(error)[:200]
     if not isinstance(logits, Tensor):
@@ -174,12 +174,12 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     """
     if isinstance(network, Unet3d):
         return []
-    shadow = to_meta(network).train()
+    meta_network = to_meta(network).train()
     try:
-        shadow(torch.empty(2, channels, *shape, device="meta")).sum().backward()
+        meta_network(torch.empty(2, channels, *shape, device="meta")).sum().backward()
     except Exception:  # as in `check_window`: unknown without computing
         return []
-    unused = [name for name, p in shadow.named_parameters() if p.requires_grad and p.grad is None]
+    unused = [name for name, p in meta_network.named_parameters() if p.requires_grad and p.grad is None]
     for name in unused:
         network.get_parameter(name).requires_grad_(False)
     return unused

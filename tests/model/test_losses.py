@@ -20,7 +20,7 @@ SMOOTH = 1e-6
 
 
 def logits_of(probabilities: list[list[float]], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits (1, K, 1, 1, V) whose softmax is the given one: a row a voxel."""
+    """Logits (1, K, 1, 1, V) whose softmax is the given one, one row per voxel."""
     return torch.tensor(probabilities, dtype=torch.float64).log().T.reshape(1, -1, 1, 1, len(probabilities)).to(dtype)
 
 
@@ -76,7 +76,7 @@ def test_dice_is_taken_per_sample_and_then_averaged() -> None:
     logits, labels, others = logits_of(PROBABILITIES), labels_of(LABELS), labels_of([2, 0, 0, 1])
     both = DiceLoss()(torch.cat((logits, logits)), torch.cat((labels, others)))
     torch.testing.assert_close(both, (DiceLoss()(logits, labels) + DiceLoss()(logits, others)) / 2)
-    # The pooled ratio, summed over the batch first, would be another number.
+    # Summing over the batch before dividing would give another number.
     pooled = DiceLoss()(torch.cat((logits, logits), dim=4), torch.cat((labels, others), dim=4))
     assert abs(both.item() - pooled.item()) > 1e-3
 
@@ -147,7 +147,7 @@ def test_16_bit_logits_give_the_fp32_loss_of_the_same_values(dtype: torch.dtype,
 
 
 def naive_loss(logits: Tensor, labels: Tensor, include_background: bool) -> Tensor:
-    """The formula with everything spelled out, in the logits' type."""
+    """The formula written out, in the logits' type."""
     truth = one_hot(labels, logits.shape[1]).to(logits.dtype)
     probabilities = logits.softmax(1)
     intersection, total = (probabilities * truth).sum((2, 3, 4)), (probabilities + truth).sum((2, 3, 4))
@@ -157,7 +157,7 @@ def naive_loss(logits: Tensor, labels: Tensor, include_background: bool) -> Tens
 
 
 def random_case(classes: int, absent: int = 0, label_dtype: torch.dtype = torch.uint8) -> tuple[Tensor, Tensor]:
-    """Logits (2, K, 5, 6, 7) and labels; the last `absent` classes are nowhere true."""
+    """Logits (2, K, 5, 6, 7) and labels; the last `absent` classes do not occur."""
     generator = torch.Generator().manual_seed(classes)
     logits = 3 * torch.randn(2, classes, 5, 6, 7, generator=generator)
     return logits, torch.randint(classes - absent, (2, 1, 5, 6, 7), generator=generator).to(label_dtype)
@@ -255,7 +255,7 @@ def brute_force(logits: NDArray[np.float32], labels: NDArray[np.uint8]) -> NDArr
 def test_dice_score_equals_counting_voxel_by_voxel(
     seed: int, samples: int, classes: int, shape: tuple[int, int, int], levels: int
 ) -> None:
-    """Few levels make ties, which arg-max breaks by the lower class, and absent classes."""
+    """Few distinct values give ties, which arg-max resolves to the lower class, and absent classes."""
     rng = np.random.default_rng(seed)
     logits = rng.integers(0, levels, (samples, classes, *shape)).astype(np.float32)
     labels = rng.integers(0, rng.integers(1, classes + 1), (samples, 1, *shape)).astype(np.uint8)

@@ -14,7 +14,7 @@ from model.normalization import InstanceNormActivation, instance_norm_activation
 
 EPS = 1e-5
 CHANNELS_LAST = torch.channels_last_3d
-# One channel, the benchmark's 32 and 320, no power of two, more than a folded row, voxel counts without a divisor.
+# One channel, the benchmark's 32 and 320, not a power of two, more than a folded row, odd voxel counts.
 SHAPES = [
     (1, 1, 4, 5, 6),
     (2, 3, 5, 7, 9),
@@ -32,7 +32,7 @@ def volume(shape: tuple[int, ...], seed: int = 0, mean: float = 0.0, dtype: torc
 
 
 def affine(channels: int) -> tuple[Tensor, Tensor]:
-    """Weights of both signs, biases on both sides of the kink."""
+    """Weights and biases of both signs."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(channels, generator=generator) + 0.1, torch.randn(channels, generator=generator)
 
@@ -51,7 +51,7 @@ def run_float64(x: Tensor, weight: Tensor, bias: Tensor, slope: float, grad: Ten
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, as a part of the largest expected value."""
+    """Largest difference relative to the largest expected value."""
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -70,7 +70,7 @@ def test_output_and_gradients_are_the_formula_s(shape: tuple[int, ...], slope: f
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("slope", [0.0, 0.01])
 def test_16_bit_input_is_rounded_at_the_end(dtype: torch.dtype, slope: float) -> None:
-    """And, where the activation is below zero, the gradient below it: slope times half a digit."""
+    """Where the activation is below zero, the gradient before it is rounded too: slope times half a digit."""
     shape = (2, 20, 5, 7, 9)
     arguments = (volume(shape, dtype=dtype), *affine(20), slope, volume(shape, seed=2, dtype=dtype))
     (y, dx, dweight, dbias), expected = run(*arguments), run_float64(*arguments)
@@ -85,21 +85,21 @@ def test_16_bit_input_is_rounded_at_the_end(dtype: torch.dtype, slope: float) ->
 
 
 def test_a_large_mean_costs_few_digits() -> None:
-    """Mean 100, deviation 1: fp32 holds such x to 4e-6, which is what one may ask; E[x^2] - E[x]^2 is off by 1e-3."""
+    """Mean 100, standard deviation 1: fp32 resolves such x to 4e-6; E[x^2] - E[x]^2 is off by 1e-3."""
     shape = (2, 6, 20, 21, 22)
     arguments = (volume(shape, mean=100), *affine(6), 0.01, volume(shape, seed=2))
     found, expected = run(*arguments), run_float64(*arguments)
     assert (found[0] - expected[0]).abs().max() < 2e-5
-    assert largest_error(found[2], expected[2]) < 1e-4  # sum(g * x) less mean * sum(g)
+    assert largest_error(found[2], expected[2]) < 1e-4  # sum(g * x) - mean * sum(g)
     assert largest_error(found[3], expected[3]) < 1e-5
-    # An activation whose sign is within rounding has another gradient: all but those.
+    # Where rounding may change the sign of the activation, the gradient differs.
     clear = expected[0].abs() > 1e-6
     assert clear.double().mean() > 0.999
     assert ((found[1] - expected[1]).abs()[clear]).max() < 1e-4
 
 
 def test_statistics_of_a_large_window_hold_their_digits() -> None:
-    """A million voxels a channel: a naive fp32 sum is off in the third digit."""
+    """A million voxels per channel: a naive fp32 sum is wrong in the third digit."""
     x = 3 + volume((1, 2, 128, 128, 64))
     _, mean, inverse = norm_forward(x, *affine(2), eps=EPS, slope=0.0)
     values = x.double().flatten(2)
@@ -145,7 +145,7 @@ def test_unfused_is_the_same() -> None:
 
 
 def test_other_layouts_take_pytorch_s_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an NCDHW tensor gets, and one of one channel, which is in both orders."""
+    """NCDHW tensors, and tensors with one channel, which are in both orders."""
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("the operator for channels-last")

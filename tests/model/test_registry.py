@@ -121,10 +121,10 @@ def test_an_output_that_is_not_a_tensor_is_refused_and_a_network_that_cannot_be_
 def test_checking_computes_nothing_and_changes_nothing() -> None:
     network = build(f"{HERE}:Net").eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    shadow = to_meta(network)
+    meta_network = to_meta(network)
     check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
     assert not network.training
-    assert all(p.device.type == "meta" for p in shadow.parameters())
+    assert all(p.device.type == "meta" for p in meta_network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 

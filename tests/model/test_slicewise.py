@@ -1,4 +1,4 @@
-"""A 2-D network slice by slice: each slice sees its neighbours, and nothing else."""
+"""A 2-D network slice by slice: each slice sees its neighbours and nothing else."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def meta_network() -> Unet3d:
-    """The network at its real size, without memory for its weights."""
+    """The network at its real size, on the meta device."""
     with torch.device("meta"):
         return Unet3d(1, 3)
 
@@ -231,7 +231,7 @@ def test_channels_last_gives_the_same_numbers(normalization: str) -> None:
 
 @pytest.mark.parametrize("kind", GOLDEN, ids="-".join)
 def test_golden_output(kind: tuple[str, str]) -> None:
-    """Measured once; whatever changes the arithmetic, the parameters' order or their first values shows here."""
+    """Measured once; fails if the arithmetic, the order of the parameters or their initial values change."""
     logits = tiny_network(*kind)(ramp(1, 1, 8, 8, 8))
     torch.testing.assert_close(fingerprint(logits), torch.tensor(GOLDEN[kind]).double(), rtol=1e-4, atol=1e-6)
 

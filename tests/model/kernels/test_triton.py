@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers by Triton's interpreter and on a GPU where there is one; compiled for Hopper."""
+"""The Triton kernels: their numbers in Triton's interpreter and, if available, on a GPU; compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def run_cases(name: str, cache: Path, interpret: bool) -> None:
-    """A file of cases in a process of its own: Triton is interpreted or compiled once and for all when imported."""
+    """Runs a file of cases in its own process: whether Triton interprets or compiles is fixed when it is imported."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/model/kernels/{name}.py"],
         cwd=ROOT,
@@ -75,7 +75,7 @@ def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("_fresh_choice")
-def test_without_triton_pytorch_s_own_operators_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_pytorch_s_own_operators_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(model, "triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", None)
     assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
@@ -83,7 +83,9 @@ def test_without_triton_pytorch_s_own_operators_serve(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("_fresh_choice")
-def test_kernels_that_cannot_be_launched_are_left_and_the_reason_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_cannot_be_launched_are_not_used_and_the_reason_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(module: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 

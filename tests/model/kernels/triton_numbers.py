@@ -18,13 +18,13 @@ from model.kernels import triton as triton_kernels
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LAYOUTS = {"ncdhw": torch.contiguous_format, "last": torch.channels_last_3d}
 EPS = 1e-5
-# A full window of 128^3 voxels took the interpreter 28 s, and kept the same bounds.
+# A full window of 128^3 voxels takes the interpreter 28 s and meets the same bounds.
 LARGE = (32, 64, 128) if DEVICE == "cpu" else (128, 128, 128)
 
 
 @pytest.fixture(params=["as_it_is", "cut"])
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in one tile and one program; or several of both, the last ones partly empty."""
+    """One tile and one program, or several of both with the last ones partly empty."""
     if request.param == "cut":
         monkeypatch.setattr(triton_kernels, "TILE", 512)
         monkeypatch.setattr(triton_kernels, "SOFTMAX_TILE", 512)
@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor, digits: float = 2e-6) -> None:
-    """Type, shape, layout; and values to `digits` of the largest, or to half a 16-bit digit of each."""
+    """Compares type, shape, layout, and values to within `digits` of the largest or half a 16-bit digit of each."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     for layout in LAYOUTS.values():
@@ -54,7 +54,7 @@ def assert_same(found: Tensor, expected: Tensor, digits: float = 2e-6) -> None:
     ids=str,
 )
 def test_norm(shape: tuple[int, ...], slope: float, dtype: torch.dtype, layout: str) -> None:
-    """`layout` is of the gradient from above."""
+    """`layout` is the memory format of the incoming gradient."""
     x = (1 + normal(*shape)).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = normal(shape[1], seed=1), normal(shape[1], seed=2)
     expected = normalization.norm_forward(x, weight, bias, eps=EPS, slope=slope)
@@ -63,7 +63,7 @@ def test_norm(shape: tuple[int, ...], slope: float, dtype: torch.dtype, layout: 
     y, mean, inverse = expected
     grad = normal(*shape, seed=3).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     arguments = (grad, normalization.NormState(x, y, weight, bias, mean, inverse), slope)
-    # The plain form rounds a 16-bit gradient below the activation; not so the kernel.
+    # The PyTorch version rounds a 16-bit gradient before the activation, the kernel does not.
     digits = 2e-6 if slope == 0 or dtype == torch.float32 else slope * torch.finfo(dtype).eps
     for found, right in zip(
         triton_kernels.norm_backward(*arguments), normalization.norm_backward(*arguments), strict=True
@@ -88,7 +88,7 @@ def test_loss_sums(classes: int, side: int, layout: str, dtype: torch.dtype) -> 
 
 
 def test_far_logits_and_any_labels_and_any_strides() -> None:
-    """exp() of the difference to the largest logit never overflows; int64 labels; a slice and expanded gradients."""
+    """Logits of 1e4 do not overflow; int64 labels, sliced inputs and expanded gradients work."""
     whole = 1e4 * normal(2, 3, 4, 5, 12)
     logits, labels = whole[..., ::2], (normal(2, 1, 4, 5, 12) > 0).long()[..., ::2]
     for one, right in zip(
@@ -101,7 +101,7 @@ def test_far_logits_and_any_labels_and_any_strides() -> None:
 
 
 def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the modules down, forward and backward, in bfloat16 with fp32 parameters."""
+    """The modules call the kernels, forward and backward, in bfloat16 with fp32 parameters."""
 
     def step() -> list[Tensor]:
         norm = normalization.InstanceNormActivation(3, 0.01).to(DEVICE)
