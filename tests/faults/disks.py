@@ -241,8 +241,8 @@ def lost_volumes(work_dir: Path, tries: int = 6) -> Row:
         problems = [back.last_line()] if any(back.wait()) else differences(whole, log_dir)
         failures += [f"try {number}: {problem}" for problem in problems]
     return Row(
-        "a volume vanishes, is cut or changes under way",
-        "the run ends with its name on the last line; once it is back, --resume goes on exactly",
+        "a volume vanishes, is cut or changes during the run",
+        "the run ends with its name on the last line; once it is back, --resume continues exactly",
         "test_faults.py::test_lost_volumes",
         tries,
         tries - len({f.split(":")[0] for f in failures}),

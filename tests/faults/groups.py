@@ -145,7 +145,7 @@ def _inject(
         failures += [f"{fault}, try {number}: {problem}" for problem in problems]
     return Row(
         fault,
-        f"every rank ends within {PROMISED_S:.0f} s with the cause on its last line; --resume goes on exactly",
+        f"every rank ends within {PROMISED_S:.0f} s with the cause on its last line; --resume continues exactly",
         "test_faults.py::test_lost",
         tries,
         tries - len({failure.split(":")[0] for failure in failures}),
@@ -204,7 +204,7 @@ def restarted(work_dir: Path, tries: int = 10) -> Row:
         failures += [f"torchrun, try {number}: {problem}" for problem in problems]
     return Row(
         "a rank is killed under torchrun --max-restarts",
-        "the group comes back by itself and ends bit for bit alike",
+        "the group comes back by itself and ends bit for bit the same",
         "test_faults.py::test_restarted",
         tries,
         tries - len({failure.split(":")[0] for failure in failures}),

@@ -125,7 +125,7 @@ def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
             failures += [f"{what}: {problem}" for problem in differences(wholes[ranks], log_dir)]
     return Row(
         "SIGTERM, SIGINT",
-        "saves and leaves within 10 s, exit status 143 or 130 on every rank; --resume is exact",
+        "saves and stops within 10 s, exit status 143 or 130 on every rank; --resume is exact",
         "test_faults.py::test_asked_to_leave",
         tries,
         tries - len({failure.split(":")[0] for failure in failures}),
