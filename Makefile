@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target makes. PYTHON picks another interpreter (3.11 or newer).
+# Everything runs in .venv, which the first target creates. PYTHON selects another interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -11,7 +11,7 @@ demo: $(VENV)/core
 test: $(VENV)/dev
 	$(RUN) -m pytest
 
-# Every fault of docs/reliability.md, injected; writes its table.
+# Injects every fault of docs/reliability.md and writes its table.
 faults: $(VENV)/core
 	$(RUN) -m tests.faults --document docs/reliability.md
 
@@ -20,7 +20,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The stamps hold the versions that are installed: a changed requirements file installs again.
+# Stamps of the installed versions: a changed requirements file triggers another installation.
 $(VENV)/core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -1,9 +1,9 @@
-"""`make demo`: the whole benchmark on made-up patients, in minutes on two cores, with every command shown.
+"""`make demo`: the whole benchmark on synthetic patients, in minutes on two cores, with every command shown.
 
     python3 demo.py --work_dir demo
 
 phantom patients -> preprocessing -> training of the full network to its target -> evaluation of the saved checkpoint
-in a second process -> MLPerf's compliance checker -> a table of what was measured.
+in a second process -> MLPerf's compliance checker -> a table of the measurements.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from common.cli import Parser
 from common.errors import UserError, run_program
 
 PROJECT = Path(__file__).resolve().parent
-# Of five patients, MLPerf's list evaluates 00000 and 00003. The view is that of a small patient: at the benchmark's
-# spacing it becomes 128 x 128 x 128 voxels, the least that preprocessing makes, so that two cores can train on it.
+# Of five patients, MLPerf's list evaluates 00000 and 00003. The field of view is that of a small patient: at the
+# benchmark's spacing it has 128 x 128 x 128 voxels, preprocessing's minimum, so that two cores can train on it.
 PHANTOMS = "--cases 5 --shape 64 80 80 --field_of_view 205 154 154 --seed 0"
-# Scores printed with six decimals, of the same weights in the same arithmetic.
+# Scores are printed with six decimals; weights and arithmetic are the same.
 SCORE_TOLERANCE = 2e-6
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="The whole benchmark on made-up patients, in minutes on two cores.")
-    parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="where everything goes")
+    parser = Parser(description="The whole benchmark on synthetic patients, in minutes on two cores.")
+    parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="folder for everything the demo writes")
     parser.add_argument("--recipe", type=Path, default=PROJECT / "recipes" / "demo.args", help="arguments of main.py")
     arguments = parser.parse_args(argv)
     work = arguments.work_dir.resolve()
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(stage: str, command: list[str], seconds: dict[str, float]) -> str:
-    """Shows a command, runs it, and returns what it printed; progress bars go to the terminal as they are.
+    """Shows a command, runs it, and returns its output; progress bars go straight to the terminal.
 
     Raises:
         UserError: the command failed.
@@ -94,22 +94,22 @@ def read_scores(output: str) -> dict[str, float]:
 
 
 def report(work: Path, seconds: dict[str, float], events: list[dict[str, Any]], scores: dict[str, float]) -> None:
-    """The table of figures, and where everything lies."""
+    """Prints the table of figures and the paths of all results."""
     epochs = [event for event in events if event["event"] == "EpochStopped"]
     trained = sum(event["samples"] for event in epochs)
     rate = trained / sum(event["seconds"] for event in epochs)
     figures = {
-        "phantom patients": "5 made-up CT scans with masks, as NIfTI",
+        "phantom patients": "5 synthetic CT scans with masks, as NIfTI",
         "preprocessing": "3 cases to train, 2 to evaluate",
         "training": f"{trained} samples in {len(epochs)} epochs, {rate:.2f} samples/s, loss {epochs[-1]['loss']:.3f}",
         "evaluation": f"mean Dice {scores['mean_dice']:.4f} (kidney {scores['L1 dice']:.4f}, "
-        f"tumour {scores['L2 dice']:.4f}), the same as in training",
+        f"tumour {scores['L2 dice']:.4f}), same as in training",
         "compliance": "passed by MLPerf's checker (ruleset 4.0.0, open division)",
     }
     print(f"\n{'step':<18}{'seconds':>8}  figure")
     for stage, figure in figures.items():
         print(f"{stage:<18}{seconds[stage]:>8.1f}  {figure}")
-    print(f"{'together':<18}{sum(seconds.values()):>8.1f}")
+    print(f"{'total':<18}{sum(seconds.values()):>8.1f}")
     print(f"\nraw scans     {work / 'raw'}\ntraining data {work / 'data'}\nlogs          {work / 'logs'}")
     print(f"checkpoint    {work / 'logs' / 'checkpoint.pth'}\nMLPerf log    {work / 'logs' / 'unet3d.log'}", flush=True)
 

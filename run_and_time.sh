@@ -3,7 +3,7 @@
 #
 #   DATA_DIR=/data LOG_DIR=/results/run_0 NPROC_PER_NODE=8 ./run_and_time.sh SEED @recipes/kits19_8xgpu.args
 #
-# SEED: a different one for each run; -1 takes one from the operating system. What follows goes to main.py.
+# SEED: a different one for each run; -1 takes one from the operating system. Further arguments go to main.py.
 # Variables: DATA_DIR (required), LOG_DIR (results), NPROC_PER_NODE (1), PYTHON (python3).
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,7 +15,7 @@ log_dir=${LOG_DIR:-results}
 nproc=${NPROC_PER_NODE:-1}
 python=${PYTHON:-python3}
 
-# Needs root; without it the run goes on and its log says that the caches were not cleared.
+# Needs root; without it the run goes on and its log records that the caches were not cleared.
 if sync && { echo 3 >/proc/sys/vm/drop_caches; } 2>/dev/null; then
   export CACHES_WERE_CLEARED=1
   echo "page cache cleared"

@@ -1,9 +1,9 @@
-"""torchrun, but for how it ends: with the ranks' exit status, and without starting again what would end in the same.
+"""torchrun, except for how it ends: with the ranks' exit status, and without restarts that would fail the same way.
 
     python3 -m launch.torchrun --nnodes 2 --nproc_per_node 8 --max-restarts 3 … main.py --resume …
 
-torchrun's own status is 1 whatever became of its ranks: no scheduler could tell bad input from a lost machine. And it
-starts ranks again that were given bad input. All flags are torchrun's; without these two wishes, use torchrun itself.
+torchrun's own status is 1 whatever happened to its ranks, so no scheduler can distinguish bad input from a lost machine;
+and it restarts ranks that were given bad input. All flags are torchrun's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch.distributed.run import main as torchrun
 
 from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, error_line, interrupted_exit
 
-# A rank that ended so would end so again.
+# A rank with such a status would end the same way again.
 FINAL_EXITS = (USER_ERROR_EXIT, DIVERGED_EXIT)
-# Another machine's torchrun has given up and knows why: the lowest status, since srun tells the highest of all.
+# Another machine's torchrun has given up and reports why: the lowest status, since srun returns the highest of all.
 CLOSED_EXIT = 1
-# As long as it takes a rank to notice that another has gone.
-FAREWELL_S = 30.0
+# The time a rank needs to notice that another has exited.
+LINGER_S = 30.0
 POLL_S = 0.1
 ENDED_KEY = "ended for good"
 
@@ -41,18 +41,18 @@ class Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         if any(failure.exitcode in FINAL_EXITS for failure in result.failures.values()):
             self._remaining_restarts = 0
-            _say_farewell(worker_group)
+            _close_rendezvous(worker_group)
         return result
 
 
-def _say_farewell(worker_group: WorkerGroup) -> None:
-    """Closes the rendezvous, and stays until every machine's ranks have ended for good too, or for a while.
+def _close_rendezvous(worker_group: WorkerGroup) -> None:
+    """Closes the rendezvous and waits, for a limited time, until the ranks of every machine have ended for good.
 
-    One machine keeps the rendezvous. Were it to leave at once, the others would take it for lost, and say so.
+    One machine hosts the rendezvous. If it exited at once, the others would report it as lost.
     """
-    with suppress(RuntimeError, RendezvousError):  # that machine has left already
+    with suppress(RuntimeError, RendezvousError):  # that machine has exited already
         worker_group.spec.rdzv_handler.set_closed()
-        deadline = time.monotonic() + FAREWELL_S
+        deadline = time.monotonic() + LINGER_S
         store: Any = worker_group.store
         store.add(ENDED_KEY, 1)
         while store.add(ENDED_KEY, 0) < worker_group.group_world_size and time.monotonic() < deadline:
@@ -68,20 +68,20 @@ def main() -> int:
     except SignalException as error:
         return _report(interrupted_exit(error.sigval), f"stopped by {signal.Signals(error.sigval).name}")
     except RendezvousClosedError:
-        return _report(CLOSED_EXIT, "another machine has given up; its output says why")
+        return _report(CLOSED_EXIT, "another machine has given up; see its output for the reason")
     except RendezvousError as error:
         return _report(RANK_LOST_EXIT, f"the other machines are lost ({type(error).__name__}: {error})")
     return 0
 
 
 def _cause(error: ChildFailedError) -> tuple[int, str]:
-    """The exit status, as shells know it, and the words for the rank that failed first."""
+    """The exit status, as shells report it, and a message about the rank that failed first."""
     final = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode in FINAL_EXITS]
     rank, failure = final[0] if final else error.get_first_failure()
     if failure.exitcode < 0:
         number = -failure.exitcode
         return interrupted_exit(number), f"rank {rank} was killed by {signal.Signals(number).name}"
-    return failure.exitcode, f"rank {rank} left with exit status {failure.exitcode}"
+    return failure.exitcode, f"rank {rank} exited with status {failure.exitcode}"
 
 
 def _report(status: int, message: str) -> int:
