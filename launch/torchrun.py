@@ -2,7 +2,7 @@
 
     python3 -m launch.torchrun --nnodes 2 --nproc_per_node 8 --max-restarts 3 … main.py --resume …
 
-torchrun's own status is 1 whatever happened to its ranks, so no scheduler can distinguish bad input from a lost machine;
+torchrun's own status is 1 whatever happened to its ranks, so no scheduler can tell bad input from a lost machine;
 and it restarts ranks that were given bad input. All flags are torchrun's.
 """
 
