@@ -82,8 +82,7 @@ def find_reader(dataset: str) -> Reader:
         near = difflib.get_close_matches(dataset, READERS, n=3) or sorted(READERS)
         raise UserError(f"--dataset {dataset!r}: unknown data set; available: {', '.join(near)}")
     entry = READERS[dataset]
-    reader: Reader = registry.load(entry.function, f"--dataset {dataset}", entry.extra)
-    return reader
+    return registry.load(entry.function, f"--dataset {dataset}", entry.extra)
 
 
 def make_parser() -> Parser:

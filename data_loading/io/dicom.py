@@ -20,7 +20,7 @@ from pydicom.uid import generate_uid
 
 from common.compat import is_missing_dicom_decoder
 from common.errors import UserError
-from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, free_memory_bytes
+from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory
 
 # Largest deviation from even slice distances, as a fraction: positions are often rounded to 0.1 mm, and a missing slice
 # is a deviation of 1.
@@ -86,29 +86,20 @@ def find_series(folder: Path, flag: str = "--scan") -> list[Series]:
     Raises:
         UserError: there are none, or a file is damaged.
     """
-    groups: dict[tuple[str, str, str, str], list[Path]] = {}
-    patients: dict[Path, str] = {}
+    groups: dict[tuple[str, str, str, str], list[Any]] = {}
     multi_frame = 0
     for path in sorted(file for file in folder.rglob("*") if file.is_file() and is_dicom(file)):
         header = _read_header(path, SEARCH_TAGS)
         if int(header.get("NumberOfFrames") or 1) > 1:
             multi_frame += 1
         elif header.get("ImagePositionPatient") and header.get("PixelSpacing") and header.get("Rows"):
-            number = header.get("SeriesNumber")
+            uid, description = (str(header.get(name) or "") for name in ("SeriesInstanceUID", "SeriesDescription"))
+            number = "" if header.get("SeriesNumber") is None else str(header.SeriesNumber)
             # Some anonymisers empty the UID; then series differ by folder, number and description.
-            uid = str(header.get("SeriesInstanceUID") or "")
-            key = (
-                uid,
-                "" if number is None else str(number),
-                str(header.get("SeriesDescription") or ""),
-                "" if uid else str(path.parent),
-            )
-            groups.setdefault(key, []).append(path)
-            patients[path] = str(header.get("PatientID") or "").strip()
+            groups.setdefault((uid, number, description, "" if uid else str(path.parent)), []).append(header)
     if not groups:
-        reason = (
-            f"{multi_frame} unsupported multi-frame file(s); convert them to NIfTI" if multi_frame else "none in it"
-        )
+        unsupported = f"{multi_frame} unsupported multi-frame file(s); convert them to NIfTI"
+        reason = unsupported if multi_frame else "none in it"
         raise UserError(f"{flag} {folder}: no DICOM series of single slices ({reason})")
     numbers = [number for _, number, _, _ in groups]
     return [
@@ -116,10 +107,10 @@ def find_series(folder: Path, flag: str = "--scan") -> list[Series]:
             name=number if number and numbers.count(number) == 1 else uid or "unnamed",
             uid=uid,
             description=description,
-            files=tuple(files),
-            patient=patients[files[0]],
+            files=tuple(Path(header.filename) for header in headers),
+            patient=str(headers[0].get("PatientID") or "").strip(),
         )
-        for (uid, number, description, _), files in sorted(groups.items(), key=lambda group: group[0][1:])
+        for (uid, number, description, _), headers in sorted(groups.items(), key=lambda group: group[0][1:])
     ]
 
 
@@ -152,12 +143,8 @@ def read_series(series: Series) -> Volume:
     """
     headers, geometry = sorted_headers(series)
     columns, rows, slices = geometry.shape
-    needed, free = columns * rows * slices * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
-    if needed > free:
-        raise UserError(
-            f"series {series.name}: {columns} x {rows} x {slices} voxels need {needed / 2**30:.1f} GiB of "
-            f"memory, but only {free / 2**30:.1f} GiB are free"
-        )
+    needed = columns * rows * slices * WORKING_BYTES_PER_VOXEL
+    check_memory(f"series {series.name}: {columns} x {rows} x {slices} voxels", needed)
     array = np.empty((1, columns, rows, slices), np.float32)
     for index, header in enumerate(headers):
         array[0, :, :, index] = _read_pixels(Path(header.filename), (rows, columns)).T
@@ -217,7 +204,7 @@ def _slice_step(
     """Returns the vector (3,) from one slice to the next in mm; for a single slice, its thickness along the normal."""
     if len(positions) == 1:
         return normal * float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
-    step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(positions) - 1)
+    step = (positions[-1] - positions[0]) / (len(positions) - 1)
     size = float(np.linalg.norm(step))
     along = np.diff(positions @ normal)
     if along.min() <= STEP_TOLERANCE * float(np.median(along)):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import replacing
 from data_loading.io.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, fill_missing_uids, sorted_headers
-from data_loading.io.volume import Geometry, free_memory_bytes
+from data_loading.io.volume import Geometry, check_memory
 
 # The standard requires codes for category and type of a segment; its label is the class name. These are SNOMED CT's
 # most general codes for a part of the body.
@@ -193,12 +193,8 @@ def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], 
     positions = header.frames_on(geometry) if header else None
     if header is None or positions is None:
         raise UserError(f"{path}: is not on the grid of its series")
-    needed, free = len(positions) * geometry.shape[0] * geometry.shape[1] * WORKING_BYTES_PER_PIXEL, free_memory_bytes()
-    if needed > free:
-        raise UserError(
-            f"{path}: {len(positions)} frames need {needed / 2**30:.1f} GiB of memory, but only "
-            f"{free / 2**30:.1f} GiB are free"
-        )
+    columns, rows, _ = geometry.shape
+    check_memory(f"{path}: {len(positions)} frames", len(positions) * columns * rows * WORKING_BYTES_PER_PIXEL)
     try:
         dataset: Any = pydicom.dcmread(path)
         frames = dataset.pixel_array.reshape(len(positions), *dataset.pixel_array.shape[-2:])

@@ -63,21 +63,17 @@ class Source:
         Raises:
             UserError: the scan is damaged or not a volume.
         """
-        volume: Volume
         if self.file is None:
-            volume = registry.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
-        elif is_image_file(self.file):
-            volume = _image_io("read_image")(self.file, channels)
-        else:
-            volume = read_nifti(self.file, np.float32)
-        return volume
+            return registry.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
+        if is_image_file(self.file):
+            return _image_io("read_image")(self.file, channels)
+        return read_nifti(self.file, np.float32)
 
     def write(self, mask: Volume, classes: Sequence[str]) -> list[str]:
         """Writes the mask (1, D, H, W) on the scan's grid, atomically. Returns messages for the user."""
         if self.output.suffix == DICOM_SEG:
             write = registry.load(f"{DICOM}_seg:write_segmentation", "--output", "dicom")
-            notes: list[str] = write(self.output, mask.array, self.series, classes)
-            return notes
+            return write(self.output, mask.array, self.series, classes)
         if is_image_file(self.output):
             _image_io("write_mask")(self.output, mask.array)
         else:
@@ -86,8 +82,7 @@ class Source:
 
 
 def _image_io(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = registry.load(f"{IMAGES}:{name}", "--scan", "images")
-    return function
+    return registry.load(f"{IMAGES}:{name}", "--scan", "images")
 
 
 def is_image_file(path: Path) -> bool:

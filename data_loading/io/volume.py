@@ -178,6 +178,15 @@ def free_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_memory(subject: str, needed_bytes: int) -> None:
+    """Raises UserError, opened by `subject`, if more memory is needed than is free."""
+    if needed_bytes > (free_bytes := free_memory_bytes()):
+        raise UserError(
+            f"{subject} need {needed_bytes / 2**30:.1f} GiB of memory, but only {free_bytes / 2**30:.1f} GiB are free; "
+            "a header is damaged, or this machine is too small"
+        )
+
+
 def _open(path: Path) -> IO[bytes]:
     try:
         mode = path.stat().st_mode
@@ -227,12 +236,7 @@ def _check_header(path: Path, header: bytes) -> int:
         raise UserError(f"{path}: the header's voxel spacing is in {UNSUPPORTED_UNITS[unit]}; export it in mm")
     voxels = math.prod(shape)
     needed = offset + voxels * (stored.itemsize + WORKING_BYTES_PER_VOXEL)
-    free = free_memory_bytes()
-    if needed > free:
-        raise UserError(
-            f"{path}: the header claims {tuple(shape)} voxels, which need {needed / 2**30:.1f} GiB of memory, but only "
-            f"{free / 2**30:.1f} GiB are free; the header is damaged or this machine is too small"
-        )
+    check_memory(f"{path}: the header claims {tuple(shape)} voxels, which", needed)
     return offset + voxels * stored.itemsize
 
 

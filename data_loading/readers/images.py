@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from common.errors import UserError
 from common.files import replacing
 from data_loading.io.scan_discovery import is_image_file
-from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_same_geometry, free_memory_bytes
+from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap
 from data_loading.readers.mask_matching import check_labels_dir, pair_by_stem
@@ -148,17 +148,12 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # about large images, which are compared with free memory below
             image = Image.open(path, formats=FORMATS)
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-            pixels = image.width * image.height
     except Exception as error:  # each format raises its own types
         raise UserError(f"{path}: not a readable image ({error})") from None
     if pages > 1:
         raise UserError(f"{path}: holds {pages} images; save each as a file, or the stack as NIfTI")
-    needed, free = pixels * 4 * WORKING_BYTES_PER_VOXEL, free_memory_bytes()
-    if needed > free:
-        raise UserError(
-            f"{path}: {image.width} x {image.height} pixels need {needed / 2**30:.1f} GiB of memory, "
-            f"but only {free / 2**30:.1f} GiB are free"
-        )
+    size = f"{image.width} x {image.height} pixels"
+    check_memory(f"{path}: {size}", image.width * image.height * 4 * WORKING_BYTES_PER_VOXEL)
     return image
 
 

@@ -8,14 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError
-from data_loading.readers.base import (
-    RawDataset,
-    ReaderOptions,
-    apply_options,
-    make_case,
-    map_labels,
-    split_by_patient,
-)
+from data_loading.readers.base import RawDataset, ReaderOptions, apply_options, make_case, map_labels, split_by_patient
 from data_loading.spec import KITS19
 
 # MLPerf's 42 evaluation cases, one five-digit id per line.

@@ -176,5 +176,4 @@ def matching_grids(path: Path, geometries: Sequence[Geometry]) -> list[int]:
 
 
 def _dicom_seg(name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = registry.load(f"{DICOM_SEG}:{name}", "a DICOM-SEG mask", "dicom")
-    return function
+    return registry.load(f"{DICOM_SEG}:{name}", "a DICOM-SEG mask", "dicom")

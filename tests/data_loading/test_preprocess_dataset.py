@@ -1,4 +1,4 @@
-"""preprocess_dataset.py as a whole: what it writes, that it can be interrupted anywhere, and how it refuses."""
+"""preprocess_dataset.py end to end: written files, restarts after interruptions, verification and error messages."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ import torch.nn.functional as F
 
 import preprocess_dataset
 from common.errors import UserError, run_program
-from data_loading import verification
-from data_loading import writer as writing
+from data_loading import verification, writer
 from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
 from data_loading.integrity import VERIFIED_NAME, check_files, fingerprint
 from data_loading.io.volume import read_nifti
@@ -56,7 +55,7 @@ def verify(out: Path, *more: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, an index without its stamps, which hold the time of writing, and without the digest over them."""
+    """Returns every file; the index without its stamps, which hold the time of writing, and without its digest."""
     dated = re.compile(rb'"stamps": {.*?}|"digest": "\w+"', re.DOTALL)
     return {path.name: dated.sub(b"", path.read_bytes()) for path in folder.iterdir()}
 
@@ -70,7 +69,7 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def redone(folder: Path, before: dict[str, int]) -> set[str]:
-    """The files that were written since."""
+    """Returns the files written since."""
     return {name for name, written in times(folder).items() if before.get(name) != written}
 
 
@@ -83,14 +82,14 @@ def flip_byte(path: Path, position: int = -1) -> None:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory, write_kits19: WriteRaw) -> Path:
     folder = write_kits19(tmp_path_factory.mktemp("raw"), [*IDS, 210])
-    # KiTS19 has no masks from 210 on.
+    # KiTS19 has no masks for 210 and above.
     (folder / "case_00210" / "segmentation.nii.gz").unlink()
     return folder
 
 
 @pytest.fixture(scope="module")
 def done(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`raw`, preprocessed; not to be changed."""
+    """`raw`, preprocessed; must not be changed."""
     folder = tmp_path_factory.mktemp("results") / "new" / "data"
     preprocess(raw, folder)
     return folder
@@ -98,14 +97,14 @@ def done(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(raw: Path, done: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """(raw, results) to be changed; times of the files are kept."""
+    """(raw, results) that may be changed, with the original file times."""
     shutil.copytree(raw, tmp_path / "raw")
     shutil.copytree(done, tmp_path / "out")
     yield tmp_path / "raw", tmp_path / "out"
     shutil.rmtree(tmp_path / "out")
 
 
-# What is written.
+# Written files.
 
 
 def test_volumes_are_what_the_reference_computes(raw: Path, done: Path) -> None:
@@ -125,12 +124,12 @@ def test_volumes_are_what_the_reference_computes(raw: Path, done: Path) -> None:
         np.testing.assert_array_equal(y, np.pad(label.numpy(), padding, mode="edge"))
 
 
-def test_the_folder_holds_the_cases_and_their_index_alone(done: Path) -> None:
+def test_the_folder_holds_only_the_cases_and_their_index(done: Path) -> None:
     expected = [f"case_{number:05d}_{kind}.npy" for number in IDS for kind in "xy"]
     assert sorted(path.name for path in done.iterdir()) == [*expected, INDEX_NAME]
 
 
-def test_the_index_tells_all_that_training_must_know(raw: Path, done: Path) -> None:
+def test_the_index_holds_all_that_training_needs(raw: Path, done: Path) -> None:
     index = read_index(done / INDEX_NAME)
     assert index.spec == KITS19
     assert index.split == {"train": ["case_00001", "case_00002"], "evaluation": ["case_00000"]}
@@ -158,7 +157,7 @@ def test_the_index_tells_all_that_training_must_know(raw: Path, done: Path) -> N
         assert transform.resampled_shape == (18, 15, 23)
         assert transform.padding_before == (55, 56, 52)
         assert transform.shape == x.shape[1:] == (128, 128, 128)
-        # The way back needs nothing but the index.
+        # The inverse transform needs only the index.
         np.testing.assert_array_equal(to_source_grid(x, transform), to_source_grid(*preprocess_image(image, KITS19)))
 
 
@@ -166,8 +165,8 @@ def test_every_case_has_a_line_and_the_medians_come_last(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preprocess(raw, tmp_path)
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     statistics = [read_index(tmp_path / INDEX_NAME).cases[f"case_{number:05d}"].statistics for number in IDS]
     for number, line, one in zip(IDS, lines, statistics, strict=False):
         expected = f"shape (128, 128, 128), mean {one['mean']:.2f}, std {one['deviation']:.2f}"
@@ -177,7 +176,7 @@ def test_every_case_has_a_line_and_the_medians_come_last(
         f"median shape (128, 128, 128), mean {mean:.2f}, std {deviation:.2f}",
         f"3 cases (3 now, 0 already done): 2 to train, 1 to evaluate, in {tmp_path}",
     ]
-    assert said.err == ""
+    assert output.err == ""
 
 
 @pytest.mark.integration
@@ -187,20 +186,20 @@ def test_two_workers_write_the_same_bytes(raw: Path, done: Path, tmp_path: Path,
     assert contents(tmp_path) == contents(done)
 
 
-# Once is enough, and an interruption costs no more than the case it met.
+# Restarts: finished cases are skipped, and an interruption loses only the case in progress.
 
 
 def test_a_second_run_does_nothing(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     raw, out = copy
     before, files = times(out), contents(out)
-    # The sources are copies, as old as they were: shutil.copytree keeps times.
+    # shutil.copytree keeps the times of the sources.
     preprocess(raw, out)
     assert redone(out, before) == set()
     assert contents(out) == files
     assert "3 cases (0 now, 3 already done)" in capsys.readouterr().out
 
 
-def test_damaged_and_missing_results_are_made_again(copy: tuple[Path, Path]) -> None:
+def test_damaged_and_missing_results_are_recomputed(copy: tuple[Path, Path]) -> None:
     raw, out = copy
     before, files = times(out), contents(out)
     flip_byte(out / "case_00001_y.npy")
@@ -221,7 +220,7 @@ def test_a_changed_source_is_preprocessed_again(copy: tuple[Path, Path], write_s
     assert sorted(read_index(out / INDEX_NAME).cases["case_00001"].boxes) == [2]
 
 
-def test_what_was_copied_or_is_of_an_earlier_version_gets_its_stamps(copy: tuple[Path, Path]) -> None:
+def test_copied_files_and_those_of_an_earlier_version_get_stamps(copy: tuple[Path, Path]) -> None:
     raw, out = copy
     assert to_hash(out) == []
     os.utime(out / "case_00001_y.npy")
@@ -236,7 +235,7 @@ def test_what_was_copied_or_is_of_an_earlier_version_gets_its_stamps(copy: tuple
     assert to_hash(out) == []
 
 
-def test_a_former_content_that_was_good_does_not_vouch_for_the_new(
+def test_verified_content_does_not_vouch_for_later_content(
     copy: tuple[Path, Path], tmp_path: Path, write_scan: Callable[..., None]
 ) -> None:
     raw, out = copy
@@ -254,17 +253,15 @@ def test_a_former_content_that_was_good_does_not_vouch_for_the_new(
 
 
 @pytest.mark.parametrize("index", [b"", b'{"format": 1'])
-def test_a_damaged_index_starts_afresh(
-    copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str], index: bytes
-) -> None:
+def test_a_damaged_index_starts_over(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str], index: bytes) -> None:
     raw, out = copy
     files = contents(out)
     (out / INDEX_NAME).write_bytes(index)
     preprocess(raw, out)
     assert contents(out) == files
-    said = capsys.readouterr().out
-    assert "starting afresh" in said
-    assert "3 cases (3 now" in said
+    output = capsys.readouterr().out
+    assert "starting afresh" in output
+    assert "3 cases (3 now" in output
 
 
 def test_a_bad_case_keeps_the_others_and_the_set_incomplete(copy: tuple[Path, Path], done: Path) -> None:
@@ -284,24 +281,24 @@ def test_a_bad_case_keeps_the_others_and_the_set_incomplete(copy: tuple[Path, Pa
     assert {"case_00000_x.npy", "case_00000_y.npy"}.isdisjoint(redone(out, before))
 
 
-def test_no_complete_index_lies_about_while_cases_are_missing(
+def test_no_complete_index_exists_while_cases_are_missing(
     copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, out = copy
     (out / "case_00001_x.npy").unlink()
-    real, seen = writing.preprocess_case, []
+    real, seen = writer.preprocess_case, []
 
     def watched(*arguments: Any, **more: Any) -> Any:
         seen.append(((out / INDEX_NAME).exists(), (out / PARTIAL_INDEX_NAME).exists()))
         return real(*arguments, **more)
 
-    monkeypatch.setattr(writing, "preprocess_case", watched)
+    monkeypatch.setattr(writer, "preprocess_case", watched)
     preprocess(raw, out)
     assert seen == [(False, True)]
     assert not (out / PARTIAL_INDEX_NAME).exists()
 
 
-# The process is killed when half of a file is on disk.
+# Kills the process when half of a file is on disk.
 KILLED_WHILE_SAVING = """
 import io, os, signal, sys
 import numpy, preprocess_dataset
@@ -360,7 +357,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 
 def alive(session: int) -> list[int]:
-    """The processes of a session, but for those that are dead and only wait to be asked how they died."""
+    """Returns the processes of a session, except zombies."""
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -377,7 +374,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
     return condition()
 
 
-# Python runs a module of this name in every process: who opens the third scan waits for ever.
+# Python imports a module of this name in every process; a process that opens the third scan blocks forever.
 HANGING_SCAN = """
 import gzip, signal
 whole = gzip.open
@@ -392,7 +389,7 @@ gzip.open = hang
 @pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes by Linux's /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_with_workers_none_of_them_stays(raw: Path, tmp_path: Path, sent: signal.Signals) -> None:
+def test_no_worker_outlives_an_interrupted_run(raw: Path, tmp_path: Path, sent: signal.Signals) -> None:
     (tmp_path / "sitecustomize.py").write_text(HANGING_SCAN)
     out = tmp_path / "out"
     command = [PROGRAM, "--data_dir", raw, "--results_dir", out, "--num_workers", "2"]
@@ -408,19 +405,19 @@ def test_interrupted_with_workers_none_of_them_stays(raw: Path, tmp_path: Path, 
     try:
         index = out / PARTIAL_INDEX_NAME
         assert wait_for(lambda: index.exists() and len(read_index(index).cases) == 2)
-        time.sleep(0.5)  # the worker that did the last of them has come to the third by now
+        time.sleep(0.5)  # by now a worker has opened the third scan
         assert len(alive(process.pid)) >= 3
         if sent == signal.SIGINT:
             os.killpg(process.pid, sent)  # as a terminal does
         else:
             process.send_signal(sent)
-        _, said = process.communicate(timeout=30)
+        _, output = process.communicate(timeout=30)
         assert wait_for(lambda: not alive(process.pid), timeout_s=20)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     if sent == signal.SIGINT:
-        assert (process.returncode, said) == (130, "preprocess_dataset.py: interrupted\n")
+        assert (process.returncode, output) == (130, "preprocess_dataset.py: interrupted\n")
     assert not (out / INDEX_NAME).exists()
 
 
@@ -429,8 +426,8 @@ def die(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.integration
-def test_a_killed_worker_is_one_clear_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "preprocess_case", die)
+def test_a_killed_worker_is_reported_in_one_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "preprocess_case", die)
     with pytest.raises(UserError, match="process was killed, most likely for memory; use a smaller --num_workers"):
         preprocess(raw, tmp_path, "--num_workers", 2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -465,7 +462,7 @@ def test_modalities_become_channels(tmp_path: Path, write_msd: WriteRaw) -> None
     np.testing.assert_allclose(x.std(axis=(1, 2, 3)), 1, atol=1e-5)
 
 
-def test_another_seed_splits_anew_and_preprocesses_nothing(
+def test_another_seed_changes_the_split_and_preprocesses_nothing(
     tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, out = write_msd(tmp_path / "raw", 10), tmp_path / "out"
@@ -522,7 +519,7 @@ def test_modalities_and_merged_labels_as_in_brain_tumours(tmp_path: Path, write_
         np.testing.assert_array_equal(y[0], (label > 0).transpose(2, 1, 0))
 
 
-def test_the_split_and_what_it_follows_from_are_saved_with_a_hash(tmp_path: Path, write_msd: WriteRaw) -> None:
+def test_the_split_and_its_options_are_saved_with_a_hash(tmp_path: Path, write_msd: WriteRaw) -> None:
     raw, out = write_msd(tmp_path / "raw", 5), tmp_path / "out"
     hashes = []
     for seed in ("3", "3", "4"):
@@ -532,7 +529,7 @@ def test_the_split_and_what_it_follows_from_are_saved_with_a_hash(tmp_path: Path
         assert content["made"] == {"dataset": "msd", "seed": int(seed), "split_ratios": [0.6, 0.2, 0.2]}
     assert hashes[0] == hashes[1] != hashes[2]
     assert hashes[2] == hashlib.sha256(json.dumps(content["split"], sort_keys=True).encode()).hexdigest()
-    # A split that was changed by hand is noticed, even where the file's own digest was taken away.
+    # A split edited by hand is detected, even if the file's digest is removed.
     del content["digest"]
     content["split"]["train"].append(content["split"]["test"].pop())
     (out / INDEX_NAME).write_text(json.dumps(content))
@@ -540,7 +537,7 @@ def test_the_split_and_what_it_follows_from_are_saved_with_a_hash(tmp_path: Path
         read_index(out / INDEX_NAME)
 
 
-def test_a_patient_on_two_sides_is_refused(tmp_path: Path, write_msd: WriteRaw) -> None:
+def test_a_patient_in_two_subsets_is_rejected(tmp_path: Path, write_msd: WriteRaw) -> None:
     raw, out = write_msd(tmp_path / "raw", 5), tmp_path / "out"
     preprocess(raw, out, "--dataset", "msd")
     content = json.loads((out / INDEX_NAME).read_text())
@@ -552,7 +549,7 @@ def test_a_patient_on_two_sides_is_refused(tmp_path: Path, write_msd: WriteRaw) 
         read_index(out / INDEX_NAME)
 
 
-def test_a_scan_that_is_there_twice_and_a_class_that_is_not_are_warned_of(
+def test_a_duplicate_scan_and_a_missing_class_cause_warnings(
     tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = write_msd(tmp_path / "raw", 5)
@@ -569,7 +566,7 @@ def test_a_scan_that_is_there_twice_and_a_class_that_is_not_are_warned_of(
     assert warned[-1] == "warning: class 3 (cyst) is in no training case"
 
 
-def test_scans_that_run_different_ways_are_warned_of(
+def test_scans_of_different_orientations_cause_a_warning(
     tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = write_msd(tmp_path / "raw", 5)
@@ -577,13 +574,13 @@ def test_scans_that_run_different_ways_are_warned_of(
         path = raw / kind / "scan_1.nii.gz"
         nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), np.diag([-2.0, 1.0, 1.0, 1.0])), path)
     preprocess(raw, tmp_path / "out", "--dataset", "msd")
-    told = "warning: the scans' axes run different ways (4 RAS, 1 LAS); --orientation RAS turns all\n"
-    assert capsys.readouterr().err == told
+    message = "warning: the scans' axes run different ways (4 RAS, 1 LAS); --orientation RAS turns all\n"
+    assert capsys.readouterr().err == message
     preprocess(raw, tmp_path / "out", "--dataset", "msd", "--orientation", "RAS")
     assert capsys.readouterr().err == ""
 
 
-def test_labels_outside_of_the_foreground_crop_are_counted(
+def test_labels_outside_the_foreground_crop_are_counted(
     tmp_path: Path, write_msd: WriteRaw, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, out = write_msd(tmp_path / "raw", 2), tmp_path / "out"
@@ -614,7 +611,7 @@ def test_kits19_with_a_flag_is_no_longer_kits19(raw: Path, flag: str, value: Any
     data = preprocess_dataset.read_raw("kits19", raw, 0, {flag: value})
     assert data.spec.name == f"kits19 with other {flag}"
     assert preprocess_dataset.read_raw("kits19", raw, 0, {}).spec == KITS19
-    # What lies outside of another window is not what lay outside of KiTS19's.
+    # KiTS19's padding value does not hold for another window or normalisation.
     assert (data.spec.padding_value is None) == (flag in ("intensity_window", "intensity"))
 
 
@@ -627,10 +624,10 @@ def test_the_real_hippocampus_set_is_split_in_three(real_data: Callable[[str], P
 
 
 @pytest.mark.real_data
-def test_real_mri_scans_come_through(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
+def test_real_mri_scans_are_preprocessed(tmp_path: Path, real_data: Callable[[str], Path]) -> None:
     data = read_msd(real_data("hippocampus"), ReaderOptions())
     for raw in data.cases[:4]:
-        case, record = writing.preprocess_case(raw, tmp_path, data.spec)
+        case, record = writer.preprocess_case(raw, tmp_path, data.spec)
         x, y = (np.load(tmp_path / f"{case}_{kind}.npy") for kind in "xy")
         assert x.shape == y.shape == (1, *record.transform.shape)  # type: ignore[union-attr]
         assert abs(x.mean()) < 1e-4
@@ -648,7 +645,7 @@ def test_verify_agrees_with_what_was_written(done: Path, capsys: pytest.CaptureF
     assert not (done / VERIFIED_NAME).exists(), "the index has their stamps"
 
 
-def test_what_verify_found_good_need_not_be_hashed_by_the_next_run(copy: tuple[Path, Path]) -> None:
+def test_verified_files_are_not_hashed_by_the_next_run(copy: tuple[Path, Path]) -> None:
     _, out = copy
     for number in (0, 1):
         os.utime(out / f"case_{number:05d}_x.npy")
@@ -658,19 +655,17 @@ def test_what_verify_found_good_need_not_be_hashed_by_the_next_run(copy: tuple[P
     assert to_hash(out) == ["case_00001_x.npy"]
 
 
-def test_verify_names_what_differs_and_what_is_missing(
-    copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_lists_different_and_missing_files(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, out = copy
     flip_byte(out / "case_00001_x.npy", 5000)
     (out / "case_00002_y.npy").unlink()
     assert verify(out) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     digest = hashlib.md5((out / "case_00001_x.npy").read_bytes()).hexdigest()
-    assert f"case_00001_x.npy: DIFFERENT from dataset.json ({digest}, expected " in said
-    assert "case_00002_y.npy: MISSING (dataset.json lists it)" in said
-    assert "dataset.json: 4 identical, 1 different, 1 missing" in said
-    assert said.count("DIFFERENT") == said.count("MISSING") == 1
+    assert f"case_00001_x.npy: DIFFERENT from dataset.json ({digest}, expected " in output
+    assert "case_00002_y.npy: MISSING (dataset.json lists it)" in output
+    assert "dataset.json: 4 identical, 1 different, 1 missing" in output
+    assert output.count("DIFFERENT") == output.count("MISSING") == 1
 
 
 def test_verify_compares_with_published_checksums(
@@ -683,12 +678,12 @@ def test_verify_compares_with_published_checksums(
     assert "checksum.json: 6 identical, 0 different, 0 missing" in capsys.readouterr().out
     checksums.write_text(json.dumps({**digests, "case_00000_y.npy": "0" * 32, "case_00209_x.npy": "0" * 32}))
     assert verify(done, "--checksums", checksums) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        f"case_00000_y.npy: DIFFERENT from checksum.json ({digests['case_00000_y.npy']}, expected {'0' * 32})" in said
+        f"case_00000_y.npy: DIFFERENT from checksum.json ({digests['case_00000_y.npy']}, expected {'0' * 32})" in output
     )
-    assert "case_00209_x.npy: MISSING (checksum.json lists it)" in said
-    assert "checksum.json: 5 identical, 1 different, 1 missing" in said
+    assert "case_00209_x.npy: MISSING (checksum.json lists it)" in output
+    assert "checksum.json: 5 identical, 1 different, 1 missing" in output
 
 
 def test_verify_opens_a_folder_of_the_reference(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -725,15 +720,15 @@ def test_the_whole_set_is_compared_with_mlperfs_fingerprints(
     ours = {"whole set": expected("xy"), "images": expected("x"), "labels": expected("y")}
     monkeypatch.setattr(verification, "MLPERF_FINGERPRINTS", ours)
     assert verify(done) == 0
-    said = capsys.readouterr().out
-    assert [f"MLPerf's {what}: identical" in said for what in ours] == [True] * 3
+    output = capsys.readouterr().out
+    assert [f"MLPerf's {what}: identical" in output for what in ours] == [True] * 3
 
 
-# Refusals: each one is one line on stderr that says what is wrong, and exit status 2.
+# Bad input: one line on stderr and exit status 2.
 
 
 class Raw:
-    """A made-up data set to spoil; `arguments` is the command line that reads it."""
+    """A synthetic data set to damage; `arguments` is the command line that reads it."""
 
     def __init__(self, root: Path, layout: str, data: Path) -> None:
         self.root, self.data, self.out = root, data, root / "out"
@@ -746,7 +741,7 @@ class Raw:
         nib.save(change(nib.load(self.scan(kind))), self.scan(kind))
 
     def values(self, kind: str, value: float) -> None:
-        """Puts one value into a scan, which becomes float32."""
+        """Writes one value into a scan, which becomes float32."""
         array = np.asarray(nib.load(self.scan(kind)).dataobj, dtype=F32).copy()
         array[1, 2, 3] = value
         self.change(kind, lambda scan: nib.Nifti1Image(array, scan.affine))
@@ -785,7 +780,7 @@ def replace_argument(raw: Raw, name: str, value: object) -> None:
     raw.arguments[raw.arguments.index(name) + 1] = value
 
 
-SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
+DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "no folder": ("msd", lambda raw: replace_argument(raw, "--data_dir", raw.root / "none"), "none: no such folder"),
     "no data_dir": ("msd", lambda raw: raw.arguments.__delitem__(slice(0, 2)), "--data_dir None: no such folder"),
     "msd: too high": ("msd", lambda raw: replace_argument(raw, "--data_dir", raw.root), "did you mean {data}?"),
@@ -812,7 +807,7 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "msd: no mask": ("msd", lambda raw: raw.scan("label").unlink(), "scan_1: its mask"),
     "no list": ("msd", lambda raw: (raw.data / "dataset.json").unlink(), "no dataset.json in it"),
     "damaged list": ("msd", lambda raw: (raw.data / "dataset.json").write_text("{"), "not a Decathlon dataset.json"),
-    "a way out": ("msd", lambda raw: raw.cases(image="../x.nii.gz"), "'../x.nii.gz' is outside the data folder"),
+    "a path outside": ("msd", lambda raw: raw.cases(image="../x.nii.gz"), "'../x.nii.gz' is outside the data folder"),
     "an absolute path": ("msd", lambda raw: raw.cases(label="/etc/hostname"), "is outside the data folder"),
     "shapes differ": (
         "msd",
@@ -888,11 +883,11 @@ SPOILT: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
 
 
 @pytest.fixture
-def spoil(tmp_path: Path, write_msd: WriteRaw, write_kits19: WriteRaw) -> Callable[[str], tuple[Raw, str]]:
-    """Makes a data set, spoils it, and gives it with the message that must come."""
+def damage(tmp_path: Path, write_msd: WriteRaw, write_kits19: WriteRaw) -> Callable[[str], tuple[Raw, str]]:
+    """Makes a damaged data set; returns it with the expected message."""
 
     def make(how: str) -> tuple[Raw, str]:
-        layout, change, message = SPOILT[how]
+        layout, change, message = DAMAGED[how]
         data = tmp_path / "raw" / "data"
         raw = Raw(tmp_path / "raw", layout, write_msd(data, 2) if layout == "msd" else write_kits19(data, [0]))
         change(raw)
@@ -908,11 +903,11 @@ def assert_refused(status: int, stderr: str, message: str) -> None:
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("how", SPOILT)
-def test_bad_input_is_one_line_and_status_2(
-    how: str, spoil: Callable[[str], tuple[Raw, str]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", DAMAGED)
+def test_bad_input_is_reported_in_one_line_with_status_2(
+    how: str, damage: Callable[[str], tuple[Raw, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw, message = spoil(how)
+    raw, message = damage(how)
     arguments = list(map(str, ["--num_workers", 1, *raw.arguments]))
     status = run_program(lambda: main(arguments), PROGRAM)
     assert_refused(status, capsys.readouterr().err, message)
@@ -921,16 +916,16 @@ def test_bad_input_is_one_line_and_status_2(
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("how", "workers"), [("damaged image", 2), ("huge header", 1), ("kits19: too low", 1)])
-def test_the_process_says_so_too(
-    how: str, workers: int, spoil: Callable[[str], tuple[Raw, str]], run_python: RunPython
+def test_the_process_reports_it_too(
+    how: str, workers: int, damage: Callable[[str], tuple[Raw, str]], run_python: RunPython
 ) -> None:
-    raw, message = spoil(how)
+    raw, message = damage(how)
     ran = run_python(PROGRAM, *raw.arguments, "--num_workers", workers)
     assert_refused(ran.returncode, ran.stderr, message)
 
 
-def test_results_in_the_data_folder_leave_the_data_alone(spoil: Callable[[str], tuple[Raw, str]]) -> None:
-    raw, _ = spoil("results in the data")
+def test_results_in_the_data_folder_leave_the_data_alone(damage: Callable[[str], tuple[Raw, str]]) -> None:
+    raw, _ = damage("results in the data")
     before = (raw.data / "dataset.json").read_bytes()
     with pytest.raises(UserError, match="choose another folder"):
         main(list(map(str, raw.arguments)))
@@ -938,7 +933,7 @@ def test_results_in_the_data_folder_leave_the_data_alone(spoil: Callable[[str], 
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "[1]", "x"])
-def test_checksums_that_are_none_are_one_clear_line(done: Path, tmp_path: Path, content: str | None) -> None:
+def test_bad_checksum_files_are_reported_in_one_line(done: Path, tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "checksum.json").write_text(content)
     with pytest.raises(UserError, match=r"--checksums .*checksum\.json: not a JSON file of"):
@@ -952,8 +947,8 @@ def test_verify_refuses_a_damaged_index(copy: tuple[Path, Path]) -> None:
         verify(out)
 
 
-def test_an_image_without_a_case_is_nothing_to_preprocess(raw: Path) -> None:
-    # 210 and above have no masks; they are neither preprocessed nor missed.
+def test_unlabelled_cases_are_not_preprocessed(raw: Path) -> None:
+    # 210 and above have no masks; they are neither preprocessed nor reported as missing.
     assert (raw / "case_00210" / "imaging.nii.gz").exists()
     assert [case.case for case in read_kits19(raw, ReaderOptions(), []).cases] == [
         f"case_{number:05d}" for number in IDS

@@ -1,4 +1,4 @@
-"""A user's mistake is one clear line and exit status 2: no traceback, nothing lost."""
+"""User errors are reported in one line with exit status 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 
 def complaint(program: Program, *arguments: object) -> str:
-    """The one line of a run that must be refused."""
+    """Runs with bad arguments and returns the one-line error message."""
     done = program(*arguments, ok=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -25,7 +25,7 @@ def complaint(program: Program, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--data_dir", "/nowhere"), "no such folder"),
         ((), "--data_dir is required"),
@@ -48,8 +48,8 @@ def complaint(program: Program, *arguments: object) -> str:
         (("@/nowhere.args",), "/nowhere.args"),
     ],
 )
-def test_refused_in_one_line(
-    program: Program, balls: Path, tmp_path: Path, arguments: tuple[object, ...], said: str
+def test_bad_arguments_are_reported_in_one_line(
+    program: Program, balls: Path, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     given = [str(argument).replace("{data}", str(balls)) for argument in arguments]
     logs = [] if "--log_dir" in given else ["--log_dir", str(tmp_path / "logs")]
@@ -57,10 +57,10 @@ def test_refused_in_one_line(
     tiny = [*tiny] if tiny else ["--model", "unet3d(filters=(4,8))"]
     if "--model" in given:
         del tiny[:2]
-    assert said in complaint(program, *logs, *tiny, *given)
+    assert message in complaint(program, *logs, *tiny, *given)
 
 
-def test_the_folder_that_was_meant_is_named(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_the_intended_folder_is_suggested(program: Program, balls: Path, tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     shutil.copytree(balls, tmp_path / "outer" / "data")
     assert f"did you mean {tmp_path}/outer/data" in complaint(program, "--data_dir", tmp_path / "outer")
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_another_network(program: Program, balls: Path, trained:
     assert "bottleneck" in line
 
 
-def test_a_checkpoint_that_could_run_code_does_not(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(program: Program, balls: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     torch.save({"network": _Touch(marker)}, tmp_path / "hostile.pth")
     arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", tmp_path / "hostile.pth")

@@ -1,4 +1,4 @@
-"""Volumes written as DICOM series, by pydicom alone."""
+"""Writes volumes as DICOM series with pydicom."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LPS = np.diag([-1.0, -1.0, 1.0])
 
 
 def write_series(
-    folder: Path, array: NDArray[np.int16], geometry: Geometry, seed: int = 0, number: int = 4, name: str = "made up"
+    folder: Path, array: NDArray[np.int16], geometry: Geometry, seed: int = 0, number: int = 4, name: str = "synthetic"
 ) -> list[Path]:
-    """Writes (columns, rows, slices) as single slices; names, instance numbers and rescaling are drawn at random.
+    """Writes (columns, rows, slices) as single slices; file order, instance numbers and rescaling are random.
 
-    The affine's third column must be at right angles to the others, or nearly.
+    The affine's third column must be orthogonal to the others, or nearly.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_series(
         header.PatientBirthDate = header.PatientSex = header.AccessionNumber = header.StudyID = ""
         header.StudyDate, header.StudyTime = "20200101", "000000"
         header.SeriesNumber, header.SeriesDescription, header.InstanceNumber = number, name, place + 1
-        header.SliceThickness = 99.0  # what nobody may take for the distance
+        header.SliceThickness = 99.0  # must not be used as the slice distance
         header.Rows, header.Columns = rows, columns
         header.PixelSpacing = [float(np.float32(lengths[1])), float(np.float32(lengths[0]))]
         header.ImageOrientationPatient = [f"{value:.12f}" for value in (step[:, :2] / lengths[:2]).T.ravel()]

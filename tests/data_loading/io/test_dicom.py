@@ -1,4 +1,4 @@
-"""DICOM series: in the right place, in the right order, in HU; what is no volume is refused."""
+"""DICOM series: position, slice order and HU values; series that are not volumes are rejected."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def numbered(shape: tuple[int, int, int]) -> np.ndarray:
 
 @settings(max_examples=25, deadline=None)
 @given(geometries())
-def test_a_series_is_read_into_its_place(tmp_path_factory: pytest.TempPathFactory, geometry: Geometry) -> None:
-    """Of a left-handed grid the slices come in the other order: each voxel's value must be at its point in space."""
+def test_a_series_is_read_at_its_position(tmp_path_factory: pytest.TempPathFactory, geometry: Geometry) -> None:
+    """Each voxel's value is at its position in space; on a left-handed grid the slices are in reverse order."""
     folder = tmp_path_factory.mktemp("series")
     array = numbered(geometry.shape)
     write_series(folder, array, geometry)
@@ -56,13 +56,13 @@ def test_a_single_slice_has_its_thickness(tmp_path: Path) -> None:
     assert dicom.read_series(series).geometry.spacing_mm[2] == 99.0
 
 
-def test_other_files_are_passed_over_and_folders_are_searched(tmp_path: Path) -> None:
+def test_other_files_are_skipped_and_subfolders_are_searched(tmp_path: Path) -> None:
     files = write_series(tmp_path / "a" / "b", numbered(PLAIN.shape), PLAIN)
     (tmp_path / "README").write_text("no scan")
     shutil.copy(files[0], tmp_path / "report")
     change(tmp_path / "report", ImagePositionPatient=None, Rows=None)
     (series,) = dicom.find_series(tmp_path)
-    assert (series.name, series.description, len(series.files)) == ("4", "made up", 6)
+    assert (series.name, series.description, len(series.files)) == ("4", "synthetic", 6)
 
 
 def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
     for wanted in ("2", "arterial", found[0].uid):
         assert dicom.choose_series(found, wanted, tmp_path) == [found[0]]
     assert dicom.choose_series(found, "all", tmp_path) == found
-    for wanted, told in (("venous", "2 series"), ("9", "no series")):
-        with pytest.raises(UserError, match=f"--series {wanted}: {told} of that number"):
+    for wanted, message in (("venous", "2 series"), ("9", "no series")):
+        with pytest.raises(UserError, match=f"--series {wanted}: {message} of that number"):
             dicom.choose_series(found, wanted, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"ImagePositionPatient": [0, 0, 400]}, "is a slice missing"),
         ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "is oriented differently from other slices"),
@@ -90,14 +90,16 @@ def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_no_volume_is_refused(tmp_path: Path, changes: dict[str, object], told: str) -> None:
+def test_slices_that_do_not_form_a_volume_are_rejected(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN)
     change(files[2], **changes)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         dicom.read_series(dicom.find_series(tmp_path)[0])
 
 
-def test_a_missing_slice_and_two_at_one_place(tmp_path: Path) -> None:
+def test_a_missing_slice_and_two_at_one_position(tmp_path: Path) -> None:
     files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN, seed=1)
     (series,) = dicom.find_series(tmp_path)
     position = {path: float(dicom._read_header(path).ImagePositionPatient[2]) for path in files}
@@ -126,8 +128,8 @@ def test_a_folder_without_dicom(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_a_real_series_lies_where_its_labels_say(real_data: Callable[[str], Path]) -> None:
-    """2 mm between slices while SliceThickness says 3; JPEG 2000; anonymised, with empty UIDs."""
+def test_a_real_series_agrees_with_its_labels(real_data: Callable[[str], Path]) -> None:
+    """Slices 2 mm apart with a SliceThickness of 3 mm; JPEG 2000; anonymised, with empty UIDs."""
     pytest.importorskip("openjpeg", reason="pip install '.[dicom]'")
     folder = real_data("abdomen_ct")
     (series,) = dicom.find_series(folder / "dicom")
@@ -143,7 +145,7 @@ def test_a_real_series_lies_where_its_labels_say(real_data: Callable[[str], Path
         np.testing.assert_allclose(ours, np.rint(ours), atol=1e-4)
         return volume.array[0][tuple(np.rint(ours).astype(int))]
 
-    # HU of what the labels name, in which every slice counts: spleen, liver, the muscles of the back, aorta.
+    # HU of labelled structures, which need every slice in order: spleen, liver, back muscles, aorta.
     for label, low, high in ((1, 60, 110), (5, 75, 115), (86, 10, 60), (87, 10, 60), (52, 120, 190)):
         assert low < np.median(values(label)) < high
     assert np.std(values(1)) < 25, "soft tissue of one organ: no air, no bone, no fat"

@@ -1,4 +1,4 @@
-"""DICOM-SEG, read back: every frame refers to the slice that it lies on."""
+"""DICOM-SEG round trip: every frame refers to its source slice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_mask(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def check(path: Path, mask: np.ndarray, series: dicom.Series) -> None:
-    """Each slice's mask, looked up by the slice's own UID."""
+    """Checks each slice's mask, looked up by the UID of the slice."""
     segmentation = hd.seg.segread(path)
     assert [segment.SegmentLabel for segment in segmentation.SegmentSequence] == list(CLASSES[1:])
     headers, _ = dicom.sorted_headers(series)
@@ -61,7 +61,7 @@ def test_an_empty_mask_is_written_too(tmp_path: Path) -> None:
     check(tmp_path / "mask.dcm", mask, series)
 
 
-def test_uids_that_an_anonymiser_emptied_are_made_up_and_told(tmp_path: Path) -> None:
+def test_uids_that_an_anonymiser_emptied_are_generated_and_reported(tmp_path: Path) -> None:
     for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
         change(file, SOPInstanceUID="", StudyInstanceUID="", SeriesInstanceUID="")
     (series,) = dicom.find_series(tmp_path / "in")
@@ -71,7 +71,7 @@ def test_uids_that_an_anonymiser_emptied_are_made_up_and_told(tmp_path: Path) ->
     check(tmp_path / "mask.dcm", mask, series)
 
 
-def test_headers_that_lack_what_the_standard_asks_are_told_in_a_line(tmp_path: Path) -> None:
+def test_headers_without_required_elements_are_reported_in_one_line(tmp_path: Path) -> None:
     for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
         change(file, PatientID=None)
     (series,) = dicom.find_series(tmp_path / "in")
@@ -81,7 +81,7 @@ def test_headers_that_lack_what_the_standard_asks_are_told_in_a_line(tmp_path: P
 
 
 @pytest.mark.real_data
-def test_of_a_real_series(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_real_series(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     (series,) = dicom.find_series(real_data("abdomen_ct") / "dicom")
     mask = np.zeros((1, 512, 512, 20), np.uint8)
     mask[0, 100:200, 300:350, 3:9] = 1

@@ -1,4 +1,4 @@
-"""Scans on disk: what is written comes back, and no file, however damaged, does worse than one clear line."""
+"""NIfTI files: round trips, header checks, and a one-line error for every kind of damage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def noise(dtype: type[np.generic]) -> NDArray[Any]:
 
 
 def nifti_bytes(array: NDArray[Any] | None = None, **changes: Any) -> bytes:
-    """A NIfTI file's bytes; `at_40=("<h", 2)` packs values over the header from byte 40 on."""
+    """Returns a NIfTI file's bytes; `at_40=("<h", 2)` overwrites the header from byte 40 with packed values."""
     content = bytearray(nib.Nifti1Image(noise(np.int16) if array is None else array, AFFINE).to_bytes())
     for name, (form, *values) in changes.items():
         struct.pack_into(form, content, int(name.removeprefix("at_")), *values)
@@ -65,7 +65,7 @@ def flip(content: bytes, position: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
-def test_what_is_written_comes_back(tmp_path: Path, name: str, dtype: type[np.generic]) -> None:
+def test_a_written_volume_is_read_back(tmp_path: Path, name: str, dtype: type[np.generic]) -> None:
     array = noise(dtype)[np.newaxis]
     write_nifti(tmp_path / name, Volume(array, GEOMETRY))
     read = read_nifti(tmp_path / name, dtype)
@@ -87,8 +87,8 @@ def test_axes_are_those_of_the_file_and_other_programs_read_ours(tmp_path: Path)
     np.testing.assert_allclose(theirs.affine, AFFINE, atol=1e-6)
 
 
-def test_spacing_is_the_headers_pixdim_and_not_the_affines(tmp_path: Path) -> None:
-    rounded = (2.984375, 0.8203125, 1.5)  # within the tolerance of the affine's, and exact in float32
+def test_spacing_is_pixdim_not_the_affines(tmp_path: Path) -> None:
+    rounded = (2.984375, 0.8203125, 1.5)  # within the tolerance, and exact in float32
     (tmp_path / "a.nii").write_bytes(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", *rounded)}))
     assert read_nifti(tmp_path / "a.nii", np.int16).geometry.spacing_mm == rounded
     write_nifti(tmp_path / "b.nii", Volume(noise(np.int16)[np.newaxis], Geometry(AFFINE, SHAPE, rounded)))
@@ -98,7 +98,7 @@ def test_spacing_is_the_headers_pixdim_and_not_the_affines(tmp_path: Path) -> No
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.int16), read_geometry])
 def test_spacing_and_affine_must_agree(tmp_path: Path, axis: int, read: Callable[[Path], object]) -> None:
-    # 0.01 of 3.0 and of 1.5 mm; of 0.8125 mm it would be less than 0.01 mm.
+    # 0.01 of 3.0 mm and of 1.5 mm; of 0.8125 mm that is below the minimum of 0.01 mm.
     tolerance = (0.03, 0.01, 0.015)[axis]
     for difference, is_same in ((0.95, True), (-0.95, True), (1.05, False), (-1.05, False)):
         spacing = SPACING_MM[axis] + difference * tolerance
@@ -106,21 +106,21 @@ def test_spacing_and_affine_must_agree(tmp_path: Path, axis: int, read: Callable
         if is_same:
             read(tmp_path / "a.nii")
         else:
-            said = (
+            output = (
                 rf"a\.nii: along axis {axis} the header's voxel spacing is {spacing:g} mm, but by its affine it is "
                 rf"{SPACING_MM[axis]:g} mm"
             )
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=output):
                 read(tmp_path / "a.nii")
 
 
-def test_the_affine_that_counts_is_the_one_that_is_compared(tmp_path: Path) -> None:
-    # Without a code there is no affine, and nibabel makes one of the spacing.
+def test_the_affine_in_use_is_compared_with_the_spacing(tmp_path: Path) -> None:
+    # Without a code there is no affine, and nibabel derives one from the spacing.
     content = bytearray(nifti_bytes(**{f"at_{PIXDIM + 4}": ("<3f", 2.5, 1.0, 0.5)}))
     struct.pack_into("<2h", content, QFORM_CODE, 0, 0)
     (tmp_path / "none.nii").write_bytes(content)
     assert read_geometry(tmp_path / "none.nii").spacing_mm == (2.5, 1.0, 0.5)
-    # A quaternion turns and does not stretch: its affine has the header's spacing.
+    # A quaternion only rotates, so its affine has the header's spacing.
     struct.pack_into("<2h", content, QFORM_CODE, 1, 0)
     (tmp_path / "turned.nii").write_bytes(content)
     assert read_geometry(tmp_path / "turned.nii").spacing_mm == (2.5, 1.0, 0.5)
@@ -128,7 +128,7 @@ def test_the_affine_that_counts_is_the_one_that_is_compared(tmp_path: Path) -> N
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("folder", ["kits19_segmentations", "hippocampus", "abdomen_ct"])
-def test_the_real_scans_agree_with_themselves(real_data: Callable[[str], Path], folder: str) -> None:
+def test_headers_of_real_scans_are_consistent(real_data: Callable[[str], Path], folder: str) -> None:
     scans = sorted(real_data(folder).rglob("*.nii.gz"))
     assert scans
     for path in scans:
@@ -143,7 +143,7 @@ def test_channels_last_become_channels_first(tmp_path: Path) -> None:
     assert read.geometry.shape == SHAPE
 
 
-def test_scale_byte_order_and_extensions_are_understood(tmp_path: Path) -> None:
+def test_scale_byte_order_and_extensions_are_supported(tmp_path: Path) -> None:
     array = noise(np.int16)
     (tmp_path / "scaled.nii").write_bytes(nifti_bytes(array, **{f"at_{SCL_SLOPE}": ("<2f", 2.0, -1024.0)}))
     np.testing.assert_array_equal(read_nifti(tmp_path / "scaled.nii", np.float32).array[0], array * 2.0 - 1024)
@@ -176,7 +176,7 @@ def test_geometry_survives_json() -> None:
 def test_the_same_volume_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = Volume(noise(np.int16)[np.newaxis], GEOMETRY)
     write_nifti(tmp_path / "a.nii.gz", scan)
-    monkeypatch.setattr("time.time", lambda: 1e9)  # gzip would write the hour into its header
+    monkeypatch.setattr("time.time", lambda: 1e9)  # gzip would write the current time into its header
     write_nifti(tmp_path / "b.nii.gz", scan)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
@@ -199,7 +199,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 
 GZIPPED = gzip.compress(nifti_bytes(), mtime=0)
-# The header inside is changed to claim a slice less: only the checksum at the stream's very end can tell.
+# The header inside claims one slice less; only the checksum at the end of the stream detects that.
 SHRUNK = bytearray(gzip.compress(nifti_bytes(**{f"at_{DIM + 2}": ("<h", SHAPE[0] - 1)}), mtime=0))
 SHRUNK[-8:-4] = GZIPPED[-8:-4]
 FAULTS: dict[str, tuple[str, bytes, str]] = {
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, fault: str, caplog: py
     with pytest.raises(UserError, match=message) as caught:
         read_nifti(tmp_path / name, np.float32)
     assert str(caught.value).startswith(str(tmp_path / name))
-    # nibabel's own remarks would come before that line on stderr.
+    # nibabel's own messages would be printed before that line on stderr.
     assert not caplog.records
 
 
@@ -272,14 +272,14 @@ def test_a_damaged_header_has_no_geometry(tmp_path: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
-def test_what_lies_behind_the_last_voxel_is_read_and_bounded(tmp_path: Path, name: str) -> None:
+def test_bytes_after_the_last_voxel_are_read_up_to_a_limit(tmp_path: Path, name: str) -> None:
     def write(extra: int, end: bytes = b"") -> None:
         content = nifti_bytes() + bytes(extra)
         (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) + end if name.endswith(".gz") else content)
 
     write(MAX_TRAILING_BYTES)
     np.testing.assert_array_equal(read_nifti(tmp_path / name, np.float32).array[0], noise(np.int16))
-    # Had it been read on, what comes behind would have been "no gzip file".
+    # If more were read, the junk would be reported as "not a gzipped file".
     write(MAX_TRAILING_BYTES + 1, end=b"junk")
     with pytest.raises(UserError, match="continues for more than 1 MiB after the last voxel"):
         read_nifti(tmp_path / name, np.float32)
@@ -287,14 +287,14 @@ def test_what_lies_behind_the_last_voxel_is_read_and_bounded(tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 @pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])
-def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"a\.nii(\.gz)?: a pipe or a device; expected a file"):
         read(tmp_path / name)
 
 
-def test_an_odd_extension_is_passed_over_without_a_word(tmp_path: Path) -> None:
-    # 17 bytes, which is no multiple of 16, before voxels that begin 32 bytes later.
+def test_an_odd_extension_is_ignored_silently(tmp_path: Path) -> None:
+    # 17 bytes, not a multiple of 16, before voxels that begin 32 bytes later.
     content = nifti_bytes(**{f"at_{VOX_OFFSET}": ("<f", FIRST_VOXEL_BYTE + 32.0)})
     extension = struct.pack("<4B2i", 1, 0, 0, 0, 17, 6) + bytes(24)
     (tmp_path / "a.nii").write_bytes(content[: FIRST_VOXEL_BYTE - 4] + extension + content[FIRST_VOXEL_BYTE:])
@@ -304,14 +304,14 @@ def test_an_odd_extension_is_passed_over_without_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [lambda path: read_nifti(path, np.uint8), read_geometry])
-def test_no_file_and_a_folder_are_told_apart(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_a_missing_file_and_a_folder_have_different_messages(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(UserError, match=r"none\.nii\.gz: no such file"):
         read(tmp_path / "none.nii.gz")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read(tmp_path)
 
 
-def test_memory_is_asked_for_before_voxels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_checked_before_voxels_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.nii"
     path.write_bytes(nifti_bytes())
     needed = FIRST_VOXEL_BYTE + 5 * 6 * 7 * (2 + WORKING_BYTES_PER_VOXEL)
@@ -329,13 +329,13 @@ def test_free_memory_is_that_of_this_machine() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.5, 256.0])
-def test_a_mask_holds_whole_numbers_that_a_byte_can(tmp_path: Path, value: float) -> None:
+def test_a_mask_holds_whole_numbers_that_fit_a_byte(tmp_path: Path, value: float) -> None:
     array = np.zeros(SHAPE, np.float32)
     array[4, 5, 6] = value
     (tmp_path / "a.nii").write_bytes(nifti_bytes(array))
     with pytest.raises(UserError, match=r"a\.nii: .*whole numbers"):
         read_nifti(tmp_path / "a.nii", np.uint8)
-    # A scan may hold any of them; preprocessing decides.
+    # A scan may hold any of them; preprocessing rejects some.
     np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii", np.float32).array[0], array)
 
 
@@ -349,7 +349,7 @@ def test_a_mask_may_be_stored_as_any_number(tmp_path: Path, dtype: type[np.gener
     np.testing.assert_array_equal(read[0], array)
 
 
-def test_what_float32_cannot_hold_is_infinite_without_a_warning(tmp_path: Path) -> None:
+def test_values_beyond_float32_become_infinite_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a.nii").write_bytes(nifti_bytes(np.full(SHAPE, 1e300)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -384,7 +384,7 @@ def read_bytes_as(name: str, content: bytes) -> Volume:
 
 
 def corrupted(content: bytes) -> st.SearchStrategy[bytes]:
-    """The bytes with some replaced, most of them near the beginning, and perhaps cut short or made longer."""
+    """The bytes with some replaced, mostly near the beginning, and possibly truncated or extended."""
     position = st.one_of(st.integers(0, min(351, len(content) - 1)), st.integers(0, len(content) - 1))
 
     def change(edits: list[tuple[int, int]], length: int) -> bytes:
@@ -420,5 +420,5 @@ def test_any_corruption_of_a_gzip_file_is_refused_or_harmless(content: bytes) ->
 
 
 def test_voxels_of_a_plain_file_have_no_checksum() -> None:
-    # Nothing can notice it there, which is why scans come as .nii.gz.
+    # The damage cannot be detected, which is why scans are distributed as .nii.gz.
     assert read_bytes_as("a.nii", flip(nifti_bytes(), 400)).array.shape == (1, *SHAPE)

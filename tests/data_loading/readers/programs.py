@@ -1,4 +1,4 @@
-"""`preprocess_dataset.py` as the tests of the data sets call it, in this process."""
+"""Runs `preprocess_dataset.py` in process, for the tests of the readers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from preprocess_dataset import main
 
 
 def preprocess(dataset: str, data: Path, masks: Path | None, out: Path, *more: object) -> DatasetIndex:
-    """Preprocesses, with the flags as one text or as several, and reads the index."""
+    """Preprocesses, with flags as strings of words or single values, and returns the index."""
     flags = [word for part in more for word in (part.split() if isinstance(part, str) else [str(part)])]
     arguments = ["--dataset", dataset, "--data_dir", data, "--results_dir", out, "--num_workers", 1]
     arguments += ["--labels_dir", masks] if masks else []
@@ -23,14 +23,14 @@ def preprocess(dataset: str, data: Path, masks: Path | None, out: Path, *more: o
 
 
 def refused(capsys: pytest.CaptureFixture[str], dataset: str, data: Path, masks: Path | None, *flags: str) -> str:
-    """The one line of a refusal."""
+    """Runs with bad input and returns the one-line error message."""
     capsys.readouterr()
     out = data.parent / "refused"
     status = run_program(lambda: int(bool(preprocess(dataset, data, masks, out, *flags))), "preprocess_dataset.py")
-    said = capsys.readouterr().err
-    assert (status, said.count("\n")) == (2, 1), said
+    output = capsys.readouterr().err
+    assert (status, output.count("\n")) == (2, 1), output
     assert not (out / INDEX_NAME).exists()
-    return said.removeprefix("preprocess_dataset.py: error: ").strip()
+    return output.removeprefix("preprocess_dataset.py: error: ").strip()
 
 
 def arrays(out: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""`--dataset dicom`: masks find their series by their place alone; patients, slabs, DICOM-SEG; and what is refused."""
+"""`--dataset dicom`: masks matched to series by their grid, patients, slabs, DICOM-SEG, and rejected input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from data_loading.readers.mask_matching import matching_grids
 from tests.data_loading.io.series import change, write_series
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
-# As dcm2niix stores a mask: rows run the other way than DICOM's.
-NIFTI_WAY = ("L", "A", "S")
+# Orientation in which dcm2niix stores a mask: rows are reversed compared to DICOM.
+NIFTI_ORIENTATION = ("L", "A", "S")
 CLASSES = ("background", "liver", "spleen")
 
 
 def grid(number: int, slices: int = 6) -> Geometry:
-    """An axial grid like DICOM's, a place of its own for each scan."""
+    """Returns an axial grid as in DICOM, at a different position for each scan."""
     affine = np.diag([-0.8, -0.6, 2.5, 1.0])
     affine[:3, 3] = 10.0 * number, -5.0, 3.0
     return Geometry(affine, (5, 4, slices), (0.8, 0.6, 2.5))
@@ -42,16 +42,20 @@ def mask_of(number: int, slices: int = 6) -> np.ndarray:
     return mask
 
 
-def save_mask(path: Path, mask: np.ndarray, geometry: Geometry, way: tuple[str, ...] = NIFTI_WAY) -> None:
+def save_mask(
+    path: Path, mask: np.ndarray, geometry: Geometry, orientation: tuple[str, ...] = NIFTI_ORIENTATION
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(mask, geometry.affine)
-    change = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(way))
+    change = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(orientation)
+    )
     nib.save(image.as_reoriented(change), path)
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Three patients; the masks' names sort the other way than the patients'."""
+    """Three patients; the masks' names are in the reverse order of the patients'."""
     data, masks = tmp_path / "raw" / "data", tmp_path / "raw" / "masks"
     for number in range(3):
         for file in write_series(data / f"P{number}" / "CT", image_of(number), grid(number)):
@@ -60,7 +64,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return data, masks
 
 
-def test_a_mask_finds_its_series_by_its_place(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_mask_is_matched_to_its_series_by_its_grid(folders: tuple[Path, Path], tmp_path: Path) -> None:
     index = preprocess("dicom", *folders, tmp_path / "out", "--intensity none --split_ratios 0.7 0.3")
     assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
     assert index.spec.classes == ("background", "1", "2")
@@ -69,10 +73,10 @@ def test_a_mask_finds_its_series_by_its_place(folders: tuple[Path, Path], tmp_pa
         x, y = arrays(tmp_path / "out", f"P{number}_CT")
         np.testing.assert_array_equal(x[0], image_of(number))
         np.testing.assert_array_equal(y[0], mask_of(number))
-    assert "secret" not in (tmp_path / "out" / "dataset.json").read_text(), "whose a scan is stays with the scan"
+    assert "secret" not in (tmp_path / "out" / "dataset.json").read_text(), "patient ids are not written"
 
 
-def test_masks_among_the_series_and_other_files_are_told_apart(
+def test_masks_among_the_series_are_found_and_other_files_skipped(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, masks = folders
@@ -82,15 +86,15 @@ def test_masks_among_the_series_and_other_files_are_told_apart(
     write_series(data / "P1" / "scout", image_of(5, 1), grid(5, 1), number=9)
     index = preprocess("dicom", data, None, tmp_path / "out")
     assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
-    said = capsys.readouterr().out
-    assert "skipped, not on the grid of any series: " in said
-    assert "elsewhere.nii.gz" in said
-    assert "skipped, no mask on its grid: P1_scout" in said
+    output = capsys.readouterr().out
+    assert "skipped, not on the grid of any series: " in output
+    assert "elsewhere.nii.gz" in output
+    assert "skipped, no mask on its grid: P1_scout" in output
 
 
 def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
-    for number in (3, 4):  # the first patient again, in a folder of another name, and once exported to NIfTI
+    for number in (3, 4):  # the first patient again, in a differently named folder, and once exported to NIfTI
         folder = data / ("P0" if number == 4 else "P9")
         if number == 3:
             for file in write_series(folder / "CT2", image_of(number), grid(number)):
@@ -111,7 +115,7 @@ def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, P
     assert any(case.endswith("slab002") for case in index.split["evaluation"])
 
 
-def test_empty_ids_mean_a_patient_a_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_with_empty_ids_every_folder_is_a_patient(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
     for file in data.rglob("IM*"):
         change(file, PatientID="", SeriesInstanceUID="")
@@ -161,7 +165,7 @@ def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
     assert 0 < refused_ones < 60
 
 
-def test_an_organ_a_file_lies_on_the_same_grid(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_file_per_organ(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
     for number in range(3):
         (masks / f"mask_{9 - number}.nii.gz").unlink()
@@ -173,13 +177,13 @@ def test_an_organ_a_file_lies_on_the_same_grid(folders: tuple[Path, Path], tmp_p
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P2_CT")[1][0], mask_of(2))
 
 
-def test_series_on_one_grid_have_their_masks_by_folder_and_else_none(
+def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, masks = folders
     write_series(data / "P0" / "venous", image_of(8), grid(0), number=8)
-    said = refused(capsys, "dicom", data, masks)
-    assert "mask_9.nii.gz is on the grid of 2 scans (P0_CT, P0_venous); name it or its folder after its own" in said
+    output = refused(capsys, "dicom", data, masks)
+    assert "mask_9.nii.gz is on the grid of 2 scans (P0_CT, P0_venous); name it or its folder after its own" in output
     (masks / "mask_9.nii.gz").rename(masks / "P0_venous.nii.gz")
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
@@ -194,7 +198,7 @@ def shift(masks: Path) -> None:
 
 BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     (
-        "half a voxel beside",
+        "shifted by half a voxel",
         lambda data, masks: shift(masks),
         "",
         "none of its 3 mask(s) is on the grid of a series in",
@@ -216,30 +220,30 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "",
         "holds 2 values, but it is taken for the mask of",
     ),
-    ("a flag of pictures", lambda data, masks: None, "--size 5 5", "--size does not apply to --dataset dicom"),
+    ("a flag of images", lambda data, masks: None, "--size 5 5", "--size does not apply to --dataset dicom"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
-def test_bad_input_is_one_line(
+@pytest.mark.parametrize(("change_folders", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_reported_in_one_line(
     folders: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path, Path], object],
+    change_folders: Callable[[Path, Path], object],
     flags: str,
     message: str,
 ) -> None:
-    spoil(*folders)
+    change_folders(*folders)
     assert message in refused(capsys, "dicom", *folders, flags)
 
 
-def test_without_pydicom_the_line_says_what_to_install(
+def test_without_pydicom_the_message_names_what_to_install(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydicom", None)
     for name in ("io.dicom", "io.dicom_seg", "readers.dicom"):
         monkeypatch.delitem(sys.modules, f"data_loading.{name}", raising=False)
-    said = refused(capsys, "dicom", *folders)
-    assert said == "--dataset dicom: needs pydicom, which is not installed; pip install '.[dicom]'"
+    output = refused(capsys, "dicom", *folders)
+    assert output == "--dataset dicom: needs pydicom, which is not installed; pip install '.[dicom]'"
 
 
 @pytest.mark.real_data

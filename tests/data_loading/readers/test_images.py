@@ -1,4 +1,4 @@
-"""`--dataset images`: grey and colour, resized, of any format; and what is refused."""
+"""`--dataset images`: grey and colour, resizing, file formats, and rejected input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.data_loading.readers.programs import arrays, preprocess, refused
 Folders = tuple[Path, Path]
 
 
-def picture_of(number: int, channels: int = 1) -> np.ndarray:
+def image_of(number: int, channels: int = 1) -> np.ndarray:
     array = np.random.default_rng(number).integers(0, 256, (6, 8 + number, channels), dtype=np.uint8)
     return array[..., 0] if channels == 1 else array
 
@@ -37,37 +37,37 @@ def mask_of(number: int) -> np.ndarray:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
-    """Five grey pictures with black and white masks."""
-    data, masks = tmp_path / "raw" / "pictures", tmp_path / "raw" / "masks"
+    """Five grey images with black and white masks."""
+    data, masks = tmp_path / "raw" / "images", tmp_path / "raw" / "masks"
     data.mkdir(parents=True)
     masks.mkdir()
     for number in range(5):
-        Image.fromarray(picture_of(number)).save(data / f"{number}.png")
+        Image.fromarray(image_of(number)).save(data / f"{number}.png")
         Image.fromarray(mask_of(number)).save(masks / f"{number}.bmp")
     (data / "Thumbs.db").touch()
     return data, masks
 
 
-def test_a_grey_picture_is_a_volume_of_one_slice(folders: Folders, tmp_path: Path) -> None:
+def test_a_grey_image_is_a_volume_of_one_slice(folders: Folders, tmp_path: Path) -> None:
     index = preprocess("images", *folders, tmp_path / "out", "--intensity none --split_ratios 0.6 0.2 0.2")
     assert (index.spec.classes, index.spec.channels) == (("background", "255"), 1)
     assert [len(cases) for cases in index.split.values()] == [3, 1, 1]
     x, y = arrays(tmp_path / "out", "3")
-    np.testing.assert_array_equal(x, picture_of(3)[np.newaxis, np.newaxis])
+    np.testing.assert_array_equal(x, image_of(3)[np.newaxis, np.newaxis])
     np.testing.assert_array_equal(y[0, 0], mask_of(3) // 255)
     assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "IPL"
 
 
-def test_one_colour_picture_gives_all_of_them_three_channels(folders: Folders, tmp_path: Path) -> None:
-    colours = picture_of(2, 3)
+def test_one_colour_image_gives_all_of_them_three_channels(folders: Folders, tmp_path: Path) -> None:
+    colours = image_of(2, 3)
     Image.fromarray(colours).save(folders[0] / "2.png")
     index = preprocess("images", *folders, tmp_path / "out", "--intensity none")
     assert index.spec.channels == 3
     np.testing.assert_array_equal(arrays(tmp_path / "out", "2")[0][:, 0], np.moveaxis(colours, -1, 0))
-    np.testing.assert_array_equal(arrays(tmp_path / "out", "3")[0][:, 0], np.stack([picture_of(3)] * 3))
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "3")[0][:, 0], np.stack([image_of(3)] * 3))
 
 
-def test_pictures_are_resized_and_chosen_labels_named(folders: Folders, tmp_path: Path) -> None:
+def test_images_are_resized_and_labels_named(folders: Folders, tmp_path: Path) -> None:
     index = preprocess("images", *folders, tmp_path / "out", "--size 12 10 --labels 0=1:ground --intensity minmax")
     assert (index.spec.size, index.spec.classes) == ((12, 10), ("background", "ground"))
     for number in range(5):
@@ -78,15 +78,15 @@ def test_pictures_are_resized_and_chosen_labels_named(folders: Folders, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "I", "F"])
-def test_every_kind_of_picture_is_read(tmp_path: Path, mode: str) -> None:
+def test_every_image_mode_is_read(tmp_path: Path, mode: str) -> None:
     grey = np.tile(np.array([[0, 255], [255, 0]], np.uint8), (2, 3))
     if mode in ("I;16", "I", "F"):
-        picture = Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 4)
+        image = Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 4)
         scale = 4
     else:
-        picture, scale = Image.fromarray(grey).convert(mode), 1
+        image, scale = Image.fromarray(grey).convert(mode), 1
     path = tmp_path / "a.tif"
-    picture.save(path)
+    image.save(path)
     for channels in (1, 3):
         if channels == 1 and mode in ("RGB", "RGBA", "P"):
             with pytest.raises(UserError, match=r"in colour .*, but the network takes grey images"):
@@ -114,20 +114,20 @@ def test_a_mask_is_grey_values_or_the_indices_of_a_palette(tmp_path: Path) -> No
         read_mask(tmp_path / "colour.png")
 
 
-def test_a_photograph_lies_as_its_camera_says(tmp_path: Path) -> None:
+def test_a_photograph_is_rotated_by_its_orientation_tag(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter to the left
+    exif[0x0112] = 6  # rotated by a quarter turn to the left
     stored = np.arange(24, dtype=np.uint8).reshape(4, 6)
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", 1).array[0, 0], np.rot90(stored, -1))
 
 
-def test_other_formats_and_stacks_are_no_pictures(tmp_path: Path) -> None:
-    """Pillow would hand a PostScript file to another program."""
+def test_other_formats_and_stacks_are_rejected(tmp_path: Path) -> None:
+    """Pillow would pass a PostScript file to another program."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(UserError, match=r"a.png: not a readable image"):
         read_image(tmp_path / "a.png", 1)
-    pages = [Image.fromarray(picture_of(number)) for number in (1, 1)]
+    pages = [Image.fromarray(image_of(number)) for number in (1, 1)]
     pages[0].save(tmp_path / "b.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(UserError, match=r"b.tif: holds 2 images; save each as a file"):
         read_image(tmp_path / "b.tif", 1)
@@ -139,7 +139,7 @@ def test_any_damage_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, kind: str, mode: str, data: st.DataObject
 ) -> None:
     stream = io.BytesIO()
-    Image.fromarray(picture_of(0, 3)).convert(mode).save(stream, kind)
+    Image.fromarray(image_of(0, 3)).convert(mode).save(stream, kind)
     content = bytearray(stream.getvalue())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -162,8 +162,8 @@ def noise(path: Path) -> None:
 
 BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     ("no mask", lambda data, masks: (masks / "3.bmp").unlink(), "", "no mask 3 for 3.png; stems must be equal"),
-    ("no picture", lambda data, masks: (data / "3.png").unlink(), "", "no image 3 for 3.bmp; stems must be equal"),
-    ("two of a name", lambda data, masks: noise(data / "3.jpg"), "", "3.jpg and 3.png have the same stem"),
+    ("no image", lambda data, masks: (data / "3.png").unlink(), "", "no image 3 for 3.bmp; stems must be equal"),
+    ("two with one stem", lambda data, masks: noise(data / "3.jpg"), "", "3.jpg and 3.png have the same stem"),
     (
         "other shape",
         lambda data, masks: Image.fromarray(mask_of(4)).save(masks / "3.bmp"),
@@ -172,20 +172,20 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
     ),
     ("damaged", lambda data, masks: damage(data / "3.png"), "", "3.png: "),
     (
-        "cut off",
+        "truncated",
         lambda data, masks: (masks / "3.bmp").write_bytes((masks / "3.bmp").read_bytes()[:-20]),
         "",
         "3.bmp: damaged",
     ),
-    ("no picture at all", lambda data, masks: (data / "3.png").write_bytes(b"text"), "", "3.png: not a readable"),
+    ("not an image", lambda data, masks: (data / "3.png").write_bytes(b"text"), "", "3.png: not a readable"),
     (
-        "no masks but pictures",
+        "images instead of masks",
         lambda data, masks: [noise(path) for path in masks.iterdir()],
         "",
         "values; select and merge with --labels, such as 128-255=1",
     ),
     (
-        "nothing drawn",
+        "empty masks",
         lambda data, masks: [Image.fromarray(0 * mask_of(int(path.stem))).save(path) for path in masks.iterdir()],
         "",
         "every mask is empty",
@@ -201,31 +201,31 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
-def test_bad_input_is_one_line(
+@pytest.mark.parametrize(("change_folders", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_reported_in_one_line(
     folders: Folders,
     capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path, Path], object],
+    change_folders: Callable[[Path, Path], object],
     flags: str,
     message: str,
 ) -> None:
-    spoil(*folders)
+    change_folders(*folders)
     assert message in refused(capsys, "images", *folders, flags)
 
 
-def test_without_pillow_the_line_says_what_to_install(
+def test_without_pillow_the_message_names_what_to_install(
     folders: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "data_loading.readers.images")
-    said = refused(capsys, "images", *folders)
-    assert said == "--dataset images: needs PIL, which is not installed; pip install '.[images]'"
+    output = refused(capsys, "images", *folders)
+    assert output == "--dataset images: needs PIL, which is not installed; pip install '.[images]'"
 
 
-def test_a_picture_larger_than_memory_is_refused_by_its_header(
+def test_an_image_larger_than_memory_is_rejected_by_its_header(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_loading.readers.images.free_memory_bytes", lambda: 100)
+    monkeypatch.setattr("data_loading.io.volume.free_memory_bytes", lambda: 100)
     with pytest.raises(UserError, match=r"3.png: 11 x 6 pixels need .* GiB of memory, but only .* GiB are free"):
         read_image(folders[0] / "3.png", 1)
 

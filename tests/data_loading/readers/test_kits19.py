@@ -34,7 +34,7 @@ def test_kits19_is_found_and_split_by_mlperfs_list(tmp_path: Path) -> None:
     assert read_kits19(tmp_path, ReaderOptions(seed=1), ["00000", "00003", "00206"]).split == raw.split
 
 
-def test_kits19_without_labels_and_other_things_are_passed_over(tmp_path: Path) -> None:
+def test_kits19_without_labels_and_other_things_are_skipped(tmp_path: Path) -> None:
     touch_kits19(tmp_path, 1, "copy", "²")
     (tmp_path / "case_00210").mkdir()
     (tmp_path / "case_00299").mkdir()
@@ -59,7 +59,7 @@ def test_a_kits19_case_needs_both_files(tmp_path: Path, missing: str, present: s
         read_kits19(tmp_path, ReaderOptions(), [])
 
 
-def test_a_wrong_kits19_folder_names_the_one_that_was_meant(tmp_path: Path, write_msd: WriteRaw) -> None:
+def test_a_wrong_kits19_folder_suggests_the_intended_one(tmp_path: Path, write_msd: WriteRaw) -> None:
     data = touch_kits19(tmp_path / "kits19" / "data", 0)
     with pytest.raises(UserError, match=f"did you mean {data}\\?"):
         read_kits19(data.parent, ReaderOptions(), [])

@@ -1,4 +1,4 @@
-"""`--labels`: merged, chosen, named; and what is no such list."""
+"""`--labels`: selecting, merging and naming classes, and malformed entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_loading.readers.label_map import LabelMap
 KNOWN = ("background", "kidney", "tumour")
 
 
-def test_values_are_merged_and_chosen_and_the_rest_is_background() -> None:
+def test_values_are_merged_and_selected_and_the_rest_is_background() -> None:
     labels = LabelMap.parse(["86,87=1:muscle", "5=2", "88-90=1"])
     assert labels.classes == ("background", "muscle", "5")
     mask = np.arange(256, dtype=np.uint8).reshape(1, 16, 4, 4)
@@ -27,14 +27,14 @@ def test_values_are_merged_and_chosen_and_the_rest_is_background() -> None:
     }
 
 
-def test_0_may_be_a_class_and_names_stand_for_organs() -> None:
+def test_0_may_be_a_class_and_keys_may_be_names() -> None:
     assert LabelMap.parse(["0=1:membrane"]).apply(np.array([0, 255], np.uint8)).tolist() == [1, 0]
     labels = LabelMap.parse(["autochthon_left,autochthon_right=1", "liver=2"])
     assert labels.classes == ("background", "autochthon_left+autochthon_right", "liver")
     assert [labels.class_of(name) for name in ("autochthon_right", "liver", "spleen")] == [1, 2, 0]
 
 
-def test_a_data_sets_own_names_are_known() -> None:
+def test_class_names_of_the_data_set_may_be_keys() -> None:
     assert LabelMap.parse(["kidney,tumour=1"], KNOWN) == LabelMap.parse(["1,2=1:kidney+tumour"], KNOWN)
     assert LabelMap.parse(["2=1"], KNOWN).classes == ("background", "tumour")
 
@@ -55,12 +55,12 @@ def test_a_data_sets_own_names_are_known() -> None:
         ([",5=1"], "a key is empty"),
     ],
 )
-def test_bad_lists_are_one_clear_line(tokens: list[str], message: str) -> None:
+def test_bad_entries_are_reported_in_one_line(tokens: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LabelMap.parse(tokens)
 
 
-def test_what_a_data_set_does_not_have_is_told() -> None:
+def test_labels_that_the_data_set_lacks_are_reported() -> None:
     with pytest.raises(UserError, match="--labels 7=1: 7 is not a label from 0 to 2"):
         LabelMap.parse(["7=1"], KNOWN)
     with pytest.raises(UserError, match="unknown label 'liver'; available: background, kidney, tumour"):
@@ -69,7 +69,7 @@ def test_what_a_data_set_does_not_have_is_told() -> None:
         LabelMap.parse(["spleen=1"]).check_names({"liver", 3}, "here")
 
 
-def test_without_a_list_every_value_is_a_class_in_rising_order() -> None:
+def test_without_entries_every_value_is_a_class_in_ascending_order() -> None:
     labels = LabelMap.from_keys({0, 255, 7}, "masks")
     assert (labels.pairs, labels.classes) == (((7, 1), (255, 2)), ("background", "7", "255"))
     assert LabelMap.from_keys({"liver", "aorta"}, "masks").classes == ("background", "aorta", "liver")

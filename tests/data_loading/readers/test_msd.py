@@ -28,7 +28,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def test_the_decathlon_is_found_by_its_list(tmp_path: Path, write_msd: WriteRaw) -> None:
     folder = write_msd(tmp_path / "task", 5)
-    (folder / "imagesTr" / "._scan_0.nii.gz").touch()  # macOS leaves these; the list does not name it
+    (folder / "imagesTr" / "._scan_0.nii.gz").touch()  # macOS creates such files; the list does not contain it
     raw = read_msd(folder, ReaderOptions())
     assert case_ids(raw) == [f"scan_{number}" for number in range(5)]
     assert raw.cases[3].image.samefile(folder / "imagesTr" / "scan_3.nii.gz")
@@ -75,7 +75,7 @@ def test_a_decathlon_case_needs_both_files(tmp_path: Path, write_msd: WriteRaw) 
         (tmp_path / "away").rename(path)
 
 
-def test_a_wrong_decathlon_folder_names_the_one_that_was_meant(tmp_path: Path, write_msd: WriteRaw) -> None:
+def test_a_wrong_decathlon_folder_suggests_the_intended_one(tmp_path: Path, write_msd: WriteRaw) -> None:
     folder = write_msd(tmp_path / "msd" / "Task04", 2)
     with pytest.raises(UserError, match=f"no dataset.json in it; did you mean {folder}\\?"):
         read_msd(folder.parent, ReaderOptions())
@@ -128,7 +128,7 @@ GOOD = {"image": "imagesTr/scan_0.nii.gz", "label": "labelsTr/scan_0.nii.gz"}
         ({"training": [{**GOOD, "image": "imagesTr/.nii.gz"}]}, "is outside the data folder"),
     ],
 )
-def test_a_bad_decathlon_list_is_one_clear_line(
+def test_a_bad_decathlon_list_is_reported_in_one_line(
     tmp_path: Path, write_msd: WriteRaw, changes: dict[str, Any], message: str
 ) -> None:
     folder = write_msd(tmp_path / "task", 2)
@@ -143,14 +143,16 @@ NESTED = [b"[" * 100_000, b'{"a":' * 100_000, b'{"labels": ' + b"[" * 100_000]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"labels": 1}', *NESTED])
-def test_a_damaged_decathlon_list_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_decathlon_list_is_reported_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match=r"dataset\.json: not a Decathlon dataset\.json"):
         read_msd(tmp_path, ReaderOptions())
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
-def test_a_decathlon_list_that_is_no_file_is_one_clear_line(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_decathlon_list_that_is_not_a_file_is_reported_in_one_line(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     make(tmp_path / "dataset.json")
     with pytest.raises(UserError, match=r"dataset\.json: not a Decathlon dataset\.json .*a folder, a pipe or a device"):
         read_msd(tmp_path, ReaderOptions())

@@ -1,4 +1,4 @@
-"""`--dataset nifti`: paired by stems, cut into slabs, organs in files of their own; and what is refused."""
+"""`--dataset nifti`: pairing by stem, slabs, one file per organ, and rejected input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1
 
 
 def mask_of(number: int) -> np.ndarray:
-    """Class 3 in the first four slices, 7 in the last two of every other scan."""
+    """Returns class 3 in the first four slices, and 7 in the last two of every other scan."""
     mask = np.zeros(SHAPE, np.uint8)
     mask[1:4, 1:3, :4] = 3
     mask[2, 2, 6:] = 7 if number % 2 else 0
@@ -54,7 +54,7 @@ def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
     assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split_ratios": [0.5, 0.25, 0.25]}
 
 
-def test_a_mask_whose_axes_run_another_way_is_turned_onto_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_mask_is_reoriented_to_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
     image = nib.load(masks / "p1.nii.gz")
     nib.save(nib.as_closest_canonical(nib.Nifti1Image(mask_of(1)[:, ::-1], image.affine)), masks / "p1.nii.gz")
@@ -67,16 +67,16 @@ def test_a_mask_whose_axes_run_another_way_is_turned_onto_its_scan(folders: tupl
     np.testing.assert_array_equal(arrays(tmp_path / "out", "p1")[1][0], np.searchsorted([0, 3, 7], mask_of(1)))
 
 
-def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
+def test_slabs_are_cases_of_one_patient_and_empty_ones_do_not_train(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     index = preprocess(
         "nifti", *folders, out, "--slices_per_case 3 --labels 7=1:cyst 3=2 --split_ratios 0.5 0.5 --intensity none"
     )
-    said = capsys.readouterr().out
-    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) fill no slab and are dropped" in said
-    # Slices 0 to 2 hold 3, and 3 to 5 too (in slice 3): nothing is empty with these labels.
+    output = capsys.readouterr().out
+    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) fill no slab and are dropped" in output
+    # Slices 0 to 2 and slice 3 hold label 3, so no slab is empty with these labels.
     assert len(index.cases) == 12
     for subset, cases in index.split.items():
         patients = {case.rpartition("_slab")[0] for case in cases}
@@ -92,15 +92,15 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_train_nothing(
 
     index = preprocess("nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5")
     held_out = index.split["evaluation"]
-    assert len(held_out) == 12, "empty ones are kept where they are scored"
+    assert len(held_out) == 12, "empty ones are kept for evaluation"
     trains = [f"p{n}_slab003" for n in range(6) if n % 2 and f"p{n}_slab003" not in held_out]
     assert index.split["train"] == trains
     dropped = index.made["dropped"]
     assert len(dropped) == 12 - len(trains)
     assert not any((out / f"{case}_x.npy").exists() for case in dropped)
-    said = capsys.readouterr().out
-    assert f"{dropped[0]}: dropped, its mask is empty" in said
-    assert f"{len(dropped)} training cases dropped for their empty masks" in said
+    output = capsys.readouterr().out
+    assert f"{dropped[0]}: dropped, its mask is empty" in output
+    assert f"{len(dropped)} training cases dropped for their empty masks" in output
     kept = preprocess(
         "nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5 --no-drop_empty"
     )
@@ -134,7 +134,7 @@ def test_other_labels_or_slabs_preprocess_again_and_another_split_does_not(
         assert f"({now} now, {6 - now} already done)" in capsys.readouterr().out
 
 
-def test_an_organ_a_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_file_per_organ(folders: tuple[Path, Path], tmp_path: Path) -> None:
     data, masks = folders
     for number in range(6):
         mask = mask_of(number)
@@ -153,7 +153,7 @@ def test_an_organ_a_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays(tmp_path / "out", "p1")[1][0], mask_of(1) == 3)
 
 
-def test_turned_cropped_and_resampled_as_the_flags_say(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_scans_are_reoriented_cropped_and_resampled(folders: tuple[Path, Path], tmp_path: Path) -> None:
     flags = "--orientation SPR --spacing 1.5 1.5 2 --intensity_window 50 400 --intensity minmax --foreground_crop"
     index = preprocess("nifti", *folders, tmp_path / "out", flags)
     spec = index.spec
@@ -181,7 +181,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "no scan p3 for p3.nii.gz (and 1 more); stems must be equal",
     ),
     ("nothing", lambda data, masks: [p.unlink() for p in data.glob("*.nii.gz")], "", "Scans: no scan in it"),
-    ("two of a name", lambda data, masks: (data / "p3.nii").touch(), "", "p3.nii and p3.nii.gz have the same stem"),
+    ("two with one stem", lambda data, masks: (data / "p3.nii").touch(), "", "p3.nii and p3.nii.gz have the same stem"),
     (
         "other shape",
         lambda data, masks: nib.save(nib.Nifti1Image(mask_of(1)[:5], AFFINE), masks / "p3.nii.gz"),
@@ -237,19 +237,19 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
-def test_bad_input_is_one_line(
+@pytest.mark.parametrize(("change_folders", "flags", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input_is_reported_in_one_line(
     folders: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path, Path], object],
+    change_folders: Callable[[Path, Path], object],
     flags: str,
     message: str,
 ) -> None:
-    spoil(*folders)
+    change_folders(*folders)
     assert message in refused(capsys, "nifti", *folders, flags)
 
 
-def test_the_masks_folder_is_asked_for(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_masks_folder_is_required(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     data, masks = folders
     assert refused(capsys, "nifti", data, None).startswith(
         "--dataset nifti needs --labels_dir, the folder of the masks"
@@ -258,18 +258,18 @@ def test_the_masks_folder_is_asked_for(folders: tuple[Path, Path], capsys: pytes
     assert "masks need a separate folder" in refused(capsys, "nifti", data, data)
 
 
-def test_a_folder_that_may_not_be_entered_is_one_clear_line(
+def test_a_folder_without_permission_is_reported_in_one_line(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: Path) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root, who runs the tests in a container, may enter every folder
+    monkeypatch.setattr(Path, "iterdir", refuse)  # tests may run as root, who may enter every folder
     assert refused(capsys, "nifti", *folders) == f"{folders[0]}: cannot be read: Permission denied"
 
 
 @pytest.mark.real_data
-def test_real_ct_comes_through(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_real_ct_scan_is_preprocessed(real_data: Callable[[str], Path], tmp_path: Path) -> None:
     data, masks = tmp_path / "scans", tmp_path / "masks"
     data.mkdir()
     masks.mkdir()
