@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -46,6 +47,28 @@ class _OldSpelling(argparse.Action):
     ) -> None:
         warn_renamed(str(option), self.new.option_strings[0])
         self.new(parser, namespace, values, option)
+
+
+def number(
+    kind: type[int] | type[float], low: float, high: float = math.inf, *, open_ended: bool = False
+) -> Callable[[str], Any]:
+    """Returns an argparse `type`: a finite number from `low` to `high`, or below `high` with `open_ended`."""
+    limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:.10g}"
+    limit = f"at least {low:g} and below {high:g}" if open_ended else limit
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun}, not {text!r}") from None
+        if not low <= value <= high or (open_ended and value == high):
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        return value
+
+    return convert
 
 
 def renamed_values(flag: str, renamed: Mapping[str, str]) -> Callable[[str], str]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.cli import Parser
+from common.cli import Parser, number
 from common.errors import UserError, run_program
 from common.files import replacing
 from common.messages import logger
@@ -49,7 +49,6 @@ from prediction.predict import Predictor, make_predictor, mean_probabilities
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
 from runtime.distributed.world import World
-from runtime.flags import number
 
 PREFIX = "pseudo_"
 # Preprocessed image (C, D, H, W) -> probabilities (K, D, H, W).

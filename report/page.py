@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import math
 import time
@@ -18,7 +17,6 @@ from report.figures import Chart, phases_ms
 from report.markup import NOTHING, Html, join, pairs, table, tag
 from report.records import Run
 from runtime.arguments import RunConfig
-from runtime.command_line import make_parser
 
 STYLE = Path(__file__).with_name("style.css")
 # No script and nothing from elsewhere: the browser itself sees to it that no request leaves the page.
@@ -251,8 +249,7 @@ def _pictures(shown: Sequence[Shown], left_out: str) -> Html:
 
 
 def _settings(run: Run) -> Html:
-    parser = make_parser()
-    defaults = {field.name: plain(parser.get_default(field.name)) for field in dataclasses.fields(RunConfig)}
+    defaults = {name: plain(value) for name, value in RunConfig().to_json().items()}
     flags = {name: plain(value) for name, value in run.config.items() if name in defaults}
     changed = {name: value for name, value in flags.items() if value != defaults.get(name)}
     rest = {name: value for name, value in flags.items() if name not in changed}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from runtime.arguments import with_current_names
 from runtime.mlperf.closed_division import RESUMED
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 
@@ -208,7 +209,7 @@ def _add_part(run: Run, events: list[Event]) -> None:
     for event in events:
         kind = event["event"]
         if kind == "InitStarted":
-            run.config, run.environment = event["config"], event["environment"]
+            run.config, run.environment = with_current_names(event["config"]), event["environment"]
         elif kind == "InitStopped":
             run.seeds, run.division, run.rule_violations = event["seeds"], event["division"], event["reasons"]
             run.platform, run.samples_per_epoch = event["platform"], event["samples_per_epoch"]

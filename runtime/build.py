@@ -33,7 +33,7 @@ from runtime.distributed.world import World
 from runtime.environment import describe_environment, platform_name
 from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
-from runtime.flags import parse_interval
+from runtime.io_flags import parse_interval
 from runtime.logging import events
 from runtime.logging.base import make_trackers
 from runtime.logging.console import ConsoleTracker
@@ -168,7 +168,7 @@ def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> No
     channels, classes = dataset.channels, len(dataset.classes)
     batch = dummy_batch((config.batch_size, channels, *config.input_shape), classes, world.device)
     windows = dummy_batch((config.val_batch_size, channels, *config.val_input_shape), classes, world.device)
-    warm_up(state, batch, windows, step, steps=config.untimed_steps)
+    warm_up(state, batch, windows, step, steps=config.prewarm_steps)
     if config.benchmark:
         emit(calibrate(state, partial(make_network, config, dataset), batch, step, world=world))
 

@@ -83,10 +83,12 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
     dataset, split = read_dataset(config)
-    cases = split.get(config.subset)
+    cases = split.get(config.eval_split)
     if not cases:
         there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
-        raise UserError(f"--data_dir {config.data_dir}: its split has no {config.subset} cases, but {there or 'none'}")
+        raise UserError(
+            f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {there or 'none'}"
+        )
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = build.make_network(config, dataset)
     check_window(
@@ -95,7 +97,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     to_device(network, world.device, config.layout)
-    table = CaseTable(config.data_dir, dataset, config.subset)
+    table = CaseTable(config.data_dir, dataset, config.eval_split)
     scorer = CaseScorer(
         network=network,
         loss=build.make_loss(config, dataset, world),

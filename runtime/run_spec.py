@@ -18,7 +18,7 @@ from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule, make_schedule
-from runtime.mlperf.closed_division import RESUMED, RuleViolation, settle_division
+from runtime.mlperf.closed_division import RESUMED, RuleViolation, RunFacts, identify_dataset, settle_division
 from runtime.mlperf.convergence import expected_length
 from runtime.precision import Precision, choose_precision
 from runtime.seeding import Seeds, draw_seeds
@@ -87,13 +87,14 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     if loaded and config.resume:
         other_violations.append(RESUMED)
     division, violations = settle_division(
-        dataclasses.replace(config, division="auto") if done else config,
-        dataset.name,
-        split,
-        evaluation_ids(),
-        schedule,
-        samples_per_epoch,
-        other_violations,
+        RunFacts(
+            config=dataclasses.replace(config, division="auto") if done else config,
+            dataset=identify_dataset(config, dataset.name, split),
+            evaluation_ids=evaluation_ids(),
+            schedule=schedule,
+            samples_per_epoch=samples_per_epoch,
+            other_violations=other_violations,
+        )
     )
     if not (violations or done):
         note(expected_length(config, world.size))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from runtime.distributed.world import World
-from runtime.flags import SEED_LIMIT
+from runtime.training_flags import SEED_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True)

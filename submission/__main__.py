@@ -11,9 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import Parser
+from common.cli import Parser, number
 from common.errors import Interrupted, run_program
-from runtime.flags import number
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 from submission.inspection import RUNS
 

@@ -21,7 +21,7 @@ from common.files import replacing
 from common.messages import logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
-from runtime.flags import PLACEHOLDER_ORG
+from runtime.io_flags import PLACEHOLDER_ORG
 from submission.inspection import digest_of, runs_folder
 from submission.launching import clear_caches, launch_run, launcher
 from submission.logs import BENCHMARK, Log, read_log

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from model.finetune import differences
+from runtime.arguments import with_current_names
 from runtime.train_state import TrainState
 
 FORMAT = 3
@@ -187,7 +188,7 @@ def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     best_or_last = last if best["network"] is None else best
     return Checkpoint(
         path=path,
-        config=content["config"],
+        config=with_current_names(content["config"]),
         seed=content["seed"],
         data=content["data"],
         spec=content.get("spec"),

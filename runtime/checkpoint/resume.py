@@ -12,49 +12,18 @@ import torch
 
 from common.errors import UserError
 from common.messages import logger, note
+from runtime.arguments import RunConfig
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.checkpoint.writer import find_checkpoints
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule
+from runtime.flag_fields import flag_names
 from runtime.train_state import TrainState
 
-# A change of these makes another run, for which the state has no meaning.
-STRUCTURAL_FLAGS = ("model", "normalization", "activation", "optimizer", "freeze")
-# These decide which samples are left in the middle of an epoch.
-ORDER_FLAGS = ("batch_size", "ga_steps", "loader", "steps_per_epoch")
-# These have no influence on a run's numbers.
-INCIDENTAL_FLAGS = (
-    "data_dir",
-    "log_dir",
-    "save_ckpt_path",
-    "load_ckpt_path",
-    "init_from",
-    "resume",
-    "ckpt_every",
-    "ckpt_keep",
-    "local_rank",
-    "exec_mode",
-    "subset",
-    "seed",
-    "num_workers",
-    "verbose",
-    "no_report",
-    "compare",
-    "trackers",
-    "untimed_steps",
-    "val_batch_size",
-    "submission_org",
-    "submission_platform",
-    "submission_status",
-    "division",
-    "scan",
-    "output",
-    "series",
-    "checkpoint",
-    "test_time_flips",
-    "save_probabilities",
-    "max_memory_gb",
-)
+# Flags by the effect of a change (see `flag_fields.Flag.resume`).
+STRUCTURAL_FLAGS = flag_names(RunConfig, resume="structural")
+ORDER_FLAGS = flag_names(RunConfig, resume="order")
+INCIDENTAL_FLAGS = flag_names(RunConfig, resume="incidental")
 # Settings that distinguish SGD, Adam and LAMB. Comparing all of them would refuse checkpoints of other torch versions.
 OPTIMIZER_SETTINGS = {"momentum", "betas", "eps"}
 

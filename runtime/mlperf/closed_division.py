@@ -1,70 +1,61 @@
-"""Closed or open: what of a run departs from the closed division's rules (MLPerf Training rules for unet3d)."""
+"""Closed or open division: checks a run against the closed division's rules (MLPerf Training rules for unet3d)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common.errors import UserError
 from common.messages import logger
 from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
-from runtime.arguments import RunConfig
+from runtime.arguments import RunConfig, as_plain
 from runtime.eval_schedule import RULE_SAMPLES, EvalSchedule, make_schedule
-from runtime.flags import PLACEHOLDER_ORG
+from runtime.flag_fields import flag_names
+from runtime.io_flags import PLACEHOLDER_ORG
 
 CLOSED_CASES = {"train": 168, "evaluation": 42}
-# Every run must have ended after so many epochs of 168 samples.
+# A run must end within this number of epochs of 168 samples.
 RULE_LAST_EPOCH = 10_000
-# What the rules fix, by flag; batch size, rates, momentum, warm-up, decay and weight decay are free.
-CLOSED_FLAGS = {
-    "optimizer": "sgd",
-    "augment": ("mlperf",),
-    "oversampling": 0.4,
-    "input_shape": (128, 128, 128),
-    "val_input_shape": (128, 128, 128),
-    "overlap": 0.5,
-    "quality_threshold": 0.908,
-    "model": "unet3d",
-    "normalization": "instancenorm",
-    "activation": "relu",
-    "loss": "dice_ce",
-    "include_background": False,
-    "load_ckpt_path": (),
-    "init_from": None,
-    "freeze": (),
-    "lr_schedule": "multistep",
-    "steps_per_epoch": None,
-    "callbacks": (),
-    "benchmark": False,
+# What the rules fix, by flag. Batch size, learning rates, momentum, warm-up, decay and weight decay are free.
+CLOSED_FLAGS: dict[str, Any] = {
+    name: as_plain(RunConfig.__dataclass_fields__[name].default) for name in flag_names(RunConfig, closed=True)
 }
+# Cases that one message names.
 NAMED_CASES = 3
 
 
 @dataclass(frozen=True)
 class RuleViolation:
-    """Where a run is not by the rules: what, how it is, how it must be ("" where that says itself)."""
+    """One point in which a run does not follow the rules.
 
-    what: str
-    yours: str
-    rule: str
+    Attributes:
+        item: the flag or property.
+        actual: its value in this run.
+        required: the value that the rules require; "" where `actual` makes it clear.
+    """
+
+    item: str
+    actual: str
+    required: str
 
     def __str__(self) -> str:
-        return f"{self.what} {self.yours}" + (f", not {self.rule}" if self.rule else "")
+        return f"{self.item} {self.actual}" + (f", not {self.required}" if self.required else "")
 
 
-# Its log has a beginning elsewhere; who reads logs looks for it.
+# The log of a resumed run starts in another file; programs that read logs look for this violation.
 RESUMED = RuleViolation("the run", "was resumed", "")
 
 
-@dataclass(frozen=True)
-class Data:
-    """What is known of a data set without reading a volume.
+@dataclass(frozen=True, kw_only=True)
+class DatasetIdentity:
+    """What tells one preprocessed data set from another without reading a volume.
 
     Attributes:
-        name: of its spec.
-        split: cases by subset.
-        fingerprint: over the recorded MD5s of its files; "" where some have none.
+        name: the name in its spec.
+        split: case ids by subset.
+        fingerprint: digest of the recorded MD5s of its files; "" if any is not recorded.
     """
 
     name: str
@@ -72,69 +63,100 @@ class Data:
     fingerprint: str
 
 
-def rule_violations(
-    config: RunConfig,
-    data: Data,
-    evaluation_ids: Sequence[str],
-    fingerprint: str,
-    schedule: EvalSchedule,
-    samples_per_epoch: int,
-) -> list[RuleViolation]:
-    """Everything that makes this run an open one; empty for a closed run.
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the division of a run depends on.
 
-    Args:
-        evaluation_ids: numbers of KiTS19's cases that the rules evaluate on.
-        fingerprint: of MLPerf's preprocessed files.
+    Attributes:
+        evaluation_ids: numbers of the KiTS19 cases that the rules evaluate on.
+        samples_per_epoch: over all ranks.
+        other_violations: those that follow from neither flags nor cases.
     """
-    found = _of_data(data, evaluation_ids, fingerprint)
-    if config.loader == "synthetic":
+
+    config: RunConfig
+    dataset: DatasetIdentity
+    evaluation_ids: Sequence[str]
+    schedule: EvalSchedule
+    samples_per_epoch: int
+    other_violations: Sequence[RuleViolation] = ()
+
+
+def identify_dataset(config: RunConfig, name: str, split: Mapping[str, Sequence[str]]) -> DatasetIdentity:
+    """Returns the identity of the run's data set; reads the data set's index, and no volume."""
+    cases = [case for subset in split.values() for case in subset]
+    fingerprint = "" if config.loader == "synthetic" else recorded_fingerprint(config.data_dir, cases)
+    return DatasetIdentity(name=name, split=split, fingerprint=fingerprint)
+
+
+def settle_division(run: RunFacts) -> tuple[str, list[str]]:
+    """Returns the run's division and its rule violations as text.
+
+    Prints a table of the violations if `--division closed` is refused.
+
+    Raises:
+        UserError: `--division closed`, but rules are violated.
+    """
+    violations = rule_violations(run)
+    is_closed = run.config.division == "closed"
+    obstacles = [*violations, *closed_division_violations(run.config)] if is_closed else violations
+    if is_closed and obstacles:
+        logger.info(format_violations(obstacles))
+    return choose_division(run.config.division, obstacles), list(map(str, violations))
+
+
+def rule_violations(run: RunFacts) -> list[RuleViolation]:
+    """Returns everything that makes this run an open one; empty for a closed run."""
+    found = _dataset_violations(run.dataset, run.evaluation_ids)
+    if run.config.loader == "synthetic":
         found.append(RuleViolation("--loader", "synthetic", "one of the data set's volumes"))
-    values = config.to_json()
-    for flag, expected in CLOSED_FLAGS.items():
-        value = values[flag]
-        if value != expected:
-            found.append(RuleViolation(f"--{flag}", _plain(value), _plain(expected)))
-    rule = make_schedule(schedule.epochs, samples_per_epoch, None, None)
+    values = run.config.to_json()
+    for flag, required in CLOSED_FLAGS.items():
+        if values[flag] != required:
+            found.append(RuleViolation(f"--{flag}", _plain(values[flag]), _plain(required)))
+    schedule, rule = run.schedule, make_schedule(run.schedule.epochs, run.samples_per_epoch, None, None)
     if (schedule.first_evaluation, schedule.interval) != (rule.first_evaluation, rule.interval):
-        yours = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
-        found.append(RuleViolation("evaluation", yours, f"from {rule.first_evaluation} every {rule.interval}"))
-    last = math.ceil(RULE_LAST_EPOCH * RULE_SAMPLES / samples_per_epoch)
+        actual = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
+        found.append(RuleViolation("evaluation", actual, f"from {rule.first_evaluation} every {rule.interval}"))
+    last = math.ceil(RULE_LAST_EPOCH * RULE_SAMPLES / run.samples_per_epoch)
     if schedule.epochs > last:
         found.append(RuleViolation("--epochs", str(schedule.epochs), f"at most {last}"))
-    return found
+    return [*found, *run.other_violations]
 
 
-def _of_data(data: Data, evaluation_ids: Sequence[str], fingerprint: str) -> list[RuleViolation]:
-    found = [RuleViolation("data set", data.name, "kits19")] if data.name != "kits19" else []
+def _dataset_violations(dataset: DatasetIdentity, evaluation_ids: Sequence[str]) -> list[RuleViolation]:
+    found = [RuleViolation("data set", dataset.name, "kits19")] if dataset.name != "kits19" else []
     for subset, count in CLOSED_CASES.items():
-        cases = len(data.split.get(subset, ()))
+        cases = len(dataset.split.get(subset, ()))
         if cases != count:
             found.append(RuleViolation(f"{subset} cases", str(cases), str(count)))
-    if found:  # of another set's files and cases nothing more need be told
+    if found:  # the cases and files of another data set need no further report
         return found
     expected = {f"case_{number}" for number in evaluation_ids}
     every = {f"case_{number:05d}" for number in range(sum(CLOSED_CASES.values()))}
     for subset, ids in {"train": every - expected, "evaluation": expected}.items():
-        if strange := sorted(set(data.split[subset]) - ids):
-            more = f" and {len(strange) - NAMED_CASES} more" if len(strange) > NAMED_CASES else ""
-            found.append(RuleViolation(f"{subset} cases", f"with {', '.join(strange[:NAMED_CASES])}{more}", "MLPerf's"))
-    if not data.fingerprint:
-        rule = "MLPerf's; preprocess_dataset.py records them"
-        found.append(RuleViolation("the files' MD5s", "not recorded", rule))
-    elif data.fingerprint != fingerprint:
-        found.append(RuleViolation("the files' fingerprint", f"{data.fingerprint[:12]}…", f"{fingerprint[:12]}…"))
+        if unexpected := sorted(set(dataset.split[subset]) - ids):
+            more = f" and {len(unexpected) - NAMED_CASES} more" if len(unexpected) > NAMED_CASES else ""
+            named = f"with {', '.join(unexpected[:NAMED_CASES])}{more}"
+            found.append(RuleViolation(f"{subset} cases", named, "MLPerf's"))
+    _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
+    if not dataset.fingerprint:
+        required = "MLPerf's; preprocess_dataset.py records them"
+        found.append(RuleViolation("the files' MD5s", "not recorded", required))
+    elif dataset.fingerprint != fingerprint:
+        found.append(RuleViolation("the files' fingerprint", f"{dataset.fingerprint[:12]}…", f"{fingerprint[:12]}…"))
     return found
 
 
 def closed_division_violations(config: RunConfig) -> list[RuleViolation]:
-    """What makes no run an open one, but no result of the closed division either."""
+    """Returns what does not make a run an open one, but excludes it as a result of the closed division."""
     found = []
     if config.submission_org == PLACEHOLDER_ORG:
-        found.append(RuleViolation("--submission_org", "a placeholder", "who submits"))
+        found.append(RuleViolation("--submission_org", "a placeholder", "the submitting organization"))
     if config.seed >= 0:
         found.append(RuleViolation("--seed", str(config.seed), "-1, drawn from the system's entropy"))
     if "mlperf" not in config.trackers:
-        found.append(RuleViolation("--trackers", _plain(config.trackers), "mlperf among them, which writes the log"))
+        required = "a list with mlperf, which writes the log"
+        found.append(RuleViolation("--trackers", _plain(config.trackers), required))
     return found
 
 
@@ -142,44 +164,19 @@ def _plain(value: object) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
-def format_violations(found: Sequence[RuleViolation]) -> str:
-    """A table for people: what, yours, the rule's."""
-    rows = [("what", "yours", "the rule's"), *((one.what, one.yours, one.rule) for one in found)]
+def format_violations(violations: Sequence[RuleViolation]) -> str:
+    """Returns a table with the columns item, this run, required."""
+    rows = [("item", "this run", "required"), *((one.item, one.actual, one.required) for one in violations)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(f"{what:{widths[0]}}  {yours:{widths[1]}}  {rule}" for what, yours, rule in rows)
+    return "\n".join(f"{item:{widths[0]}}  {actual:{widths[1]}}  {required}" for item, actual, required in rows)
 
 
-def choose_division(asked: str, reasons: Sequence[RuleViolation]) -> str:
-    """`auto` is closed where nothing departs. Raises UserError when closed is asked for and something does."""
-    if asked == "closed" and reasons:
-        raise UserError(f"--division closed, but: {'; '.join(map(str, reasons))}")
-    return asked if asked != "auto" else "open" if reasons else "closed"
-
-
-def settle_division(
-    config: RunConfig,
-    name: str,
-    split: Mapping[str, Sequence[str]],
-    evaluation_ids: Sequence[str],
-    schedule: EvalSchedule,
-    samples_per_epoch: int,
-    others: Sequence[RuleViolation],
-) -> tuple[str, list[str]]:
-    """The run's division and what makes it an open one; reads the data set's index, and no volume.
-
-    Args:
-        name, split: of the data set.
-        others: departures that no flag and no case tells.
+def choose_division(requested: str, violations: Sequence[RuleViolation]) -> str:
+    """Returns the division of a run; `auto` is closed if there are no violations.
 
     Raises:
-        UserError: `--division closed`, but the rules are broken.
+        UserError: closed is requested in spite of violations.
     """
-    cases = [case for subset in split.values() for case in subset]
-    known = "" if config.loader == "synthetic" else recorded_fingerprint(config.data_dir, cases)
-    _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
-    found = rule_violations(config, Data(name, split, known), evaluation_ids, fingerprint, schedule, samples_per_epoch)
-    found += others
-    breaches = [*found, *closed_division_violations(config)] if config.division == "closed" else found
-    if config.division == "closed" and breaches:
-        logger.info(format_violations(breaches))
-    return choose_division(config.division, breaches), list(map(str, found))
+    if requested == "closed" and violations:
+        raise UserError(f"--division closed, but: {'; '.join(map(str, violations))}")
+    return requested if requested != "auto" else "open" if violations else "closed"

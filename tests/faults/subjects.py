@@ -26,7 +26,7 @@ Result = Callable[[Path], str]
 # Two resolutions, crops around the foreground of volumes that are larger: boxes, voxels and labels all count.
 TINY = (
     *("--model", "unet3d(filters=(2,4))", "--input_shape", "8", "8", "8", "--val_input_shape", "8", "8", "8"),
-    *("--num_workers", "0", "--seed", "7", "--batch_size", "1", "--oversampling", "0.7", "--untimed_steps", "0"),
+    *("--num_workers", "0", "--seed", "7", "--batch_size", "1", "--oversampling", "0.7", "--prewarm_steps", "0"),
     # Enough for a Dice above 0: a run that predicts nothing ends as diverged.
     *("--epochs", "8", "--start_eval_at", "8", "--learning_rate", "0.3"),
 )

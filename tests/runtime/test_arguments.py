@@ -1,7 +1,8 @@
-"""The command line: every flag and its default, argument files, and mistakes told in one line."""
+"""The command line: every flag and its default, argument files, old spellings, and one-line errors."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,14 +13,16 @@ import pytest
 from common.errors import UserError
 from common.registry import Spec
 from runtime.arguments import (
+    DESCRIPTION,
     NETWORK_FLAGS,
     RunConfig,
     checkpoint_path,
     parse_arguments,
     with_checkpoint_network,
+    with_current_names,
 )
-from runtime.command_line import make_parser
-from runtime.flags import parse_interval
+from runtime.flag_fields import flag_names, make_parser
+from runtime.io_flags import parse_interval
 
 DEFAULTS: dict[str, Any] = {
     "data_dir": Path("DATA"),
@@ -35,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "loader": "pytorch",
     "local_rank": 0,
     "exec_mode": "train",
-    "subset": "evaluation",
+    "eval_split": "evaluation",
     "batch_size": 2,
     "ga_steps": 1,
     "epochs": 1,
@@ -51,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "num_workers": 8,
     "benchmark": False,
     "warmup_steps": 200,
-    "untimed_steps": 1,
+    "prewarm_steps": 1,
     "compile": False,
     "amp": False,
     "amp_dtype": "auto",
@@ -93,9 +96,11 @@ DEFAULTS: dict[str, Any] = {
     "max_memory_gb": None,
 }
 
-FLAGS = set(DEFAULTS) - {"compare"}  # that is what --log_dir names beside the first folder
+FLAGS = set(DEFAULTS) - {"compare"}  # holds the folders that --log_dir names after the first
+OLD = {"--subset", "--untimed_steps"}
 
 
+PARSER = make_parser(RunConfig, "main.py", DESCRIPTION)
 PREDICT = ["--exec_mode", "predict", "--load_ckpt_path", "c", "d", "--scan", "s", "--output", "o"]
 
 
@@ -115,18 +120,37 @@ def test_every_flag_has_its_default() -> None:
 
 
 def test_the_command_line_has_these_flags_and_no_others() -> None:
-    flags = {flag for action in make_parser()._actions for flag in action.option_strings}
-    expected = {f"--{name}" for name in FLAGS} | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
+    flags = {flag for action in PARSER._actions for flag in action.option_strings}
+    expected = {f"--{name}" for name in FLAGS} | OLD | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
     assert flags == expected
 
 
-def test_every_flag_says_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_every_flag_and_no_old_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(["--help"])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    assert all(f"--{name}" in told for name in FLAGS)
-    assert all(action.help for action in make_parser()._actions)
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text or f"--{name}\n" in text or f"--{name}]" in text for name in FLAGS)
+    assert not any(flag in text for flag in OLD)
+    assert all(action.help for action in PARSER._actions)
+
+
+def test_help_shows_defaults_that_can_be_typed() -> None:
+    text = " ".join(PARSER.format_help().split())
+    defaults = re.findall(r"\(default: ([^)]*)\)", text)
+    assert {"128 128 128", "0.9 0.999", "mlperf jsonl", "unet3d", "mlperf", "0", "0.0", "10m"} <= set(defaults)
+    assert not any(re.search(r"None|True|False|\(|\[|Spec", default) for default in defaults)
+    assert "()" not in text
+
+
+def test_metavars_are_units_or_kinds() -> None:
+    values = [action for action in PARSER._actions if action.nargs != 0 and not action.choices]
+    kinds = {"D", "H", "W", "N", "X", "LR", "DICE", "SHARE", "FACTOR", "EPOCH", "EPOCHS", "INTERVAL", "BETA1", "BETA2"}
+    kinds |= {"PATH", "DIR", "NAME", "SPEC", "REGEX", "AXES", "GIB"}
+    used = {
+        one for action in values for one in ([action.metavar] if isinstance(action.metavar, str) else action.metavar)
+    }
+    assert used == kinds
 
 
 GIVEN: list[tuple[list[str], str, Any]] = [
@@ -220,7 +244,7 @@ def test_torchruns_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "local_rank" not in given
     assert parse("--local_rank", "1").local_rank == 1
     monkeypatch.setenv("LOCAL_RANK", "first")
-    with pytest.raises(UserError, match="--local_rank: 'first' is not a number"):
+    with pytest.raises(UserError, match="--local_rank: must be an integer, not 'first'"):
         parse()
 
 
@@ -242,7 +266,7 @@ def test_synthetic_training_needs_no_data() -> None:
     assert parse_arguments(["--loader", "synthetic"])[0].loader == "synthetic"
 
 
-def test_given_are_the_flags_of_the_line_even_where_they_equal_the_default() -> None:
+def test_flags_count_as_given_even_if_they_equal_the_default() -> None:
     _, given = parse_arguments(["--data_dir", "DATA", "--overlap", "0.5", "--eval_every", "2", "--no-verbose"])
     assert given == {"data_dir", "overlap", "evaluate_every", "verbose"}
 
@@ -268,7 +292,7 @@ def test_an_argument_file(tmp_path: Path) -> None:
     assert given == {"data_dir", "amp", "batch_size", "input_shape", "model", "submission_platform", "ga_steps"}
 
 
-def test_what_comes_later_wins(tmp_path: Path) -> None:
+def test_the_later_flag_wins(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.args"
     recipe.write_text("--epochs 10\n")
     assert parse(f"@{recipe}", "--epochs", "3").epochs == 3
@@ -298,19 +322,19 @@ def one_line(error: UserError) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("--model 'unet3d\n", "No closing quotation"),
-        ("--batch_size 0\n", "--batch_size: 0 is outside 1 to inf"),
+        ("--batch_size 0\n", "--batch_size: must be at least 1, not 0"),
         ("--no_such_flag\n", "unrecognized arguments: --no_such_flag"),
     ],
 )
-def test_a_mistake_in_an_argument_file(content: str, told: str, tmp_path: Path) -> None:
+def test_a_mistake_in_an_argument_file(content: str, expected: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.args"
     recipe.write_text(content)
     with pytest.raises(UserError) as caught:
         parse(f"@{recipe}")
-    assert told in one_line(caught.value)
+    assert expected in one_line(caught.value)
 
 
 def test_a_missing_argument_file(tmp_path: Path) -> None:
@@ -322,52 +346,52 @@ def test_a_missing_argument_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
-        (["--ckpt_every", "10"], "'10' is neither minutes (10m) nor epochs (2e) nor never"),
+        (["--ckpt_every", "10"], "'10' is neither minutes (10m), nor epochs (2e), nor never"),
         (["--ckpt_every", "0m"], "'0m' is neither"),
         (["--ckpt_every", "0e"], "'0e' is neither"),
         (["--ckpt_every", "1.5e"], "'1.5e' is neither"),
         (["--ckpt_every", "-1m"], "expected one argument"),
         (["--ckpt_every", "10 m"], "'10 m' is neither"),
         (["--ckpt_every", "10s"], "'10s' is neither"),
-        (["--ckpt_keep", "0"], "0 is outside 1 to inf"),
-        (["--batch_size", "0"], "0 is outside 1 to inf"),
-        (["--batch_size", "-1"], "-1 is outside"),
-        (["--batch_size", "two"], "'two' is not a number of this kind (int)"),
-        (["--batch_size", "1.5"], "'1.5' is not a number of this kind (int)"),
-        (["--ga_steps", "0"], "outside 1"),
-        (["--epochs", "0"], "outside 1"),
-        (["--evaluate_every", "0"], "outside 1"),
-        (["--start_eval_at", "0"], "outside 1"),
-        (["--quality_threshold", "1.1"], "1.1 is outside 0 to 1"),
-        (["--quality_threshold", "nan"], "nan is outside 0 to 1"),
+        (["--ckpt_keep", "0"], "must be at least 1, not 0"),
+        (["--batch_size", "0"], "must be at least 1, not 0"),
+        (["--batch_size", "-1"], "must be at least 1, not -1"),
+        (["--batch_size", "two"], "must be an integer, not 'two'"),
+        (["--batch_size", "1.5"], "must be an integer, not '1.5'"),
+        (["--ga_steps", "0"], "must be at least 1, not"),
+        (["--epochs", "0"], "must be at least 1, not"),
+        (["--evaluate_every", "0"], "must be at least 1, not"),
+        (["--start_eval_at", "0"], "must be at least 1, not"),
+        (["--quality_threshold", "1.1"], "must be between 0 and 1, not 1.1"),
+        (["--quality_threshold", "nan"], "must be between 0 and 1, not nan"),
         (["--layout", "NHWC"], "invalid choice: 'NHWC'"),
         (["--input_shape", "64", "64"], "expected 3 arguments"),
-        (["--input_shape", "64", "64", "0"], "outside 1"),
-        (["--val_input_shape", "64", "64", "-64"], "outside 1"),
-        (["--seed", "-2"], "outside -1"),
-        (["--seed", str(2**31)], "outside -1"),
-        (["--num_workers", "-1"], "outside 0"),
-        (["--warmup_steps", "-1"], "outside 0"),
-        (["--local_rank", "-1"], "outside 0"),
+        (["--input_shape", "64", "64", "0"], "must be at least 1, not"),
+        (["--val_input_shape", "64", "64", "-64"], "must be at least 1, not"),
+        (["--seed", "-2"], "must be between -1 and 2147483647, not"),
+        (["--seed", str(2**31)], "must be between -1 and 2147483647, not"),
+        (["--num_workers", "-1"], "must be at least 0, not"),
+        (["--warmup_steps", "-1"], "must be at least 0, not"),
+        (["--local_rank", "-1"], "must be at least 0, not"),
         (["--amp_dtype", "fp8"], "invalid choice"),
         (["--optimizer", "rmsprop"], "invalid choice"),
-        (["--learning_rate", "-1"], "outside 0"),
-        (["--learning_rate", "fast"], "'fast' is not a number of this kind (float)"),
-        (["--learning_rate", "nan"], "outside 0"),
-        (["--momentum", "1.5"], "outside 0 to 1"),
-        (["--lr_warmup_epochs", "-1"], "outside 0"),
-        (["--lr_decay_epochs", "0"], "outside 1"),
-        (["--lr_decay_factor", "-0.1"], "outside 0"),
+        (["--learning_rate", "-1"], "must be at least 0, not"),
+        (["--learning_rate", "fast"], "must be a number, not 'fast'"),
+        (["--learning_rate", "nan"], "must be at least 0, not"),
+        (["--momentum", "1.5"], "must be between 0 and 1, not"),
+        (["--lr_warmup_epochs", "-1"], "must be at least 0, not"),
+        (["--lr_decay_epochs", "0"], "must be at least 1, not"),
+        (["--lr_decay_factor", "-0.1"], "must be at least 0, not"),
         (["--optimizer", "lamb", "--lamb_betas", "0.9"], "expected 2 arguments"),
-        (["--optimizer", "lamb", "--lamb_betas", "0.9", "1"], "1 is outside 0 to below 1"),
-        (["--weight_decay", "-1"], "outside 0"),
+        (["--optimizer", "lamb", "--lamb_betas", "0.9", "1"], "must be at least 0 and below 1, not 1"),
+        (["--weight_decay", "-1"], "must be at least 0, not"),
         (["--normalization", "groupnorm"], "invalid choice"),
         (["--activation", "gelu"], "invalid choice"),
-        (["--oversampling", "1.1"], "outside 0 to 1"),
-        (["--overlap", "1.5"], "outside 0 to 1"),
-        (["--overlap", "-0.1"], "outside 0 to 1"),
+        (["--oversampling", "1.1"], "must be between 0 and 1, not"),
+        (["--overlap", "1.5"], "must be between 0 and 1, not"),
+        (["--overlap", "-0.1"], "must be between 0 and 1, not"),
         (["--ruleset", "4.1.0"], "invalid choice: '4.1.0'"),
         (["--division", "third"], "invalid choice"),
         (["--submission_status", "lab"], "invalid choice"),
@@ -379,46 +403,46 @@ def test_a_missing_argument_file(tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], told: str) -> None:
+def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(*flags)
     message = one_line(caught.value)
-    assert told in message
+    assert expected in message
     assert flags[-1] in message or any(flag in message for flag in flags if flag.startswith("--"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--exec_mode", "evaluate"], "--exec_mode evaluate needs --load_ckpt_path"),
-        (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--benchmark"], "--benchmark times training"),
+        (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--benchmark"], "--benchmark measures training"),
         (["--exec_mode", "predict"], "--exec_mode predict needs --load_ckpt_path"),
         (["--exec_mode", "predict", "--load_ckpt_path", "c", "--output", "o"], "--exec_mode predict needs --scan"),
         (["--exec_mode", "predict", "--load_ckpt_path", "c", "--scan", "s"], "--exec_mode predict needs --output"),
-        ([*PREDICT, "--benchmark"], "--benchmark times training"),
-        (["--load_ckpt_path", "c", "d"], "several checkpoints are for --exec_mode predict"),
-        (["--scan", "s"], "--scan is of --exec_mode predict, not of train"),
-        (["--subset", "test"], "--subset is of --exec_mode evaluate, not of train"),
-        ([*PREDICT[:3], "c", *PREDICT[5:], "--subset", "test"], "--subset is of --exec_mode evaluate, not of predict"),
-        (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--subset", "all"], "invalid choice: 'all'"),
-        (["--test_time_flips", "H"], "--test_time_flips is of --exec_mode predict"),
-        (["--amp_dtype", "bf16"], "--amp_dtype bf16 does nothing without --amp"),
-        (["--lamb_betas", "0.9", "0.99"], "--lamb_betas is of --optimizer lamb, not of sgd"),
-        (["--optimizer", "adam", "--lamb_betas", "0.9", "0.99"], "not of adam"),
-        (["--lr_decay_epochs", "5", "3"], "--lr_decay_epochs must rise"),
-        (["--lr_decay_epochs", "5", "5"], "--lr_decay_epochs must rise"),
-        (["--cudnn_benchmark", "--cudnn_deterministic"], "choose one"),
+        ([*PREDICT, "--benchmark"], "--benchmark measures training"),
+        (["--load_ckpt_path", "c", "d"], "only --exec_mode predict takes several checkpoints"),
+        (["--scan", "s"], "--scan requires --exec_mode predict, not train"),
+        (["--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not train"),
+        ([*PREDICT, "--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not predict"),
+        (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--eval_split", "all"], "invalid choice: 'all'"),
+        (["--test_time_flips", "H"], "--test_time_flips requires --exec_mode predict"),
+        (["--amp_dtype", "bf16"], "--amp_dtype bf16 has no effect without --amp"),
+        (["--lamb_betas", "0.9", "0.99"], "--lamb_betas applies only to --optimizer lamb, not to sgd"),
+        (["--optimizer", "adam", "--lamb_betas", "0.9", "0.99"], "not to adam"),
+        (["--lr_decay_epochs", "5", "3"], "--lr_decay_epochs must be in increasing order"),
+        (["--lr_decay_epochs", "5", "5"], "--lr_decay_epochs must be in increasing order"),
+        (["--cudnn_benchmark", "--cudnn_deterministic"], "drop one of them"),
         (["--overlap", "1"], "--overlap 1: windows must advance"),
         (["--save_ckpt_path", "."], "is a folder; give a file"),
-        (["--resume", "--ckpt_every", "never"], "--resume, but with --ckpt_every never or"),
-        (["--resume", "--benchmark"], "--resume, but with"),
+        (["--resume", "--ckpt_every", "never"], "--resume needs checkpoints, but with --ckpt_every never or"),
+        (["--resume", "--benchmark"], "--resume needs checkpoints"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_contradictions_are_refused(flags: list[str], told: str) -> None:
+def test_contradictions_are_refused(flags: list[str], expected: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(*flags)
-    assert told in one_line(caught.value)
+    assert expected in one_line(caught.value)
 
 
 def test_prediction_needs_no_data_and_takes_several_checkpoints() -> None:
@@ -431,7 +455,7 @@ def test_prediction_needs_no_data_and_takes_several_checkpoints() -> None:
 
 
 @pytest.mark.parametrize("axes", ["DD", "X", "d"])
-def test_flips_are_of_axes(axes: str) -> None:
+def test_flips_are_along_axes(axes: str) -> None:
     with pytest.raises(UserError, match=r"--test_time_flips: .*expected some of D, H and W"):
         parse(*PREDICT, "--test_time_flips", axes)
 
@@ -443,7 +467,7 @@ def test_amp_dtype_auto_is_no_contradiction() -> None:
 def test_a_report_takes_several_log_folders_and_needs_no_data() -> None:
     config, _ = parse_arguments(["--exec_mode", "report", "--log_dir", "L1", "L2", "L3"])
     assert (config.log_dir, config.compare) == (Path("L1"), (Path("L2"), Path("L3")))
-    with pytest.raises(UserError, match=r"^--log_dir: several folders are for --exec_mode report"):
+    with pytest.raises(UserError, match=r"^--log_dir: only --exec_mode report takes several folders"):
         parse("--log_dir", "L1", "L2")
 
 
@@ -471,13 +495,90 @@ def test_an_interval_is_minutes_or_epochs(text: str, interval: tuple[float, int]
     assert parse_interval(text) == interval
 
 
-def test_a_run_keeps_its_checkpoints_beside_its_logs_unless_told_otherwise() -> None:
+def test_a_run_keeps_its_checkpoints_beside_its_logs_by_default() -> None:
     own = Path("elsewhere/c.pth")
     assert checkpoint_path(parse("--log_dir", "LOGS")) == Path("LOGS/checkpoint.pth")
     assert checkpoint_path(parse("--ckpt_every", "never")) is None
     assert checkpoint_path(parse("--benchmark")) is None, "writing would be timed"
     for flags in ((), ("--ckpt_every", "never"), ("--benchmark",), ("--resume", "--ckpt_every", "never")):
         assert checkpoint_path(parse("--save_ckpt_path", str(own), *flags)) == own
+
+
+# Old spellings
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "value"),
+    [
+        ("--untimed_steps 3", "--prewarm_steps", "prewarm_steps", 3),
+        ("--exec_mode evaluate --load_ckpt_path c --subset test", "--eval_split", "eval_split", "test"),
+    ],
+)
+def test_an_old_flag_works_and_warns(
+    old: str, new: str, name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, given = parse_arguments(["--data_dir", "DATA", *old.split()])
+    assert getattr(config, name) == value
+    assert name in given
+    flag = old.split()[-2]
+    expected = f"warning: {flag} is now {new}; the old spelling will be removed in 0.3\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("rate_monitor", "lr_monitor"), ("training_dice(every=2)", "train_dice(every=2)")]
+)
+def test_an_old_callback_works_and_warns(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--callbacks", "top_k", old).callbacks == ("top_k", new)
+    names = [spec.partition("(")[0] for spec in (old, new)]
+    expected = (
+        f"warning: --callbacks {names[0]} is now --callbacks {names[1]}; the old spelling will be removed in 0.3\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
+def test_a_stored_configuration_gets_the_present_names() -> None:
+    stored = {"subset": "test", "untimed_steps": 3, "epochs": 5}
+    assert with_current_names(stored) == {"eval_split": "test", "prewarm_steps": 3, "epochs": 5}
+
+
+# Tables made from the flags' descriptions
+
+
+def test_flags_of_other_modes() -> None:
+    predict = {"scan", "output", "series", "test_time_flips", "save_probabilities", "max_memory_gb"}
+    assert set(flag_names(RunConfig, mode="predict")) == predict
+    assert flag_names(RunConfig, mode="evaluate") == ("eval_split",)
+
+
+def test_structural_flags() -> None:
+    expected = {"model", "normalization", "activation", "optimizer", "freeze"}
+    assert set(flag_names(RunConfig, resume="structural")) == expected
+
+
+def test_order_flags() -> None:
+    assert set(flag_names(RunConfig, resume="order")) == {"batch_size", "ga_steps", "loader", "steps_per_epoch"}
+
+
+INCIDENTAL = """
+    data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
+    seed num_workers verbose no_report compare trackers prewarm_steps val_batch_size submission_org submission_platform
+    submission_status division scan output series checkpoint test_time_flips save_probabilities max_memory_gb
+"""
+REPORTED = """
+    epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
+    compile amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs lr_decay_factor
+    lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
+    cudnn_deterministic ruleset
+"""
+
+
+def test_incidental_flags() -> None:
+    assert set(flag_names(RunConfig, resume="incidental")) == set(INCIDENTAL.split())
+
+
+def test_reported_flags() -> None:
+    assert set(flag_names(RunConfig, resume="reported")) == set(REPORTED.split())
 
 
 # A checkpoint's configuration
@@ -509,7 +610,7 @@ def test_evaluation_takes_the_network_from_the_checkpoint() -> None:
     assert {name: getattr(taken, name) for name in run} == {name: getattr(config, name) for name in run}
 
 
-def test_what_is_given_wins_over_the_checkpoint() -> None:
+def test_given_flags_win_over_the_checkpoint() -> None:
     config, given = parse_arguments(
         ["--data_dir", "DATA", "--exec_mode", "evaluate", "--load_ckpt_path", "c", "--overlap", "0.5"]
     )

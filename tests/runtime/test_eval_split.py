@@ -1,4 +1,4 @@
-"""`--exec_mode evaluate --subset`: which part of the split is scored, and what is said where there is none."""
+"""`--exec_mode evaluate --eval_split`: the part of the split that is scored, and the error if it is empty."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluate(data_dir: Path, *more: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(("subset", "cases"), [(None, "a"), ("evaluation", "a"), ("test", "c"), ("train", "bd")])
 def test_the_part_that_is_asked_for_is_scored(data_dir: Path, subset: str | None, cases: str) -> None:
-    rows = evaluate(data_dir, *(["--subset", subset] if subset else []))
+    rows = evaluate(data_dir, *(["--eval_split", subset] if subset else []))
     assert sorted(row["case"] for row in rows) == list(cases)
     assert {row["subset"] for row in rows} == {subset or "evaluation"}
 
@@ -70,4 +70,4 @@ def test_a_part_that_the_split_does_not_have_is_one_clear_line(data_dir: Path) -
     del index.split["test"]
     write_json(data_dir / INDEX_NAME, index.to_json())
     with pytest.raises(UserError, match=r"its split has no test cases, but 2 of train, 1 of evaluation$"):
-        evaluate(data_dir, "--subset", "test")
+        evaluate(data_dir, "--eval_split", "test")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from runtime.distributed.world import World
-from runtime.flags import SEED_LIMIT
 from runtime.seeding import Seeds, draw_seeds, seed_process, seed_step
+from runtime.training_flags import SEED_LIMIT
 
 CPU = torch.device("cpu")
 

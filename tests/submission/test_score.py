@@ -94,7 +94,14 @@ def test_the_command_prints_runs_score_and_place(
     result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs took 60,000 + 7 n ms; batch 28; they converged in 4 or 6 epochs, held to a reference of 4.5 and 4."""
-    near = Reference(28, "4.0.0", "RCP of batch 28", 168 * 5.5, 168 * 4.0, (168 * 4.0, 168 * 7.0))
+    near = Reference(
+        batch_size=28,
+        ruleset="4.0.0",
+        how="RCP of batch 28",
+        mean=168 * 5.5,
+        least=168 * 4.0,
+        published=(168 * 4.0, 168 * 7.0),
+    )
     monkeypatch.setattr(score, "find_reference", lambda batch, ruleset: near)
     call_it_closed(monkeypatch)
     picture = tmp_path / "deep" / "picture.png"

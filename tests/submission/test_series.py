@@ -148,7 +148,7 @@ def test_changed_code_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
         ([*OPEN, "--log_dir", "logs"], "--log_dir does not go with a series"),
         ([*OPEN, "--benchmark"], "--benchmark does not go with a series"),
         (["--data_dir", "data"], "--submission_org is missing"),
-        ([*OPEN, "--epochs", "many"], "not a number"),
+        ([*OPEN, "--epochs", "many"], "must be an integer, not 'many'"),
     ],
 )
 def test_arguments_that_no_series_can_have(arguments: list[str], told: str, bench: Bench) -> None:
@@ -225,7 +225,7 @@ def test_the_command_line_is_told_in_one_line(tmp_path: Path) -> None:
         (["run"], "required: --result_dir"),
         (["sell"], "invalid choice"),
         (["score", "--result_dir", str(tmp_path)], "no results/SYSTEM/unet3d"),
-        (["run", "--result_dir", "x", "--runs", "41"], "outside 1 to 40"),
+        (["run", "--result_dir", "x", "--runs", "41"], "must be between 1 and 40, not 41"),
         (["run", "--result_dir", "x", "--system", "../x", "--", *OPEN], "becomes a folder's name"),
     ]
     for arguments, told in mistakes:

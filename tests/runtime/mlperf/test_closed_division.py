@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
+from data_loading.integrity import MLPERF_FINGERPRINTS
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.mlperf.closed_division import (
+    CLOSED_FLAGS,
     RESUMED,
-    Data,
+    DatasetIdentity,
     RuleViolation,
+    RunFacts,
     choose_division,
     closed_division_violations,
     format_violations,
+    identify_dataset,
     rule_violations,
     settle_division,
 )
@@ -32,10 +36,34 @@ SPLIT = {
     "evaluation": [f"case_{number}" for number in IDS],
 }
 SCHEDULE = make_schedule(10_000, 168, None, None)
-MD5S = "e7c2853b7ae3dee1"
+_, MD5S = MLPERF_FINGERPRINTS["whole set"]
 
 
-def told(
+def test_the_fixed_flags_and_their_values() -> None:
+    assert CLOSED_FLAGS == {
+        "optimizer": "sgd",
+        "augment": ("mlperf",),
+        "oversampling": 0.4,
+        "input_shape": (128, 128, 128),
+        "val_input_shape": (128, 128, 128),
+        "overlap": 0.5,
+        "quality_threshold": 0.908,
+        "model": "unet3d",
+        "normalization": "instancenorm",
+        "activation": "relu",
+        "loss": "dice_ce",
+        "include_background": False,
+        "load_ckpt_path": (),
+        "init_from": None,
+        "freeze": (),
+        "lr_schedule": "multistep",
+        "steps_per_epoch": None,
+        "callbacks": (),
+        "benchmark": False,
+    }
+
+
+def violations_of(
     config: RunConfig,
     name: str = "kits19",
     split: dict[str, list[str]] = SPLIT,
@@ -43,13 +71,19 @@ def told(
     samples_per_epoch: int = 168,
     fingerprint: str = MD5S,
 ) -> list[str]:
-    """What departs, as phrases."""
-    data = Data(name, split, fingerprint)
-    return list(map(str, rule_violations(config, data, IDS, MD5S, schedule, samples_per_epoch)))
+    """The violations, as phrases."""
+    run = RunFacts(
+        config=config,
+        dataset=DatasetIdentity(name=name, split=split, fingerprint=fingerprint),
+        evaluation_ids=IDS,
+        schedule=schedule,
+        samples_per_epoch=samples_per_epoch,
+    )
+    return list(map(str, rule_violations(run)))
 
 
-def test_a_run_by_the_rules_departs_from_nothing(make_config: MakeConfig) -> None:
-    assert told(make_config()) == []
+def test_a_run_by_the_rules_violates_nothing(make_config: MakeConfig) -> None:
+    assert violations_of(make_config()) == []
 
 
 @pytest.mark.parametrize(
@@ -72,7 +106,7 @@ def test_a_run_by_the_rules_departs_from_nothing(make_config: MakeConfig) -> Non
         {"num_workers": 0},
         {"loader": "device"},
         {"val_batch_size": 9},
-        {"untimed_steps": 0},
+        {"prewarm_steps": 0},
         {"compile": True},
         {"cudnn_benchmark": True},
         {"save_ckpt_path": Path("c.pth")},
@@ -81,7 +115,7 @@ def test_a_run_by_the_rules_departs_from_nothing(make_config: MakeConfig) -> Non
     ids=str,
 )
 def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config: MakeConfig) -> None:
-    assert told(make_config(**changed)) == []
+    assert violations_of(make_config(**changed)) == []
 
 
 @pytest.mark.parametrize(
@@ -107,17 +141,17 @@ def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config:
     ids=str,
 )
 def test_each_fixed_flag_is_named(changed: dict[str, Any], phrase: str, make_config: MakeConfig) -> None:
-    assert told(make_config(**changed)) == [phrase]
+    assert violations_of(make_config(**changed)) == [phrase]
 
 
 def test_another_data_set_and_other_counts(make_config: MakeConfig) -> None:
     split = {"train": SPLIT["train"][:-1], "evaluation": [*SPLIT["evaluation"], "one more"]}
-    assert told(make_config(), "hippocampus", split) == [
+    assert violations_of(make_config(), "hippocampus", split) == [
         "data set hippocampus, not kits19",
         "train cases 167, not 168",
         "evaluation cases 43, not 42",
     ]
-    assert "evaluation cases 0, not 42" in told(make_config(), split={})
+    assert "evaluation cases 0, not 42" in violations_of(make_config(), split={})
 
 
 @pytest.mark.parametrize(
@@ -128,8 +162,8 @@ def test_another_data_set_and_other_counts(make_config: MakeConfig) -> None:
         replace(SCHEDULE, first_evaluation=None),
     ],
 )
-def test_another_schedule_is_told_beside_the_rules(schedule: EvalSchedule, make_config: MakeConfig) -> None:
-    (phrase,) = told(make_config(), schedule=schedule)
+def test_another_schedule_is_reported_with_the_rules(schedule: EvalSchedule, make_config: MakeConfig) -> None:
+    (phrase,) = violations_of(make_config(), schedule=schedule)
     assert phrase == (
         f"evaluation from epoch {schedule.first_evaluation} every {schedule.interval}, not from 1000 every 20"
     )
@@ -137,57 +171,57 @@ def test_another_schedule_is_told_beside_the_rules(schedule: EvalSchedule, make_
 
 def test_the_rules_schedule_is_that_of_the_runs_samples(make_config: MakeConfig) -> None:
     """166 samples an epoch (batch 2 on 83 ranks, say): the rule's epochs are 1013 and 21."""
-    assert told(make_config(), schedule=EvalSchedule(9999, 1013, 21), samples_per_epoch=166) == []
-    assert len(told(make_config(), samples_per_epoch=166)) == 1
+    assert violations_of(make_config(), schedule=EvalSchedule(9999, 1013, 21), samples_per_epoch=166) == []
+    assert len(violations_of(make_config(), samples_per_epoch=166)) == 1
 
 
-def test_every_departure_is_told(make_config: MakeConfig) -> None:
+def test_every_violation_is_reported(make_config: MakeConfig) -> None:
     config = make_config(optimizer="adam", overlap=0.25, benchmark=True)
-    assert len(told(config, "phantom", {"train": [], "evaluation": []}, EvalSchedule(1, 1, 1))) == 7
+    assert len(violations_of(config, "phantom", {"train": [], "evaluation": []}, EvalSchedule(1, 1, 1))) == 7
 
 
 def test_the_cap_on_epochs_is_the_rules(make_config: MakeConfig) -> None:
     """10,000 epochs of 168 samples: at 128 samples an epoch 13,125."""
     last = make_schedule(13_125, 128, None, None)
-    assert told(make_config(), schedule=last, samples_per_epoch=128) == []
-    assert told(make_config(), schedule=replace(last, epochs=13_126), samples_per_epoch=128) == [
+    assert violations_of(make_config(), schedule=last, samples_per_epoch=128) == []
+    assert violations_of(make_config(), schedule=replace(last, epochs=13_126), samples_per_epoch=128) == [
         "--epochs 13126, not at most 13125"
     ]
 
 
 def test_other_cases_are_named(make_config: MakeConfig) -> None:
-    """As many as the rules have, but two have changed places, or are of nowhere."""
+    """The right numbers of cases, but two have changed places, or do not belong to KiTS19."""
     moved, held = SPLIT["train"][0], SPLIT["evaluation"][0]
     split = {"train": [held, *SPLIT["train"][1:]], "evaluation": [moved, *SPLIT["evaluation"][1:]]}
-    assert told(make_config(), split=split) == [
+    assert violations_of(make_config(), split=split) == [
         f"train cases with {held}, not MLPerf's",
         f"evaluation cases with {moved}, not MLPerf's",
     ]
     strangers = [f"case_{number:05d}" for number in range(300, 305)]
     split = {"train": [*strangers, *SPLIT["train"][5:]], "evaluation": SPLIT["evaluation"]}
-    assert told(make_config(), split=split) == [
+    assert violations_of(make_config(), split=split) == [
         "train cases with case_00300, case_00301, case_00302 and 2 more, not MLPerf's"
     ]
 
 
 def test_volumes_must_be_mlperfs_and_known_to_be(make_config: MakeConfig) -> None:
-    assert told(make_config(), fingerprint="0123456789abcdef") == [
+    assert violations_of(make_config(), fingerprint="0123456789abcdef") == [
         "the files' fingerprint 0123456789ab…, not e7c2853b7ae3…"
     ]
-    (unknown,) = told(make_config(), fingerprint="")
+    (unknown,) = violations_of(make_config(), fingerprint="")
     assert unknown.startswith("the files' MD5s not recorded")
 
 
 def test_a_result_has_no_placeholders(make_config: MakeConfig) -> None:
     assert closed_division_violations(make_config(submission_org="ACME", seed=-1)) == []
-    breaches = closed_division_violations(make_config(seed=7, trackers=("jsonl",)))
-    assert [breach.what for breach in breaches] == ["--submission_org", "--seed", "--trackers"]
+    violations = closed_division_violations(make_config(seed=7, trackers=("jsonl",)))
+    assert [violation.item for violation in violations] == ["--submission_org", "--seed", "--trackers"]
 
 
-def test_the_table_has_what_yours_and_the_rules() -> None:
+def test_the_table_has_item_run_and_requirement() -> None:
     table = format_violations([RuleViolation("--overlap", "0.25", "0.5"), RuleViolation("the run", "was resumed", "")])
     assert table.splitlines() == [
-        "what       yours        the rule's",
+        "item       this run     required",
         "--overlap  0.25         0.5",
         "the run    was resumed  ",
     ]
@@ -210,32 +244,41 @@ def test_the_division_follows_from_the_reasons(asked: str, reasons: list[RuleVio
     assert choose_division(asked, reasons) == division
 
 
-def test_closed_with_a_departure_is_refused_with_every_reason() -> None:
+def test_closed_with_violations_is_refused_with_every_reason() -> None:
     with pytest.raises(UserError, match=r"^--division closed, but: train cases 1, not 168; --overlap 0\.25, not 0\.5$"):
         choose_division("closed", [RuleViolation("train cases", "1", "168"), OVERLAP])
 
 
-def test_settling_tells_all_breaches_in_one_table(
+def test_settling_reports_all_violations_in_one_table(
     tmp_path: Path,
     make_config: MakeConfig,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing is at --data_dir but the names of its cases: what is not recorded is a breach, and nothing is read."""
+    """--data_dir holds no files: MD5s that are not recorded are a violation, and no volume is read."""
 
     def settle(asked: str) -> tuple[str, list[str]]:
         config = make_config(data_dir=tmp_path, division=asked, overlap=0.25)
-        return settle_division(config, "kits19", SPLIT, IDS, SCHEDULE, 168, [RESUMED])
+        return settle_division(
+            RunFacts(
+                config=config,
+                dataset=identify_dataset(config, "kits19", SPLIT),
+                evaluation_ids=IDS,
+                schedule=SCHEDULE,
+                samples_per_epoch=168,
+                other_violations=[RESUMED],
+            )
+        )
 
     unknown = "the files' MD5s not recorded, not MLPerf's; preprocess_dataset.py records them"
     reasons = [unknown, "--overlap 0.25, not 0.5", "the run was resumed"]
     assert settle("auto") == settle("open") == ("open", reasons)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="--submission_org a placeholder, not who submits"):
+    with pytest.raises(UserError, match="--submission_org a placeholder, not the submitting organization"):
         settle("closed")
     table = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in table] == [
-        "what",
+        "item",
         "the files' MD5s",
         "--overlap",
         "the run",
@@ -261,7 +304,7 @@ def test_the_recipes_are_by_the_rules_and_say_what_to_expect(
     path = Path(__file__).resolve().parents[3] / "recipes" / f"kits19_{recipe}.args"
     config, _ = parse_arguments([f"@{path}", "--data_dir", "DATA", "--submission_org", "ACME"])
     schedule = make_schedule(config.epochs, 168, config.start_eval_at, config.evaluate_every)
-    assert told(config, schedule=schedule) == []
+    assert violations_of(config, schedule=schedule) == []
     assert closed_division_violations(config) == []
     assert config.batch_size * ranks * config.ga_steps == batch
     assert config.epochs == 10_000

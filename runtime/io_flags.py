@@ -1,0 +1,250 @@
+"""Flags of `main.py`: input and output, logging and callbacks, MLPerf submission, prediction."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import number, renamed_values
+from common.errors import UserError
+from runtime.flag_fields import COUNT, POSITIVE, flag
+from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
+
+# The default of --data_dir: predict and report need none.
+NO_DATA = Path("none")
+# The default of --submission_org; no result may have it.
+PLACEHOLDER_ORG = "SUBMISSION_ORG_PLACEHOLDER"
+# Former names of callbacks.
+RENAMED_CALLBACKS = {"rate_monitor": "lr_monitor", "training_dice": "train_dice"}
+
+
+def axes(text: str) -> str:
+    """Checks for some of D, H and W, each at most once."""
+    if not set(text) <= set("DHW") or len(set(text)) != len(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of D, H and W, such as HW")
+    return text
+
+
+def interval(text: str) -> str:
+    """Checks `10m`, `2e` or `never`; the text is kept, so that the log states what was typed."""
+    parse_interval(text)
+    return text
+
+
+def parse_interval(text: str) -> tuple[float, int]:
+    """Returns `--ckpt_every` as (minutes, epochs): the one that is not given is 0, and both are with `never`."""
+    if text == "never":
+        return 0.0, 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([me])", text)
+    if match is None or not float(match[1]) or (match[2] == "e" and "." in match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither minutes (10m), nor epochs (2e), nor never")
+    return (float(match[1]), 0) if match[2] == "m" else (0.0, int(match[1]))
+
+
+def _launched_rank() -> int:
+    """Returns the rank on this machine, which torchrun sets."""
+    try:
+        return int(COUNT(os.environ.get("LOCAL_RANK", "0")))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"argument --local_rank: {error} (from the variable LOCAL_RANK)") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOutputFlags:
+    """Folders, checkpoints and the source of samples."""
+
+    # The Docker image sets UNET3D_DATA_DIR and UNET3D_LOG_DIR to the mount points of its volumes.
+    data_dir: Path = flag(
+        lambda: Path(os.environ.get("UNET3D_DATA_DIR") or NO_DATA),
+        "folder of preprocessed volumes; required to train (except with --loader synthetic) and to evaluate",
+        group="input and output",
+        metavar="DIR",
+        shown_default="$UNET3D_DATA_DIR",
+        resume="incidental",
+    )
+    log_dir: Path = flag(
+        lambda: Path(os.environ.get("UNET3D_LOG_DIR", "/tmp")),
+        "folder for unet3d.log (MLPerf), log.jsonl, run.json and report.html; with --exec_mode report several, whose "
+        "runs are compared",
+        nargs="+",
+        metavar="DIR",
+        shown_default="$UNET3D_LOG_DIR, else /tmp",
+        resume="incidental",
+    )
+    compare: tuple[Path, ...] = flag((), "", resume="incidental")
+    save_ckpt_path: Path | None = flag(
+        None,
+        "file of the newest checkpoint, with the last and the best state; without --resume, the checkpoints of an "
+        "earlier run are renamed (checkpoint.1.pth)",
+        shown_default="DIR/checkpoint.pth, with the DIR of --log_dir",
+        resume="incidental",
+    )
+    load_ckpt_path: tuple[Path, ...] = flag(
+        (),
+        "checkpoint to continue training from, to evaluate or to predict with; with --exec_mode predict several, "
+        "whose probabilities are averaged",
+        nargs="+",
+        closed=True,
+        resume="incidental",
+    )
+    init_from: Path | None = flag(
+        None,
+        "checkpoint whose weights a new run starts from; its output layer may have other classes",
+        closed=True,
+        resume="incidental",
+    )
+    freeze: tuple[str, ...] = flag(
+        (),
+        "parameters to leave untrained: regular expressions that match a whole name, or all_but_output",
+        nargs="+",
+        metavar="REGEX",
+        closed=True,
+        resume="structural",
+    )
+    resume: bool = flag(
+        False, "continue from this run's newest intact checkpoint; start afresh if it has none", resume="incidental"
+    )
+    ckpt_every: str = flag(
+        "10m",
+        "time between checkpoints: 10m is ten minutes, also within an epoch; 2e is two epochs; never saves only with "
+        "--save_ckpt_path, at a new best score and at the end",
+        type=interval,
+        metavar="INTERVAL",
+        resume="incidental",
+    )
+    ckpt_keep: int = flag(
+        2,
+        "number of checkpoints to keep: the newest at --save_ckpt_path, earlier ones named by their step "
+        "(checkpoint_000123.pth)",
+        type=POSITIVE,
+        resume="incidental",
+    )
+    loader: str = flag(
+        "pytorch",
+        "source of training samples: pytorch (crops read from disk by --num_workers processes), device (volumes held "
+        "in device memory in 16 bits, samples made there) or synthetic (random volumes, no disk)",
+        resume="order",
+    )
+    local_rank: int = flag(
+        _launched_rank,
+        "index of this process's GPU on its machine",
+        type=COUNT,
+        shown_default="$LOCAL_RANK, else 0; torchrun sets it",
+        resume="incidental",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingFlags:
+    """What a run prints and records, and what may end it."""
+
+    verbose: bool = flag(
+        lambda: sys.stderr.isatty(),
+        "show progress bars and one line per epoch",
+        group="logging and callbacks",
+        action=argparse.BooleanOptionalAction,
+        aliases=("-v",),
+        shown_default="on a terminal",
+        resume="incidental",
+    )
+    no_report: bool = flag(False, "do not write report.html at the end of the run", resume="incidental")
+    trackers: tuple[str, ...] = flag(
+        ("mlperf", "jsonl"),
+        "records of the run in addition to run.json: mlperf, jsonl, tensorboard, wandb, mlflow, with arguments such as "
+        '\'wandb(project="kits", mode="offline")\', or your own package.module:name',
+        metavar="SPEC",
+        resume="incidental",
+    )
+    callbacks: tuple[str, ...] = flag(
+        (),
+        "callbacks: 'early_stopping(patience=20)', 'top_k(k=3)', lr_monitor, train_dice or your own "
+        "package.module:name",
+        type=renamed_values("--callbacks", RENAMED_CALLBACKS),
+        metavar="SPEC",
+        closed=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmissionFlags:
+    """Division, rules and submitter of a result."""
+
+    division: str = flag(
+        "auto",
+        "MLPerf division; auto is closed if the run follows the closed division's rules, else open, with the "
+        "violations logged",
+        group="MLPerf submission",
+        choices=("auto", "closed", "open"),
+        resume="incidental",
+    )
+    ruleset: str = flag(
+        DEFAULT_RULESET,
+        "MLPerf rules that the log follows; they count in epochs up to 3.0.0 and in samples from 3.1.0",
+        choices=RULESETS,
+    )
+    submission_org: str = flag(PLACEHOLDER_ORG, "submitting organization", resume="incidental")
+    submission_platform: str | None = flag(
+        None, "system name", shown_default="the devices' own name", resume="incidental"
+    )
+    submission_status: str = flag(
+        "onprem",
+        "MLPerf's status of the system",
+        choices=("onprem", "cloud", "preview", "research"),
+        resume="incidental",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionFlags:
+    """Scans to segment, and the state to predict with or to evaluate."""
+
+    scan: Path | None = flag(
+        None,
+        "scans to segment: a NIfTI file, a folder of NIfTI files, or a folder of DICOM series",
+        group="prediction",
+        mode="predict",
+        resume="incidental",
+    )
+    output: Path | None = flag(
+        None,
+        "masks to write: a .nii.gz file, a .dcm file (DICOM-SEG, for a DICOM series), or a folder, where masks have "
+        "the names of their scans",
+        mode="predict",
+        resume="incidental",
+    )
+    series: str | None = flag(
+        None, "DICOM series by number, UID or description, or all", mode="predict", resume="incidental"
+    )
+    checkpoint: str = flag(
+        "best",
+        "state to take from a checkpoint: to evaluate, to predict, or for --init_from",
+        choices=("best", "last"),
+        resume="incidental",
+    )
+    test_time_flips: str = flag(
+        "",
+        "average over all flips of these axes, such as HW; leave out axes along which a class has a direction",
+        type=axes,
+        metavar="AXES",
+        mode="predict",
+        resume="incidental",
+    )
+    save_probabilities: bool = flag(
+        False,
+        "also write each class's probabilities, to MASK_probabilities.nii.gz",
+        mode="predict",
+        resume="incidental",
+    )
+    max_memory_gb: float | None = flag(
+        None,
+        "most memory to use, on the host and on the GPU each, in GiB",
+        type=number(float, 0.1),
+        metavar="GIB",
+        shown_default="what is free",
+        mode="predict",
+        resume="incidental",
+    )
