@@ -40,7 +40,7 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     run = make_run_spec(config, world)
     if run.done:
         return leave_done(run)
-    signals = SignalHandler(world.board)
+    signals = SignalHandler(world.store)
     watchdog = Watchdog(world, signals)
     writer = build.make_checkpoint_writer(run)
     emit = build.make_event_dispatcher(run, watchdog)

@@ -279,7 +279,6 @@ UNDESCRIBED: set[str] = {
     "prediction/__init__.py",
     "runtime/callbacks/__init__.py",
     "runtime/checkpoint/__init__.py",
-    "runtime/distributed/__init__.py",
     "runtime/mlperf/__init__.py",
 }
 
@@ -451,8 +450,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "report/figures.py",
     "report/page.py",
     "report/records.py",
-    "runtime/distributed/watchdog.py",
-    "runtime/distributed/world.py",
     "runtime/mlperf/closed_division.py",
     "runtime/mlperf/convergence.py",
     "submission/__main__.py",
@@ -484,10 +481,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "tests/prediction/test_pseudo_labels.py",
     "tests/report/test_report.py",
     "tests/runtime/conftest.py",
-    "tests/runtime/distributed/test_signals.py",
-    "tests/runtime/distributed/test_step_sync.py",
-    "tests/runtime/distributed/test_watchdog.py",
-    "tests/runtime/distributed/test_world.py",
     "tests/runtime/mlperf/test_closed_division.py",
     "tests/runtime/test_arguments.py",
     "tests/runtime/test_training.py",

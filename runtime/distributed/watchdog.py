@@ -1,8 +1,8 @@
-"""No run hangs: a thread of each rank tells the others that it lives, and ends its process when one does not.
+"""Watchdog: no run hangs because of a lost rank.
 
-A rank that is killed, stopped, hangs or fails would leave the others waiting in a collective for half an hour. Each
-rank writes to the board where it is; each watches the next one's note. Who finds something wrong pins it up for all,
-and every rank ends with that cause as its last line.
+If one rank is killed, stopped, hangs or fails, the others would wait in a collective for half an hour. Therefore a
+thread of each rank publishes its status in the key-value store at every heartbeat, and watches the status of the next
+rank. A rank that detects a fault publishes it, and every rank exits with that cause as its last line.
 """
 
 from __future__ import annotations
@@ -26,160 +26,172 @@ from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 
-BEAT_S = 2.0
-# A process that lives writes every two seconds, whatever its main thread does; a machine that swaps may take longer.
-SILENCE_S = 20.0
-# From one mark of the main thread in training to the next: long for any step that a GPU makes. Where steps are slower
-# than a fifth of it, as on a CPU, five times the slowest yet.
-STALL_S = 40.0
-SLOWEST_TIMES = 5.0
-# Before the first batch, and in an evaluation, where ranks with short cases wait for one with a long case.
-PATIENT_S = 1800.0
-# A cause is one line.
+HEARTBEAT_S = 2.0
+# A live process sends heartbeats whatever its main thread does, but a machine that swaps may be late.
+HEARTBEAT_TIMEOUT_S = 20.0
+# Between two progress records of the main thread in training: longer than any GPU takes. Where steps take more than a
+# fifth of it, as on a CPU, the limit is five times the slowest one so far.
+STALL_TIMEOUT_S = 40.0
+SLOWEST_FACTOR = 5.0
+# Before the first batch, and in an evaluation, where ranks with small cases wait for one with a large case.
+SLOW_PHASE_TIMEOUT_S = 1800.0
+# A cause must fit in one line.
 NAMED_RANKS = 8
-# What follows a phase, and its number in the order of an iteration; the first is waiting for data.
-FOLLOWING = {"data": (1, "forward and backward"), "forward and backward": (2, "the optimizer's step")}
+# For each phase that has ended: the number and name of the next phase in an iteration. Phase 0 is waiting for data.
+NEXT_PHASE = {"data": (1, "forward and backward"), "forward and backward": (2, "the optimizer's step")}
 
 
 class Watchdog:
-    """A callback that marks where this rank is, and the thread that compares. In a world of one there is no thread.
+    """Records this rank's progress from its events, and watches the ranks in a thread (none in a world of one).
 
     Args:
-        interruption: of this rank; a signal that came to another rank is noted in it, for where no step comes.
+        signals: this rank's handler, to which signals that another rank received are passed on: the ranks agree on a
+            signal only at the end of a step.
+        name: begins the last line, such as "main.py".
     """
 
-    def __init__(self, world: World, interruption: SignalHandler, name: str = "main.py") -> None:
+    def __init__(self, world: World, signals: SignalHandler, name: str = "main.py") -> None:
         self._world = world
-        self._interruption = interruption
+        self._signals = signals
         self._name = name
-        # Epoch, batch and phase: what tells who is behind.
-        self._place = (0, 0, 0)
-        self._text = "the start"
-        self._marked_at = time.monotonic()
+        # Epoch, batch and phase; the smallest belongs to the rank that is behind.
+        self._progress = (0, 0, 0)
+        self._position = "the start"
+        self._progressed_at = time.monotonic()
         self._is_training = False
         self._has_stepped = False
         self._slowest_s = 0.0
-        self._beat_at = time.monotonic()
+        self._heartbeat_at = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
-        if self._world.board is not None:
-            arguments = (self._world.board,)
+        if self._world.store is not None:
+            arguments = (self._world.store,)
             self._thread = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
             self._thread.start()
-            self._beat_at = time.monotonic()  # it may be long since this was made
-            threading.Thread(target=self._watch_the_board, name="watchdog's watchdog", daemon=True).start()
+            self._heartbeat_at = time.monotonic()  # this object may have been made long ago
+            threading.Thread(target=self._watch_store, name="watchdog's watchdog", daemon=True).start()
         return self
 
-    def _watch_the_board(self) -> None:
-        """The board's client waits without a limit where the network is cut: no error comes before it is back."""
-        while not self._ended.wait(BEAT_S):
-            if time.monotonic() - self._beat_at > SILENCE_S:
-                self._end(f"rank 0's machine gave no answer for {SILENCE_S:.0f} s")
+    def _watch_store(self) -> None:
+        """Ends the process if the store does not answer: its client blocks without limit when the network is cut."""
+        while not self._ended.wait(HEARTBEAT_S):
+            if time.monotonic() - self._heartbeat_at > HEARTBEAT_TIMEOUT_S:
+                self._end(f"rank 0's machine gave no answer for {HEARTBEAT_TIMEOUT_S:.0f} s")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        board = self._world.board
+        store = self._world.store
         self._ended.set()
-        if board is None or self._thread is None:
+        if store is None or self._thread is None:
             return
-        self._thread.join(BEAT_S)
+        self._thread.join(HEARTBEAT_S)
         if isinstance(error, RuntimeError) and self._world.lost_another(error):
-            raise RankLost(f"{_cause(board, self._world, error)}; start again with --resume") from None
+            raise RankLost(f"{_cause(store, self._world, error)}; start again with --resume") from None
         if error is not None:
-            with suppress(RuntimeError):  # the board may be gone; the error is what counts
-                board.set_default("fault", f"rank {self._world.rank} failed: {error}")
+            with suppress(RuntimeError):  # the store may be gone; what matters is the error
+                store.set_default("fault", f"rank {self._world.rank} failed: {error}")
                 self._let_others_read()
 
     def _let_others_read(self) -> None:
-        """The board may hang in rank 0's process, and would go with it."""
+        """Waits on rank 0, whose process may hold the store and end it."""
         if self._world.is_main:
-            time.sleep(2 * BEAT_S)
+            time.sleep(2 * HEARTBEAT_S)
 
     def on(self, event: ev.Event) -> None:
-        """Marks progress, with where it was made."""
+        """Records progress and the position in the run."""
         if isinstance(event, ev.EpochStarted):
-            self._mark(True, (event.epoch, 0, 0), f"epoch {event.epoch}, waiting for data")
+            self._record(True, (event.epoch, 0, 0), f"epoch {event.epoch}, waiting for data")
         elif isinstance(event, ev.PhaseEnd):
-            epoch, batch, _ = self._place
-            number, follows = FOLLOWING[event.phase]
-            self._mark(True, (epoch, batch, number), f"epoch {epoch}, batch {batch}, {follows}")
+            epoch, batch, _ = self._progress
+            number, phase = NEXT_PHASE[event.phase]
+            self._record(True, (epoch, batch, number), f"epoch {epoch}, batch {batch}, {phase}")
         elif isinstance(event, ev.MicroBatchEnd):
             batch, self._has_stepped = event.batch + 1, True
-            self._mark(True, (event.epoch, batch, 0), f"epoch {event.epoch}, batch {batch}, waiting for data")
+            self._record(True, (event.epoch, batch, 0), f"epoch {event.epoch}, batch {batch}, waiting for data")
         elif isinstance(
             event, ev.EpochStopped | ev.EvaluationStarted | ev.CaseEvaluated | ev.EvaluationStopped | ev.RunStopped
-        ):  # after the last of them comes the last checkpoint, on a disk that may be slow
-            self._mark(False, (event.epoch, sys.maxsize, 0), f"after epoch {event.epoch}")
+        ):  # RunStopped is followed by the last checkpoint, on a disk that may be slow
+            self._record(False, (event.epoch, sys.maxsize, 0), f"after epoch {event.epoch}")
 
-    def _mark(self, is_training: bool, place: tuple[int, int, int], text: str) -> None:
+    def _record(self, is_training: bool, progress: tuple[int, int, int], position: str) -> None:
         now = time.monotonic()
         if is_training and self._is_training:
-            self._slowest_s = max(self._slowest_s, now - self._marked_at)
-        self._is_training, self._place, self._text, self._marked_at = is_training, place, text, now
+            self._slowest_s = max(self._slowest_s, now - self._progressed_at)
+        self._is_training, self._progress, self._position, self._progressed_at = is_training, progress, position, now
 
-    def _limit_s(self) -> float:
+    def _timeout_s(self) -> float:
         knows_steps = self._is_training and self._has_stepped
-        return max(STALL_S, SLOWEST_TIMES * self._slowest_s) if knows_steps else PATIENT_S
+        return max(STALL_TIMEOUT_S, SLOWEST_FACTOR * self._slowest_s) if knows_steps else SLOW_PHASE_TIMEOUT_S
 
-    def _watch(self, board: KeyValueStore) -> None:
+    def _watch(self, store: KeyValueStore) -> None:
         world = self._world
         watched = (world.rank + 1) % world.size
-        seen, seen_at, beat = None, time.monotonic(), 0
+        seen, seen_at, heartbeat = None, time.monotonic(), 0
         try:
-            while not self._ended.wait(BEAT_S if beat else 0.0):
-                beat += 1
-                self._beat_at = time.monotonic()
-                note = {"beat": beat, "place": self._place, "at": self._text, "in": _main_thread_is_in()}
-                board.set(f"rank {world.rank}", json.dumps(note | {"machine": _machine(), "pid": os.getpid()}))
-                if fault := board.get("fault"):
+            while not self._ended.wait(HEARTBEAT_S if heartbeat else 0.0):
+                heartbeat += 1
+                self._heartbeat_at = time.monotonic()
+                store.set(f"rank {world.rank}", json.dumps(self._status(heartbeat)))
+                if fault := store.get("fault"):
                     self._end(f"ended with the group: {fault}")
-                self._pass_on_signal(board)
-                latest = board.get(f"rank {watched}")
+                self._share_signal(store)
+                latest = store.get(f"rank {watched}")
                 if latest != seen:
                     seen, seen_at = latest, time.monotonic()
-                elif seen and time.monotonic() - seen_at > SILENCE_S:
-                    self._give_up(board, _lost(watched, seen))
-                if time.monotonic() - self._marked_at > self._limit_s():
-                    self._give_up(board, self._stalled(board))
+                elif seen and time.monotonic() - seen_at > HEARTBEAT_TIMEOUT_S:
+                    self._give_up(store, _kill_unresponsive(watched, seen))
+                if time.monotonic() - self._progressed_at > self._timeout_s():
+                    self._give_up(store, self._stalled(store))
         except RuntimeError as error:
-            # The board hangs in rank 0's or the launcher's process.
-            if not self._ended.wait(BEAT_S):
+            # The store is in the process of rank 0 or of the launcher.
+            if not self._ended.wait(HEARTBEAT_S):
                 self._end(f"the connection to rank 0's machine is lost ({str(error).splitlines()[0]})")
 
-    def _pass_on_signal(self, board: KeyValueStore) -> None:
-        if self._interruption.number:
-            board.set_default("signal", str(self._interruption.number))
-        elif number := board.get("signal"):
-            self._interruption.number = int(number)
+    def _status(self, heartbeat: int) -> dict[str, Any]:
+        """Returns what the other ranks may need to know about this one; the heartbeat makes each status differ."""
+        return {
+            "heartbeat": heartbeat,
+            "progress": self._progress,
+            "position": self._position,
+            "function": _main_thread_function(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+        }
 
-    def _stalled(self, board: KeyValueStore) -> str:
-        """Who is behind the others; every rank waits, but only one was waited for."""
-        notes = _notes(board, self._world)
-        places = {rank: tuple(note.get("place", (0, 0, 0))) for rank, note in notes.items()}
-        behind = [rank for rank, place in places.items() if place == min(places.values())]
-        # Where all have come equally far, the one that hangs is in another function than those that wait for it.
-        who = f"rank {', '.join(map(str, behind))}" if len(behind) < len(places) else "every rank"
-        functions = ", ".join(f"rank {rank} in {notes[rank].get('in')}" for rank in behind[:NAMED_RANKS])
-        at = notes[behind[0]].get("at", "the start")
-        return f"{who} hangs at {at}: nothing moved for {self._limit_s():.0f} s ({functions})"
+    def _share_signal(self, store: KeyValueStore) -> None:
+        if self._signals.number:
+            store.set_default("signal", str(self._signals.number))
+        elif number := store.get("signal"):
+            self._signals.number = int(number)
 
-    def _give_up(self, board: KeyValueStore, cause: str) -> None:
-        hanging = board.set_default("fault", cause)
+    def _stalled(self, store: KeyValueStore) -> str:
+        """Returns an error message that names the ranks behind the others: all wait, but only for those."""
+        statuses = _statuses(store, self._world)
+        progress = {rank: tuple(status.get("progress", (0, 0, 0))) for rank, status in statuses.items()}
+        behind = [rank for rank, reached in progress.items() if reached == min(progress.values())]
+        # If all are equally far, the one that hangs is in another function than those that wait for it.
+        who = f"rank {', '.join(map(str, behind))}" if len(behind) < len(progress) else "every rank"
+        functions = ", ".join(f"rank {rank} in {statuses[rank].get('function')}" for rank in behind[:NAMED_RANKS])
+        position = statuses[behind[0]].get("position", "the start")
+        return f"{who} hangs at {position}: no progress for {self._timeout_s():.0f} s ({functions})"
+
+    def _give_up(self, store: KeyValueStore, cause: str) -> None:
+        published = store.set_default("fault", cause)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self._end(hanging)
+        self._end(published)
 
     def _end(self, cause: str) -> None:
-        """Ends this process at once: its main thread hangs in a collective, from which nothing calls it back."""
+        """Ends this process at once: its main thread hangs in a collective, which cannot be interrupted."""
         self._let_others_read()
         print(error_line(self._name, f"{cause}; start again with --resume"), file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
-            worker.kill()  # one that hangs would stay
+            worker.kill()  # a worker that hangs would outlive this process
         os._exit(RANK_LOST_EXIT)
 
 
-def _main_thread_is_in() -> str:
-    """The innermost function of the main thread that is Python's, with its file and line."""
+def _main_thread_function() -> str:
+    """Returns the innermost Python function of the main thread, with its file and line."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return (
         f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})" if frame else "no function"
@@ -187,47 +199,49 @@ def _main_thread_is_in() -> str:
 
 
 def _machine() -> list[str]:
-    """What two processes that may signal each other have in common: the host's name and the space of their numbers."""
+    """Returns host name and process-id namespace: two processes with both in common can signal each other."""
     try:
         return [socket.gethostname(), os.readlink("/proc/self/ns/pid")]
     except OSError:
         return [socket.gethostname(), ""]
 
 
-def _notes(board: KeyValueStore, world: World) -> dict[int, dict[str, Any]]:
-    return {rank: json.loads(board.get(f"rank {rank}") or "{}") for rank in range(world.size)}
+def _statuses(store: KeyValueStore, world: World) -> dict[int, dict[str, Any]]:
+    return {rank: json.loads(store.get(f"rank {rank}") or "{}") for rank in range(world.size)}
 
 
-def _lost(rank: int, note: str) -> str:
-    """The words for a rank without a sign of life. On this machine it is killed: launchers wait for it for long."""
-    known = json.loads(note)
-    if known["machine"] == _machine():
+def _kill_unresponsive(rank: int, last_status: str) -> str:
+    """Returns the error message for an unresponsive rank; kills it if it is local, since launchers wait for it."""
+    status = json.loads(last_status)
+    if status["machine"] == _machine():
         with suppress(OSError):
-            os.kill(known["pid"], signal.SIGKILL)
+            os.kill(status["pid"], signal.SIGKILL)
     return (
-        f"rank {rank} (process {known['pid']} on {known['machine'][0]}) gave no sign of life for {SILENCE_S:.0f} s; "
-        f"it was at {known['at']}"
+        f"rank {rank} (process {status['pid']} on {status['machine'][0]}) gave no sign of life for "
+        f"{HEARTBEAT_TIMEOUT_S:.0f} s; it was at {status['position']}"
     )
 
 
-def _cause(board: KeyValueStore, world: World, error: RuntimeError) -> str:
-    """Why a collective failed: what some rank pinned up, or whose process is gone, or only what torch says."""
-    deadline = time.monotonic() + 2 * BEAT_S
+def _cause(store: KeyValueStore, world: World, error: RuntimeError) -> str:
+    """Returns why a collective failed: a published fault, a process that has ended, or else torch's error."""
+    deadline = time.monotonic() + 2 * HEARTBEAT_S
     while time.monotonic() < deadline:
         try:
-            if fault := board.get("fault"):
+            if fault := store.get("fault"):
                 return f"ended with the group: {fault}"
-            for rank, note in _notes(board, world).items():
-                if note.get("machine") == _machine() and _is_gone(note["pid"]):
-                    return f"rank {rank} (process {note['pid']}) was killed or has ended; it was at {note['at']}"
-        except RuntimeError:  # the board was in the process that is lost
+            for rank, status in _statuses(store, world).items():
+                if status.get("machine") == _machine() and _has_ended(status["pid"]):
+                    return (
+                        f"rank {rank} (process {status['pid']}) was killed or has ended; it was at {status['position']}"
+                    )
+        except RuntimeError:  # the store was in the process that is lost
             break
-        time.sleep(BEAT_S / 10)
+        time.sleep(HEARTBEAT_S / 10)
     return f"another rank was lost ({gloo_cause(error)})"
 
 
-def _is_gone(process: int) -> bool:
-    """Whether a process of this machine has ended; one whose parent has not yet looked is a zombie."""
+def _has_ended(process: int) -> bool:
+    """Returns whether a process of this machine has ended; it remains as a zombie until its parent waits for it."""
     try:
         os.kill(process, 0)
         return ") Z " in Path(f"/proc/{process}/stat").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""World: the ranks of a run. The only place that touches `torch.distributed`.
+"""World: the ranks of a run. The only module that uses `torch.distributed`.
 
-A run without torchrun is a world of one; everything here works for it alike.
+A run without torchrun is a world of one, for which everything here works too.
 """
 
 from __future__ import annotations
@@ -26,47 +26,48 @@ from common.errors import UserError
 
 T = TypeVar("T")
 
-# A rank may wait for another that evaluates one case more; the largest case takes minutes on a CPU.
+# A rank may wait for one that evaluates another case; the largest case takes minutes on a CPU.
 TIMEOUT = timedelta(minutes=30)
-# Between two looks while waiting for other ranks.
+# Polling interval while waiting for other ranks.
 POLL_S = 0.01
 
 
 class KeyValueStore:
-    """Notes that any rank may pin up and read at any time, outside of all collectives (torch's store)."""
+    """Strings by key, which any rank can set and get at any time outside of collectives (torch's store)."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def set(self, name: str, text: str) -> None:
-        self._store.set(name, text)
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
 
-    def set_default(self, name: str, text: str) -> str:
-        """Pins the text up unless that name has one; returns the one that hangs there now."""
-        hanging: bytes = self._store.compare_set(name, "", text)
-        return hanging.decode()
+    def set_default(self, key: str, value: str) -> str:
+        """Sets the value unless the key has one; returns the key's value after the call."""
+        current: bytes = self._store.compare_set(key, "", value)
+        return current.decode()
 
-    def get(self, name: str) -> str | None:
-        """The note of that name, None where there is none. Never waits for one."""
-        return self._store.get(name).decode() if self._store.check([name]) else None
+    def get(self, key: str) -> str | None:
+        """Returns the key's value, or None if it has none. Never waits for one."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks.
+    """The ranks of a run, as seen from this process.
 
     Attributes:
-        rank, size: of all ranks.
-        device: where this rank computes.
-        group: torch's handle of the ranks of a `split`; None: all of them.
-        board: notes between the ranks; None in a world of one and in a `split`.
+        rank: of this process, from 0.
+        size: number of ranks.
+        device: on which this rank computes.
+        group: torch's handle for the ranks of a `split`; None: all ranks.
+        store: shared by the ranks; None in a world of one and in a `split`.
     """
 
     rank: int
     size: int
     device: torch.device
     group: Any = None
-    board: KeyValueStore | None = None
+    store: KeyValueStore | None = None
 
     @classmethod
     def join(cls, local_rank: int) -> World:
@@ -83,7 +84,7 @@ class World:
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"--local_rank {local_rank}, but this machine has {torch.cuda.device_count()} GPU(s); "
-                    "start at most that many ranks a machine"
+                    "start at most that many ranks per machine"
                 )
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -95,19 +96,19 @@ class World:
                 raise UserError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start with torchrun")
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-                # torchrun keeps its store when it starts a group again, in which the lost group's addresses would be
-                # found (of 14 restarts 7 failed). Its count of restarts is each machine's own, so not for several.
+                # torchrun keeps its store when it restarts a group, in which the ranks would find the lost group's
+                # addresses (7 of 14 restarts failed). It counts restarts per machine, so not with several machines.
                 store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-            # A connection of its own: the group's is locked while it waits.
-            return cls(rank, size, device, board=KeyValueStore(PrefixStore("board", store.clone())))
+            # A separate connection: the group's is locked while it waits.
+            return cls(rank, size, device, store=KeyValueStore(PrefixStore("messages", store.clone())))
         return cls(rank, size, device)
 
     def split(self, parts: Sequence[Sequence[int]]) -> World:
-        """The smaller world of this rank's part; every rank must call it with the same disjoint parts.
+        """Returns the smaller world of this rank's part. Every rank must call it with the same disjoint parts.
 
-        A rank that is in none gets a world of one.
+        A rank that is in no part gets a world of one.
         """
         mine = World(0, 1, self.device)
         for part in parts:
@@ -124,14 +125,14 @@ class World:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's share: every `size`-th item, none twice; empty where there are more ranks than items."""
+        """Returns this rank's share: every `size`-th item; empty if this rank comes after the last item."""
         return items[self.rank :: self.size]
 
     def sum(self, tensor: Tensor, while_waiting: Callable[[], None] | None = None) -> Tensor:
-        """The sum over all ranks of a tensor of one shape, on every rank.
+        """Returns, on every rank, the sum over all ranks of a tensor, which has the same shape on each.
 
         Args:
-            while_waiting: called again and again until every rank has come; what it raises ends the wait.
+            while_waiting: called repeatedly until every rank has contributed; what it raises ends the wait.
         """
         if self.size == 1:
             return tensor
@@ -144,27 +145,27 @@ class World:
         return total.to(tensor.device)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest of each element over all ranks, on every rank; stays on its device, and there no host waits."""
+        """Returns, on every rank, the elementwise maximum over all ranks. Stays on the device; no host waits for it."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks, on every rank; plain Python only."""
+        """Returns every rank's value, in the order of the ranks, on every rank. Plain Python values only."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; plain Python only."""
-        box = [value]
+        """Returns rank 0's value on every rank. Plain Python values only."""
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Rank 0's buffers everywhere: batch norm's running statistics drift apart between DDP's own broadcasts."""
+        """Copies rank 0's buffers to all: batch norm's running statistics drift apart between DDP's own broadcasts."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -174,22 +175,22 @@ class World:
         self.sum(torch.zeros(1, device=self.device))
 
     def wait_for_main(self, name: str, seconds: float) -> None:
-        """Waits, outside of all collectives, until rank 0 has come to the same call, or for so long at most."""
-        if self.board is None:
+        """Waits, outside of collectives, until rank 0 has made the same call, or at most `seconds`."""
+        if self.store is None:
             return
         if self.is_main:
-            self.board.set(name, "done")
+            self.store.set(name, "done")
         deadline = time.monotonic() + seconds
-        with suppress(RuntimeError):  # a board that hung in rank 0's process has gone with it: rank 0 has come and left
-            while self.board.get(name) is None and time.monotonic() < deadline:
+        with suppress(RuntimeError):  # the store ended with rank 0's process, which has thus been here
+            while self.store.get(name) is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
 
     def lost_another(self, error: RuntimeError) -> bool:
-        """Whether the error is the group's own: another rank no longer answers."""
+        """Returns whether the error is one of the process group: another rank no longer answers."""
         return self.size > 1 and (isinstance(error, dist.DistError) or is_gloo_error(error))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over the ranks; the model itself in a world of one."""
+        """Returns the model with gradients averaged over the ranks; in a world of one the model itself."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
@@ -201,12 +202,12 @@ class World:
     def leave(self) -> None:
         """Leaves the group. Call it on every way out."""
         if self.size > 1 and dist.is_initialized():
-            # A wrapped model that lies in a reference cycle would keep the group's threads alive into the interpreter's
-            # end, where one that asks for Python's lock aborts the process (seen in one run of four on gloo).
+            # A wrapped model in a reference cycle would keep the group's threads alive until the interpreter ends,
+            # where a thread that requests the GIL aborts the process (seen in one of four runs with gloo).
             gc.collect()
             dist.destroy_process_group()
 
 
 def without_communication(model: nn.Module) -> AbstractContextManager[None]:
-    """Accumulates gradients locally; the step after it, outside, sends the sum (a single all-reduce a step)."""
+    """Accumulates gradients locally; the next backward pass outside sends the sum (one all-reduce per step)."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

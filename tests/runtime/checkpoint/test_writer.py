@@ -382,15 +382,15 @@ def test_all_ranks_stay_until_rank_0_has_written(run_ranks: Callable[..., list[s
 
         def write(content):
             time.sleep(0.5)
-            world.board.set("order", world.board.get("order") + " written")
+            world.store.set("order", world.store.get("order") + " written")
 
         state = TrainState(network=None, model=None, optimizer=None, scaler=None)
         if world.is_main:
-            world.board.set("order", "began")
+            world.store.set("order", "began")
         world.barrier()
         stop = Stop("aborted", "not reached")
         CheckpointWriter(world=world, snapshot=lambda state, sums: {}, write=write).finish(state, stop)
-        print(world.board.get("order"))
+        print(world.store.get("order"))
         world.barrier()
     """
     assert run_ranks(code) == ["began written\n"] * 2

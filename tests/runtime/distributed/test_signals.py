@@ -1,4 +1,4 @@
-"""The first signal is a wish, a second one has its usual effect, and outside of training both have it at once."""
+"""The first signal is a handler, a second one has its usual effect, and outside of training both have it at once."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, object]]]
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_a_number_and_nothing_else(number: int) -> None:
-    with SignalHandler() as wish:
-        assert wish.number == 0
-        wish.check()
+    with SignalHandler() as handler:
+        assert handler.number == 0
+        handler.check()
         signal.raise_signal(number)
-        assert wish.number == number
+        assert handler.number == number
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_check_raises_once_a_signal_came(number: int, status: int) -> None:
-    with SignalHandler() as wish:
+    with SignalHandler() as handler:
         signal.raise_signal(number)
         for _ in range(2):
             with pytest.raises(Interrupted) as left:
-                wish.check()
+                handler.check()
             assert left.value.exit_status == status
 
 
@@ -60,13 +60,13 @@ def test_a_check_raises_once_a_signal_came(number: int, status: int) -> None:
 def test_a_second_signal_within_a_second_is_the_same_wish(
     second: int, clock: list[float], ended: list[tuple[int, object]]
 ) -> None:
-    """A terminal tells every process of its group, and the launcher passes it on."""
-    with SignalHandler() as wish:
+    """A terminal signals every process of its group, and the launcher passes it on."""
+    with SignalHandler() as handler:
         signal.raise_signal(signal.SIGTERM)
         for passed in (0.0, 0.5, 0.5):
             clock[0] += passed
             signal.raise_signal(second)
-        assert wish.number == signal.SIGTERM, "the first one's exit status"
+        assert handler.number == signal.SIGTERM, "the first one's exit status"
     assert ended == []
 
 
@@ -85,8 +85,8 @@ def test_a_later_one_has_its_usual_effect(
 def test_a_signal_that_came_to_another_rank_leaves_this_ones_first_a_wish(
     clock: list[float], ended: list[tuple[int, object]]
 ) -> None:
-    with SignalHandler() as wish:
-        wish.number = signal.SIGTERM  # as the watchdog notes it
+    with SignalHandler() as handler:
+        handler.number = signal.SIGTERM  # as the watchdog sets it
         clock[0] += 60
         signal.raise_signal(signal.SIGTERM)
         assert ended == []
@@ -115,9 +115,9 @@ PROGRAM = """
     from runtime.distributed import signals as interruption
     interruption.SAME_REQUEST_S = 0.0
     first, second = map(int, sys.argv[1:])
-    with interruption.SignalHandler() as wish:
+    with interruption.SignalHandler() as handler:
         os.kill(os.getpid(), first)
-        print("still here", wish.number, flush=True)
+        print("still here", handler.number, flush=True)
         time.sleep(0.01)
         os.kill(os.getpid(), second)
         print("not here")
@@ -133,27 +133,27 @@ def test_a_process_ends_by_the_second_signal(
     assert (done.returncode, done.stdout, done.stderr) == (-second, f"still here {int(first)}\n", "")
 
 
-class Notes:
-    """A board in one process."""
+class Values:
+    """A store in one process."""
 
     def __init__(self) -> None:
-        self.notes: dict[str, str] = {}
+        self.values: dict[str, str] = {}
 
     def set_default(self, name: str, text: str) -> str:
-        return self.notes.setdefault(name, text)
+        return self.values.setdefault(name, text)
 
     def get(self, name: str) -> str | None:
-        return self.notes.get(name)
+        return self.values.get(name)
 
 
 def test_an_evaluation_is_left_by_all_only_where_a_ranks_part_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "POLL_S", 0.0)
-    board = Notes()
-    working, waiting = SignalHandler(board), SignalHandler(board)  # type: ignore[arg-type]
+    store = Values()
+    working, waiting = SignalHandler(store), SignalHandler(store)  # type: ignore[arg-type]
     waiting.number = signal.SIGINT
-    waiting.check_waiting()  # its own wish does not count: its part is given, and may make the whole
+    waiting.check_waiting()  # its own handler does not count: its part is given, and may make the whole
     working.check()
-    assert board.notes == {}
+    assert store.values == {}
     working.number = signal.SIGTERM
     with pytest.raises(Interrupted) as left:
         working.check()
@@ -164,8 +164,8 @@ def test_an_evaluation_is_left_by_all_only_where_a_ranks_part_is_missing(monkeyp
 
 
 def test_a_rank_alone_waits_for_nobody() -> None:
-    wish = SignalHandler()
-    wish.number = signal.SIGTERM
-    wish.check_waiting()
+    handler = SignalHandler()
+    handler.number = signal.SIGTERM
+    handler.check_waiting()
     with pytest.raises(Interrupted):
-        wish.check()
+        handler.check()

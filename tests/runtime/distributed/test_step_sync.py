@@ -42,7 +42,7 @@ def submit(
 def hear(
     world: World, loss: float, norm: float, scale: float | None = None, wishes: StepRequest | None = None
 ) -> StepEnd:
-    """What a step of these numbers is told as, at once."""
+    """Returns the event of a step with these numbers, without a lag."""
     (event,) = submit(StepSync(world, lambda: wishes or StepRequest(), lag=0), 1, 0, loss, norm, scale)
     return event
 
@@ -55,7 +55,7 @@ def test_every_step_comes_once_in_order_so_many_beats_later(lag: int, world: Wor
     expected = [expected_end(step) for step in STEPS]
     assert [len(events) for events in came] == [0] * lag + [1] * (4 - lag)
     assert [event for events in [*came, rest] for event in events] == expected
-    assert list(step_sync.drain()) == [], "each is told once"
+    assert list(step_sync.drain()) == [], "each is yielded once"
 
 
 def test_the_lag_is_of_the_device(world: World) -> None:
@@ -152,8 +152,8 @@ def test_a_copy_is_waited_for_before_it_is_read(world: World, monkeypatch: pytes
 def test_faults(loss: float, norm: float, scale: float | None, fault: bool, world: World) -> None:
     event = hear(world, loss, norm, scale)
     assert event.fault is fault
-    told = (event.loss, event.gradient_norm, event.loss_scale)
-    assert told == pytest.approx((loss, norm, 1.0 if scale is None else scale), nan_ok=True)
+    values = (event.loss, event.gradient_norm, event.loss_scale)
+    assert values == pytest.approx((loss, norm, 1.0 if scale is None else scale), nan_ok=True)
 
 
 def test_wishes_are_asked_at_every_beat(world: World) -> None:

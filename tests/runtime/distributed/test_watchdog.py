@@ -1,4 +1,4 @@
-"""No run hangs: who is silent, hangs or fails is named on every rank; what only takes long is left alone."""
+"""The watchdog names an unresponsive, hanging or failed rank on every rank, and leaves one that only takes long."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ ELSEWHERE = ["another machine", "pid:[1]"]
 
 
 @pytest.fixture
-def board() -> KeyValueStore:
-    """What two ranks of this process share."""
+def store() -> KeyValueStore:
+    """The store that two ranks of this process share."""
     return KeyValueStore(HashStore())
 
 
-WATCH_THE_BOARD = Watchdog._watch_the_board
+WATCH_STORE = Watchdog._watch_store
 
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A beat is a hundredth of a second, and nothing is ever late, the board least of all, unless a test says so."""
-    monkeypatch.setattr(module, "BEAT_S", 0.01)
-    for name in ("SILENCE_S", "STALL_S", "PATIENT_S"):
+    """A heartbeat every hundredth of a second, and no timeout, unless a test sets one."""
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    for name in ("HEARTBEAT_TIMEOUT_S", "STALL_TIMEOUT_S", "SLOW_PHASE_TIMEOUT_S"):
         monkeypatch.setattr(module, name, 1000.0)
-    monkeypatch.setattr(Watchdog, "_watch_the_board", lambda self: None)
+    monkeypatch.setattr(Watchdog, "_watch_store", lambda self: None)
 
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Why a process would have been ended; its thread ends instead."""
+    """The causes for which a process would have been ended; its thread ends instead."""
     causes: list[str] = []
 
     def end(self: Watchdog, cause: str) -> None:
@@ -61,7 +61,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that `time.monotonic` will tell, set by the test; for those without threads."""
+    """Seconds that `time.monotonic` returns, set by the test; for tests without threads."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -76,40 +76,45 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def until(holds: Callable[[], object]) -> None:
+def wait_until(holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
 
 
-def make(
-    board: KeyValueStore | None, rank: int = 0, size: int = 2, interruption: SignalHandler | None = None
-) -> Watchdog:
-    return Watchdog(World(rank, size, CPU, board=board), interruption or SignalHandler())
+def make(store: KeyValueStore | None, rank: int = 0, size: int = 2, signals: SignalHandler | None = None) -> Watchdog:
+    return Watchdog(World(rank, size, CPU, store=store), signals or SignalHandler())
 
 
-def tell(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
+def send(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
     for event in events:
         watchdog.on(event)
     return watchdog
 
 
-def note_of(board: KeyValueStore, rank: int = 0) -> dict[str, Any]:
-    return json.loads(board.get(f"rank {rank}") or "{}")
+def status_of(store: KeyValueStore, rank: int = 0) -> dict[str, Any]:
+    return json.loads(store.get(f"rank {rank}") or "{}")
 
 
-def pin_note(
-    board: KeyValueStore, rank: int, place: list[int], at: str, process: int = 1, machine: Any = ELSEWHERE
+def publish_status(
+    store: KeyValueStore, rank: int, progress: list[int], position: str, process: int = 1, machine: Any = ELSEWHERE
 ) -> None:
-    note = {"beat": 1, "place": place, "at": at, "in": "read (loader.py:7)", "machine": machine, "pid": process}
-    board.set(f"rank {rank}", json.dumps(note))
+    status = {
+        "heartbeat": 1,
+        "progress": progress,
+        "position": position,
+        "function": "read (loader.py:7)",
+        "machine": machine,
+        "pid": process,
+    }
+    store.set(f"rank {rank}", json.dumps(status))
 
 
-def beats(board: KeyValueStore, count: int, rank: int = 0) -> None:
-    """Waits for so many beats more."""
-    first = note_of(board, rank).get("beat", 0)
-    until(lambda: note_of(board, rank).get("beat", 0) >= first + count)
+def wait_heartbeats(store: KeyValueStore, count: int, rank: int = 0) -> None:
+    """Waits for `count` more heartbeats."""
+    first = status_of(store, rank).get("heartbeat", 0)
+    wait_until(lambda: status_of(store, rank).get("heartbeat", 0) >= first + count)
 
 
 def a_step(epoch: int, batch: int) -> list[ev.Event]:
@@ -126,34 +131,37 @@ def watchers() -> list[threading.Thread]:
 def test_a_world_of_one_has_no_thread() -> None:
     with make(None, size=1) as watchdog:
         assert watchers() == []
-        tell(watchdog, ev.EpochStarted(1, 0.1, 4), *a_step(1, 0))
+        send(watchdog, ev.EpochStarted(1, 0.1, 4), *a_step(1, 0))
     with pytest.raises(ValueError, match="a bug"), make(None, size=1):
         raise ValueError("a bug")
 
 
-def test_two_sound_ranks_watch_each_other_until_the_end(board: KeyValueStore, ends: list[str]) -> None:
-    with make(board, 0) as first, make(board, 1) as second:
-        tell(first, ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), ev.PhaseEnd("data"))
-        tell(second, ev.EpochStarted(2, 0.1, 4))
+def test_two_sound_ranks_watch_each_other_until_the_end(store: KeyValueStore, ends: list[str]) -> None:
+    with make(store, 0) as first, make(store, 1) as second:
+        send(first, ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), ev.PhaseEnd("data"))
+        send(second, ev.EpochStarted(2, 0.1, 4))
         for rank in (0, 1):
-            beats(board, 5, rank)
+            wait_heartbeats(store, 5, rank)
         assert len(watchers()) == 2
-    until(lambda: watchers() == [])
+    wait_until(lambda: watchers() == [])
     assert ends == []
-    assert board.get("fault") is None
-    notes = [note_of(board, rank) for rank in (0, 1)]
-    assert [note["place"] for note in notes] == [[2, 1, 1], [2, 0, 0]]
-    assert [note["at"] for note in notes] == ["epoch 2, batch 1, forward and backward", "epoch 2, waiting for data"]
-    assert {note["pid"] for note in notes} == {os.getpid()}
+    assert store.get("fault") is None
+    statuses = [status_of(store, rank) for rank in (0, 1)]
+    assert [status["progress"] for status in statuses] == [[2, 1, 1], [2, 0, 0]]
+    assert [status["position"] for status in statuses] == [
+        "epoch 2, batch 1, forward and backward",
+        "epoch 2, waiting for data",
+    ]
+    assert {status["pid"] for status in statuses} == {os.getpid()}
 
 
-def test_a_note_tells_which_function_the_main_thread_is_in(board: KeyValueStore, ends: list[str]) -> None:
-    with make(board):
-        until(lambda: note_of(board).get("in", "").startswith("until (test_watchdog.py:"))
+def test_a_status_names_the_function_of_the_main_thread(store: KeyValueStore, ends: list[str]) -> None:
+    with make(store):
+        wait_until(lambda: status_of(store).get("function", "").startswith("wait_until (test_watchdog.py:"))
     assert ends == []
 
 
-def test_a_place_is_further_on_with_every_mark() -> None:
+def test_progress_grows_with_every_record() -> None:
     watchdog, places, texts = make(None), [], []
     epoch = [
         ev.EpochStarted(3, 0.1, 2),
@@ -162,8 +170,8 @@ def test_a_place_is_further_on_with_every_mark() -> None:
         ev.EpochStopped(epoch=3, loss=0.5, learning_rate=0.1, samples=4, seconds=1.0),
     ]
     for event in [*epoch, ev.EpochStarted(4, 0.1, 2)]:
-        places.append(tell(watchdog, event)._place)
-        texts.append(watchdog._text)
+        places.append(send(watchdog, event)._progress)
+        texts.append(watchdog._position)
     assert places == sorted(set(places))
     assert texts == [
         "epoch 3, waiting for data",
@@ -181,68 +189,68 @@ def test_a_place_is_further_on_with_every_mark() -> None:
 # A silent rank
 
 
-def test_a_silent_neighbour_is_named_with_its_place(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_silent_neighbour_is_named_with_its_position(
+    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pin_note(board, 1, [3, 2, 1], "epoch 3, batch 2, forward and backward", process=4711)
-    monkeypatch.setattr(module, "SILENCE_S", 0.6)
-    with make(board):
-        until(lambda: ends)
+    publish_status(store, 1, [3, 2, 1], "epoch 3, batch 2, forward and backward", process=4711)
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.6)
+    with make(store):
+        wait_until(lambda: ends)
     cause = (
         "rank 1 (process 4711 on another machine) gave no sign of life for 1 s; "
         "it was at epoch 3, batch 2, forward and backward"
     )
     assert ends[0] == cause
-    assert board.get("fault") == cause, "for the ranks that do not watch it"
+    assert store.get("fault") == cause, "for the ranks that do not watch it"
     assert "most recent call first" in capfd.readouterr().err, "where this rank's threads are"
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_a_silent_process_is_killed_where_it_is_on_this_machine(
-    here: bool, board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    here: bool, store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is stopped would live on, and launchers wait for it. Its number means nothing on another machine."""
+    """A stopped process would live on, and launchers wait for it. Its id means nothing on another machine."""
     killed: list[tuple[int, int]] = []
-    pin_note(board, 1, [3, 2, 1], "epoch 3", 4711, module._machine() if here else ELSEWHERE)
-    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    publish_status(store, 1, [3, 2, 1], "epoch 3", 4711, module._machine() if here else ELSEWHERE)
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(module.os, "kill", lambda process, number: killed.append((process, number)))
-    with make(board):
-        until(lambda: ends)
+    with make(store):
+        wait_until(lambda: ends)
     assert killed == ([(4711, signal.SIGKILL)] if here else [])
 
 
 @pytest.mark.parametrize("error", [ProcessLookupError, PermissionError])
 def test_one_that_cannot_be_killed_is_named_all_the_same(
-    error: type[OSError], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    error: type[OSError], store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(process: int, number: int) -> None:
         raise error
 
-    pin_note(board, 1, [3, 2, 1], "epoch 3", machine=module._machine())
-    monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    publish_status(store, 1, [3, 2, 1], "epoch 3", machine=module._machine())
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(module.os, "kill", refuse)
-    with make(board):
-        until(lambda: ends)
+    with make(store):
+        wait_until(lambda: ends)
     assert "it was at epoch 3" in ends[0]
 
 
 def test_the_last_rank_watches_the_first(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in (0, 1):
-        pin_note(board, rank, [3, 2, 1], "epoch 3")
-    monkeypatch.setattr(module, "SILENCE_S", 0.05)
-    with make(board, rank=2, size=3):
-        until(lambda: ends)
+        publish_status(store, rank, [3, 2, 1], "epoch 3")
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
+    with make(store, rank=2, size=3):
+        wait_until(lambda: ends)
     assert ends[0].startswith("rank 0 ")
 
 
 def test_a_rank_that_has_not_begun_is_not_silent(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE_S", 0.01)
-    with make(board):
-        beats(board, 20)
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.01)
+    with make(store):
+        wait_heartbeats(store, 20)
     assert ends == []
 
 
@@ -250,7 +258,7 @@ def test_a_rank_that_has_not_begun_is_not_silent(
 
 
 @pytest.mark.parametrize(
-    ("place", "at", "told"),
+    ("progress", "position", "message"),
     [
         ([2, 1, 1], "epoch 2, batch 1, forward and backward", "rank 1 hangs at epoch 2, batch 1, forward and backward"),
         ([2, 0, 0], "epoch 2, waiting for data", "rank 1 hangs at epoch 2, waiting for data"),
@@ -260,52 +268,55 @@ def test_a_rank_that_has_not_begun_is_not_silent(
         ([3, 0, 0], "epoch 3, waiting for data", "rank 0 hangs at epoch 2, batch 1, the optimizer's step"),
     ],
 )
-def test_where_nothing_moves_the_rank_that_is_behind_is_named(
-    place: list[int], at: str, told: str, board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_stall_names_the_rank_that_is_behind(
+    progress: list[int],
+    position: str,
+    message: str,
+    store: KeyValueStore,
+    ends: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """This one is at the optimizer's step of batch 1; the other one is at `place`."""
-    pin_note(board, 1, place, at)
-    monkeypatch.setattr(module, "STALL_S", 0.1)
-    with tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), *a_step(2, 1)[:2]):
-        until(lambda: ends)
-    assert ends[0].startswith(told)
-    assert ": nothing moved for " in ends[0]
-    assert ("rank 1 in read (loader.py:7)" in ends[0]) is not told.startswith("rank 0"), (
+    """This one is at the optimizer's step of batch 1; the other one is at `progress`."""
+    publish_status(store, 1, progress, position)
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.1)
+    with send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), *a_step(2, 1)[:2]):
+        wait_until(lambda: ends)
+    assert ends[0].startswith(message)
+    assert ": no progress for " in ends[0]
+    assert ("rank 1 in read (loader.py:7)" in ends[0]) is not message.startswith("rank 0"), (
         "in which function, of those that are named"
     )
-    assert board.get("fault") == ends[0]
+    assert store.get("fault") == ends[0]
 
 
-def test_a_rank_without_a_note_is_at_the_start(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_rank_without_a_status_is_at_the_start(
+    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.05)
-    with tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
-        until(lambda: ends)
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.05)
+    with send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+        wait_until(lambda: ends)
     assert ends[0].startswith("rank 1 hangs at the start: ")
 
 
 def test_a_cause_is_one_line_whatever_the_number_of_ranks(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in range(1, 64):
-        pin_note(board, rank, [2, 1, 0], "epoch 2")
-    monkeypatch.setattr(module, "STALL_S", 0.05)
-    with tell(make(board, size=64), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
-        until(lambda: ends)
+        publish_status(store, rank, [2, 1, 0], "epoch 2")
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.05)
+    with send(make(store, size=64), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+        wait_until(lambda: ends)
     assert ends[0].startswith("every rank hangs")
     assert ends[0].count(" in ") == 8
     assert "\n" not in ends[0]
 
 
-def test_only_one_cause_hangs_on_the_board(
-    board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each rank of a group that hangs finds out for itself; all end with the first one's words."""
-    board.set_default("fault", "rank 5 failed: first")
-    monkeypatch.setattr(module, "STALL_S", 0.0)
-    watchdog = tell(make(board), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
-    watchdog._give_up(board, "rank 1 hangs")
+def test_only_one_cause_is_published(store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank of a group that hangs detects it by itself; all end with the cause published first."""
+    store.set_default("fault", "rank 5 failed: first")
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.0)
+    watchdog = send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
+    watchdog._give_up(store, "rank 1 hangs")
     assert ends == ["rank 5 failed: first"]
 
 
@@ -313,13 +324,13 @@ def test_only_one_cause_hangs_on_the_board(
 
 
 def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL_S", 40.0)
-    monkeypatch.setattr(module, "PATIENT_S", 1800.0)
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 40.0)
+    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", 1800.0)
     watchdog = make(None)
 
     def after(seconds: float, *events: ev.Event) -> float:
         clock[0] += seconds
-        return tell(watchdog, *events)._limit_s()
+        return send(watchdog, *events)._timeout_s()
 
     compute, step, done = a_step(1, 0)
     assert after(0) == 1800, "before training"
@@ -328,7 +339,7 @@ def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(3, step) == 1800
     assert after(0, done) == 40, "a whole step is known"
     assert after(7.9, compute) == 40
-    assert after(9, step) == pytest.approx(45), "five times the slowest mark"
+    assert after(9, step) == pytest.approx(45), "five times the slowest record"
     assert after(1, done) == pytest.approx(45)
     assert after(1, ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.1, samples=8, seconds=1.0)) == 1800
     assert after(500, ev.EvaluationStarted(1, 3)) == 1800
@@ -337,16 +348,16 @@ def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(500, ev.EpochStarted(2, 0.1, 4)) == pytest.approx(45), "an evaluation is no step"
     assert after(
         0, ev.BlockStopped(1, 1), ev.StepEnd(epoch=2, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0)
-    ) == pytest.approx(45), "nothing is marked"
+    ) == pytest.approx(45), "nothing is recorded"
     assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
 
 
 def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """It need not be batch 0."""
-    watchdog = tell(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseEnd("data"))
-    assert watchdog._limit_s() == module.PATIENT_S
-    monkeypatch.setattr(module, "STALL_S", 40.0)
-    assert tell(watchdog, *a_step(5, 6)[1:])._limit_s() == 40
+    watchdog = send(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseEnd("data"))
+    assert watchdog._timeout_s() == module.SLOW_PHASE_TIMEOUT_S
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 40.0)
+    assert send(watchdog, *a_step(5, 6)[1:])._timeout_s() == 40
 
 
 @pytest.mark.parametrize(
@@ -366,65 +377,65 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeyp
     ids=["the start", "workers start", "the first batch", "an epoch's end", "an evaluation", "the last checkpoint"],
 )
 def test_what_takes_long_is_no_stall(
-    events: list[ev.Event], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+    events: list[ev.Event], store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.02)
-    with tell(make(board), *events):
-        beats(board, 20)
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.02)
+    with send(make(store), *events):
+        wait_heartbeats(store, 20)
     assert ends == []
 
 
-def test_but_even_patience_ends(board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENT_S", 0.05)
-    with tell(make(board), ev.EvaluationStarted(4, 3)):
-        until(lambda: ends)
+def test_a_slow_phase_has_a_timeout_too(store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", 0.05)
+    with send(make(store), ev.EvaluationStarted(4, 3)):
+        wait_until(lambda: ends)
     assert "hangs at " in ends[0]
 
 
 # A signal
 
 
-def test_a_signal_is_passed_on_to_the_other_ranks(board: KeyValueStore, ends: list[str]) -> None:
-    wishes = [SignalHandler() for _ in range(3)]
-    wishes[1].number = signal.SIGTERM
-    with make(board, 0, 3, wishes[0]), make(board, 1, 3, wishes[1]), make(board, 2, 3, wishes[2]):
-        until(lambda: all(wish.number for wish in wishes))
-    assert [wish.number for wish in wishes] == [signal.SIGTERM] * 3
+def test_a_signal_is_passed_on_to_the_other_ranks(store: KeyValueStore, ends: list[str]) -> None:
+    handlers = [SignalHandler() for _ in range(3)]
+    handlers[1].number = signal.SIGTERM
+    with make(store, 0, 3, handlers[0]), make(store, 1, 3, handlers[1]), make(store, 2, 3, handlers[2]):
+        wait_until(lambda: all(handler.number for handler in handlers))
+    assert [handler.number for handler in handlers] == [signal.SIGTERM] * 3
     assert ends == []
 
 
-def test_a_rank_s_own_signal_stays_its_own(board: KeyValueStore, ends: list[str]) -> None:
-    wish = SignalHandler()
-    wish.number = signal.SIGINT
-    board.set("signal", str(int(signal.SIGTERM)))
-    with make(board, interruption=wish):
-        beats(board, 3)
-    assert (wish.number, board.get("signal")) == (signal.SIGINT, str(int(signal.SIGTERM)))
+def test_a_rank_s_own_signal_stays_its_own(store: KeyValueStore, ends: list[str]) -> None:
+    handler = SignalHandler()
+    handler.number = signal.SIGINT
+    store.set("signal", str(int(signal.SIGTERM)))
+    with make(store, signals=handler):
+        wait_heartbeats(store, 3)
+    assert (handler.number, store.get("signal")) == (signal.SIGINT, str(int(signal.SIGTERM)))
 
 
 # A rank that fails
 
 
-def test_a_rank_that_fails_tells_the_others_and_fails_as_it_would(board: KeyValueStore, ends: list[str]) -> None:
-    with make(board, 0):
-        with pytest.raises(UserError, match=r"^case_00001: damaged$"), make(board, 1):
+def test_a_rank_that_fails_publishes_it_and_raises_its_error(store: KeyValueStore, ends: list[str]) -> None:
+    with make(store, 0):
+        with pytest.raises(UserError, match=r"^case_00001: damaged$"), make(store, 1):
             raise UserError("case_00001: damaged")
-        until(lambda: ends)
-    assert board.get("fault") == "rank 1 failed: case_00001: damaged"
+        wait_until(lambda: ends)
+    assert store.get("fault") == "rank 1 failed: case_00001: damaged"
     assert ends == ["ended with the group: rank 1 failed: case_00001: damaged"]
 
 
-def test_the_first_fault_is_the_one_that_hangs(board: KeyValueStore, ends: list[str]) -> None:
-    board.set_default("fault", "rank 2 failed: first")
-    with pytest.raises(ValueError, match="second"), make(board, 1):
+def test_the_first_fault_is_the_one_that_stays(store: KeyValueStore, ends: list[str]) -> None:
+    store.set_default("fault", "rank 2 failed: first")
+    with pytest.raises(ValueError, match="second"), make(store, 1):
         raise ValueError("second")
-    assert board.get("fault") == "rank 2 failed: first"
+    assert store.get("fault") == "rank 2 failed: first"
 
 
-def test_a_run_that_ends_well_pins_nothing(board: KeyValueStore, ends: list[str]) -> None:
-    with make(board, 0), make(board, 1):
+def test_a_run_that_ends_well_publishes_no_fault(store: KeyValueStore, ends: list[str]) -> None:
+    with make(store, 0), make(store, 1):
         pass
-    assert (board.get("fault"), ends) == (None, [])
+    assert (store.get("fault"), ends) == (None, [])
 
 
 class Gone(KeyValueStore):
@@ -433,92 +444,92 @@ class Gone(KeyValueStore):
     def __init__(self) -> None:
         super().__init__(HashStore())
 
-    def set(self, name: str, text: str) -> None:
+    def set(self, key: str, value: str) -> None:
         raise RuntimeError("Broken pipe\nException raised from sendBytes")
 
-    def set_default(self, name: str, text: str) -> str:
+    def set_default(self, key: str, value: str) -> str:
         raise RuntimeError("Broken pipe")
 
-    def get(self, name: str) -> str | None:
+    def get(self, key: str) -> str | None:
         raise RuntimeError("Connection reset by peer")
 
 
 class Silent(KeyValueStore):
-    """As when the network is cut: whoever asks waits."""
+    """As when the network is cut: every call blocks."""
 
     def __init__(self, is_cut: threading.Event) -> None:
         super().__init__(HashStore())
-        self.is_cut, self.is_mended = is_cut, threading.Event()
+        self.is_cut, self.is_restored = is_cut, threading.Event()
 
-    def set(self, name: str, text: str) -> None:
+    def set(self, key: str, value: str) -> None:
         if self.is_cut.is_set():
-            self.is_mended.wait(60)
-        super().set(name, text)
+            self.is_restored.wait(60)
+        super().set(key, value)
 
 
-def test_a_rank_whose_board_says_nothing_ends_for_that(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_store_does_not_answer_ends(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """No error comes from it, and it may be the main thread that hangs for the same reason."""
     is_cut = threading.Event()
-    board = Silent(is_cut)
-    monkeypatch.setattr(Watchdog, "_watch_the_board", WATCH_THE_BOARD)
-    monkeypatch.setattr(module, "SILENCE_S", 0.6)
-    with make(board, 1):
-        beats(board, 5, 1)
+    store = Silent(is_cut)
+    monkeypatch.setattr(Watchdog, "_watch_store", WATCH_STORE)
+    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.6)
+    with make(store, 1):
+        wait_heartbeats(store, 5, 1)
         is_cut.set()
-        until(lambda: ends)
-        board.is_mended.set()
+        wait_until(lambda: ends)
+        store.is_restored.set()
     assert ends == ["rank 0's machine gave no answer for 1 s"]
 
 
-def test_a_board_that_answers_is_left_alone(
-    board: KeyValueStore, ends: list[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_answers_does_not_end_the_rank(
+    store: KeyValueStore, ends: list[str], clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long the run is, and however long ago the watchdog was made."""
-    monkeypatch.setattr(Watchdog, "_watch_the_board", WATCH_THE_BOARD)
-    monkeypatch.setattr(module, "PATIENT_S", math.inf)
-    watchdog = make(board, 1)
+    monkeypatch.setattr(Watchdog, "_watch_store", WATCH_STORE)
+    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", math.inf)
+    watchdog = make(store, 1)
     clock[0] += 5000
     with watchdog:
         for _ in range(3):
-            beats(board, 2, rank=1)
+            wait_heartbeats(store, 2, rank=1)
             clock[0] += 900
     assert ends == []
 
 
 def test_silence_counts_from_when_watching_begins(
-    board: KeyValueStore, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    store: KeyValueStore, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The network is built in between."""
-    monkeypatch.setattr(Watchdog, "_watch", lambda self, board: None)
-    watchdog = make(board, 1)
+    monkeypatch.setattr(Watchdog, "_watch", lambda self, store: None)
+    watchdog = make(store, 1)
     clock[0] += 5000
     with watchdog:
-        assert watchdog._beat_at == clock[0]
+        assert watchdog._heartbeat_at == clock[0]
 
 
-def test_a_rank_whose_board_is_gone_ends_for_that(ends: list[str]) -> None:
+def test_a_rank_whose_store_is_gone_ends(ends: list[str]) -> None:
     with make(Gone(), 1):
-        until(lambda: ends)
+        wait_until(lambda: ends)
     assert ends == ["the connection to rank 0's machine is lost (Broken pipe)"]
 
 
-def test_at_the_end_of_a_run_a_board_may_go_first(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0's process ends when it likes."""
+def test_at_the_end_of_a_run_the_store_may_go_first(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's process may end at any time."""
     failed = threading.Event()
 
     class Going(Gone):
-        def set(self, name: str, text: str) -> None:
+        def set(self, key: str, value: str) -> None:
             failed.set()
-            super().set(name, text)
+            super().set(key, value)
 
-    monkeypatch.setattr(module, "BEAT_S", 60.0)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 60.0)
     with make(Going(), 1):
         assert failed.wait(60)
-    until(lambda: watchers() == [])
+    wait_until(lambda: watchers() == [])
     assert ends == []
 
 
-def test_an_error_is_told_even_if_the_board_is_gone(ends: list[str]) -> None:
+def test_an_error_is_raised_even_if_the_store_is_gone(ends: list[str]) -> None:
     with pytest.raises(UserError, match=r"^damaged$"), make(Gone(), 1):
         raise UserError("damaged")
 
@@ -529,53 +540,53 @@ def test_an_error_is_told_even_if_the_board_is_gone(ends: list[str]) -> None:
 LOST = RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore of it")
 
 
-def lose(board: KeyValueStore, error: BaseException = LOST) -> str:
-    """What a rank says whose collective fails with the error."""
-    with pytest.raises(RankLost) as lost, make(board):
+def lose(store: KeyValueStore, error: BaseException = LOST) -> str:
+    """Returns the message of a rank whose collective fails with the error."""
+    with pytest.raises(RankLost) as lost, make(store):
         raise error
     assert str(lost.value).endswith("; start again with --resume")
     return str(lost.value).removesuffix("; start again with --resume")
 
 
 @pytest.mark.parametrize("error", [LOST, DistBackendError("NCCL communicator was aborted")])
-def test_the_cause_of_a_failed_collective_is_what_hangs_on_the_board(
-    error: RuntimeError, board: KeyValueStore, ends: list[str]
+def test_the_cause_of_a_failed_collective_is_the_published_fault(
+    error: RuntimeError, store: KeyValueStore, ends: list[str]
 ) -> None:
-    board.set_default("fault", "rank 1 failed: CUDA out of memory")
-    assert lose(board, error) == "ended with the group: rank 1 failed: CUDA out of memory"
+    store.set_default("fault", "rank 1 failed: CUDA out of memory")
+    assert lose(store, error) == "ended with the group: rank 1 failed: CUDA out of memory"
 
 
-def test_or_a_process_that_is_gone(board: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
-    pin_note(board, 1, [2, 1, 1], "epoch 2, batch 1, forward and backward", sleeper.pid, module._machine())
+def test_or_a_process_that_is_gone(store: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+    publish_status(store, 1, [2, 1, 1], "epoch 2, batch 1, forward and backward", sleeper.pid, module._machine())
     sleeper.kill()
     gone = f"rank 1 (process {sleeper.pid}) was killed or has ended; it was at epoch 2, batch 1, forward and backward"
-    assert lose(board) == gone, "its parent has not looked yet"
+    assert lose(store) == gone, "its parent has not looked yet"
     sleeper.wait()
-    assert lose(board) == gone
+    assert lose(store) == gone
 
 
-def test_or_no_more_than_torch_says(board: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
-    """A process that lives, one of another machine, and a board that is gone say nothing."""
-    pin_note(board, 1, [2, 1, 1], "epoch 2", sleeper.pid, module._machine())
-    pin_note(board, 0, [2, 1, 1], "epoch 2", 2**22 + 1, ELSEWHERE)
+def test_or_torchs_own_error(store: KeyValueStore, ends: list[str], sleeper: subprocess.Popen[bytes]) -> None:
+    """A live process, one on another machine, and a store that is gone give no other cause."""
+    publish_status(store, 1, [2, 1, 1], "epoch 2", sleeper.pid, module._machine())
+    publish_status(store, 0, [2, 1, 1], "epoch 2", 2**22 + 1, ELSEWHERE)
     said = f"another rank was lost ({str(LOST).splitlines()[0]})"
-    assert lose(board) == said
+    assert lose(store) == said
     guessed = RuntimeError(f"{str(LOST).splitlines()[0]} This is typically caused by something else")
-    assert lose(board, guessed) == said
+    assert lose(store, guessed) == said
     assert lose(Gone()) == said
 
 
-def test_this_rank_s_own_error_is_no_loss_of_another(board: KeyValueStore, ends: list[str]) -> None:
-    with pytest.raises(RuntimeError, match="out of memory"), make(board):
+def test_this_rank_s_own_error_is_no_loss_of_another(store: KeyValueStore, ends: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), make(store):
         raise RuntimeError("CUDA out of memory")
-    assert board.get("fault") == "rank 0 failed: CUDA out of memory"
+    assert store.get("fault") == "rank 0 failed: CUDA out of memory"
 
 
 # The end of a process
 
 
 def test_the_end_is_the_cause_as_the_last_line_and_status_4(
-    board: KeyValueStore,
+    store: KeyValueStore,
     sleeper: subprocess.Popen[bytes],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -588,18 +599,18 @@ def test_the_end_is_the_cause_as_the_last_line_and_status_4(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(module.multiprocessing, "active_children", lambda: [Worker()])
     monkeypatch.setattr(module.os, "_exit", ended.append)
-    make(board, 1)._end("rank 0 hangs")
+    make(store, 1)._end("rank 0 hangs")
     assert ended == [RANK_LOST_EXIT]
     assert capfd.readouterr().err == "main.py (rank 1): error: rank 0 hangs; start again with --resume\n"
     assert sleeper.wait(60) == -signal.SIGKILL, "a loader's worker that hangs would stay"
 
 
 @pytest.mark.parametrize(("rank", "slept"), [(0, [0.02]), (1, [])])
-def test_rank_0_ends_last_since_the_board_may_be_in_its_process(
-    rank: int, slept: list[float], board: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
+def test_rank_0_ends_last_since_the_store_may_be_in_its_process(
+    rank: int, slept: list[float], store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waited.append)
-    with pytest.raises(ValueError, match="a bug"), make(board, rank):
+    with pytest.raises(ValueError, match="a bug"), make(store, rank):
         raise ValueError("a bug")
     assert waited == slept

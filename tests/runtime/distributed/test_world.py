@@ -1,4 +1,4 @@
-"""What ranks tell one another, between two real processes with gloo, and what a world of one makes of it."""
+"""Communication of two real processes with gloo, and of a world of one."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ RunRanks = Callable[..., list[str]]
 CPU = torch.device("cpu")
 
 
-# The board
+# The store
 
 
 @pytest.fixture
-def board() -> KeyValueStore:
+def store() -> KeyValueStore:
     return KeyValueStore(HashStore())
 
 
-def test_a_note_hangs_until_another_takes_its_place(board: KeyValueStore) -> None:
-    assert board.get("place") is None
-    board.set("place", "here")
-    assert (board.get("place"), board.get("other")) == ("here", None)
-    board.set("place", "")
-    assert board.get("place") == ""
-    board.set("place", "Zürich")
-    assert board.get("place") == "Zürich"
+def test_a_value_stays_until_another_replaces_it(store: KeyValueStore) -> None:
+    assert store.get("key") is None
+    store.set("key", "here")
+    assert (store.get("key"), store.get("other")) == ("here", None)
+    store.set("key", "")
+    assert store.get("key") == ""
+    store.set("key", "Zürich")
+    assert store.get("key") == "Zürich"
 
 
-def test_of_several_first_notes_one_hangs_and_all_hear_of_it(board: KeyValueStore) -> None:
-    assert board.set_default("fault", "first") == "first"
-    assert board.set_default("fault", "second") == "first"
-    assert board.get("fault") == "first"
+def test_of_several_first_values_one_stays_and_all_receive_it(store: KeyValueStore) -> None:
+    assert store.set_default("fault", "first") == "first"
+    assert store.set_default("fault", "second") == "first"
+    assert store.get("fault") == "first"
 
 
-def test_the_board_is_read_while_the_others_are_in_a_collective(run_ranks: RunRanks) -> None:
-    """From a thread, as the watchdog does; rank 0 lets rank 1 wait until its note has been read."""
+def test_the_store_is_read_while_the_others_are_in_a_collective(run_ranks: RunRanks) -> None:
+    """From a thread, as the watchdog does; rank 0 makes rank 1 wait until its value has been read."""
     code = """
         import threading, time, torch
 
         read = []
 
         def look():
-            while world.board.get("note") is None:
+            while world.store.get("greeting") is None:
                 time.sleep(0.01)
-            read.append(world.board.get("note"))
-            world.board.set("seen", "yes")
+            read.append(world.store.get("greeting"))
+            world.store.set("seen", "yes")
 
         if world.rank == 1:
             thread = threading.Thread(target=look)
             thread.start()
         else:
             time.sleep(0.2)
-            world.board.set("note", "hello")
-            while world.board.get("seen") is None:
+            world.store.set("greeting", "hello")
+            while world.store.get("seen") is None:
                 time.sleep(0.01)
         world.barrier()
         if world.rank == 1:
@@ -81,29 +81,29 @@ def test_maximum_sum_and_values_of_all_ranks(run_ranks: RunRanks) -> None:
         total = world.sum(mine)
         kept = torch.equal(mine, given)
         largest = world.max(mine.clone())
-        told = world.gather((world.rank, f"rank {world.rank}", [0.1]))
+        gathered = world.gather((world.rank, f"rank {world.rank}", [0.1]))
         first = world.broadcast("mine" if world.is_main else None)
-        print(json.dumps([total.tolist(), kept, largest.tolist(), told, first, world.rank, world.size]))
+        print(json.dumps([total.tolist(), kept, largest.tolist(), gathered, first, world.rank, world.size]))
     """
-    heard = [json.loads(out) for out in run_ranks(code)]
-    told = [[0, "rank 0", [0.1]], [1, "rank 1", [0.1]]]
-    expected = [[4.0, 7.0, 0.0], True, [3.0, 5.0, 0.0], told, "mine"]
-    assert heard == [[*expected, 0, 2], [*expected, 1, 2]]
+    results = [json.loads(out) for out in run_ranks(code)]
+    gathered = [[0, "rank 0", [0.1]], [1, "rank 1", [0.1]]]
+    expected = [[4.0, 7.0, 0.0], True, [3.0, 5.0, 0.0], gathered, "mine"]
+    assert results == [[*expected, 0, 2], [*expected, 1, 2]]
 
 
-def test_in_a_world_of_one_everything_is_its_own(world: World) -> None:
+def test_a_world_of_one(world: World) -> None:
     tensor = torch.tensor([1.0, 5.0])
     called: list[str] = []
     assert torch.equal(world.max(tensor), tensor)
     assert torch.equal(world.sum(tensor, lambda: called.append("waited")), tensor)
     assert world.gather("mine") == ["mine"]
     assert world.broadcast("mine") == "mine"
-    assert world.board is None
+    assert world.store is None
     world.wait_for_main("saved", 60)
     assert called == [], "there is nobody to wait for"
 
 
-def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> None:
+def test_a_rank_that_waits_in_a_sum_polls_and_may_leave(run_ranks: RunRanks) -> None:
     """Rank 1 comes only when rank 0 has given up waiting."""
     code = """
         import time, torch
@@ -119,9 +119,9 @@ def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> N
                 world.sum(torch.ones(2), leave)
             except SystemError as error:
                 print(error, len(looks))
-            world.board.set("left", "yes")
+            world.store.set("left", "yes")
         else:
-            while world.board.get("left") is None:
+            while world.store.get("left") is None:
                 time.sleep(0.01)
             print(world.sum(torch.ones(2), lambda: None).tolist())
     """
@@ -131,7 +131,7 @@ def test_who_waits_in_a_sum_looks_around_and_may_leave(run_ranks: RunRanks) -> N
 # Waiting for rank 0, and losing another
 
 
-def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: KeyValueStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_wait_for_rank_0_and_no_longer_than_asked(store: KeyValueStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now, slept = [1000.0], []
 
     def sleep(seconds: float) -> None:
@@ -140,10 +140,10 @@ def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: KeyValueStore, mo
 
     monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(distributed.time, "sleep", sleep)
-    second = World(1, 2, CPU, board=board)
+    second = World(1, 2, CPU, store=store)
     second.wait_for_main("saved", 60)
     assert len(slept) == 3
-    World(0, 2, CPU, board=board).wait_for_main("saved", 60)
+    World(0, 2, CPU, store=store).wait_for_main("saved", 60)
     second.wait_for_main("saved", 60)
     assert len(slept) == 3, "rank 0 has come"
     second.wait_for_main("another", 60)
@@ -160,7 +160,7 @@ def test_ranks_wait_for_rank_0_and_no_longer_than_asked(board: KeyValueStore, mo
         (RuntimeError("[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), 1, False),
     ],
 )
-def test_which_errors_tell_of_another_rank(error: RuntimeError, size: int, lost: bool) -> None:
+def test_which_errors_mean_that_another_rank_is_lost(error: RuntimeError, size: int, lost: bool) -> None:
     assert World(0, size, CPU).lost_another(error) is lost
 
 
@@ -181,12 +181,12 @@ def test_a_killed_rank_is_an_error_of_that_kind(run_ranks: RunRanks) -> None:
     assert run_ranks(code) == ["True\n", ""]
 
 
-def test_a_board_that_went_with_rank_0_means_that_rank_0_has_come() -> None:
+def test_a_store_that_ended_with_rank_0_means_that_rank_0_was_here() -> None:
     class Gone(KeyValueStore):
         def __init__(self) -> None:
             """No store."""
 
-        def get(self, name: str) -> str | None:
+        def get(self, key: str) -> str | None:
             raise RuntimeError("Connection reset by peer")
 
-    World(1, 2, CPU, board=Gone()).wait_for_main("saved", 60)
+    World(1, 2, CPU, store=Gone()).wait_for_main("saved", 60)
