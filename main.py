@@ -46,7 +46,7 @@ def write_report(config: RunConfig, world: World) -> None:
     try:
         from report import write_report as write
 
-        logger.info(f"report {write(config.log_dir, None, None, world.device, config.model)}")
+        logger.info(f"report {write(config.log_dir, None, None, device=world.device, model=config.model)}")
     except Exception as error:
         logger.warning(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
 

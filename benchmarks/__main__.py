@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     results: dict[str, list[Table]] = {}
     with tempfile.TemporaryDirectory(dir=given.work_dir) as folder:
-        options = Options(device, given.quick, Path(folder), given.cases, given.num_workers)
+        options = Options(
+            device=device, quick=given.quick, work_dir=Path(folder), cases=given.cases, num_workers=given.num_workers
+        )
         for suite in SUITES if given.suite == "all" else (given.suite,):
             results[suite] = importlib.import_module(f"benchmarks.{suite}").run(options)
             for table in results[suite]:

@@ -66,8 +66,23 @@ def make_closed(result_dir: Path, ruleset: str) -> None:
     for number in range(RUNS):
         epochs = around + 20 * rng.randint(-20, 20)
         clock_ms = round(epochs * TRAINING / 0.07) + rng.randint(0, 10_000)
-        path = write_log(results / f"result_{number}.txt", rng.randrange(2**31), epochs, clock_ms, arguments)
-        series.runs.append(Done(f"run_{number}", 0, "success", epochs, clock_ms, digest_of(path)))
+        path = write_log(
+            results / f"result_{number}.txt",
+            rng.randrange(2**31),
+            epochs=epochs,
+            clock_ms=clock_ms,
+            arguments=arguments,
+        )
+        series.runs.append(
+            Done(
+                folder=f"run_{number}",
+                seed=0,
+                status="success",
+                epochs=epochs,
+                clock_ms=clock_ms,
+                sha256=digest_of(path),
+            )
+        )
         print(f"log {number + 1} of {RUNS}", end="\r", flush=True)
     series.save(own)
 

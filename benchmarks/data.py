@@ -33,7 +33,9 @@ def write_patients(folder: Path, count: int, shape: Shape) -> list[str]:
         image, mask = make_phantom(0, number, shape)
         case = f"case_{number:05d}"
         boxes = foreground_boxes(mask.array, len(KITS19.classes))
-        records[case] = save_case(folder, case, normalise(image.array.astype(np.float32), KITS19), mask.array, boxes)
+        records[case] = save_case(
+            folder, case, image=normalise(image.array.astype(np.float32), KITS19), label=mask.array, boxes=boxes
+        )
     write_index(folder, records)
     return list(records)
 
@@ -49,7 +51,13 @@ def save_case(
             stream.flush()
             os.fsync(stream.fileno())
     # No suite asks for a digest, a source or statistics.
-    return CaseRecord(None, boxes, {}, [[0, 0], [0, 0]], {"mean": 0.0, "deviation": 1.0})
+    return CaseRecord(
+        transform=None,
+        boxes=boxes,
+        digests={},
+        source_stamp=[[0, 0], [0, 0]],
+        statistics={"mean": 0.0, "deviation": 1.0},
+    )
 
 
 def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:

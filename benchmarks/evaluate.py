@@ -90,10 +90,12 @@ def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Ta
         found: dict[str, Tensor] = {}
 
         def naive(found: dict[str, Tensor] = found) -> None:
-            found["naive"] = naive_scores(folder, cases, network, scale.window, precision)
+            found["naive"] = naive_scores(folder, cases, network=network, window=scale.window, precision=precision)
 
         def ours(found: dict[str, Tensor] = found, batch_size: int = batch_size) -> None:
-            found["ours"] = batched_scores(folder, cases, network, scoring(scale.window, batch_size), precision)
+            found["ours"] = batched_scores(
+                folder, cases, network=network, how=scoring(scale.window, batch_size), precision=precision
+            )
 
         times = compare(naive, ours, scale.pairs, device)
         check_same(found["naive"], found["ours"], precision)

@@ -15,7 +15,7 @@ from runtime.warmup import seconds
 NOT_MEASURED = "not measured"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What every suite is run with.
 

@@ -50,7 +50,10 @@ def run(options: Options) -> list[Table]:
         sample_seed=0,
         device=options.device,
     )
-    return [measure_rates(options, folder, cases, shape, settings), count_bytes(folder, cases, shape, settings)]
+    return [
+        measure_rates(options, folder, cases=cases, shape=shape, settings=settings),
+        count_bytes(folder, cases, shape, settings),
+    ]
 
 
 def measure_rates(
@@ -73,14 +76,16 @@ def measure_rates(
     rows = [row("naive, one process", naive_rate, 1.0), row("pytorch, one process", rate, ratio)]
 
     workers = worker_count(options)
-    loader = make_training_loader("pytorch", folder, many, KITS19, replace(settings, num_workers=workers))
+    loader = make_training_loader(
+        "pytorch", folder, cases=many, spec=KITS19, settings=replace(settings, num_workers=workers)
+    )
     rate, ratio, _ = against_naive(lambda epoch: drain(loader, epoch), len(many))
     rows.append(row(f"pytorch, {workers} worker(s)", rate, ratio))
 
     # Every volume lies in the device's memory once: here an "epoch" is as many passes as give the same samples.
     passes = LOADER_SAMPLES // len(cases)
     with notes_held():
-        device_loader = make_training_loader("device", folder, cases, KITS19, settings)
+        device_loader = make_training_loader("device", folder, cases=cases, spec=KITS19, settings=settings)
         fallback = take_notes()
     name = f"device ({options.device.type}), no worker"
     if fallback:
@@ -126,8 +131,11 @@ def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: Load
     pages = []
     for number in range(COUNTED_CROPS):
         index = number % len(cases)
-        start, _ = draw_sample(number, index, shape, boxes[index], settings)
-        touched = [page_bytes(at, shape, start, settings.patch, n) for at, n in zip(offsets, ITEMSIZES, strict=True)]
+        start, _ = draw_sample(number, index, shape=shape, boxes=boxes[index], settings=settings)
+        touched = [
+            page_bytes(at, shape, start=start, patch=settings.patch, itemsize=n)
+            for at, n in zip(offsets, ITEMSIZES, strict=True)
+        ]
         pages.append(sum(touched))
     cold = read_cold(ForgettingDataset(folder, cases, boxes, settings), folder, cases)
     rows: list[list[str | float]] = [

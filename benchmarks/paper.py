@@ -111,7 +111,7 @@ class Layout:
         return self.batch / self.training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What a layout gives, in seconds but for `evaluations`, their number.
 
@@ -158,7 +158,14 @@ def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
     # Evaluated elsewhere, training waits only where an evaluation takes longer than the epochs between two.
     pause = max(0.0, evaluation - interval) if layout.evaluating else evaluation
     total = samples / layout.batch * step + (evaluations - 1) * pause + evaluation
-    return Forecast(step, exposed, evaluation, pause / (pause + interval), evaluations, total)
+    return Forecast(
+        step=step,
+        exposed=exposed,
+        evaluation=evaluation,
+        share=pause / (pause + interval),
+        evaluations=evaluations,
+        total=total,
+    )
 
 
 def evaluation_s(device: Device, ranks: int) -> float:

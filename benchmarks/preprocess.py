@@ -71,7 +71,7 @@ def run(options: Options) -> list[Table]:
     program.write_text(PROGRAM, encoding="utf-8")
 
     def measure(raw: Path, processes: int, threads: int | None) -> Measured:
-        return preprocess_once(program, raw, options.work_dir / "results", processes, threads)
+        return preprocess_once(program, raw, results=options.work_dir / "results", processes=processes, threads=threads)
 
     ways: dict[str, Callable[[], Measured]] = {
         "1 process, 1 thread": lambda: measure(all_cases, 1, 1),

@@ -32,7 +32,7 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """What each process trains on; `rounds` is how often every row is run, in turn."""
 
@@ -50,10 +50,10 @@ def run(options: Options) -> list[Table]:
 
 def scale_of(options: Options) -> Scale:
     if options.quick:
-        return Scale((4, 8), 16, 2, 1, 2, 1)
+        return Scale(filters=(4, 8), window=16, batch_size=2, epochs=1, warmup_steps=2, rounds=1)
     if options.device.type == "cuda":
-        return Scale(MLPERF_FILTERS, 128, 7, 8, 8, 3)
-    return Scale((16, 32, 64, 128), 32, 2, 1, 4, 3)
+        return Scale(filters=MLPERF_FILTERS, window=128, batch_size=7, epochs=8, warmup_steps=8, rounds=3)
+    return Scale(filters=(16, 32, 64, 128), window=32, batch_size=2, epochs=1, warmup_steps=4, rounds=3)
 
 
 def processes(options: Options) -> Table:

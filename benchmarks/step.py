@@ -54,7 +54,7 @@ class Scale:
     pairs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Way:
     """How a step is made. The default is the full set."""
 
@@ -159,7 +159,7 @@ def gains(device: torch.device, scale: Scale) -> Table:
 def measure(choice: Choice, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
     without = make_step(replace(Way(), **choice.off), device, scale, batch_size)
     step = make_step(replace(Way(), **choice.on), device, scale, batch_size)
-    return compare(without, step, scale.pairs, device, WARM_UP)
+    return compare(without, step, pairs=scale.pairs, device=device, warm_up=WARM_UP)
 
 
 def unmeasurable(choice: Choice, device: torch.device) -> str:

@@ -55,7 +55,7 @@ DISK_SHARE = 0.5
 BLOCK_VOXELS = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Emulated:
     """What an accelerator saw of an epoch, times in s; `first_wait_s` is that for the first batch."""
 
@@ -82,7 +82,16 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
     total = sum(path.stat().st_size for path in files)
     batch_size = min(BATCH_SIZE, len(cases))
     step_s = batch_size / (samples_per_s or speed)
-    settings = LoaderSettings(patch, 0.4, batch_size, worker_count(options), 0, 1, order_seed=0, sample_seed=0)
+    settings = LoaderSettings(
+        patch=patch,
+        oversampling=0.4,
+        batch_size=batch_size,
+        num_workers=worker_count(options),
+        rank=0,
+        ranks=1,
+        order_seed=0,
+        sample_seed=0,
+    )
 
     # The call may be missing, or ignored in silence as a file system in memory does: then nothing is cold.
     is_cold_possible = drop_caches(files) and was_dropped(files[0])
@@ -91,7 +100,7 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
         for accelerators in ACCELERATORS:
             workers = max(1, settings.num_workers // accelerators)
             ranks = replace(settings, num_workers=workers, ranks=accelerators)
-            seen = feed(folder, cases, ranks, step_s, steps, is_cold)
+            seen = feed(folder, cases, settings=ranks, step_s=step_s, steps=steps, is_cold=is_cold)
             rows.append(["cold" if is_cold else "warm", accelerators, workers, *figures_of(seen, patch)])
             if utilisation(seen) < PASSING:
                 break
@@ -173,7 +182,9 @@ def write_volumes(folder: Path, shapes: Sequence[Shape], patch: Shape) -> list[s
     for number, shape in enumerate(shapes):
         case = f"case_{number:05d}"
         boxes = {1: [_kidney(shape, patch, side) for side in (0.25, 0.75)]}
-        records[case] = save_case(folder, case, np.resize(image, (1, *shape)), np.resize(label, (1, *shape)), boxes)
+        records[case] = save_case(
+            folder, case, image=np.resize(image, (1, *shape)), label=np.resize(label, (1, *shape)), boxes=boxes
+        )
     write_index(folder, records)
     return list(records)
 
@@ -243,7 +254,9 @@ def emulate(
         steps += 1
         samples += len(batch["image"])
         sleep(step_s)
-    return Emulated(steps, samples, steps * step_s, clock() - started, first_wait)
+    return Emulated(
+        steps=steps, samples=samples, compute_s=steps * step_s, total_s=clock() - started, first_wait_s=first_wait
+    )
 
 
 def utilisation(seen: Sequence[Emulated]) -> float:

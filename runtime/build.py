@@ -277,7 +277,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         steps=run.fixed_batches,
         capped=run.pseudo_labels,
     )
-    loader = make_training_loader(config.loader, config.data_dir, training, run.dataset, settings)
+    loader = make_training_loader(config.loader, config.data_dir, cases=training, spec=run.dataset, settings=settings)
     return loader, events.DataOpened(
         train_samples=len(training),
         eval_samples=len(evaluation),

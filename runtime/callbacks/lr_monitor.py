@@ -20,15 +20,15 @@ class LRMonitor(Callback):
         self._path = run.log_dir / "rates.csv" if run.world.is_main else None
         self._every = every
         self._steps = 0
-        self._write("epoch", "batch", "learning_rate", "loss_scale", "gradient_norm", mode="w")
+        self._write(["epoch", "batch", "learning_rate", "loss_scale", "gradient_norm"], mode="w")
 
     def on_step_end(self, step: StepEnd, state: TrainState) -> None:
         self._steps += 1
         if self._steps % self._every == 0:
             rate = state.optimizer.param_groups[0]["lr"]
-            self._write(step.epoch, step.batch, rate, step.loss_scale, step.gradient_norm)
+            self._write([step.epoch, step.batch, rate, step.loss_scale, step.gradient_norm])
 
-    def _write(self, *row: object, mode: str = "a") -> None:
+    def _write(self, row: list[object], mode: str = "a") -> None:
         if self._path is not None:
             with self._path.open(mode, encoding="utf-8", newline="") as stream:
                 csv.writer(stream, lineterminator="\n").writerow(row)

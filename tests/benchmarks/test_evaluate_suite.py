@@ -38,7 +38,7 @@ SHAPES = ((13, 25, 8), (11, 17, 5), (6, 12, 4))
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     """Of the quick suite, by title."""
-    options = Options(CPU, quick=True, work_dir=tmp_path_factory.mktemp("evaluate"))
+    options = Options(device=CPU, quick=True, work_dir=tmp_path_factory.mktemp("evaluate"))
     return {table.title: table for table in evaluate.run(options)}
 
 
@@ -128,7 +128,7 @@ def test_round_robin_by_hand() -> None:
 
 
 def test_the_gpus_windows_and_volumes_need_cutting_and_padding() -> None:
-    options = Options(torch.device("cuda", 0), quick=False, work_dir=Path())
+    options = Options(device=torch.device("cuda", 0), quick=False, work_dir=Path())
     scale, _ = evaluate.scales_of(options).values()
     remainders = [size % 64 for shape in scale.volumes for size in shape]
     assert any(0 < remainder < 32 for remainder in remainders)

@@ -108,7 +108,7 @@ def test_dropped_files_are_read_again_unharmed(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_suite_measures_every_loader(tmp_path: Path) -> None:
-    rates, read = run(Options(torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
+    rates, read = run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
     assert [row[0] for row in rates.rows] == [
         "naive, one process",
         "pytorch, one process",

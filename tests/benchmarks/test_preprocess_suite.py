@@ -34,7 +34,7 @@ def test_a_case_in_memory_is_its_float32_and_its_mask() -> None:
 
 
 def test_the_suite_measures_one_core_all_cores_and_memory(tmp_path: Path) -> None:
-    rates, memory = run(Options(torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
+    rates, memory = run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
     names = ["1 process, 1 thread", "1 process, torch's own threads", "1 process(es)"]
     assert [row[0] for row in rates.rows] == names
     assert rates.rows[0][3] == 1.0

@@ -160,7 +160,7 @@ def test_the_paper_tables_are_whole_and_mark_what_is_extrapolated() -> None:
 @pytest.mark.integration
 def test_the_measured_rows_come_from_one_and_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # a core: one process with all threads is the first
-    table = scaling.processes(Options(CPU, quick=True, work_dir=tmp_path))
+    table = scaling.processes(Options(device=CPU, quick=True, work_dir=tmp_path))
     assert [row[:2] for row in table.rows] == [[1, 1], [2, 1]]
     for row in table.rows:
         assert len(row) == len(table.columns)
@@ -190,7 +190,7 @@ def test_processes_share_the_cores_and_no_launchers_variables(monkeypatch: pytes
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     started = recorded(monkeypatch)
-    table = scaling.processes(Options(CPU, quick=True, work_dir=tmp_path))
+    table = scaling.processes(Options(device=CPU, quick=True, work_dir=tmp_path))
     threads = [run["env"]["OMP_NUM_THREADS"] for run in started]
     ranks = [2 if "torch.distributed.run" in run["command"] else 1 for run in started]
     assert list(zip(ranks, threads, strict=True)) == [(1, "4"), (2, "4"), (1, "8")]
@@ -202,12 +202,12 @@ def test_processes_share_the_cores_and_no_launchers_variables(monkeypatch: pytes
 def test_a_process_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorded(monkeypatch, returncode=2, stderr="first\nmain.py: error: why\nof the launcher")
     with pytest.raises(UserError, match=r"exited with 2: main.py: error: why"):
-        scaling.processes(Options(CPU, quick=True, work_dir=tmp_path))
+        scaling.processes(Options(device=CPU, quick=True, work_dir=tmp_path))
 
 
 def test_one_gpu_measures_no_second_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = recorded(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    table: Table = scaling.processes(Options(torch.device("cuda", 0), quick=True, work_dir=tmp_path))
+    table: Table = scaling.processes(Options(device=torch.device("cuda", 0), quick=True, work_dir=tmp_path))
     assert started == []
     assert table.rows[0][2].startswith(NOT_MEASURED)

@@ -24,7 +24,7 @@ SMALL = Scale((4, 8), (8, 8, 8), 2, 1)
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
     """Of the quick suite, by title."""
-    options = Options(CPU, quick=True, work_dir=tmp_path_factory.mktemp("step"))
+    options = Options(device=CPU, quick=True, work_dir=tmp_path_factory.mktemp("step"))
     return {table.title: table for table in step.run(options)}
 
 
@@ -130,5 +130,5 @@ def test_a_gpu_that_holds_no_sample_is_a_clear_line() -> None:
 
 def test_the_quick_suite_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "gains", lambda device, scale: Table("", [], []))
-    step.run(Options(CPU, quick=True, work_dir=tmp_path))
+    step.run(Options(device=CPU, quick=True, work_dir=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ SMALL = (16, 16, 16)
 
 
 def options(work_dir: Path, cases: int | None = None) -> Options:
-    return Options(torch.device("cpu"), quick=True, work_dir=work_dir, cases=cases, num_workers=1)
+    return Options(device=torch.device("cpu"), quick=True, work_dir=work_dir, cases=cases, num_workers=1)
 
 
 def test_sizes_follow_the_law() -> None:
@@ -152,19 +152,21 @@ def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: py
     def feed(_: Path, __: object, settings: LoaderSettings, ___: float, ____: int, is_cold: bool) -> list[Emulated]:
         asked.append((settings.ranks, settings.num_workers, is_cold))
         compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
-        return [Emulated(9, 63, compute_s, 10.0, 0.5)] * settings.ranks
+        return [Emulated(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)] * settings.ranks
 
     monkeypatch.setattr(storage, "feed", feed)
     monkeypatch.setattr(storage, "was_dropped", lambda path: True)
     monkeypatch.setattr(storage, "drop_caches", lambda files: True)
-    table = storage.run(Options(torch.device("cpu"), True, tmp_path, cases=9, num_workers=4))[0]
+    table = storage.run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, cases=9, num_workers=4))[0]
     assert asked == [(1, 4, False), (2, 2, False), (4, 1, False), (1, 4, True), (2, 2, True)]
     assert [row[0] for row in table.rows] == ["warm"] * 3 + ["cold"] * 2
     assert [row[-1] for row in table.rows] == ["yes", "yes", "no", "yes", "no"]
 
 
 def test_what_cannot_be_dropped_is_not_called_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "feed", lambda *_: [Emulated(1, 7, 1.0, 1.0, 0.0)])
+    monkeypatch.setattr(
+        storage, "feed", lambda *_: [Emulated(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)]
+    )
     monkeypatch.setattr(storage, "was_dropped", lambda path: False)
     table = storage.run(options(tmp_path))[0]
     assert [row[:2] for row in table.rows] == [["warm", accelerators] for accelerators in (1, 2, 4, 8)]

@@ -82,7 +82,7 @@ def inject(fault: Callable[..., Row], folder: Path) -> Row:
     try:
         return fault(folder)
     except UserError as error:
-        return Row(fault.__name__, f"not measured: {error}", "", 0, 0)
+        return Row(fault=fault.__name__, promise=f"not measured: {error}", test="", tried=0, kept=0)
 
 
 def _line(row: Row) -> str:

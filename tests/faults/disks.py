@@ -74,14 +74,14 @@ def damaged_checkpoints(work_dir: Path, tries: int = 1000, seed: int = 0) -> Row
         if found is None or found.path != older or not is_same(found.last, dict(state.network.state_dict())):
             failures.append(f"try {number} ({what}): the one before it was not taken")
     return Row(
-        "a checkpoint cut or flipped at random",
-        "refused by its checksum; --resume names it and takes the one before",
-        "test_faults.py::test_damaged_checkpoints",
-        tries,
-        tries - len({f.split(" ")[1] for f in failures}),
-        slowest,
-        "since the one before it",
-        tuple(failures),
+        fault="a checkpoint cut or flipped at random",
+        promise="refused by its checksum; --resume names it and takes the one before",
+        test="test_faults.py::test_damaged_checkpoints",
+        tried=tries,
+        kept=tries - len({f.split(" ")[1] for f in failures}),
+        seconds=slowest,
+        lost="since the one before it",
+        failures=tuple(failures),
     )
 
 
@@ -128,14 +128,14 @@ def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
     left = [file.name for file in work_dir.iterdir() if file.name.endswith(".tmp")]
     failures += [f"left behind: {left}"] if left else []
     return Row(
-        "SIGKILL while saving",
-        "the newest checkpoint file is whole: the last one or the one before",
-        "test_faults.py::test_killed_while_saving",
-        tries,
-        tries - len(failures),
-        None,
-        "none that was saved",
-        tuple(failures),
+        fault="SIGKILL while saving",
+        promise="the newest checkpoint file is whole: the last one or the one before",
+        test="test_faults.py::test_killed_while_saving",
+        tried=tries,
+        kept=tries - len(failures),
+        seconds=None,
+        lost="none that was saved",
+        failures=tuple(failures),
     )
 
 
@@ -159,14 +159,14 @@ def full_disk(work_dir: Path, tries: int = 2) -> Row:
         if (log_dir / "checkpoint.pth").read_bytes() != before or list(log_dir.glob(".*.tmp")):
             failures.append(f"try {number}: the last good checkpoint was touched, or a temporary file stayed")
     return Row(
-        "disk full while saving",
-        "a warning, training goes on, the last good one untouched; exit status 2 at the end",
-        "test_faults.py::test_full_disk",
-        tries,
-        tries - len({f.split(":")[0] for f in failures}),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        fault="disk full while saving",
+        promise="a warning, training goes on, the last good one untouched; exit status 2 at the end",
+        test="test_faults.py::test_full_disk",
+        tried=tries,
+        kept=tries - len({f.split(":")[0] for f in failures}),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )
 
 
@@ -190,14 +190,14 @@ def full_disk_for_logs(work_dir: Path, tries: int = 2) -> Row:
         if not history(full).items() <= history(whole).items():
             failures.append(f"try {number}: what was logged is wrong")
     return Row(
-        "disk full while logging",
-        "one warning a log, training goes on",
-        "test_faults.py::test_full_disk_for_logs",
-        tries,
-        tries - len({f.split(":")[0] for f in failures}),
-        None,
-        "the rest of that log",
-        tuple(failures),
+        fault="disk full while logging",
+        promise="one warning a log, training goes on",
+        test="test_faults.py::test_full_disk_for_logs",
+        tried=tries,
+        kept=tries - len({f.split(":")[0] for f in failures}),
+        seconds=None,
+        lost="the rest of that log",
+        failures=tuple(failures),
     )
 
 
@@ -241,14 +241,14 @@ def lost_volumes(work_dir: Path, tries: int = 6) -> Row:
         problems = [back.last_line()] if any(back.wait()) else differences(whole, log_dir)
         failures += [f"try {number}: {problem}" for problem in problems]
     return Row(
-        "a volume vanishes, is cut or changes during the run",
-        "the run ends with its name on the last line; once it is back, --resume continues exactly",
-        "test_faults.py::test_lost_volumes",
-        tries,
-        tries - len({f.split(":")[0] for f in failures}),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        fault="a volume vanishes, is cut or changes during the run",
+        promise="the run ends with its name on the last line; once it is back, --resume is exact",
+        test="test_faults.py::test_lost_volumes",
+        tried=tries,
+        kept=tries - len({f.split(":")[0] for f in failures}),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )
 
 
@@ -283,13 +283,13 @@ def numbers_gone_wrong(work_dir: Path, tries: int = 4) -> Row:
         if not is_same(kept.best, best.best) or not all(bool(value.isfinite().all()) for value in kept.last.values()):
             failures.append(f"try {number}: the best or the last state is not what it was")
     return Row(
-        "NaN or infinity in loss or gradients",
-        "all ranks stop at that step, exit status 3, with epoch, batch, rank, "
+        fault="NaN or infinity in loss or gradients",
+        promise="all ranks stop at that step, exit status 3, with epoch, batch, rank, "
         "case, crop, loss scale and gradient norm; the best and the last good state stay",
-        "test_faults.py::test_numbers_gone_wrong",
-        tries,
-        tries - len({f.split(":")[0] for f in failures}),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        test="test_faults.py::test_numbers_gone_wrong",
+        tried=tries,
+        kept=tries - len({f.split(":")[0] for f in failures}),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )

@@ -35,10 +35,10 @@ def lost_rank(work_dir: Path, tries: int = 2) -> Row:
     return _inject(
         work_dir,
         tries,
-        "a rank is killed",
-        lambda run: run.signal(signal.SIGKILL, 1),
-        [RANK_LOST_EXIT, -signal.SIGKILL],
-        r"rank 1 .*(killed|lost)",
+        fault="a rank is killed",
+        strike=lambda run: run.signal(signal.SIGKILL, 1),
+        expected=[RANK_LOST_EXIT, -signal.SIGKILL],
+        said=r"rank 1 .*(killed|lost)",
     )
 
 
@@ -47,10 +47,10 @@ def stopped_rank(work_dir: Path, tries: int = 1) -> Row:
     return _inject(
         work_dir,
         tries,
-        "a rank is stopped (SIGSTOP)",
-        lambda run: run.signal(signal.SIGSTOP, 1),
-        [RANK_LOST_EXIT, -signal.SIGKILL],
-        r"rank 1 .*no sign of life",
+        fault="a rank is stopped (SIGSTOP)",
+        strike=lambda run: run.signal(signal.SIGSTOP, 1),
+        expected=[RANK_LOST_EXIT, -signal.SIGKILL],
+        said=r"rank 1 .*no sign of life",
     )
 
 
@@ -59,10 +59,10 @@ def hung_rank(work_dir: Path, tries: int = 1) -> Row:
     return _inject(
         work_dir,
         tries,
-        "a rank hangs",
-        lambda run: None,
-        [RANK_LOST_EXIT] * 2,
-        r"hangs at epoch .*rank 1 in _hang",
+        fault="a rank hangs",
+        strike=lambda run: None,
+        expected=[RANK_LOST_EXIT] * 2,
+        said=r"hangs at epoch .*rank 1 in _hang",
         program=HANGING,
         settings={"HANG_RANK": "1", "HANG_AT": "100"},
     )
@@ -73,10 +73,10 @@ def killed_worker(work_dir: Path, tries: int = 2) -> Row:
     return _inject(
         work_dir,
         tries,
-        "a loader worker is killed",
-        lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGKILL),
-        [RANK_LOST_EXIT, USER_ERROR_EXIT],
-        r"worker .*(killed|exited unexpectedly)",  # torch's words, as it comes to know
+        fault="a loader worker is killed",
+        strike=lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGKILL),
+        expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
+        said=r"worker .*(killed|exited unexpectedly)",  # torch's words, as it comes to know
     )
 
 
@@ -85,11 +85,11 @@ def hung_worker(work_dir: Path, tries: int = 1) -> Row:
     return _inject(
         work_dir,
         tries,
-        "a loader worker hangs",
-        lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGSTOP),
-        [RANK_LOST_EXIT, USER_ERROR_EXIT],
+        fault="a loader worker hangs",
+        strike=lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGSTOP),
+        expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
         # Where it was stopped in the middle of handing a batch over, torch's timeout does not hold, but the watchdog.
-        r"while ball_\d\d was awaited|rank 1 hangs at .*waiting for data",
+        said=r"while ball_\d\d was awaited|rank 1 hangs at .*waiting for data",
     )
 
 
@@ -144,14 +144,14 @@ def _inject(
         problems += [f"did not come back: {back.last_line()}"] if any(back.wait()) else differences(whole, log_dir)
         failures += [f"{fault}, try {number}: {problem}" for problem in problems]
     return Row(
-        fault,
-        f"every rank ends within {PROMISED_S:.0f} s with the cause on its last line; --resume continues exactly",
-        "test_faults.py::test_lost",
-        tries,
-        tries - len({failure.split(":")[0] for failure in failures}),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        fault=fault,
+        promise=f"every rank ends within {PROMISED_S:.0f} s with the cause on its last line; --resume is exact",
+        test="test_faults.py::test_lost",
+        tried=tries,
+        kept=tries - len({failure.split(":")[0] for failure in failures}),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )
 
 
@@ -203,14 +203,14 @@ def restarted(work_dir: Path, tries: int = 10) -> Row:
         problems = [f"exit status {status}"] if status else differences(whole, log_dir)
         failures += [f"torchrun, try {number}: {problem}" for problem in problems]
     return Row(
-        "a rank is killed under torchrun --max-restarts",
-        "the group comes back by itself and ends bit for bit the same",
-        "test_faults.py::test_restarted",
-        tries,
-        tries - len({failure.split(":")[0] for failure in failures}),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        fault="a rank is killed under torchrun --max-restarts",
+        promise="the group comes back by itself and ends bit for bit the same",
+        test="test_faults.py::test_restarted",
+        tried=tries,
+        kept=tries - len({failure.split(":")[0] for failure in failures}),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )
 
 
@@ -247,12 +247,12 @@ def second_signal(work_dir: Path, tries: int = 2) -> Row:
         if statuses != [-signal.SIGTERM]:
             failures.append(f"exit statuses {statuses}")
     return Row(
-        "a second SIGTERM",
-        "ends at once",
-        "test_faults.py::test_second_signal",
-        tries,
-        tries - len(failures),
-        slowest,
-        "since the last checkpoint",
-        tuple(failures),
+        fault="a second SIGTERM",
+        promise="ends at once",
+        test="test_faults.py::test_second_signal",
+        tried=tries,
+        kept=tries - len(failures),
+        seconds=slowest,
+        lost="since the last checkpoint",
+        failures=tuple(failures),
     )

@@ -156,7 +156,7 @@ def cut_off_host(work_dir: Path, tries: int = 1) -> Row:
     """Cuts the second host's cable in the middle of a run on two, and brings it back; how long varies with the try."""
     fault, test = "one of two hosts is cut off from the network, and comes back", "tests/integration/test_hosts.py"
     if reason := why_not():
-        return Row(fault, reason, test, tried=0, kept=0)
+        return Row(fault=fault, promise=reason, test=test, tried=0, kept=0)
     data, whole = write_balls(work_dir / "data"), work_dir / "whole"
     failures: list[str] = []
     slowest = lost_s = 0.0
@@ -169,14 +169,14 @@ def cut_off_host(work_dir: Path, tries: int = 1) -> Row:
         failures += [f"try {number}: {problem}" for problem in problems]
         slowest, lost_s = max(slowest, stopped_s), max(lost_s, unsaved_s)
     return Row(
-        fault,
-        f"both stop within {LIMIT_S:.0f} s, the cause as the last line; restarted, they end as without the cut",
-        test,
-        tries,
-        kept,
-        slowest,
-        f"{lost_s:.1f} s, saving every 1.2 s",
-        tuple(failures),
+        fault=fault,
+        promise=f"both stop within {LIMIT_S:.0f} s, the cause as the last line; restarted, they end as without the cut",
+        test=test,
+        tried=tries,
+        kept=kept,
+        seconds=slowest,
+        lost=f"{lost_s:.1f} s, saving every 1.2 s",
+        failures=tuple(failures),
     )
 
 

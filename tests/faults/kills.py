@@ -58,14 +58,14 @@ def killed_at_random(work_dir: Path, tries: int = 20, seed: int = 0, ways: Seque
         problems = [f"ended with {statuses}: {last.last_line()}"] if any(statuses) else differences(whole, broken)
         failures += [f"{way}: {problem}" for problem in problems]
     return Row(
-        "SIGKILL at a random moment",
-        "--resume ends bit for bit as without the kill; lost is what was not yet saved",
-        "test_faults.py::test_killed_and_resumed",
-        done,
-        done if not failures else 0,
-        slowest,
-        f"{lost_s:.1f} s, saving every 0.5 s",
-        tuple(failures),
+        fault="SIGKILL at a random moment",
+        promise="--resume ends bit for bit as without the kill; lost is what was not yet saved",
+        test="test_faults.py::test_killed_and_resumed",
+        tried=done,
+        kept=done if not failures else 0,
+        seconds=slowest,
+        lost=f"{lost_s:.1f} s, saving every 0.5 s",
+        failures=tuple(failures),
     )
 
 
@@ -124,12 +124,12 @@ def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
                 failures.append(f"{what}: did not come back: {back.last_line()}")
             failures += [f"{what}: {problem}" for problem in differences(wholes[ranks], log_dir)]
     return Row(
-        "SIGTERM, SIGINT",
-        "saves and stops within 10 s, exit status 143 or 130 on every rank; --resume is exact",
-        "test_faults.py::test_asked_to_leave",
-        tries,
-        tries - len({failure.split(":")[0] for failure in failures}),
-        slowest,
-        "none",
-        tuple(failures),
+        fault="SIGTERM, SIGINT",
+        promise="saves and stops within 10 s, exit status 143 or 130 on every rank; --resume is exact",
+        test="test_faults.py::test_asked_to_leave",
+        tried=tries,
+        kept=tries - len({failure.split(":")[0] for failure in failures}),
+        seconds=slowest,
+        lost="none",
+        failures=tuple(failures),
     )

@@ -48,7 +48,7 @@ def write_balls(folder: Path, train: int = 12, evaluation: int = 3) -> Path:
             label[0][((grid - centre[:, None, None, None]) ** 2).sum(0) < 16] = value
         image = (label + rng.normal(0, 0.1, label.shape)).astype(np.float32)
         boxes = foreground_boxes(label, len(SPEC.classes))
-        records[f"ball_{number:02}"] = save_case(folder, f"ball_{number:02}", image, label, boxes)
+        records[f"ball_{number:02}"] = save_case(folder, f"ball_{number:02}", image=image, label=label, boxes=boxes)
     names = list(records)
     split = {"train": names[evaluation:], "evaluation": names[:evaluation]}
     write_json(folder / INDEX_NAME, DatasetIndex(SPEC, split, records).to_json())

@@ -68,9 +68,13 @@ def make_subjects(work_dir: Path) -> list[Subject]:
             os.utime(path, (0, 0))
         _preprocess("msd", msd, preprocessed)  # notes these times
         return [
-            make_subject(msd, partial(_preprocess, "msd"), preprocessing_result, 0.4, (".gz",)),
-            make_subject(kits19, partial(_preprocess, "kits19"), preprocessing_result, 0.2, (".gz",)),
-            make_subject(preprocessed, _train, training_result, 0.4, (".npy", ".json")),
+            make_subject(
+                msd, partial(_preprocess, "msd"), result=preprocessing_result, share=0.4, has_checksum=(".gz",)
+            ),
+            make_subject(
+                kits19, partial(_preprocess, "kits19"), result=preprocessing_result, share=0.2, has_checksum=(".gz",)
+            ),
+            make_subject(preprocessed, _train, result=training_result, share=0.4, has_checksum=(".npy", ".json")),
         ]
 
 
@@ -81,7 +85,15 @@ def make_subject(
     out = good.with_name(f"{good.name} result")
     if status := program(good, out):
         raise RuntimeError(f"{good}: exit status {status}, and it is undamaged")
-    return Subject(good.name, good, program, result, result(out), share, has_checksum)
+    return Subject(
+        name=good.name,
+        good=good,
+        program=program,
+        result=result,
+        expected=result(out),
+        share=share,
+        has_checksum=has_checksum,
+    )
 
 
 def _preprocess(layout: str, data: Path, out: Path) -> int:
@@ -121,7 +133,9 @@ def _write_msd(folder: Path, cases: int) -> None:
     pairs = []
     for number in range(cases):
         names = [f"imagesTr/scan_{number}{'.nii' if number % 2 else '.nii.gz'}", f"labelsTr/scan_{number}.nii.gz"]
-        _write_pair(folder / names[0], folder / names[1], number, (12, 13 + number, 14), (2.0, 1.0, 1.5))
+        _write_pair(
+            folder / names[0], folder / names[1], seed=number, shape=(12, 13 + number, 14), spacing_mm=(2.0, 1.0, 1.5)
+        )
         pairs.append({"image": f"./{names[0]}", "label": f"./{names[1]}"})
     labels = {"0": "background", "1": "kidney", "2": "tumour"}
     content = {"name": "Scans", "modality": {"0": "CT"}, "labels": labels, "training": pairs}

@@ -12,7 +12,10 @@ from tests.faults import Row
 from tests.faults import __main__ as program
 from tests.faults.__main__ import BEGIN, END, main, write
 
-ROWS = [Row("a fault", "held", "t.py::a", 3, 3, 1.234, "none"), Row("another", "held", "t.py::b", 2, 1, 0.0321)]
+ROWS = [
+    Row(fault="a fault", promise="held", test="t.py::a", tried=3, kept=3, seconds=1.234, lost="none"),
+    Row(fault="another", promise="held", test="t.py::b", tried=2, kept=1, seconds=0.0321),
+]
 
 
 def document(folder: Path) -> Path:
@@ -37,7 +40,7 @@ def test_a_fault_that_is_measured_again_changes_its_row_alone(tmp_path: Path) ->
     path = document(tmp_path)
     write(path, ROWS, 12.4)
     before = path.read_text(encoding="utf-8")
-    write(path, [Row("another", "held", "t.py::b", 2, 2, 4.0)], 0.0)
+    write(path, [Row(fault="another", promise="held", test="t.py::b", tried=2, kept=2, seconds=4.0)], 0.0)
     old, new = "| another | held | `t.py::b` | 2, 1 | 0.032 |  |", "| another | held | `t.py::b` | 2, 2 | 4 |  |"
     assert path.read_text(encoding="utf-8") == before.replace(old, new) != before
 
@@ -58,7 +61,7 @@ def test_a_promise_that_was_not_kept_is_told_and_fails(
 ) -> None:
     def lost(work_dir: Path) -> Row:
         assert work_dir.is_dir()
-        return Row("lost", "held", "t.py", 1, 1 - len(failures), failures=failures)
+        return Row(fault="lost", promise="held", test="t.py", tried=1, kept=1 - len(failures), failures=failures)
 
     faults: tuple[Callable[..., Row], ...] = (lost,)
     monkeypatch.setattr(program, "FAULTS", faults)

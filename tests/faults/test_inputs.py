@@ -48,7 +48,9 @@ def good(tmp_path: Path) -> Path:
 
 def outcome_of(good: Path, program: Program, content: bytes | None = None, limit_s: float = 5.0) -> str:
     """What `judge` says of a program whose file has this content, None: the good one."""
-    subject = Subject("good", good, program, digest, digest(good), 1.0, ())
+    subject = Subject(
+        name="good", good=good, program=program, result=digest, expected=digest(good), share=1.0, has_checksum=()
+    )
     folder = good.parent / "try"
     shutil.copytree(good, folder / "data")
     if content is not None:
