@@ -279,7 +279,6 @@ UNDESCRIBED: set[str] = {
     "prediction/__init__.py",
     "runtime/callbacks/__init__.py",
     "runtime/checkpoint/__init__.py",
-    "runtime/mlperf/__init__.py",
 }
 
 
@@ -333,8 +332,6 @@ def crowded_dataclasses(tree: ast.Module) -> Iterator[str]:
 
 # Files with such calls, such functions, such dataclasses.
 CROWDED_CALLS: set[str] = {
-    "benchmarks/acceptance.py",
-    "benchmarks/made_up_runs.py",
     "data_loading/dataset.py",
     "data_loading/device_loader.py",
     "data_loading/phantom.py",
@@ -351,8 +348,6 @@ CROWDED_CALLS: set[str] = {
     "report/figures.py",
     "report/records.py",
     "runtime/mixup.py",
-    "runtime/mlperf/closed_division.py",
-    "runtime/mlperf/convergence.py",
     "submission/logs.py",
     "submission/package.py",
     "submission/picture.py",
@@ -374,9 +369,7 @@ CROWDED_DATACLASSES: set[str] = {
     "prediction/predict.py",
     "prediction/volumes.py",
     "report/records.py",
-    "runtime/arguments.py",
     "runtime/distributed/world.py",
-    "runtime/mlperf/convergence.py",
     "submission/logs.py",
     "submission/published_results.py",
     "submission/record.py",
@@ -433,7 +426,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "report/page.py",
     "report/records.py",
     "runtime/mlperf/closed_division.py",
-    "runtime/mlperf/convergence.py",
     "submission/__main__.py",
     "submission/checkers.py",
     "submission/launching.py",
@@ -463,8 +455,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "tests/prediction/test_pseudo_labels.py",
     "tests/report/test_report.py",
     "tests/runtime/conftest.py",
-    "tests/runtime/mlperf/test_closed_division.py",
-    "tests/runtime/test_arguments.py",
     "tests/runtime/test_training.py",
     "tests/submission/stub.py",
     "tests/submission/test_logs.py",
