@@ -10,13 +10,7 @@ from typing import Any
 from common.errors import UserError
 from common.registry import Spec
 from runtime.flag_fields import flag_names, make_parser
-from runtime.io_flags import (
-    NO_DATA,
-    InputOutputFlags,
-    LoggingFlags,
-    PredictionFlags,
-    SubmissionFlags,
-)
+from runtime.io_flags import NO_DATA, InputOutputFlags, LoggingFlags, PredictionFlags, SubmissionFlags
 from runtime.training_flags import NetworkFlags, OptimizerFlags, SamplingFlags, TrainingFlags
 
 DESCRIPTION = (

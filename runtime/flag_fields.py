@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from common.cli import Parser, number
 from common.errors import UserError
+from common.registry import Spec
 
 # Names of values in `--help` where a flag has none of its own.
-METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME", Spec: "SPEC"}
 
 # Converters of common kinds of numbers.
 POSITIVE = number(int, 1)
@@ -22,22 +23,26 @@ SHARE = number(float, 0, 1)
 NONNEGATIVE = number(float, 0)
 
 
+def trusted_spec(text: str) -> Spec:
+    """Returns a spec that the user typed: it may import whatever it names."""
+    return Spec(text, trusted=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flag:
     """Describes one flag; kept in the field's metadata under "flag".
 
     Attributes:
-        help: text of `--help`; "" for a field that is not a flag.
+        help: text of `--help`, to which a default that can be typed is added; "" for a field that is not a flag.
         type: converts one value; by default the field's annotation does.
         choices: the allowed values.
         nargs: number of values; by default that of the annotated tuple.
         metavar: name of a value in `--help`: its unit or kind.
-        shown_default: the default as `--help` shows it, where it depends on the environment or another flag.
         action: of argparse, for a switch with a negative form.
         aliases: further spellings, such as "-v".
         old: the former spelling, accepted for one version.
         group: title of the section of `--help` that starts with this flag.
-        mode: the only `--exec_mode` that takes the flag; "" where any does.
+        mode: the only `--exec_mode` that takes the flag; "" if all do.
         closed: MLPerf's closed division requires the default.
         network: belongs to a trained network: evaluation and prediction take it from the checkpoint.
         resume: effect of a changed value on a resumed run: "structural" (refused), "order" (reported; the rest of
@@ -49,7 +54,6 @@ class Flag:
     choices: tuple[str, ...] | None = None
     nargs: str | int | None = None
     metavar: str | tuple[str, ...] | None = None
-    shown_default: str = ""
     action: Any = "store_true"
     aliases: tuple[str, ...] = ()
     old: str = ""
@@ -67,12 +71,10 @@ def flag(default: Any, help: str, **details: Any) -> Any:
         default: the value where the flag is not given; a function is called for it.
         details: the other attributes of `Flag`.
     """
-    metadata = {"flag": Flag(help=help, **details)}
-    return (
-        field(default_factory=default, metadata=metadata)
-        if callable(default)
-        else field(default=default, metadata=metadata)
-    )
+    if details.get("mode"):
+        details["resume"] = "incidental"  # training does not read it
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"flag": Flag(help=help, **details)})
 
 
 def flag_names(config_class: type, **wanted: Any) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ def make_parser(config_class: type, prog: str, description: str) -> Parser:
 def _argparse_options(one: Field[Any], hint: Any) -> dict[str, Any]:
     """Keyword arguments of `add_argument` for a field with this annotation."""
     described: Flag = one.metadata["flag"]
-    default = described.shown_default or _typed_default(one)
+    default = _typed_default(one)
     text = f"{described.help} (default: {default})" if default else described.help
     if hint is bool:
         return {"action": described.action, "help": text}
@@ -128,7 +130,7 @@ def _argparse_options(one: Field[Any], hint: Any) -> dict[str, Any]:
         if get_origin(hint) is tuple:
             nargs = nargs or ("*" if members[-1] is ... else len(members))
     return {
-        "type": described.type or kind,
+        "type": described.type or (trusted_spec if kind is Spec else kind),
         "choices": described.choices,
         "nargs": nargs,
         "metavar": described.metavar or (None if described.choices else METAVARS[kind]),

@@ -60,27 +60,25 @@ class InputOutputFlags:
     # The Docker image sets UNET3D_DATA_DIR and UNET3D_LOG_DIR to the mount points of its volumes.
     data_dir: Path = flag(
         lambda: Path(os.environ.get("UNET3D_DATA_DIR") or NO_DATA),
-        "folder of preprocessed volumes; required to train (except with --loader synthetic) and to evaluate",
+        "folder of preprocessed volumes; required to train (except with --loader synthetic) and to evaluate "
+        "(default: $UNET3D_DATA_DIR)",
         group="input and output",
         metavar="DIR",
-        shown_default="$UNET3D_DATA_DIR",
         resume="incidental",
     )
     log_dir: Path = flag(
         lambda: Path(os.environ.get("UNET3D_LOG_DIR", "/tmp")),
         "folder for unet3d.log (MLPerf), log.jsonl, run.json and report.html; with --exec_mode report several, whose "
-        "runs are compared",
+        "runs are compared (default: $UNET3D_LOG_DIR, else /tmp)",
         nargs="+",
         metavar="DIR",
-        shown_default="$UNET3D_LOG_DIR, else /tmp",
         resume="incidental",
     )
     compare: tuple[Path, ...] = flag((), "", resume="incidental")
     save_ckpt_path: Path | None = flag(
         None,
         "file of the newest checkpoint, with the last and the best state; without --resume, the checkpoints of an "
-        "earlier run are renamed (checkpoint.1.pth)",
-        shown_default="DIR/checkpoint.pth, with the DIR of --log_dir",
+        "earlier run are renamed (checkpoint.1.pth) (default: DIR/checkpoint.pth, with the DIR of --log_dir)",
         resume="incidental",
     )
     load_ckpt_path: tuple[Path, ...] = flag(
@@ -131,9 +129,8 @@ class InputOutputFlags:
     )
     local_rank: int = flag(
         _launched_rank,
-        "index of this process's GPU on its machine",
+        "index of this process's GPU on its machine (default: $LOCAL_RANK, else 0; torchrun sets it)",
         type=COUNT,
-        shown_default="$LOCAL_RANK, else 0; torchrun sets it",
         resume="incidental",
     )
 
@@ -144,11 +141,10 @@ class LoggingFlags:
 
     verbose: bool = flag(
         lambda: sys.stderr.isatty(),
-        "show progress bars and one line per epoch",
+        "show progress bars and one line per epoch (default: on a terminal)",
         group="logging and callbacks",
         action=argparse.BooleanOptionalAction,
         aliases=("-v",),
-        shown_default="on a terminal",
         resume="incidental",
     )
     no_report: bool = flag(False, "do not write report.html at the end of the run", resume="incidental")
@@ -187,15 +183,7 @@ class SubmissionFlags:
         choices=RULESETS,
     )
     submission_org: str = flag(PLACEHOLDER_ORG, "submitting organization", resume="incidental")
-    submission_platform: str | None = flag(
-        None, "system name", shown_default="the devices' own name", resume="incidental"
-    )
-    submission_status: str = flag(
-        "onprem",
-        "MLPerf's status of the system",
-        choices=("onprem", "cloud", "preview", "research"),
-        resume="incidental",
-    )
+    submission_platform: str | None = flag(None, "system name (default: the devices' own name)", resume="incidental")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,18 +195,14 @@ class PredictionFlags:
         "scans to segment: a NIfTI file, a folder of NIfTI files, or a folder of DICOM series",
         group="prediction",
         mode="predict",
-        resume="incidental",
     )
     output: Path | None = flag(
         None,
         "masks to write: a .nii.gz file, a .dcm file (DICOM-SEG, for a DICOM series), or a folder, where masks have "
         "the names of their scans",
         mode="predict",
-        resume="incidental",
     )
-    series: str | None = flag(
-        None, "DICOM series by number, UID or description, or all", mode="predict", resume="incidental"
-    )
+    series: str | None = flag(None, "DICOM series by number, UID or description, or all", mode="predict")
     checkpoint: str = flag(
         "best",
         "state to take from a checkpoint: to evaluate, to predict, or for --init_from",
@@ -231,20 +215,14 @@ class PredictionFlags:
         type=axes,
         metavar="AXES",
         mode="predict",
-        resume="incidental",
     )
     save_probabilities: bool = flag(
-        False,
-        "also write each class's probabilities, to MASK_probabilities.nii.gz",
-        mode="predict",
-        resume="incidental",
+        False, "also write each class's probabilities, to MASK_probabilities.nii.gz", mode="predict"
     )
     max_memory_gb: float | None = flag(
         None,
-        "most memory to use, on the host and on the GPU each, in GiB",
+        "most memory to use, on the host and on the GPU each, in GiB (default: what is free)",
         type=number(float, 0.1),
         metavar="GIB",
-        shown_default="what is free",
         mode="predict",
-        resume="incidental",
     )

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 from common.cli import number
 from common.registry import Spec
-from runtime.flag_fields import COUNT, NONNEGATIVE, POSITIVE, SHARE, flag
+from runtime.flag_fields import COUNT, NONNEGATIVE, POSITIVE, SHARE, flag, trusted_spec
 
 # Master seeds are below this.
 SEED_LIMIT = 2**31
-
-
-def trusted_spec(text: str) -> Spec:
-    """Returns a spec that the user typed: it may import whatever it names."""
-    return Spec(text, trusted=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +17,7 @@ class TrainingFlags:
     """Mode, length of the run, evaluation, shapes, precision."""
 
     exec_mode: str = flag(
-        "train",
-        "what to do",
-        group="run",
-        choices=("train", "evaluate", "predict", "report"),
-        resume="incidental",
+        "train", "what to do", group="run", choices=("train", "evaluate", "predict", "report"), resume="incidental"
     )
     eval_split: str = flag(
         "evaluation",
@@ -34,33 +25,29 @@ class TrainingFlags:
         choices=("train", "evaluation", "test"),
         old="--subset",
         mode="evaluate",
-        resume="incidental",
     )
     batch_size: int = flag(2, "samples per rank per micro-batch", type=POSITIVE, resume="order")
     ga_steps: int = flag(1, "micro-batches accumulated per optimizer step", type=POSITIVE, resume="order")
     epochs: int = flag(1, "maximum number of epochs", type=POSITIVE)
     steps_per_epoch: int | None = flag(
         None,
-        "optimizer steps per epoch, independent of the data set's size",
+        "optimizer steps per epoch, independent of the data set's size (default: each case once)",
         type=POSITIVE,
-        shown_default="each case once",
         closed=True,
         resume="order",
     )
     evaluate_every: int | None = flag(
         None,
-        "epochs between evaluations",
+        "epochs between evaluations (default: MLPerf's rule: 20 epochs of 168 samples)",
         type=POSITIVE,
         metavar="EPOCHS",
-        shown_default="MLPerf's rule: 20 epochs of 168 samples",
         aliases=("--eval_every",),
     )
     start_eval_at: int | None = flag(
         None,
-        "epoch of the first evaluation",
+        "epoch of the first evaluation (default: MLPerf's rule: 1000 epochs of 168 samples)",
         type=POSITIVE,
         metavar="EPOCH",
-        shown_default="MLPerf's rule: 1000 epochs of 168 samples",
     )
     quality_threshold: float = flag(
         0.908, "mean Dice at which training stops successfully", type=SHARE, metavar="DICE", closed=True
@@ -160,8 +147,6 @@ class NetworkFlags:
         "network: 'unet3d(filters=(16,32,64,128))', 'monai.networks.nets:SegResNet(init_filters=16)', "
         "'slicewise(network=\"package.module:Net2d\", context=3)' or your own package.module:name",
         group="network",
-        type=trusted_spec,
-        metavar="SPEC",
         closed=True,
         network=True,
         resume="structural",
@@ -185,8 +170,6 @@ class NetworkFlags:
     loss: Spec = flag(
         trusted_spec("dice_ce"),
         "loss: dice_ce (MLPerf), dice, 'monai.losses:GeneralizedDiceLoss' or your own package.module:name",
-        type=trusted_spec,
-        metavar="SPEC",
         closed=True,
         network=True,
     )
@@ -203,8 +186,6 @@ class SamplingFlags:
         "'flips(p=0.5)', rot90, 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "
         "'mixup(alpha=0.2)', 'manifold_mixup(alpha=0.2)' or your own package.module:name",
         group="sampling and arithmetic",
-        type=trusted_spec,
-        metavar="SPEC",
         closed=True,
     )
     oversampling: float = flag(

@@ -280,9 +280,18 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     padded, rows, programs, per_program = _tiles(classes, voxels, SOFTMAX_TILE)
     overlaps = logits.new_empty(3, n, programs, classes, dtype=torch.float32)
     cross_entropy = logits.new_empty(n, programs, dtype=torch.float32)
-    labels = labels.contiguous()
     _sums[programs, n](
-        logits, labels, overlaps, cross_entropy, voxels, per_program, class_stride, voxel_stride, classes, padded, rows
+        logits,
+        labels.contiguous(),
+        overlaps,
+        cross_entropy,
+        voxels,
+        per_program,
+        class_stride,
+        voxel_stride,
+        classes,
+        padded,
+        rows,
     )
     intersection, predicted, true = overlaps.sum(2)
     return cross_entropy.sum(1), intersection, predicted, true
@@ -295,10 +304,19 @@ def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
     voxels = math.prod(logits.shape[2:])
     padded, rows, _, _ = _tiles(classes, voxels, SOFTMAX_TILE)
     gradient = torch.empty_like(logits)
-    labels = labels.contiguous()
-    sums = [grad.contiguous() for grad in (grads.cross_entropy, grads.intersection, grads.predicted)]
     _sums_gradient[triton.cdiv(voxels, rows), n](
-        logits, labels, gradient, *sums, voxels, class_stride, voxel_stride, classes, padded, rows
+        logits,
+        labels.contiguous(),
+        gradient,
+        grads.cross_entropy.contiguous(),
+        grads.intersection.contiguous(),
+        grads.predicted.contiguous(),
+        voxels,
+        class_stride,
+        voxel_stride,
+        classes,
+        padded,
+        rows,
     )
     return gradient
 

@@ -50,7 +50,7 @@ RESUMED = RuleViolation("the run", "was resumed", "")
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetIdentity:
-    """What tells one preprocessed data set from another without reading a volume.
+    """Identity of a preprocessed data set, as far as it is known without reading a volume.
 
     Attributes:
         name: the name in its spec.

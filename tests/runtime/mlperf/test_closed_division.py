@@ -1,4 +1,4 @@
-"""Closed or open: a run by the rules has no departures, and each departure is named."""
+"""Closed or open division: a run by the rules has no violations, and each violation is named."""
 
 from __future__ import annotations
 
