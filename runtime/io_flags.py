@@ -184,6 +184,12 @@ class SubmissionFlags:
     )
     submission_org: str = flag(PLACEHOLDER_ORG, "submitting organization", resume="incidental")
     submission_platform: str | None = flag(None, "system name (default: the devices' own name)", resume="incidental")
+    submission_status: str = flag(
+        "onprem",
+        "MLPerf's status of the system",
+        choices=("onprem", "cloud", "preview", "research"),
+        resume="incidental",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
