@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mark:
+class PublishedResult:
     """A published result; None: not published, or not measured.
 
     Attributes:
@@ -23,10 +23,10 @@ class Mark:
     minutes: float | None
 
 
-MARKS = (
-    Mark("NVIDIA (MXNet), 8 x H200, v4.0", 8, 76.05, 1.67, 11.5),
-    Mark("NVIDIA (MXNet), 8 x H100, v4.0", 8, 72.2, 1.80, 12.1),
-    Mark("NVIDIA (MXNet), 8 x A100, v2.0", 8, 36.4, 3.27, 23.8),
-    Mark("Habana (PyTorch), 8 x Gaudi2, v3.0", 8, 40.5, 4.35, 20.5),
-    Mark("the largest: NVIDIA, 768 x H100 (672 training)", 768, None, None, 0.773),
+PUBLISHED_RESULTS = (
+    PublishedResult("NVIDIA (MXNet), 8 x H200, v4.0", 8, 76.05, 1.67, 11.5),
+    PublishedResult("NVIDIA (MXNet), 8 x H100, v4.0", 8, 72.2, 1.80, 12.1),
+    PublishedResult("NVIDIA (MXNet), 8 x A100, v2.0", 8, 36.4, 3.27, 23.8),
+    PublishedResult("Habana (PyTorch), 8 x Gaudi2, v3.0", 8, 40.5, 4.35, 20.5),
+    PublishedResult("the largest: NVIDIA, 768 x H100 (672 training)", 768, None, None, 0.773),
 )

@@ -18,7 +18,7 @@ from common.messages import logger
 from runtime.mlperf.convergence import Reference, find_reference
 from submission.inspection import inspect, read_results, results_folder, runs_folder
 from submission.logs import Log, Problem
-from submission.published_results import MARKS
+from submission.published_results import PUBLISHED_RESULTS
 
 DROPPED = 4
 
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join([*run_table(logs, found), "", *summary(logs, found, reference), "", *standing(logs, found)]))
     picture = options.picture or runs_folder(options.result_dir, folder.parent.name) / "convergence.png"
     try:
-        from submission.picture import draw
+        from submission.plot import draw
 
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw([one.converged_at for one in timed(logs)], reference, picture)
@@ -166,7 +166,9 @@ def standing(logs: Sequence[Log], found: Score) -> list[str]:
     rows: list[tuple[str, int, float | None, float | None, float | None]] = [
         (own, devices, rate, evaluation_s, minutes)
     ]
-    rows += [(mark.who, mark.devices, mark.samples_per_s, mark.evaluation_s, mark.minutes) for mark in MARKS]
+    rows += [
+        (mark.who, mark.devices, mark.samples_per_s, mark.evaluation_s, mark.minutes) for mark in PUBLISHED_RESULTS
+    ]
     width = max(len(row[0]) for row in rows)
     lines = [f"{'published marks':{width}}  samples/s a device  evaluation s     minutes  device-minutes"]
     for who, count, speed, seconds, time in rows:

@@ -1,7 +1,7 @@
 """A submission from the command line to the packed tree, on a data set of the closed division's size in tiny.
 
 Two of the runs are real, and train to 0.908 through main.py; the others take a real one's log and a seed of their own,
-since a run takes longer to start than to train. `python3 -m benchmarks.acceptance` makes all forty.
+since a run takes longer to start than to train. `python3 -m tests.submission.acceptance` makes all forty.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.made_up_runs import TINY_RUN, write_blocks
 from submission.__main__ import main
 from submission.logs import read_log
 from tests.integration.conftest import PROJECT
+from tests.submission.synthetic_runs import TINY_RUN, write_blocks
 
 pytestmark = pytest.mark.integration
 STUB = PROJECT / "tests" / "submission" / "stub.py"

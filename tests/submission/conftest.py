@@ -1,4 +1,4 @@
-"""Made-up runs: the program's own tracker writes their logs, on a clock that the test sets."""
+"""Synthetic runs: the program's own tracker writes their logs, with a clock set by the test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.made_up_runs import write_log
 from submission.__main__ import main
 from submission.logs import read_log
+from tests.submission.synthetic_runs import SyntheticRun
 
 ORG = "ACME"
 STUB = Path(__file__).with_name("stub.py")
@@ -37,7 +37,17 @@ def write_open() -> WriteRun:
         more: Sequence[str] = (),
         reasons: Sequence[str] = ("--overlap 0.25, not 0.5",),
     ) -> Path:
-        return write_log(path, seed, epochs, clock_ms, [*OPEN, *more], reasons, 2, 2, converges)
+        run = SyntheticRun(
+            seed=seed,
+            epochs=epochs,
+            clock_ms=clock_ms,
+            arguments=[*OPEN, *more],
+            reasons=reasons,
+            first_evaluation=2,
+            interval=2,
+            converges=converges,
+        )
+        return run.write_log(path)
 
     return write
 
@@ -55,7 +65,8 @@ def write_closed() -> WriteRun:
         more: Sequence[str] = (),
     ) -> Path:
         arguments = ["--submission_org", ORG, "--data_dir", "data", "--batch_size", "28", *more]
-        return write_log(path, seed, epochs, clock_ms, arguments, converges=converges)
+        run = SyntheticRun(seed=seed, epochs=epochs, clock_ms=clock_ms, arguments=arguments, converges=converges)
+        return run.write_log(path)
 
     return write
 

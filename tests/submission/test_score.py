@@ -13,7 +13,7 @@ from common.errors import UserError
 from runtime.mlperf.convergence import Reference, find_reference
 from submission import score
 from submission.logs import Log
-from submission.published_results import MARKS
+from submission.published_results import PUBLISHED_RESULTS
 from submission.score import Timed, compute
 from tests.submission.conftest import WriteRun, edit, set_value
 
@@ -147,9 +147,9 @@ def test_nothing_is_scored_where_a_run_is_wrong(result_dir: Path, capsys: pytest
 
 
 def test_published_marks_are_those_of_the_rounds() -> None:
-    best = MARKS[0]
+    best = PUBLISHED_RESULTS[0]
     assert (best.samples_per_s, best.evaluation_s, best.minutes) == (76.05, 1.67, 11.5)
-    assert [mark.minutes for mark in MARKS] == [11.5, 12.1, 23.8, 20.5, 0.773]
+    assert [mark.minutes for mark in PUBLISHED_RESULTS] == [11.5, 12.1, 23.8, 20.5, 0.773]
     assert best.devices * (best.minutes or 0) == 92
 
 

@@ -1,10 +1,10 @@
-"""A submission from its runs to its score, tried as a whole: what takes 40 runs a day of GPUs, in minutes on a CPU.
+"""Acceptance test of a whole submission, from its runs to its score, in minutes on a CPU instead of days on GPUs.
 
-    python3 -m benchmarks.acceptance --work_dir WORK            # 2 x 40 real runs on tiny volumes, open division
-    python3 -m benchmarks.acceptance --work_dir WORK --closed   # 2 x 40 logs of closed runs never made
+    python3 -m tests.submission.acceptance --work_dir WORK            # 2 x 40 real runs on tiny volumes, open division
+    python3 -m tests.submission.acceptance --work_dir WORK --closed   # 2 x 40 synthetic logs of closed runs
 
-Either is packed and checked by MLPerf's four checkers at rulesets 3.0.0 and 4.0.0. Runs on tiny volumes are open by
-nature; to what the closed division asks beyond, RCP and seeds, only made-up logs of full length can be held.
+Each submission is packed and checked by MLPerf's four checkers at rulesets 3.0.0 and 4.0.0. Runs on tiny volumes belong
+to the open division; the additional requirements of the closed one, RCPs and seeds, need synthetic logs of full length.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import random
 import sys
 from pathlib import Path
 
-from benchmarks.made_up_runs import TINY_RUN, TRAINING, write_blocks, write_log
 from common.errors import run_program
 from submission.__main__ import main as submission
 from submission.inspection import RUNS, digest_of
 from submission.record import Done, Series
+from tests.submission.synthetic_runs import TINY_RUN, TRAINING, SyntheticRun, write_blocks
 
-EVALUATION_CASES = Path(__file__).resolve().parents[1] / "evaluation_cases.txt"
+EVALUATION_CASES = Path(__file__).resolve().parents[2] / "evaluation_cases.txt"
 ORG, SYSTEM = "ACME", "abacus"
-# A batch size that each ruleset's RCPs hold, and the epochs, of 168 samples, around which runs converge.
+# By ruleset: a batch size that has an RCP, and the epochs of 168 samples after which runs converge on average.
 CLOSED = {"3.0.0": (80, 1700), "4.0.0": (28, 2100)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--closed", action="store_true", help="made-up logs by the closed division's rules")
+    parser.add_argument("--closed", action="store_true", help="use synthetic logs of closed-division runs")
     options = parser.parse_args(argv)
     statuses = []
     for ruleset in CLOSED:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_open(data_dir: Path, result_dir: Path, ruleset: str) -> None:
-    """40 runs of main.py."""
+    """Makes 40 runs with main.py."""
     if not data_dir.exists():
         write_blocks(data_dir, EVALUATION_CASES.read_text(encoding="utf-8").split())
     arguments = [*TINY_RUN, "--data_dir", str(data_dir), "--submission_org", ORG, "--ruleset", ruleset]
@@ -54,8 +54,8 @@ def make_open(data_dir: Path, result_dir: Path, ruleset: str) -> None:
 
 
 def make_closed(result_dir: Path, ruleset: str) -> None:
-    """40 logs as a series would leave them."""
-    batch, around = CLOSED[ruleset]
+    """Writes 40 logs and a series.json, as `submission run` would."""
+    batch, mean_epochs = CLOSED[ruleset]
     arguments = ["--submission_org", ORG, "--data_dir", "data", "--batch_size", str(batch), "--ruleset", ruleset]
     results = result_dir / "results" / SYSTEM / "unet3d"
     own = result_dir.with_name(f"{ORG}.runs") / SYSTEM
@@ -64,15 +64,10 @@ def make_closed(result_dir: Path, ruleset: str) -> None:
     series = Series(SYSTEM, arguments, ["python3"], {"ruleset": ruleset})
     rng = random.Random(0)
     for number in range(RUNS):
-        epochs = around + 20 * rng.randint(-20, 20)
+        epochs = mean_epochs + 20 * rng.randint(-20, 20)
         clock_ms = round(epochs * TRAINING / 0.07) + rng.randint(0, 10_000)
-        path = write_log(
-            results / f"result_{number}.txt",
-            rng.randrange(2**31),
-            epochs=epochs,
-            clock_ms=clock_ms,
-            arguments=arguments,
-        )
+        run = SyntheticRun(seed=rng.randrange(2**31), epochs=epochs, clock_ms=clock_ms, arguments=arguments)
+        path = run.write_log(results / f"result_{number}.txt")
         series.runs.append(
             Done(
                 folder=f"run_{number}",
@@ -88,4 +83,4 @@ def make_closed(result_dir: Path, ruleset: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main, "benchmarks.acceptance"))
+    sys.exit(run_program(main, "tests.submission.acceptance"))
