@@ -51,7 +51,14 @@ def write_blocks(folder: Path, evaluation_ids: Sequence[str]) -> None:
         digests = {kind: md5_of(path) for kind, path in paths.items()}
         stamps = {kind: stamp_of(path) for kind, path in paths.items()}
         boxes = foreground_boxes(label, len(KITS19.classes))
-        records[case] = CaseRecord(None, boxes, digests, [[0, 0], [0, 0]], {"mean": 0.0, "deviation": 1.0}, stamps)
+        records[case] = CaseRecord(
+            transform=None,
+            boxes=boxes,
+            digests=digests,
+            source_stamp=[[0, 0], [0, 0]],
+            statistics={"mean": 0.0, "deviation": 1.0},
+            stamps=stamps,
+        )
     held_out = [f"case_{number}" for number in evaluation_ids]
     split = {"train": [case for case in records if case not in held_out], "evaluation": held_out}
     write_json(folder / INDEX_NAME, DatasetIndex(KITS19, split, records).to_json())
