@@ -106,7 +106,7 @@ def make_parser(config_class: type, prog: str, description: str) -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     hints = get_type_hints(config_class)
-    group: argparse._ActionsContainer = parser
+    group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for one in fields(config_class):
         described: Flag = one.metadata["flag"]
         group = parser.add_argument_group(described.group) if described.group else group
