@@ -332,8 +332,6 @@ def crowded_dataclasses(tree: ast.Module) -> Iterator[str]:
 
 # Files with such calls, such functions, such dataclasses.
 CROWDED_CALLS: set[str] = {
-    "benchmarks/acceptance.py",
-    "benchmarks/made_up_runs.py",
     "data_loading/dataset.py",
     "data_loading/device_loader.py",
     "data_loading/phantom.py",
