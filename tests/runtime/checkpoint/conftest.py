@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from model.losses import DiceCELoss
+from runtime.checkpoint import writer as writer_module
 from runtime.checkpoint.format import load, snapshot
 from runtime.checkpoint.writer import save
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event
 from runtime.precision import Precision
 from runtime.train_state import TrainState
 from runtime.training import StepConfig, TrainingLoader, keep_if_best, train_epoch
+from tests.runtime.checkpoint.disk import Disk
 from tests.runtime.conftest import RateOf, StopAt, make_loop
 
 MakeState = Callable[..., TrainState]
@@ -103,3 +105,18 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def weights(make_state: MakeState) -> Weights:
     return clone(make_state())
+
+
+@pytest.fixture
+def slow() -> Iterator[Disk]:
+    disk = Disk(is_slow=True)
+    yield disk
+    disk.let_go()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that `time.monotonic` returns; a test changes them."""
+    now = [1000.0]
+    monkeypatch.setattr(writer_module.time, "monotonic", lambda: now[0])
+    return now
