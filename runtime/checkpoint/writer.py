@@ -160,7 +160,7 @@ def find_checkpoints(path: Path) -> list[Path]:
         return []
     by_step = _files_by_step(path)
     files = [path] * path.exists() + [by_step[step] for step in sorted(by_step, reverse=True)]
-    if path.suffix:  # the names of version 0.1: path.1, path.2, ...
+    if path.suffix:  # the names that earlier versions used: path.1, path.2, ...
         by_age = _files_by_number(path.parent, rf"{re.escape(path.name)}\.([1-9]\d*)")
         files += [by_age[age] for age in sorted(by_age)]
     return files

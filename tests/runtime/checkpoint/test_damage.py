@@ -32,7 +32,7 @@ from tests.runtime.checkpoint.conftest import (
 
 
 class Payload:
-    """Unpickling it would make a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -57,7 +57,7 @@ def test_pickled_code_is_refused_and_does_not_run(zipped: bool, path: Path, tmp_
 def test_reading_is_restricted_whatever_torch_s_default(
     path: Path, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The environment can turn torch.load's own default off; an explicit argument it cannot."""
+    """The environment can override torch.load's default, but not an explicit argument."""
     keep_state(path, make_state())
     asked: list[dict[str, Any]] = []
     original = torch.load
@@ -96,7 +96,7 @@ def test_what_we_write_is_tensors_and_plain_values(
     ],
     ids=["empty", "zeros", "text", "zip head", "empty pickle", "pop", "open list", "struct"],
 )
-def test_garbage_is_a_users_mistake(content: bytes, path: Path) -> None:
+def test_garbage_is_a_user_error(content: bytes, path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(
         UserError, match=f"^--load_ckpt_path {re.escape(str(path))}: (damaged|not a checkpoint|holds no)"
@@ -105,14 +105,14 @@ def test_garbage_is_a_users_mistake(content: bytes, path: Path) -> None:
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """As a new file: some file systems wait for the disk when one is emptied and filled again."""
+    """Writes a new file: some file systems wait for the disk when a file is truncated and rewritten."""
     path.unlink()
     path.write_bytes(content)
 
 
 @pytest.fixture
 def kept(path: Path, make_state: MakeState, make_batches: MakeBatches) -> bytes:
-    """A checkpoint at `path` with all that it can hold."""
+    """A checkpoint at `path` with every part that one can have."""
     state = make_state("adam")
     train_epochs(state, make_batches(1, 1), 1, 1)
     keep_best(state, 1, 0.5)
@@ -121,7 +121,7 @@ def kept(path: Path, make_state: MakeState, make_batches: MakeBatches) -> bytes:
 
 
 def test_a_file_cut_off_at_any_length(path: Path, make_state: MakeState) -> None:
-    """Of the smallest network, so that it can be every single one."""
+    """With the smallest network, so that every length can be tried."""
     state = make_state()
     state.network = nn.Conv3d(1, 1, 1)
     state.optimizer = torch.optim.SGD(state.network.parameters(), 0.1)
@@ -173,7 +173,7 @@ def test_a_file_with_more_at_its_end(extra: bytes, path: Path, kept: bytes) -> N
 
 
 def test_a_flipped_bit_in_a_weight(path: Path, make_state: MakeState) -> None:
-    """torch.load would take it in silence."""
+    """torch.load would accept it silently."""
     state = make_state()
     with torch.no_grad():
         state.network.output.conv.bias.fill_(1234.5)
@@ -189,7 +189,7 @@ def test_a_flipped_bit_in_a_weight(path: Path, make_state: MakeState) -> None:
 
 
 def test_a_flipped_bit_in_a_foreign_weight(path: Path) -> None:
-    """The archive's own sums are looked at, which torch.load does not."""
+    """The archive's own checksums are verified, which torch.load does not do."""
     torch.save({"state_dict": {"w": torch.full((50,), 1234.5)}}, path)
     content = bytearray(path.read_bytes())
     content[content.find(torch.full((50,), 1234.5).numpy().tobytes())] ^= 1

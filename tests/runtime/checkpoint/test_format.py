@@ -97,8 +97,8 @@ def test_every_field_comes_back_bit_for_bit(
     assert all(moment.is_contiguous(memory_format=order) for moment in moments if moment[0, 0].numel() > 1)
 
 
-def test_a_snapshot_does_not_change_with_what_it_is_of(make_state: MakeState, make_batches: MakeBatches) -> None:
-    """It is written while training goes on."""
+def test_a_snapshot_does_not_change_with_the_state(make_state: MakeState, make_batches: MakeBatches) -> None:
+    """It is written while training continues."""
     state = make_state("adam")
     train_epochs(state, make_batches(2, 1), 1, 1)
     taken = snapshot(state, [0.0], config=CONFIG, seed=1, data="", spec=SPEC)
@@ -238,7 +238,7 @@ def test_load_network_copies_every_value(weights: Weights) -> None:
     assert same(network.state_dict(), weights)
 
 
-def test_the_flag_that_named_a_file_is_told(path: Path) -> None:
+def test_an_error_names_the_flag_of_the_file(path: Path) -> None:
     with pytest.raises(UserError, match=f"^--resume {path}: no such file$"):
         load(path, "--resume")
     path.write_bytes(b"damaged")

@@ -37,7 +37,7 @@ def save_epoch(path: Path, state: TrainState, epoch: int, keep: int) -> None:
 
 
 def after(epoch: int) -> str:
-    """The name of the checkpoint of this epoch once there is a newer one."""
+    """Returns the name of this epoch's checkpoint once there is a newer one."""
     return f"checkpoint_{STEPS_PER_EPOCH * epoch:06d}.pth"
 
 
@@ -125,7 +125,7 @@ def test_a_second_checkpoint_of_a_step_replaces_the_first(path: Path, make_state
 def test_damaged_checkpoints_that_a_resumed_run_skipped_take_no_place_of_good_ones(
     path: Path, make_state: MakeState
 ) -> None:
-    """The run is back at epoch 2; what it saved of epochs 3 to 5 is damaged."""
+    """The checkpoints of epochs 3 to 5 are damaged, so the run resumed from epoch 2."""
     state = make_state()
     for epoch in range(1, 6):
         save_epoch(path, state, epoch, keep=4)
@@ -150,7 +150,7 @@ def test_an_unreadable_file_is_the_first_to_be_deleted(content: bytes, path: Pat
 
 
 @pytest.mark.parametrize("number", range(2, 12, 3))
-def test_the_names_of_version_0_1_are_found_after_those_with_a_step(number: int, path: Path) -> None:
+def test_former_names_are_found_after_those_with_a_step(number: int, path: Path) -> None:
     assert find_checkpoints(path) == []
     assert find_checkpoints(path / "no folder" / "c.pth") == []
     for name in ("checkpoint.pth.10", f"checkpoint.pth.{number}", "checkpoint.pth.1"):
@@ -168,7 +168,7 @@ def test_the_names_of_version_0_1_are_found_after_those_with_a_step(number: int,
     assert [file.name for file in find_checkpoints(path)] == [path.name, *stepped, *old]
 
 
-def test_files_of_version_0_1_make_way_for_new_ones(path: Path, make_state: MakeState) -> None:
+def test_files_with_former_names_are_deleted_first(path: Path, make_state: MakeState) -> None:
     state = make_state()
     for number in (3, 2, 1):
         save_epoch(path, state, 4 - number, keep=9)
@@ -181,7 +181,7 @@ def test_files_of_version_0_1_make_way_for_new_ones(path: Path, make_state: Make
 def test_a_disk_that_is_full_is_an_os_error_and_every_older_file_is_untouched(
     share: float, path: Path, make_state: MakeState
 ) -> None:
-    """torch's writer turns most of them into a RuntimeError about a position, where a tensor is no small one."""
+    """For larger tensors torch's writer turns the error into a RuntimeError about a position."""
     content = snapshot(make_state(), [0.0], config=CONFIG, seed=1, data="", spec=SPEC) | {"more": torch.rand(20_000)}
     for seed in (1, 2, 3):
         save(path, content | {"seed": seed, "last": content["last"] | {"step": seed}}, keep=3)
@@ -288,7 +288,7 @@ def test_names_with_brackets_and_spaces(tmp_path: Path, make_state: MakeState) -
     assert epochs_in(path.parent) == {"check point[1]+.1.pth": 3, "check point[1]+_000008.1.pth": 2}
 
 
-def test_a_checkpoint_s_folder_is_made_and_tried_before_the_run(tmp_path: Path) -> None:
+def test_a_checkpoints_folder_is_made_and_checked_before_the_run(tmp_path: Path) -> None:
     prepare(tmp_path / "new" / "folder" / "c.pth")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").touch()
@@ -296,7 +296,7 @@ def test_a_checkpoint_s_folder_is_made_and_tried_before_the_run(tmp_path: Path) 
         prepare(tmp_path / "file" / "c.pth")
 
 
-def test_the_folder_is_cleaned_of_a_killed_run_s_halves_and_of_nothing_else(path: Path) -> None:
+def test_only_the_temporary_files_of_a_killed_run_are_removed(path: Path) -> None:
     others = [path.name, f"{path.name}.1", f"{path.name}.tmp", f".{path.name}.bak", ".other.pth.12.tmp", ".tmp"]
     for name in (*others, f".{path.name}.123.tmp", f".{path.name}.1.123.tmp"):
         path.with_name(name).touch()

@@ -102,7 +102,7 @@ def test_a_loss_scale_comes_back(path: Path, make_state: MakeState) -> None:
     restore(fresh, load(path))
     assert fresh.scaler.get_scale() == 512.0
     assert fresh.scaler.state_dict() == state.scaler.state_dict()
-    restore(make_state(), load(path))  # without a scaler: fp32 goes on from fp16
+    restore(make_state(), load(path))  # without a scaler: fp32 continues from fp16
 
 
 def test_momentum_and_decay_are_this_runs_own(path: Path, make_state: MakeState, make_batches: MakeBatches) -> None:

@@ -1,4 +1,4 @@
-"""`--resume`: the newest whole state, on every rank; what may be another than it was, and what that costs."""
+"""`--resume`: finds the newest intact state, on every rank; reports changed flags, and their consequences."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def three(path: Path, make_state: MakeState) -> list[Path]:
     return [path, path.with_name("checkpoint_000010.pth"), path.with_name("checkpoint_000005.pth")]
 
 
-# Which one
+# Finding the file
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])
-def test_the_newest_that_is_whole_and_a_warning_that_names_each_damaged_one(
+def test_the_newest_intact_file_and_a_warning_for_each_damaged_one(
     damaged: int, path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in three[:damaged]:
@@ -85,9 +85,7 @@ def test_the_newest_that_is_whole_and_a_warning_that_names_each_damaged_one(
     assert warned == [f"warning: --resume {file}" for file in three[:damaged]]
 
 
-def test_an_older_one_that_is_damaged_is_not_even_looked_at(
-    path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_older_files_are_not_read(path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     three[1].write_bytes(b"")
     assert newest_good(path) is not None
     assert capsys.readouterr().err == ""
@@ -105,14 +103,14 @@ def test_nothing_there_is_a_first_start(path: Path) -> None:
     assert newest_good(path.parent / "no folder" / "c.pth") is None
 
 
-def test_to_start_over_where_every_state_is_damaged_is_the_users_to_say(path: Path, three: list[Path]) -> None:
+def test_if_every_file_is_damaged_the_user_must_decide_to_start_over(path: Path, three: list[Path]) -> None:
     for file in three:
         file.write_bytes(b"PK")
     with pytest.raises(UserError, match=rf"none of the 3 checkpoint\(s\) of {path} is intact.*without --resume$"):
         newest_good(path)
 
 
-def test_a_run_s_own_checkpoint_comes_before_the_one_to_start_from(path: Path, three: list[Path], world: World) -> None:
+def test_a_runs_own_checkpoint_comes_before_the_one_to_start_from(path: Path, three: list[Path], world: World) -> None:
     start = three[2].rename(path.with_name("start.pth"))
     found = find(path, start, world)
     assert found is not None
@@ -126,7 +124,7 @@ def test_a_run_s_own_checkpoint_comes_before_the_one_to_start_from(path: Path, t
     assert find(None, None, world) is None
 
 
-def test_without_resume_a_run_s_own_checkpoint_is_not_looked_at(path: Path, three: list[Path], world: World) -> None:
+def test_without_resume_a_runs_own_checkpoint_is_not_read(path: Path, three: list[Path], world: World) -> None:
     assert find(None, None, world) is None
 
 
@@ -137,7 +135,7 @@ def test_a_file_to_start_from_must_be_there(path: Path, world: World) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Wire(World):
-    """Ranks of one process: rank 0's value is left in the box for the others."""
+    """Ranks in one process: the others receive the value that rank 0 has put in the box."""
 
     box: list[Any] = dataclasses.field(default_factory=list)
 
@@ -156,14 +154,14 @@ def test_rank_0_reads_for_all(path: Path, three: list[Path]) -> None:
     assert first is second is box[0]
 
 
-def test_what_rank_0_cannot_read_is_every_ranks_mistake(path: Path) -> None:
+def test_if_rank_0_cannot_read_every_rank_raises(path: Path) -> None:
     box: list[Any] = []
     for rank in (0, 1):
         with pytest.raises(UserError, match="no such file"):
             find(None, path, Wire(rank, 2, torch.device("cpu"), box=box))
 
 
-# Is there anything left
+# Whether anything is left to do
 
 
 @pytest.mark.parametrize(
@@ -172,7 +170,7 @@ def test_what_rank_0_cannot_read_is_every_ranks_mistake(path: Path) -> None:
         ({"best_dice": 0.908, "best_epoch": 3}, "reached a mean Dice of 0.9080 at epoch 3"),
         ({"last_epoch": 6, "evaluated": 6}, "has completed 6 epochs"),
         ({"last_epoch": 7, "evaluated": 6}, "has completed 7 epochs"),
-        ({"last_epoch": 6, "evaluated": 4}, ""),  # the run was left in its last evaluation
+        ({"last_epoch": 6, "evaluated": 4}, ""),  # the run ended during its last evaluation
         ({"last_epoch": 5, "evaluated": 4}, ""),
         ({"last_epoch": 5, "batch": 3}, ""),
         ({"best_dice": 0.9079}, ""),
@@ -187,7 +185,7 @@ def test_without_evaluations_nothing_is_pending() -> None:
     assert is_done(of(last_epoch=6, evaluated=0), EvalSchedule(6, None, 2), 0.908) == "has completed 6 epochs"
 
 
-# What has changed
+# Changed flags
 
 
 def test_nothing_changed(make_config: MakeConfig) -> None:
@@ -226,7 +224,7 @@ def test_another_network_or_optimizer_is_another_run(flag: str, make_config: Mak
     )
 
 
-def test_flags_that_no_number_follows_from_are_not_mentioned(make_config: MakeConfig) -> None:
+def test_flags_without_influence_on_the_numbers_are_not_mentioned(make_config: MakeConfig) -> None:
     stored = make_config().to_json()
     assert set(INCIDENTAL_FLAGS) < set(stored), "each is a flag"
     assert not {*STRUCTURAL_FLAGS, *ORDER_FLAGS} & set(INCIDENTAL_FLAGS)
@@ -243,7 +241,7 @@ def test_every_other_flag_is_mentioned(make_config: MakeConfig) -> None:
     assert {"epochs", "batch_size", "learning_rate", "amp", "ga_steps", "loader"} <= set(expected)
 
 
-def test_a_flag_that_is_new_since_is_no_change(make_config: MakeConfig) -> None:
+def test_a_flag_added_since_the_save_is_no_change(make_config: MakeConfig) -> None:
     """As after an update."""
     stored = make_config().to_json()
     del stored["oversampling"]
@@ -253,7 +251,7 @@ def test_a_flag_that_is_new_since_is_no_change(make_config: MakeConfig) -> None:
 def test_another_data_set_or_split_is_refused() -> None:
     with pytest.raises(UserError, match=r"^c\.pth was trained on another data set or split than that of --data_dir$"):
         changes(of(), {}, "d1636")
-    # A foreign file says nothing of its data, and random volumes have no digest.
+    # A file of another program does not identify its data, and random volumes have no digest.
     assert changes(of(data=""), {}, "d1636") == []
     assert changes(of(), {}, "") == []
 
@@ -265,7 +263,7 @@ FLAGS = {"batch_size": 2, "ga_steps": 1, "loader": "pytorch", "epochs": 9}
 
 
 def resumed(make_state: MakeState, loaded: Checkpoint, ranks: int = 1, seed: int = 7, **flags: Any) -> Any:
-    """(notes, epoch, batch, loss sum) of a state that goes on from there."""
+    """Returns (notes, epoch, batch, loss sum) of a state resumed from the checkpoint."""
     state = make_state()
     state.epoch, state.batch = loaded.last_epoch, loaded.batch
     state.loss_sum = torch.tensor(1.5) if loaded.batch else None
@@ -278,7 +276,7 @@ def resumed(make_state: MakeState, loaded: Checkpoint, ranks: int = 1, seed: int
 MIDWAY = of(config=FLAGS, batch=6, loss_sums=[1.5])
 
 
-def test_an_unchanged_run_goes_on_in_the_middle_of_its_epoch(make_state: MakeState) -> None:
+def test_an_unchanged_run_continues_in_the_middle_of_its_epoch(make_state: MakeState) -> None:
     assert resumed(make_state, MIDWAY) == ([], 4, 6, 1.5)
     assert resumed(make_state, MIDWAY, epochs=50) == ([], 4, 6, 1.5)
     assert resumed(make_state, of(config={}, batch=6), batch_size=9) == ([], 4, 6, 1.5), "a flag it does not state"
@@ -294,7 +292,7 @@ def test_an_unchanged_run_goes_on_in_the_middle_of_its_epoch(make_state: MakeSta
         ({"batch_size": 4, "seed": 8}, "--batch_size and the seed have changed"),
     ],
 )
-def test_an_epoch_dealt_out_in_another_way_is_left(
+def test_the_rest_of_an_epoch_with_another_order_is_skipped(
     changed: dict[str, Any], because: str, make_state: MakeState
 ) -> None:
     notes, *place = resumed(make_state, MIDWAY, **changed)
@@ -303,7 +301,7 @@ def test_an_epoch_dealt_out_in_another_way_is_left(
 
 
 @pytest.mark.parametrize("changed", [{"batch_size": 4}, {"seed": 8}])
-def test_between_epochs_nothing_is_left_out(changed: dict[str, Any], make_state: MakeState) -> None:
+def test_between_epochs_nothing_is_skipped(changed: dict[str, Any], make_state: MakeState) -> None:
     assert resumed(make_state, of(config=FLAGS), **changed) == ([], 4, 0, None)
 
 
@@ -317,7 +315,7 @@ def test_another_number_of_ranks_is_reported_and_skips_the_rest_of_the_epoch(mak
     assert resumed(make_state, between, ranks=2) == ([], 4, 0, None)
 
 
-def test_a_foreign_checkpoint_says_nothing_of_ranks(make_state: MakeState) -> None:
+def test_a_foreign_checkpoint_has_no_number_of_ranks(make_state: MakeState) -> None:
     assert resumed(make_state, of(seed=None, loss_sums=[]), ranks=3) == ([], 4, 0, None)
 
 
