@@ -68,7 +68,7 @@ class Mixup:
     def __call__(self, network: nn.Module, predict: Predict, loss: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         """Returns the mixed loss; see `Objective`. A batch of one sample is not mixed."""
         if len(image) == 1:
-            return plain(network, predict, loss, image, label)
+            return plain(network, predict, loss, image=image, label=label)
         mix = self.draw(image)
         logits = self.logits(network, predict, image, mix)
         value: Tensor = mix.share * loss(logits, label) + (1 - mix.share) * loss(logits, label[mix.order])
