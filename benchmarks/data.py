@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Options
-from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, map_case, write_json
+from data_loading.dataset import case_file, map_case
+from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.phantom import make_phantom
 from data_loading.preprocessing import Boxes, Shape, foreground_boxes, normalise
 from data_loading.pytorch_loader import CropDataset
@@ -46,7 +47,7 @@ def save_case(
     """Saves (C, D, H, W) and (1, D, H, W) down to the disk, so that `drop_caches` can drop them; the index's record."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, array in (("x", image), ("y", label)):
-        with file_of(folder, case, kind).open("wb") as stream:
+        with case_file(folder, case, kind).open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
             stream.flush()
             os.fsync(stream.fileno())
@@ -56,14 +57,14 @@ def save_case(
         boxes=boxes,
         digests={},
         source_stamp=[[0, 0], [0, 0]],
-        statistics={"mean": 0.0, "deviation": 1.0},
+        statistics={"mean": 0.0, "std": 1.0},
     )
 
 
 def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:
     """`dataset.json` with every case in training."""
     split: dict[str, list[str]] = {"train": list(records), "evaluation": []}
-    write_json(folder / INDEX_NAME, DatasetIndex(KITS19, split, dict(records)).to_json())
+    write_json(folder / INDEX_NAME, DatasetIndex(spec=KITS19, split=split, cases=dict(records)).to_json())
 
 
 class ForgettingDataset(CropDataset):
@@ -75,7 +76,7 @@ class ForgettingDataset(CropDataset):
 
 def files_of(folder: Path, cases: Iterable[str]) -> list[Path]:
     """Images and labels of the cases."""
-    return [file_of(folder, case, kind) for case in dict.fromkeys(cases) for kind in "xy"]
+    return [case_file(folder, case, kind) for case in dict.fromkeys(cases) for kind in "xy"]
 
 
 def drop_caches(files: Iterable[Path]) -> bool:

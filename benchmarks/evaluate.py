@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Options, Table, compare
 from benchmarks.step import CHANNELS, CLASSES, NaiveDiceCE
-from data_loading.dataset import file_of
-from data_loading.pytorch_loader import load_evaluation_case
+from data_loading.data_loader import load_evaluation_case
+from data_loading.dataset import case_file
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.distributed.world import World
@@ -168,8 +168,8 @@ def write_cases(folder: Path, shapes: Sequence[tuple[int, int, int]]) -> list[st
         image = rng.standard_normal((1, *shape), dtype=np.float32)
         label = np.digitize(image + 0.3 * rng.standard_normal(image.shape, dtype=np.float32), EDGES)
         cases.append(f"case_{number:05d}")
-        np.save(file_of(folder, cases[-1], "x"), image)
-        np.save(file_of(folder, cases[-1], "y"), label.astype(np.uint8))
+        np.save(case_file(folder, cases[-1], "x"), image)
+        np.save(case_file(folder, cases[-1], "y"), label.astype(np.uint8))
     return cases
 
 
@@ -184,7 +184,7 @@ def naive_scores(
     """
     rows = []
     for case in cases:
-        image, label = (np.load(file_of(folder, case, kind)) for kind in ("x", "y"))
+        image, label = (np.load(case_file(folder, case, kind)) for kind in ("x", "y"))
         strides = [length // 2 for length in window]
         for axis, stride in enumerate(strides, start=1):
             image, label = (cut_remainder(array, axis, stride) for array in (image, label))

@@ -16,10 +16,11 @@ from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches,
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
 from common.messages import notes_held, take_notes
+from data_loading.base_loader import LoaderConfig, TrainingLoader, draw_sample
 from data_loading.data_loader import make_training_loader
 from data_loading.dataset import load_boxes
 from data_loading.preprocessing import Shape
-from data_loading.pytorch_loader import CropDataset, LoaderSettings, TrainingLoader, draw_sample
+from data_loading.pytorch_loader import CropDataset
 from data_loading.spec import KITS19
 
 SHAPE, PATCH = (160, 400, 400), (128, 128, 128)
@@ -39,8 +40,8 @@ def run(options: Options) -> list[Table]:
     shape, patch = (QUICK_SHAPE, QUICK_PATCH) if options.quick else (SHAPE, PATCH)
     folder = options.work_dir / "loader"
     cases = write_patients(folder, VOLUMES, shape)
-    settings = LoaderSettings(
-        patch,
+    settings = LoaderConfig(
+        patch=patch,
         oversampling=0.4,
         batch_size=2,
         num_workers=0,
@@ -56,9 +57,7 @@ def run(options: Options) -> list[Table]:
     ]
 
 
-def measure_rates(
-    options: Options, folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderSettings
-) -> Table:
+def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderConfig) -> Table:
     """Samples/s of each loader, and how many times the naive way's, taken in turn with it."""
     # One process makes a case's samples under several numbers: each number is another crop of the same file.
     few, many = list(cases) * (NAIVE_SAMPLES // len(cases)), list(cases) * (LOADER_SAMPLES // len(cases))
@@ -77,7 +76,7 @@ def measure_rates(
 
     workers = worker_count(options)
     loader = make_training_loader(
-        "pytorch", folder, cases=many, spec=KITS19, settings=replace(settings, num_workers=workers)
+        "pytorch", folder, cases=many, spec=KITS19, config=replace(settings, num_workers=workers)
     )
     rate, ratio, _ = against_naive(lambda epoch: drain(loader, epoch), len(many))
     rows.append(row(f"pytorch, {workers} worker(s)", rate, ratio))
@@ -85,7 +84,7 @@ def measure_rates(
     # Every volume lies in the device's memory once: here an "epoch" is as many passes as give the same samples.
     passes = LOADER_SAMPLES // len(cases)
     with notes_held():
-        device_loader = make_training_loader("device", folder, cases=cases, spec=KITS19, settings=settings)
+        device_loader = make_training_loader("device", folder, cases=cases, spec=KITS19, config=settings)
         fallback = take_notes()
     name = f"device ({options.device.type}), no worker"
     if fallback:
@@ -121,7 +120,7 @@ def row(name: str, rate: float, ratio: float) -> list[str | float]:
     return [name, rate, 1000 / rate, ratio]
 
 
-def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderSettings) -> Table:
+def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderConfig) -> Table:
     """What a sample reads of its case: its voxels, the pages that these lie in, and what a cold disk delivers."""
     boxes = load_boxes(folder, cases, len(KITS19.classes))
     voxels = [itemsize * math.prod(settings.patch) for itemsize in ITEMSIZES]
@@ -131,7 +130,7 @@ def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: Load
     pages = []
     for number in range(COUNTED_CROPS):
         index = number % len(cases)
-        start, _ = draw_sample(number, index, shape=shape, boxes=boxes[index], settings=settings)
+        start, _ = draw_sample((number, index), shape, boxes[index], settings)
         touched = [
             page_bytes(at, shape, start=start, patch=settings.patch, itemsize=n)
             for at, n in zip(offsets, ITEMSIZES, strict=True)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from data_loading.dataset import file_of
+from data_loading.base_loader import LoaderConfig
+from data_loading.dataset import case_file
 from data_loading.preprocessing import Shape
-from data_loading.pytorch_loader import LoaderSettings
 from data_loading.sampler import sample_rng
 
 
@@ -24,7 +24,7 @@ class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):
     compares the work and not the luck. Volumes are at least as large as the patch, as preprocessing makes KiTS19's.
     """
 
-    def __init__(self, data_dir: Path, cases: Sequence[str], settings: LoaderSettings) -> None:
+    def __init__(self, data_dir: Path, cases: Sequence[str], settings: LoaderConfig) -> None:
         self.data_dir = data_dir
         self.cases = list(cases)
         self.settings = settings
@@ -33,7 +33,7 @@ class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):
         epoch, index = key
         settings = self.settings
         rng = sample_rng(settings.sample_seed, epoch, index)
-        image, label = (np.load(file_of(self.data_dir, self.cases[index], kind)) for kind in "xy")
+        image, label = (np.load(case_file(self.data_dir, self.cases[index], kind)) for kind in "xy")
         d, h, w = naive_crop(rng, label[0], settings.patch, settings.oversampling)
         window = (slice(None), *(slice(n, n + length) for n, length in zip((d, h, w), settings.patch, strict=True)))
         crop, mask = (np.ascontiguousarray(array[window]) for array in (image, label))

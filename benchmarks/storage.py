@@ -32,10 +32,12 @@ from benchmarks.data import (
 )
 from benchmarks.harness import Options, Table
 from common.errors import UserError
-from data_loading.dataset import CaseRecord, load_boxes
+from data_loading.base_loader import Batch, LoaderConfig, TrainingLoader
+from data_loading.dataset import load_boxes
+from data_loading.index import CaseRecord
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Box, Shape
-from data_loading.pytorch_loader import Batch, CropDataset, LoaderSettings, PytorchLoader, TrainingLoader
+from data_loading.pytorch_loader import CropDataset, PytorchLoader
 from data_loading.spec import KITS19
 
 # MLPerf Storage's size law of an unet3d file, bytes, and its number of files.
@@ -82,7 +84,7 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
     total = sum(path.stat().st_size for path in files)
     batch_size = min(BATCH_SIZE, len(cases))
     step_s = batch_size / (samples_per_s or speed)
-    settings = LoaderSettings(
+    settings = LoaderConfig(
         patch=patch,
         oversampling=0.4,
         batch_size=batch_size,
@@ -204,7 +206,7 @@ def was_dropped(path: Path) -> bool:
 
 
 def feed(
-    folder: Path, cases: Sequence[str], settings: LoaderSettings, step_s: float, steps: int, is_cold: bool
+    folder: Path, cases: Sequence[str], settings: LoaderConfig, step_s: float, steps: int, is_cold: bool
 ) -> list[Emulated]:
     """What each of `settings.ranks` accelerators sees in one epoch of `steps`, fed by the loader of its own rank.
 
@@ -223,8 +225,8 @@ def feed(
     files = files_of(folder, cases)
     with ThreadPoolExecutor(1) as dropper, ThreadPoolExecutor(len(loaders)) as accelerators:
 
-        def accelerate(loader: TrainingLoader, shard: LoaderSettings) -> Emulated:
-            order = shard.order(len(repeated)).batches(2)
+        def accelerate(loader: TrainingLoader, shard: LoaderConfig) -> Emulated:
+            order = shard.sampler(len(repeated)).batches(2)
 
             def forget(step: int) -> None:
                 dropper.submit(drop_caches, files_of(folder, [repeated[index] for _, index in order[step]]))

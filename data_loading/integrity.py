@@ -21,7 +21,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from common.errors import UserError
-from data_loading.dataset import INDEX_NAME, CaseRecord, file_of, read_index, write_json
+from data_loading.dataset import case_file, case_files, find_index
+from data_loading.index import INDEX_NAME, CaseRecord, read_index, write_json
 from data_loading.preprocessing import Shape
 
 T = TypeVar("T")
@@ -44,8 +45,8 @@ READERS = 8
 LONGEST_HEADER = 1024
 
 
-@dataclass(frozen=True)
-class FilesFound:
+@dataclass(frozen=True, kw_only=True)
+class FileCheck:
     """What a folder's files look like from outside.
 
     Attributes:
@@ -61,14 +62,14 @@ class FilesFound:
     shapes: dict[str, Shape]
 
 
-def check_files(data_dir: Path, cases: Sequence[str]) -> FilesFound:
+def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     """Asks after every file of these cases and opens none, so that it may come before MLPerf's clock starts.
 
     Raises:
         UserError: files are missing, or of a size that cannot be right; it names the first and counts them.
     """
-    index = read_index(data_dir / INDEX_NAME) if (data_dir / INDEX_NAME).is_file() else None
-    stamps = {path.name: stamp_of(path) for case in cases for path in both_files(data_dir, case)}
+    index = find_index(data_dir)
+    stamps = {path.name: file_stamp(path) for case in cases for path in case_files(data_dir, case)}
     _refuse(data_dir, [name for name, stamp in stamps.items() if not stamp], "missing")
     sizes = {name: stamp[0] for name, stamp in stamps.items()}
     records = {case: index.cases[case] for case in cases if case in index.cases} if index else {}
@@ -77,7 +78,7 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FilesFound:
     _refuse(data_dir, wrong, "cut off or overwritten, its size is not what preprocessing wrote")
     voxel_bytes = 4 * index.spec.channels if index else 4
     for case in cases:
-        image, label = (path.name for path in both_files(data_dir, case))
+        image, label = (path.name for path in case_files(data_dir, case))
         # An image has so many times its label's voxels' bytes; a copy that broke off leaves one of them too short.
         if not sizes[label] or abs(sizes[image] - voxel_bytes * sizes[label]) > voxel_bytes * LONGEST_HEADER:
             raise UserError(
@@ -88,7 +89,7 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FilesFound:
     good = _read_verified(data_dir)
     changed = [name for name in digests if stamps[name] not in (recorded.get(name), good.get(name))]
     shapes = {case: record.transform.shape for case, record in records.items() if record.transform}
-    return FilesFound(sizes, changed, len(sizes) - len(digests), shapes)
+    return FileCheck(sizes=sizes, changed=changed, without_digest=len(sizes) - len(digests), shapes=shapes)
 
 
 def _refuse(data_dir: Path, names: Sequence[str], problem: str) -> None:
@@ -113,9 +114,9 @@ def verify_changed(data_dir: Path, names: Sequence[str]) -> None:
     records = read_index(data_dir / INDEX_NAME).cases
     digests = recorded_digests(records)
     # Before they are read: who changes a file meanwhile leaves it another stamp than the one that is kept.
-    stamps = {name: stamp_of(data_dir / name) for name in names}
+    stamps = {name: file_stamp(data_dir / name) for name in names}
     with ThreadPoolExecutor(READERS) as readers:
-        hashing = readers.map(lambda name: md5_of(data_dir / name), names)
+        hashing = readers.map(lambda name: file_md5(data_dir / name), names)
         found = list(tqdm(hashing, "MD5 of changed files", len(names), unit="file", disable=None))
     damaged = [name for name, md5 in zip(names, found, strict=True) if md5 != digests.get(name)]
     keep_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
@@ -141,7 +142,7 @@ def _read_verified(data_dir: Path) -> dict[str, Stamp]:
     return content if isinstance(content, dict) else {}
 
 
-def stamp_of(path: Path) -> Stamp:
+def file_stamp(path: Path) -> Stamp:
     """[bytes, time of the last change in ns], [] of a file that is missing. Raises UserError when nobody can say."""
     try:
         status = path.stat()
@@ -152,14 +153,9 @@ def stamp_of(path: Path) -> Stamp:
     return [status.st_size, status.st_mtime_ns]
 
 
-def both_files(data_dir: Path, case: str) -> tuple[Path, Path]:
-    """A case's image and label."""
-    return file_of(data_dir, case, "x"), file_of(data_dir, case, "y")
-
-
 def _by_file(case: str, of_kinds: Mapping[str, T]) -> Iterator[tuple[str, T]]:
     """What a record keeps for "x" and "y", by the files' names."""
-    return ((file_of(Path(), case, kind).name, of_kinds[kind]) for kind in "xy" if kind in of_kinds)
+    return ((case_file(Path(), case, kind).name, of_kinds[kind]) for kind in "xy" if kind in of_kinds)
 
 
 class FileWatch:
@@ -205,7 +201,8 @@ def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
 
     Of a folder that the reference wrote, whose MD5s nobody recorded, it is the split's alone.
     """
-    records = read_index(data_dir / INDEX_NAME).cases if (data_dir / INDEX_NAME).is_file() else {}
+    index = find_index(data_dir)
+    records = index.cases if index else {}
     used = {case: records[case] for cases in split.values() for case in cases if case in records}
     content = json.dumps([sorted(split.items()), fingerprint(recorded_digests(used))])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -213,7 +210,8 @@ def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
 
 def recorded_fingerprint(data_dir: Path, cases: Sequence[str]) -> str:
     """The fingerprint of these cases' files by their recorded MD5s, none of them read; "" where one has none."""
-    records = read_index(data_dir / INDEX_NAME).cases if (data_dir / INDEX_NAME).is_file() else {}
+    index = find_index(data_dir)
+    records = index.cases if index else {}
     digests = recorded_digests({case: records[case] for case in cases if case in records})
     return fingerprint(digests) if len(digests) == 2 * len(cases) > 0 else ""
 
@@ -224,7 +222,7 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def md5_of(path: Path) -> str:
+def file_md5(path: Path) -> str:
     """MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
     digest = hashlib.md5(usedforsecurity=False)
     try:

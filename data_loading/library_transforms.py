@@ -1,27 +1,38 @@
-"""Adapts other libraries' transforms: each runs under a seed drawn from the sample's own generator."""
+"""Transforms of TorchIO and MONAI, each run under a seed drawn from the sample's own generator.
+
+    --augment 'torchio:RandomElasticDeformation(p=0.3)' 'torchio:RandomGamma(p=0.2)'
+    --augment 'monai.transforms:RandGaussianNoise(prob=0.2)' 'monai.transforms:RandRotated(…)'
+
+Their axes 0, 1 and 2 are our D, H and W; a label is resampled to its nearest voxel. TorchIO sees voxels of 1 mm cubed.
+MONAI's intensity transforms change the image only, all others image and label: of a transform for arrays (RandAffine)
+its counterpart for dictionaries (RandAffined) is used. Each package is imported only where its transforms are used.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from common.errors import UserError
-from data_loading.transforms import Image, Label
+from common import registry
+from common.errors import UserError, one_line
+from data_loading.transforms import Image, Label, RandomTransform
 
 # (image, label, seed) -> image, label
-Transform = Callable[[Image, Label, int], tuple[Image, Label]]
+SeededFunction = Callable[[Image, Label, int], tuple[Image, Label]]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's own generators start from the seed, and are afterwards what they were.
+    """Seeds the generators of Python, numpy and torch's CPU, and restores their states afterwards.
 
-    The CPU's alone: to seed torch as a whole would reach the GPUs' generators, and nothing here computes on one.
+    GPU generators are left alone: seeding torch as a whole would reach them, and nothing here computes on a GPU.
     """
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
@@ -36,37 +47,94 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ForeignDrawn:
-    """A transform with the seed of all that it draws."""
+class LibraryTransform:
+    """A library's transform with the seed of everything it draws."""
 
     name: str
     seed: int
-    transform: Transform = field(repr=False)
+    function: SeededFunction = field(repr=False)
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
         """Raises UserError where the transform changes the sample's shape, or fails."""
         try:
             with seeded(self.seed):
-                changed, mask = self.transform(image, label, self.seed)
+                changed, mask = self.function(image, label, self.seed)
         except Exception as error:
-            told = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--augment {self.name} of a sample {image.shape}: {told}") from None
+            reason = one_line(error)
+            raise UserError(f"--augment {self.name}: failed on a sample {image.shape}: {reason}") from None
         if changed.shape != image.shape or mask.shape != label.shape:
             raise UserError(
-                f"--augment {self.name} makes {changed.shape} of {image.shape}: a sample must keep its shape"
+                f"--augment {self.name}: turns {image.shape} into {changed.shape}; a sample must keep its shape"
             )
         return np.ascontiguousarray(changed, np.float32), np.ascontiguousarray(mask, np.uint8)
 
     def __str__(self) -> str:
-        return f"{self.name} of seed {self.seed}"
+        return f"{self.name} with seed {self.seed}"
 
 
 @dataclass(frozen=True)
-class DrawForeign:
-    """Draws the seed."""
+class RandomLibraryTransform:
+    """Draws the seed of a `LibraryTransform`."""
 
     name: str
-    transform: Transform = field(repr=False)
+    function: SeededFunction = field(repr=False)
 
-    def __call__(self, rng: np.random.Generator) -> ForeignDrawn:
-        return ForeignDrawn(self.name, int(rng.integers(2**32)), self.transform)
+    def __call__(self, rng: np.random.Generator) -> LibraryTransform:
+        return LibraryTransform(self.name, int(rng.integers(2**32)), self.function)
+
+
+def adapt_torchio(found: registry.ResolvedSpec[Any]) -> RandomTransform:
+    """Returns the TorchIO transform of a spec. Raises UserError for wrong arguments, or if it is not a transform."""
+    import torchio
+
+    transform = found.call({})
+    if not isinstance(transform, torchio.Transform):
+        raise UserError(f"--augment {found.name}: not a transform of TorchIO")
+    return RandomLibraryTransform(found.name, partial(_apply_torchio, transform))
+
+
+def _apply_torchio(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+    import torchio
+
+    subject = torchio.Subject(
+        image=torchio.ScalarImage(tensor=torch.from_numpy(image)),
+        label=torchio.LabelMap(tensor=torch.from_numpy(label)),
+    )
+    changed = transform(subject)
+    return changed["image"].data.float().numpy(), changed["label"].data.to(torch.uint8).numpy()
+
+
+def adapt_monai(found: registry.ResolvedSpec[Any]) -> RandomTransform:
+    """Returns the MONAI transform of a spec. Raises UserError for wrong arguments, or if it is not a transform."""
+    import monai.transforms
+    from monai.transforms.transform import MapTransform, Transform
+
+    target = found.target
+    if not isinstance(target, type) or not issubclass(target, Transform):
+        raise UserError(f"--augment {found.name}: not a transform of MONAI")
+    is_intensity = target.__module__.startswith("monai.transforms.intensity")
+    if not issubclass(target, MapTransform):
+        counterpart = getattr(monai.transforms, f"{target.__name__}d", None)
+        if is_intensity or counterpart is None:
+            return RandomLibraryTransform(found.name, partial(_apply_monai_to_image, found.call({})))
+        found = replace(found, target=counterpart)
+    fixed: dict[str, Any] = {"keys": ("image",) if is_intensity else ("image", "label")}
+    if "mode" in found.parameters and not is_intensity and "mode" not in found.arguments:
+        fixed["mode"] = ("bilinear", "nearest")
+    return RandomLibraryTransform(found.name, partial(_apply_monai, found.call(fixed)))
+
+
+def _apply_monai_to_image(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+    return np.asarray(_seed_monai(transform, seed)(image)), label
+
+
+def _apply_monai(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+    changed = _seed_monai(transform, seed)({"image": image, "label": label})
+    return np.asarray(changed["image"]), np.asarray(changed["label"])
+
+
+def _seed_monai(transform: Any, seed: int) -> Any:
+    """Each of MONAI's transforms has a generator of its own, which samples must not share."""
+    if hasattr(transform, "set_random_state"):  # a monai.transforms.Randomizable
+        transform.set_random_state(seed)
+    return transform

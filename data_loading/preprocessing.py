@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from data_loading.io.orientation import Reorientation, reorient_geometry, reorientation_to
 from data_loading.io.volume import Geometry, Volume
-from data_loading.spec import DatasetSpec
+from data_loading.spec import DatasetSpec, with_current_keys
 
 Shape = tuple[int, int, int]
 # A foreground component's bounding box: (d0, h0, w0, d1, h1, w1), ends exclusive.
@@ -31,8 +31,8 @@ Boxes = dict[int, list[Box]]
 BOXES_PER_CLASS = 2
 
 
-@dataclass(frozen=True)
-class Transform:
+@dataclass(frozen=True, kw_only=True)
+class GridTransform:
     """How a case came to the network's grid, as far as the way back must know.
 
     Attributes:
@@ -51,7 +51,7 @@ class Transform:
     shape: Shape
     orientation: str | None = None
     crop: Box | None = None
-    by_area: bool = False
+    half_pixel: bool = False
 
     @property
     def turn(self) -> Reorientation | None:
@@ -71,7 +71,7 @@ class Transform:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Distances between the voxels of the network's grid."""
-        ends = 0 if self.by_area else 1
+        ends = 0 if self.half_pixel else 1
         cut = self.cut
         lengths = zip(cut.shape, cut.spacing_mm, self.resampled_shape, strict=True)
         d, h, w = ((n - ends) * mm / (new - ends) if min(n, new) > ends else mm for n, mm, new in lengths)
@@ -85,19 +85,20 @@ class Transform:
             "shape": list(self.shape),
             "orientation": self.orientation,
             "crop": list(self.crop) if self.crop else None,
-            "by_area": self.by_area,
+            "half_pixel": self.half_pixel,
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Transform:
+    def from_json(cls, record: dict[str, Any]) -> GridTransform:
+        record = with_current_keys(record)
         return cls(
-            Geometry.from_json(record["source"]),
-            as_shape(record["resampled_shape"]),
-            as_shape(record["padding_before"]),
-            as_shape(record["shape"]),
-            record.get("orientation"),
-            as_box(record["crop"]) if record.get("crop") else None,
-            bool(record.get("by_area", False)),
+            source=Geometry.from_json(record["source"]),
+            resampled_shape=as_shape(record["resampled_shape"]),
+            padding_before=as_shape(record["padding_before"]),
+            shape=as_shape(record["shape"]),
+            orientation=record.get("orientation"),
+            crop=as_box(record["crop"]) if record.get("crop") else None,
+            half_pixel=bool(record.get("half_pixel", False)),
         )
 
 
@@ -163,12 +164,12 @@ def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float
         least, most = (np.asarray(end, np.float32) for end in ends)
         extent = np.where(most > least, most - least, np.float32(1))
         return ((image - least) / extent).astype(np.float32, copy=False)
-    if spec.mean is not None and spec.deviation is not None:
-        return (image - np.float32(spec.mean)) / np.float32(spec.deviation)
+    if spec.mean is not None and spec.std is not None:
+        return (image - np.float32(spec.mean)) / np.float32(spec.std)
     # Sums in float64: a float32 sum over 10^8 voxels loses three digits.
     mean = image.mean(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
-    deviation = image.std(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
-    scaled: NDArray[np.float32] = ((image - mean) / np.where(deviation > 0, deviation, 1.0)).astype(np.float32)
+    std = image.std(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
+    scaled: NDArray[np.float32] = ((image - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
     return scaled
 
 
@@ -242,16 +243,16 @@ def _box_volume(box: Box) -> int:
     return (box[3] - box[0]) * (box[4] - box[1]) * (box[5] - box[2])
 
 
-def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float32], Transform]:
+def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float32], GridTransform]:
     """A scan on the network's grid, (C, D, H, W) float32, and how it came there."""
     array = image.array
-    way = Transform(
-        image.geometry,
-        image.geometry.shape,
-        (0, 0, 0),
-        image.geometry.shape,
-        spec.orientation,
-        by_area=spec.size is not None,
+    way = GridTransform(
+        source=image.geometry,
+        resampled_shape=image.geometry.shape,
+        padding_before=(0, 0, 0),
+        shape=image.geometry.shape,
+        orientation=spec.orientation,
+        half_pixel=spec.size is not None,
     )
     array = _turn_and_cut(array, way)
     if spec.foreground_crop:
@@ -270,22 +271,24 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
     return array, replace(way, resampled_shape=shape, padding_before=before, shape=as_shape(array.shape[1:]))
 
 
-def _turn_and_cut(array: NDArray[Any], way: Transform) -> NDArray[Any]:
+def _turn_and_cut(array: NDArray[Any], way: GridTransform) -> NDArray[Any]:
     """The first two steps, of an image or its mask; the array itself where there is nothing to do."""
     array = way.turn.apply(array) if way.turn else array
     return np.ascontiguousarray(array[_slices_of(way.crop)] if way.crop else array)
 
 
-def preprocess_label(label: Volume, transform: Transform, spec: DatasetSpec) -> NDArray[np.uint8]:
+def preprocess_label(label: Volume, transform: GridTransform, spec: DatasetSpec) -> NDArray[np.uint8]:
     """The mask on the grid that its scan came to, (1, D, H, W) uint8."""
     array = _turn_and_cut(label.array, transform)
     if transform.resampled_shape != array.shape[1:]:
         _, h, w = transform.resampled_shape
-        array = resize_label(array, (h, w)) if transform.by_area else resample_label(array, transform.resampled_shape)
+        array = (
+            resize_label(array, (h, w)) if transform.half_pixel else resample_label(array, transform.resampled_shape)
+        )
     return pad_with_edges(array, edge_padding(transform.resampled_shape, spec.min_shape))
 
 
-def to_source_grid(array: NDArray[np.float32], transform: Transform, first: int = 0) -> NDArray[np.float32]:
+def to_source_grid(array: NDArray[np.float32], transform: GridTransform, first: int = 0) -> NDArray[np.float32]:
     """The way back: cuts the padding off, interpolates to the scan's own grid, and undoes crop and turn.
 
     Outside of the crop all is background: its probability is 1, every other one 0.
@@ -304,7 +307,7 @@ def to_source_grid(array: NDArray[np.float32], transform: Transform, first: int 
     shape = transform.cut.shape
     if transform.resampled_shape != shape:
         inside = np.ascontiguousarray(inside)
-        inside = resize_image(inside, shape[1:]) if transform.by_area else resample_image(inside, shape)
+        inside = resize_image(inside, shape[1:]) if transform.half_pixel else resample_image(inside, shape)
     if transform.crop:
         whole = np.zeros((len(array), *transform.whole.shape), np.float32)
         if first == 0:

@@ -1,8 +1,8 @@
-"""Split and order: which cases train, which evaluate, and in what order every rank meets its own."""
+"""The order in which every rank processes its training cases, and each sample's random generator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -12,138 +12,76 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 
-# numpy's SeedSequence takes any list of words; these keep the streams of one seed apart.
+# numpy's SeedSequence takes any list of words; these keep the streams of one seed apart (`split.py` has 2).
 ORDER_STREAM = 0
 SAMPLE_STREAM = 1
-SPLIT_STREAM = 2
-SUBSETS = ("train", "evaluation", "test")
-# Shares are decimal numbers, which floats are not.
-SHARE_TOLERANCE = 1e-9
 
 
-def split_cases(cases: Sequence[str], evaluation_share: float, seed: int) -> tuple[list[str], list[str]]:
-    """A seeded split into (training, evaluation), each sorted; at least one case in both.
-
-    Raises:
-        UserError: fewer than two cases.
-    """
-    if len(cases) < 2:
-        raise UserError(f"a split needs at least 2 cases, found {len(cases)}")
-    ordered = sorted(cases)
-    held_out = min(max(round(len(ordered) * evaluation_share), 1), len(ordered) - 1)
-    permutation = np.random.default_rng([SPLIT_STREAM, seed]).permutation(len(ordered))
-    evaluation = {ordered[i] for i in permutation[:held_out]}
-    return [case for case in ordered if case not in evaluation], sorted(evaluation)
-
-
-def split_patients(patients: Mapping[str, str], shares: Sequence[float], seed: int) -> dict[str, list[str]]:
-    """A seeded split by patient into "train", "evaluation" and, of three shares, "test"; cases sorted.
-
-    Of two shares the evaluation's is rounded to the nearest number of patients, at least one on either side, as
-    `split_cases` does. Of three each held-out part is rounded down and the rest trains: 128 patients at 0.6, 0.2 and
-    0.2 are 78, 25 and 25. A share of 0 has no patients.
-
-    Args:
-        patients: whose each case is.
-
-    Raises:
-        UserError: shares that are no shares, or too few patients for a part.
-    """
-    if len(shares) not in (2, 3) or not min(shares) >= 0 or not abs(sum(shares) - 1) <= SHARE_TOLERANCE:
-        told = " ".join(f"{share:g}" for share in shares)
-        raise UserError(
-            f"--split_ratios {told}: give two or three shares that add up to 1, such as 0.8 0.2 or 0.6 0.2 0.2"
-        )
-    ordered = sorted(set(patients.values()))
-    if len(ordered) < 2 <= sum(share > 0 for share in shares):
-        whose = ", all of one patient" if len(patients) > len(ordered) else ""
-        raise UserError(
-            f"a split needs at least 2 cases, found {len(patients)}{whose}; --split_ratios 1 0 trains on all"
-        )
-    if len(shares) == 2:
-        held_out = split_cases(ordered, shares[1], seed)[1] if min(shares) > 0 else ordered if shares[1] else []
-        counts = [len(held_out)]
-    else:
-        counts = [int(len(ordered) * share + SHARE_TOLERANCE) for share in shares[1:]]
-        counts[-1] = len(ordered) - counts[0] if shares[0] == 0 else counts[-1]
-    counts = [len(ordered) - sum(counts), *counts]
-    for part, share, count in zip(SUBSETS, shares, counts, strict=False):
-        if share > 0 and count == 0:
-            raise UserError(
-                f"--split_ratios: {len(ordered)} patient(s) leave none for {part} at a share of {share:g}; give "
-                "other shares (0 leaves a part out)"
-            )
-    permutation = np.random.default_rng([SPLIT_STREAM, seed]).permutation(len(ordered))
-    # The first of the permutation are evaluation's, as in `split_cases`, then come test's.
-    ends = np.cumsum([*counts[1:], counts[0]])
-    parts = dict(zip((*SUBSETS[1 : len(shares)], SUBSETS[0]), np.split(permutation, ends[:-1]), strict=True))
-    part_of = {ordered[i]: part for part, members in parts.items() for i in members}
-    return {
-        part: sorted(case for case, patient in patients.items() if part_of[patient] == part)
-        for part in SUBSETS[: len(shares)]
-    }
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PseudoLabelCap:
-    """Training cases of which a batch may hold only so many, such as pseudo-labelled ones: the last of all.
+    """Limits pseudo-labelled training cases, the last ones of all, to a share of every batch.
 
     Attributes:
-        count: how many there are.
-        share: of a batch, at most.
+        count: number of these cases.
+        max_share: largest share of a batch.
     """
 
     count: int = 0
-    share: float = 1.0
+    max_share: float = 1.0
 
-    def room(self, batch_size: int) -> int:
-        """How many of them a batch may hold."""
-        return int(self.share * batch_size + 1e-9)
+    def max_per_batch(self, batch_size: int) -> int:
+        return int(self.max_share * batch_size + 1e-9)
 
     def batches(self, cases: int, batch_size: int) -> int:
-        """Batches in an epoch of so many cases, these included: all others are met once, these where there is room."""
-        room, batches = self.room(batch_size), cases // batch_size
-        return batches if room == batch_size else min(batches, (cases - self.count) // (batch_size - room))
+        """Returns the batches per epoch of `cases`, these included.
 
-    def rate(self, cases: int, batch_size: int) -> Fraction:
-        """How many of them come with a batch, in the long run: as many as they are among all, or the room for them."""
-        return min(Fraction(self.room(batch_size)), Fraction(self.count * batch_size, cases))
+        Each of the other cases is used once, these as often as the cap allows.
+        """
+        most, batches = self.max_per_batch(batch_size), cases // batch_size
+        return batches if most == batch_size else min(batches, (cases - self.count) // (batch_size - most))
+
+    def mean_per_batch(self, cases: int, batch_size: int) -> Fraction:
+        """Returns their mean number per batch: their share of all cases, or the cap where that is lower."""
+        return min(Fraction(self.max_per_batch(batch_size)), Fraction(self.count * batch_size, cases))
 
 
-def batches_per_epoch(cases: int, batch_size: int, ranks: int, capped: PseudoLabelCap = PseudoLabelCap()) -> int:
-    """Batches that every rank gets in an epoch; the last incomplete round of batches is dropped.
+def batches_per_epoch(cases: int, batch_size: int, ranks: int, pseudo_labels: PseudoLabelCap = PseudoLabelCap()) -> int:
+    """Returns the batches per rank and epoch; the last incomplete round of batches is dropped.
 
     Raises:
-        UserError: not one batch for every rank.
+        UserError: less than one batch for every rank.
     """
-    batches = capped.batches(cases, batch_size) // ranks
+    batches = pseudo_labels.batches(cases, batch_size) // ranks
     if batches == 0 and cases >= batch_size * ranks:
         raise UserError(
-            f"{cases - capped.count} training cases and {capped.count} pseudo-labelled ones, of which a batch may hold "
-            f"a share of {capped.share:g}, do not give {ranks} rank(s) one batch of {batch_size} each; use less"
+            f"too few manually labelled cases ({cases - pseudo_labels.count} beside {pseudo_labels.count} "
+            f"pseudo-labelled ones) for {ranks} rank(s) x batch size {batch_size}, where at most a share of "
+            f"{pseudo_labels.max_share:g} may be pseudo-labelled; use fewer ranks or a smaller --batch_size"
         )
     if batches == 0:
         ways = [f"at most {cases // batch_size} rank(s)"] if cases >= batch_size else []
         ways += [f"a --batch_size of at most {cases // ranks}"] if cases >= ranks else []
         raise UserError(
-            f"{cases} training cases do not give {ranks} rank(s) one batch of {batch_size} each; "
+            f"too few training cases ({cases}) for {ranks} rank(s) x batch size {batch_size}; "
             f"use {' or '.join(ways) or 'more cases'}"
         )
     return batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochSampler:
-    """The seeded order of every epoch, dealt out over the ranks.
+    """The seeded order of every epoch, sharded over the ranks without overlap.
 
-    All ranks draw the same permutations of the cases. An epoch is one of its own, less the incomplete last batches, of
-    which every rank takes every `ranks`-th sample. With `steps` or capped cases the permutations are an endless row
-    (of the capped cases another), and an epoch goes on where the one before it ended, so that of any two cases one is
-    at most one sample ahead; every rank takes every `ranks`-th batch. The ranks' samples are disjoint.
+    All ranks draw the same permutations of the cases. By default an epoch is one permutation without its incomplete
+    last batches, and a rank takes every `ranks`-th sample. With `fixed_batches` or pseudo-labelled cases the
+    permutations form an endless stream (the pseudo-labelled cases have a stream of their own), an epoch continues
+    where the previous one ended, so that no case is ever used two times more than another, and a rank takes every
+    `ranks`-th batch.
 
     Attributes:
-        steps: batches of a rank in an epoch; None: as many as meet each case once.
-        capped: the last cases of all, of which a batch may hold only a share.
+        cases: number of training cases.
+        fixed_batches: batches per rank and epoch; None: one pass over the data.
+        pseudo_labels: cap on the last cases, which are pseudo-labelled.
     """
 
     cases: int
@@ -151,40 +89,40 @@ class EpochSampler:
     rank: int
     ranks: int
     seed: int
-    steps: int | None = None
-    capped: PseudoLabelCap = PseudoLabelCap()
+    fixed_batches: int | None = None
+    pseudo_labels: PseudoLabelCap = PseudoLabelCap()
 
     def __len__(self) -> int:
-        return self.steps or batches_per_epoch(self.cases, self.batch_size, self.ranks, self.capped)
+        return self.fixed_batches or batches_per_epoch(self.cases, self.batch_size, self.ranks, self.pseudo_labels)
 
     def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """This rank's batches in `epoch` (counted from 1): a sample is (permutation counted from 1, case index).
+        """Returns this rank's batches of `epoch` (from 1): lists of keys (permutation from 1, case index).
 
-        The pair, and not the case alone, is what a sample's own draws follow from: an epoch may meet a case twice.
+        A sample's random draws follow from the whole key, since an epoch may use a case twice.
         """
-        if self.steps or self.capped.count:
+        if self.fixed_batches or self.pseudo_labels.count:
             numbers = range((epoch - 1) * len(self) * self.ranks, epoch * len(self) * self.ranks)
-            return [self._of_streams(number) for number in numbers[self.rank :: self.ranks]]
+            return [self._stream_batch(number) for number in numbers[self.rank :: self.ranks]]
         used = self._permutation(self.cases, epoch)[: len(self) * self.batch_size * self.ranks]
         mine = [(epoch, case) for case in used[self.rank :: self.ranks].tolist()]
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
 
-    def _of_streams(self, number: int) -> list[tuple[int, int]]:
-        """The batch of that number, of all epochs and ranks, counted from 0: some of the capped cases, then others."""
-        rate = self.capped.rate(self.cases, self.batch_size)
+    def _stream_batch(self, number: int) -> list[tuple[int, int]]:
+        """Returns the batch of that number, counted from 0 over all epochs and ranks: pseudo-labelled cases first."""
+        rate = self.pseudo_labels.mean_per_batch(self.cases, self.batch_size)
         low, high = int(rate * number), int(rate * (number + 1))
-        others = self.cases - self.capped.count
+        others = self.cases - self.pseudo_labels.count
         size = self.batch_size
         return [
-            *((turn, others + case) for turn, case in self._stream(range(low, high), self.capped.count, 1)),
+            *((turn, others + case) for turn, case in self._stream(range(low, high), self.pseudo_labels.count, 1)),
             *self._stream(range(size * number - low, size * (number + 1) - high), others),
         ]
 
-    def _stream(self, places: range, cases: int, *stream: int) -> Iterator[tuple[int, int]]:
-        """What stands at these places of an endless row of permutations."""
-        for place in places:
-            turn = place // cases + 1
-            yield turn, int(self._permutation(cases, turn, *stream)[place % cases])
+    def _stream(self, positions: range, cases: int, *stream: int) -> Iterator[tuple[int, int]]:
+        """Yields the keys at these positions of an endless stream of permutations."""
+        for position in positions:
+            turn = position // cases + 1
+            yield turn, int(self._permutation(cases, turn, *stream)[position % cases])
 
     def _permutation(self, cases: int, number: int, *stream: int) -> NDArray[np.int64]:
         return _permutation(cases, (ORDER_STREAM, self.seed, number, *stream))
@@ -192,10 +130,10 @@ class EpochSampler:
 
 @lru_cache(maxsize=8)
 def _permutation(cases: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    """Kept: a batch's samples are mostly of one permutation."""
+    """Draws a permutation; cached, since a batch's samples mostly come from the same one."""
     return np.random.default_rng(seed).permutation(cases)
 
 
 def sample_rng(seed: int, permutation: int, case: int) -> np.random.Generator:
-    """All randomness of one sample of `EpochSampler`, whichever rank or loader worker makes it."""
+    """Returns the generator of all randomness of one sample, whichever rank or loader worker makes it."""
     return np.random.default_rng([SAMPLE_STREAM, seed, permutation, case])

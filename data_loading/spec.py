@@ -1,4 +1,4 @@
-"""DatasetSpec: what a preprocessed data set is, as far as preprocessing, training and scoring must know."""
+"""DatasetSpec: the constants of a data set that preprocessing, training and evaluation need."""
 
 from __future__ import annotations
 
@@ -8,32 +8,39 @@ from typing import Any
 from common.errors import UserError
 
 INTENSITIES = ("zscore", "minmax", "none")
-# Former names, in dataset.json and checkpoints of older versions.
+
+# Keys and values of `dataset.json` and of a checkpoint's spec that earlier versions wrote, and their present names.
+RENAMED_KEYS = {"deviation": "std", "made": "provenance", "pseudo": "pseudo_labels", "by_area": "half_pixel"}
 RENAMED_INTENSITIES = {"unit": "minmax"}
 
 
-@dataclass(frozen=True)
+def with_current_keys(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record of a file with the keys of earlier versions renamed."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in record.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One data set's constants.
+    """Constants of one data set.
 
     Attributes:
         name: short name, such as "kits19".
         classes: class names by label value; the first is the background.
         channels: image channels (modalities).
-        spacing_mm: every scan is resampled to this; None keeps each scan's own.
-        intensity_window: values are clipped to this, in HU for CT; None clips nothing.
-        mean, deviation: subtracted, then divided by; None: of each scan and channel itself.
-        intensity: "zscore": by mean and deviation; "minmax": to 0 to 1, of the window, without one of each scan and
-            channel; "none": the (clipped) values as they are.
-        min_shape: volumes are padded with their edge values to at least this.
-        padding_value: what a sliding window sees outside the volume, after normalisation; None repeats the edge.
-        crops_remainder: score as the MLPerf reference does, which cuts a small remainder off the edges
-            before it scores (a quirk that the target was calibrated with); False scores whole volumes.
-        orientation: which way the axes run (see `orientation.py`): scans are turned to it. None: preprocessing leaves
-            them as stored, and `read_spec_and_split` fills in the orientation that all of them share, so that a new
-            scan is turned to what the network was trained on.
-        foreground_crop: scans are cut to the box of what is no background (`preprocessing.foreground_box`).
-        size: pictures are resized to this (H, W), each slice for itself; None: not.
+        spacing_mm: (D, H, W) that scans are resampled to; None keeps each scan's own.
+        intensity_window: (low, high) that values are clipped to, in HU for CT; None: no clipping.
+        mean, std: subtracted, then divided by; None: those of each scan and channel.
+        intensity: "zscore": (x - mean) / std; "minmax": to [0, 1], by the window or else the range of each scan and
+            channel; "none": the (clipped) values.
+        min_shape: (D, H, W) that volumes are padded to with their edge values.
+        padding_value: normalised value of a sliding window outside the volume; None repeats the edge.
+        crops_remainder: evaluate as the MLPerf reference does, which crops a small remainder off the volume's edges (a
+            quirk that the target was calibrated with); False evaluates whole volumes.
+        orientation: directions of the axes (see `orientation.py`) that scans are reoriented to. None: preprocessing
+            leaves them as stored, and `read_spec_and_split` fills in the orientation that all of them share, so that a
+            new scan is reoriented to what the network was trained on.
+        foreground_crop: crop scans to their foreground (`preprocessing.foreground_box`).
+        size: (H, W) in pixels that 2-D images are resized to, slice by slice; None: no resizing.
     """
 
     name: str
@@ -42,7 +49,7 @@ class DatasetSpec:
     spacing_mm: tuple[float, float, float] | None = None
     intensity_window: tuple[float, float] | None = None
     mean: float | None = None
-    deviation: float | None = None
+    std: float | None = None
     min_shape: tuple[int, int, int] | None = None
     padding_value: float | None = None
     crops_remainder: bool = False
@@ -56,7 +63,8 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> DatasetSpec:
-        """Raises UserError when a field is unknown or missing (a folder of a later version, say)."""
+        """Raises UserError when a field is unknown or missing, as in a folder of a later version."""
+        record = with_current_keys(record)
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(record) - known)
         if unknown or not {"name", "classes"} <= set(record):
@@ -73,17 +81,17 @@ class DatasetSpec:
         return cls(**values)
 
 
-# MLPerf's KiTS19 constants: intensity statistics are those of the kidney and tumour voxels (HU).
+# MLPerf's KiTS19 constants: mean and std are those of kidney and tumour voxels, in HU.
 KITS19 = DatasetSpec(
     name="kits19",
     classes=("background", "kidney", "tumour"),
     spacing_mm=(1.6, 1.2, 1.2),
     intensity_window=(-79.0, 304.0),
     mean=101.0,
-    deviation=76.9,
+    std=76.9,
     min_shape=(128, 128, 128),
     padding_value=-2.2,
     crops_remainder=True,
 )
-# The axes of its scans: slices from head to foot, rows from front to back, columns from right to left.
+# Directions of its axes: slices from head to foot, rows from front to back, columns from right to left.
 KITS19_ORIENTATION = "IPL"

@@ -1,6 +1,9 @@
 """The biased crop and the augmentations: draw the parameters first, then apply them.
 
-All randomness of a sample comes from one generator, which the loader seeds with (seed, epoch, case).
+    --augment mlperf
+    --augment 'flips(p=0.5, axes="HW")' rot90
+
+All randomness of a sample comes from one generator, which the loader seeds with (seed, permutation, case).
 """
 
 from __future__ import annotations
@@ -21,176 +24,256 @@ from data_loading.preprocessing import Boxes, Shape
 AXES = "DHW"
 FLIP_PROBABILITY = 1 / 3
 BRIGHTNESS_PROBABILITY = 0.1
-# Yes, a factor of 1.7 to 2.3: it is what MLPerf's target was calibrated with.
+# Yes, a factor of 1.7 to 2.3: MLPerf's target was calibrated with it.
 BRIGHTNESS_RANGE = (1.7, 2.3)
 NOISE_PROBABILITY = 0.1
-MAX_NOISE_DEVIATION = 0.1
-
+MAX_NOISE_STD = 0.1
 
 Image = NDArray[np.float32]
 Label = NDArray[np.uint8]
 
 
 class Transform(Protocol):
-    """An augmentation whose parameters are drawn; as text it says in a phrase what changes the intensities."""
+    """An augmentation with drawn parameters; `str` returns it as a phrase for reports."""
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
-        """Image (C, D, H, W) and label (1, D, H, W), which may change in place, to contiguous ones of these shapes."""
+        """Transforms image (C, D, H, W) and label (1, D, H, W), perhaps in place.
+
+        Returns:
+            Contiguous arrays of the same shapes.
+        """
         ...
 
 
-# All that is random comes from the sample's own generator.
+# Draws a transform's parameters, all of them from the sample's own generator.
 RandomTransform = Callable[[np.random.Generator], Transform]
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """The reference's, drawn: which axes (D, H, W) to flip, the image's factor, the noise's deviation and seed."""
-
-    flips: tuple[bool, bool, bool]
-    factor: float = 1.0
-    noise_deviation: float = 0.0
-    noise_seed: int = 0
-
-    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
-        """Flips both; factor and noise are for the image alone."""
-        image, label = flip(image, self.flips), flip(label, self.flips)
-        if self.factor != 1.0:
-            image *= np.float32(self.factor)
-        if self.noise_deviation > 0.0:
-            # torch draws normal numbers six times as fast as numpy.
-            generator = torch.Generator().manual_seed(self.noise_seed)
-            noise = torch.empty(image.shape).normal_(std=self.noise_deviation, generator=generator)
-            image += noise.numpy()
-        return image, label
-
-    def __str__(self) -> str:
-        return f"brightness {self.factor:.3g}, noise {self.noise_deviation:.3g}"
-
-
-@dataclass(frozen=True)
 class Compose:
-    """Drawn augmentations, one after the other."""
+    """Several transforms, applied in order."""
 
-    drawn: tuple[Transform, ...]
+    transforms: tuple[Transform, ...]
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
-        """As each of them, in their order."""
-        for one in self.drawn:
-            image, label = one.apply(image, label)
+        for transform in self.transforms:
+            image, label = transform.apply(image, label)
         return image, label
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.drawn)) or "as it is"
+        return ", ".join(map(str, self.transforms)) or "unchanged"
 
 
 @dataclass(frozen=True)
-class DrawSeveral:
-    """Draws several, in order, from one generator."""
+class RandomCompose:
+    """Draws several transforms, in order, from one generator."""
 
-    draws: tuple[RandomTransform, ...]
+    transforms: tuple[RandomTransform, ...]
 
     def __call__(self, rng: np.random.Generator) -> Compose:
-        return Compose(tuple(draw(rng) for draw in self.draws))
+        return Compose(tuple(draw(rng) for draw in self.transforms))
 
 
-def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, boxes: Boxes, oversampling: float) -> Shape:
-    """The first voxel of a crop of `patch` voxels, biased to the foreground.
+def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, *, boxes: Boxes, oversampling: float) -> Shape:
+    """Draws the first voxel of a crop, biased to the foreground.
 
-    With probability `oversampling` around a foreground component (a class drawn among those present, then one of
-    its two largest boxes), else uniform. Without any foreground always uniform.
+    With probability `oversampling` the crop is placed around a foreground component (a class drawn among those
+    present, then one of its two largest boxes), otherwise uniformly. Without foreground it is always uniform.
 
     Args:
-        shape: the volume's, at least `patch` in each axis.
-        patch: the crop's.
-        boxes: of `foreground_boxes`.
+        shape: (D, H, W) of the volume, at least `patch` along each axis.
+        patch: (D, H, W) of the crop.
+        boxes: as `foreground_boxes` returns them.
         oversampling: probability of a foreground crop.
     """
     if rng.random() < oversampling and boxes:
         classes = sorted(boxes)
         candidates = boxes[classes[rng.integers(len(classes))]]
         box = candidates[rng.integers(len(candidates))]
-        starts = [_around(rng, box[axis], box[axis + 3], patch[axis], shape[axis]) for axis in range(3)]
+        starts = [_draw_start(rng, box[axis : axis + 4 : 3], patch[axis], shape[axis]) for axis in range(3)]
     else:
         # The reference never draws the last offset: [0, size - patch).
         starts = [int(rng.integers(0, max(size - length, 1))) for size, length in zip(shape, patch, strict=True)]
     return starts[0], starts[1], starts[2]
 
 
-def _around(rng: np.random.Generator, low: int, high: int, patch: int, size: int) -> int:
-    """The start of a window of `patch` that a box [low, high) is grown or shrunk to, kept inside [0, size)."""
-    box = high - low
-    difference = abs(patch - box)
-    below = int(rng.integers(0, max(difference, 1)))
-    start = low - below if box < patch else low + below
+def _draw_start(rng: np.random.Generator, span: tuple[int, ...], patch: int, size: int) -> int:
+    """Draws the start of a window of `patch` voxels in [0, size) that contains the span [low, high) or is inside it."""
+    low, high = span
+    length = high - low
+    offset = int(rng.integers(0, max(abs(patch - length), 1)))
+    start = low - offset if length < patch else low + offset
     return min(max(start, 0), size - patch)
 
 
-def draw_augmentation(rng: np.random.Generator, flips: str = AXES) -> Augmentation:
-    """Flips with probability 1/3 an axis; factor 1.7 to 2.3 with 0.1; noise of deviation 0 to 0.1 with 0.1.
+@dataclass(frozen=True)
+class MLPerfAugmentation:
+    """The reference's augmentation: flips along D, H and W, then brightness and Gaussian noise of the image.
+
+    Attributes:
+        flips: axes (D, H, W) to flip, of image and label.
+        factor: multiplies the image.
+        noise_std: standard deviation of the noise added to the image.
+        noise_seed: seed of the noise.
+    """
+
+    flips: tuple[bool, bool, bool]
+    factor: float = 1.0
+    noise_std: float = 0.0
+    noise_seed: int = 0
+
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        image, label = flip(image, self.flips), flip(label, self.flips)
+        if self.factor != 1.0:
+            image *= np.float32(self.factor)
+        if self.noise_std > 0.0:
+            # torch draws normal numbers six times as fast as numpy.
+            generator = torch.Generator().manual_seed(self.noise_seed)
+            noise = torch.empty(image.shape).normal_(std=self.noise_std, generator=generator)
+            image += noise.numpy()
+        return image, label
+
+    def __str__(self) -> str:
+        return f"brightness {self.factor:.3g}, noise {self.noise_std:.3g}"
+
+
+def draw_augmentation(rng: np.random.Generator, flips: str = AXES) -> MLPerfAugmentation:
+    """Draws flips with probability 1/3 per axis, a factor of 1.7 to 2.3 with 0.1, and noise of std 0 to 0.1 with 0.1.
 
     Args:
-        flips: the axes that may be flipped; the other draws are the same whatever it is.
+        flips: axes that may be flipped; the other draws do not depend on it.
     """
-    drawn = rng.random(3) < FLIP_PROBABILITY
-    flip_d, flip_h, flip_w = (bool(flip) and axis in flips for flip, axis in zip(drawn, AXES, strict=True))
+    flip_d, flip_h, flip_w = _draw_flips(rng, FLIP_PROBABILITY, flips)
     factor = rng.uniform(*BRIGHTNESS_RANGE) if rng.random() < BRIGHTNESS_PROBABILITY else 1.0
-    deviation = rng.uniform(0.0, MAX_NOISE_DEVIATION) if rng.random() < NOISE_PROBABILITY else 0.0
-    return Augmentation((flip_d, flip_h, flip_w), float(factor), float(deviation), int(rng.integers(2**63)))
+    std = rng.uniform(0.0, MAX_NOISE_STD) if rng.random() < NOISE_PROBABILITY else 0.0
+    return MLPerfAugmentation((flip_d, flip_h, flip_w), float(factor), float(std), int(rng.integers(2**63)))
+
+
+def _draw_flips(rng: np.random.Generator, p: float, axes: str) -> tuple[bool, bool, bool]:
+    d, h, w = (bool(drawn) and axis in axes for drawn, axis in zip(rng.random(3) < p, AXES, strict=True))
+    return d, h, w
 
 
 def mlperf(flips: str = AXES) -> RandomTransform:
-    """The reference's augmentation; MLPerf's own with every axis.
+    """Returns the reference's augmentation; MLPerf's own flips every axis.
 
     Args:
         flips: axes that may be flipped, of "DHW". A class that is defined by its direction (anterior, left) must not
-            be flipped along it: the network would have to tell the directions apart from the shape alone.
+            be flipped along it: the network would have to tell the directions apart by shape alone.
 
     Raises:
-        UserError: anything but a part of "DHW".
+        UserError: `flips` is not a subset of "DHW".
     """
-    check_axes(flips, "mlperf(flips=…)")
+    _check_axes(flips, "mlperf(flips=…)")
     return partial(draw_augmentation, flips=flips)
 
 
-def check_axes(axes: str, who: str) -> None:
-    """Raises UserError for anything but a part of "DHW"."""
+@dataclass(frozen=True)
+class Flips:
+    """Flips along the chosen of the axes D, H and W."""
+
+    flips: tuple[bool, bool, bool]
+
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        return flip(image, self.flips), flip(label, self.flips)
+
+    def __str__(self) -> str:
+        return f"flips {''.join(axis for axis, flip in zip(AXES, self.flips, strict=True) if flip) or 'none'}"
+
+
+def flips(p: float = 0.5, axes: str = AXES) -> RandomTransform:
+    """Returns flips along each of the axes with probability p, independently.
+
+    Raises:
+        UserError: p is not a probability, or `axes` not a subset of "DHW".
+    """
+    _check_probability(p, "flips(p=…)")
+    _check_axes(axes, "flips(axes=…)")
+    return partial(_draw_flips_alone, p, axes)
+
+
+def _draw_flips_alone(p: float, axes: str, rng: np.random.Generator) -> Flips:
+    return Flips(_draw_flips(rng, p, axes))
+
+
+@dataclass(frozen=True)
+class QuarterTurns:
+    """A number of rotations by 90 degrees in the plane of two of the array axes 1 to 3."""
+
+    turns: int
+    plane: tuple[int, int]
+
+    def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
+        """Rotates both; by 180 degrees where the patch is not square in the plane."""
+        is_square = image.shape[self.plane[0]] == image.shape[self.plane[1]]
+        turns = self.turns if is_square or not self.turns else 2
+        return self._rotate(image, turns), self._rotate(label, turns)
+
+    def _rotate(self, array: NDArray[Any], turns: int) -> NDArray[Any]:
+        return np.ascontiguousarray(np.rot90(array, turns, self.plane)) if turns else array
+
+    def __str__(self) -> str:
+        return f"{self.turns} quarter turns"
+
+
+def rot90(p: float = 0.5, axes: str = "HW") -> RandomTransform:
+    """Returns, with probability p, a rotation by 90, 180 or 270 degrees (equally likely) in the plane of two axes.
+
+    A patch that is not square in that plane is rotated by 180 degrees only, since its shape must stay.
+
+    Raises:
+        UserError: p is not a probability, or `axes` not two of "DHW".
+    """
+    _check_probability(p, "rot90(p=…)")
+    _check_axes(axes, "rot90(axes=…)")
+    if len(axes) != 2:
+        raise UserError(f"--augment rot90(axes={axes!r}): expected the two axes of a plane, such as 'HW'")
+    return partial(_draw_turns, p, (AXES.index(axes[0]) + 1, AXES.index(axes[1]) + 1))
+
+
+def _draw_turns(p: float, plane: tuple[int, int], rng: np.random.Generator) -> QuarterTurns:
+    turns = int(rng.integers(1, 4))
+    return QuarterTurns(turns if rng.random() < p else 0, plane)
+
+
+def _check_axes(axes: str, argument: str) -> None:
     if not isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) != len(axes):
-        raise UserError(f"--augment {who}: {axes!r}, expected axes of 'DHW', such as 'HW', or '' for none")
+        raise UserError(f"--augment {argument}: {axes!r}, expected axes of 'DHW', such as 'HW', or '' for none")
 
 
-AUGMENTATIONS: registry.Table[RandomTransform] = {
-    "mlperf": mlperf,
-    "flips": "data_loading.spatial_transforms:flips",
-    "rot90": "data_loading.spatial_transforms:rot90",
-}
-# Whose transforms are made a `RandomTransform` of, by whom; anything else that a spec imports must be one.
+def _check_probability(p: float, argument: str) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise UserError(f"--augment {argument}: {p!r} is not a probability")
+
+
+AUGMENTATIONS: registry.Table[RandomTransform] = {"mlperf": mlperf, "flips": flips, "rot90": rot90}
+# Packages whose transforms are adapted; anything else that a spec imports must return a `RandomTransform`.
 ADAPTERS = {
-    "torchio": "data_loading.torchio_transforms:adapt",
-    "monai": "data_loading.monai_transforms:adapt",
+    "torchio": "data_loading.library_transforms:adapt_torchio",
+    "monai": "data_loading.library_transforms:adapt_monai",
 }
 
 
 def make_augmentation(specs: Sequence[registry.Spec | str]) -> RandomTransform:
-    """What `--augment` names, in its order: draws a sample's augmentation. Raises UserError for one that is unknown."""
-    draws = [_make_draw(spec) for spec in specs]
-    return draws[0] if len(draws) == 1 else DrawSeveral(tuple(draws))
+    """Returns the composition of the `--augment` specs, in order. Raises UserError for an unknown one."""
+    transforms = [_make_random_transform(spec) for spec in specs]
+    return transforms[0] if len(transforms) == 1 else RandomCompose(tuple(transforms))
 
 
-def _make_draw(spec: registry.Spec | str) -> RandomTransform:
+def _make_random_transform(spec: registry.Spec | str) -> RandomTransform:
     found = registry.resolve(spec, AUGMENTATIONS, "--augment")
     package = found.name.partition(":")[0].partition(".")[0]
     if ":" in found.name and package in ADAPTERS:
         adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {found.name}", package)(found)
         return adapted
-    draw = found.call({})
-    if not callable(draw):
-        raise UserError(f"--augment {found.name} makes a {type(draw).__name__}, not a function that draws")
-    return draw
+    made = found.call({})
+    if not callable(made):
+        raise UserError(f"--augment {found.name}: returns a {type(made).__name__}, expected a function of a generator")
+    return made
 
 
 def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
-    """(C, D, H, W), contiguous, turned around along the chosen of the axes D, H and W."""
-    # An axis of one voxel, as pictures have, would get a negative stride, which np.ascontiguousarray leaves.
+    """Flips a (C, D, H, W) array along the chosen of the axes D, H and W; the result is contiguous."""
+    # An axis of one voxel, as 2-D images have, would get a negative stride, which np.ascontiguousarray leaves.
     axes = tuple(n for n, is_flipped in enumerate(flips, start=1) if is_flipped and array.shape[n] > 1)
     return np.ascontiguousarray(np.flip(array, axes)) if axes else array

@@ -8,15 +8,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
-from data_loading.dataset import INDEX_NAME, read_index
+from data_loading.index import INDEX_NAME, read_index
 from data_loading.integrity import (
     MLPERF_CASES,
     MLPERF_FINGERPRINTS,
+    file_md5,
+    file_stamp,
     fingerprint,
     keep_verified,
-    md5_of,
     recorded_digests,
-    stamp_of,
 )
 
 
@@ -33,8 +33,8 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
     files = sorted([*results_dir.glob("*_x.npy"), *results_dir.glob("*_y.npy")])
     if not files:
         raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
-    stamps = {path.name: stamp_of(path) for path in files}
-    found = {path.name: md5_of(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
+    stamps = {path.name: file_stamp(path) for path in files}
+    found = {path.name: file_md5(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
     is_good = True
     if (results_dir / INDEX_NAME).exists():
         index = read_index(results_dir / INDEX_NAME)

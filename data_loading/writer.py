@@ -27,19 +27,12 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import replacing
 from common.messages import logger
-from data_loading.dataset import (
-    INDEX_NAME,
-    PARTIAL_INDEX_NAME,
-    CaseRecord,
-    DatasetIndex,
-    file_of,
-    read_index,
-    write_json,
-)
-from data_loading.integrity import VERIFIED_NAME, Stamp, md5_of, stamp_of
+from data_loading.dataset import case_file
+from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, CaseRecord, DatasetIndex, read_index, write_json
+from data_loading.integrity import VERIFIED_NAME, Stamp, file_md5, file_stamp
 from data_loading.io.orientation import orientation_of
 from data_loading.io.volume import Volume
-from data_loading.preprocessing import Transform, foreground_boxes, preprocess_image, preprocess_label
+from data_loading.preprocessing import GridTransform, foreground_boxes, preprocess_image, preprocess_label
 from data_loading.readers.base import RawCase, RawDataset
 from data_loading.spec import DatasetSpec
 
@@ -60,7 +53,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # of a run that was killed
             stale.unlink(missing_ok=True)
         records = _intact_records(raw, results_dir)
-        write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(raw.spec, {}, records).to_json())
+        write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
         dropped = []
         for case, made in tqdm(_run(todo, results_dir, raw, num_workers), total=len(todo), unit="case", disable=None):
@@ -69,10 +62,13 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
                 dropped.append(case)
                 continue
             records[case] = made
-            write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(raw.spec, {}, records).to_json())
+            write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         split = _without(raw.split, dropped)
         made_of = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
-        write_json(results_dir / INDEX_NAME, DatasetIndex(raw.spec, split, records, made_of).to_json())
+        write_json(
+            results_dir / INDEX_NAME,
+            DatasetIndex(spec=raw.spec, split=split, cases=records, provenance=made_of).to_json(),
+        )
         (results_dir / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir {results_dir}: cannot be written: {error.strerror or error}") from None
@@ -117,9 +113,9 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
 
 def _describe(folder: Path, case: str) -> tuple[dict[str, str], dict[str, Stamp]]:
     """MD5s and stamps of a case's files that are there, by kind; the stamps are from before the files are read."""
-    paths = {kind: path for kind in "xy" if (path := file_of(folder, case, kind)).exists()}
-    stamps = {kind: stamp_of(path) for kind, path in paths.items()}
-    return {kind: md5_of(path) for kind, path in paths.items()}, stamps
+    paths = {kind: path for kind in "xy" if (path := case_file(folder, case, kind)).exists()}
+    stamps = {kind: file_stamp(path) for kind, path in paths.items()}
+    return {kind: file_md5(path) for kind, path in paths.items()}, stamps
 
 
 def _run(
@@ -177,7 +173,7 @@ def preprocess_case(
     image, label = raw.read()
     if raw.case in droppable and not label.array.any():
         for kind in "xy":  # of an earlier run, with another mask
-            file_of(results_dir, raw.case, kind).unlink(missing_ok=True)
+            case_file(results_dir, raw.case, kind).unlink(missing_ok=True)
         return raw.case, None
     if image.array.shape[0] != spec.channels or label.array.shape[0] != 1:
         raise UserError(
@@ -192,23 +188,31 @@ def preprocess_case(
     mask = preprocess_label(label, transform, spec)
     lost = _labelled_outside(label, transform)
     del image, label
-    _save(file_of(results_dir, raw.case, "x"), array)
-    _save(file_of(results_dir, raw.case, "y"), mask)
+    _save(case_file(results_dir, raw.case, "x"), array)
+    _save(case_file(results_dir, raw.case, "y"), mask)
     digests, stamps = _describe(results_dir, raw.case)
-    statistics = {"mean": float(array.mean(dtype=np.float64)), "deviation": float(array.std(dtype=np.float64))}
+    statistics = {"mean": float(array.mean(dtype=np.float64)), "std": float(array.std(dtype=np.float64))}
     if lost:
         statistics["labelled_voxels_cut"] = lost
     boxes = foreground_boxes(mask, len(spec.classes))
-    return raw.case, CaseRecord(transform, boxes, digests, raw.stamp(), statistics, stamps, raw.patient)
+    return raw.case, CaseRecord(
+        transform=transform,
+        boxes=boxes,
+        digests=digests,
+        source_stamp=raw.stamp(),
+        statistics=statistics,
+        stamps=stamps,
+        patient=raw.patient,
+    )
 
 
-def _labelled_outside(label: Volume, transform: Transform) -> int:
+def _labelled_outside(label: Volume, transform: GridTransform) -> int:
     """Voxels of the mask that the foreground crop cuts away."""
     if not transform.crop:
         return 0
     everything = replace(transform, crop=None, resampled_shape=transform.whole.shape)
     kept = replace(transform, resampled_shape=transform.cut.shape)
-    plain = DatasetSpec("", ())
+    plain = DatasetSpec(name="", classes=())
     before, after = (np.count_nonzero(preprocess_label(label, way, plain)) for way in (everything, kept))
     return int(before - after)
 
@@ -225,7 +229,7 @@ def _line(case: str, record: CaseRecord | None) -> str:
     shape = record.transform.shape if record.transform else ()
     lost = record.statistics.get("labelled_voxels_cut")
     return (
-        f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['deviation']:.2f}"
+        f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
         f"{f', {lost:g} labelled voxels outside of the foreground crop' if lost else ''}"
     )
 
@@ -233,7 +237,7 @@ def _line(case: str, record: CaseRecord | None) -> str:
 def _summarise(split: dict[str, list[str]], records: dict[str, CaseRecord], done: str, results_dir: Path) -> None:
     shapes = np.array([record.transform.shape for record in records.values() if record.transform])
     means = [record.statistics["mean"] for record in records.values()]
-    deviations = [record.statistics["deviation"] for record in records.values()]
+    deviations = [record.statistics["std"] for record in records.values()]
     print(
         f"median shape {tuple(np.median(shapes, axis=0).astype(int).tolist())}, "
         f"mean {np.median(means):.2f}, std {np.median(deviations):.2f}"

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from common.compat import TorchDispatchMode, tree_leaves
 from common.errors import UserError
 from data_loading.io.volume import free_memory_bytes
-from data_loading.preprocessing import Transform
+from data_loading.preprocessing import GridTransform
 from runtime.inference import tile
 
 GIB = 2**30
@@ -49,7 +49,7 @@ class Sizes:
     def of(
         cls,
         image: Sequence[int],
-        transform: Transform,
+        transform: GridTransform,
         classes: int,
         window: Sequence[int],
         overlap: float,

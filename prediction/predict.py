@@ -24,7 +24,7 @@ from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
 from data_loading.io.scan_discovery import Source, find_sources, is_file_name, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
-from data_loading.preprocessing import Transform, preprocess_image, to_source_grid
+from data_loading.preprocessing import GridTransform, preprocess_image, to_source_grid
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from model.registry import build_network, check_window
 from prediction.memory import READ_BYTES, Budget, Place, Sizes, places, window_bytes
@@ -219,7 +219,9 @@ def _each(
         yield values
 
 
-def classes_on_source_grid(probabilities: NDArray[np.float32], transform: Transform) -> Iterator[NDArray[np.float32]]:
+def classes_on_source_grid(
+    probabilities: NDArray[np.float32], transform: GridTransform
+) -> Iterator[NDArray[np.float32]]:
     """(K, D, H, W) on the network's grid -> (1, *source shape) of one class after the other.
 
     One at a time: all together would be the largest thing in memory, and the numbers are the same.
@@ -240,7 +242,7 @@ def arg_max(classes: Iterator[NDArray[np.float32]], geometry: Geometry) -> NDArr
 
 
 def predict_image(
-    image: NDArray[np.float32], transform: Transform, predictor: Predictor, name: str
+    image: NDArray[np.float32], transform: GridTransform, predictor: Predictor, name: str
 ) -> NDArray[np.float32]:
     """Mean probabilities of a preprocessed scan, (C, D, H, W) -> (K, D, H, W).
 

@@ -28,18 +28,17 @@ from common.cli import Parser, number
 from common.errors import UserError, run_program
 from common.files import replacing
 from common.messages import logger
-from data_loading.dataset import (
+from data_loading.dataset import case_file, case_files, read_case
+from data_loading.index import (
     INDEX_NAME,
     CaseRecord,
     DatasetIndex,
-    Pseudo,
-    file_of,
+    PseudoLabels,
     is_safe_case_id,
-    read_case,
     read_index,
     write_json,
 )
-from data_loading.integrity import both_files, check_files, md5_of, split_digest, stamp_of, verify_changed
+from data_loading.integrity import check_files, file_md5, file_stamp, split_digest, verify_changed
 from data_loading.io.orientation import common_orientation
 from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.preprocessing import foreground_boxes, preprocess_image
@@ -96,7 +95,7 @@ def open_folder(data_dir: Path, results_dir: Path) -> DatasetIndex:
     if (results_dir / INDEX_NAME).exists():
         raise UserError(f"--results_dir {results_dir} holds a data set already; name another folder")
     index = read_index(data_dir / INDEX_NAME)
-    if index.pseudo:
+    if index.pseudo_labels:
         raise UserError(f"--data_dir {data_dir} has pseudo-labels itself; give the folder that they were made from")
     listed = [case for cases in index.split.values() for case in cases]
     verify_changed(data_dir, check_files(data_dir, listed).changed)
@@ -131,7 +130,7 @@ def load_teacher(path: Path, data_dir: Path, model: str | None) -> Predict:
 def copy_cases(index: DatasetIndex, data_dir: Path, results_dir: Path) -> None:
     """D's files under a second name, or as copies where the file system has none; their stamps stay."""
     for case in (case for cases in index.split.values() for case in cases):
-        for path in both_files(data_dir, case):
+        for path in case_files(data_dir, case):
             _give(path, results_dir / path.name)
 
 
@@ -150,7 +149,7 @@ def distil(index: DatasetIndex, case: str, options: Any, predict: Predict) -> Ma
     is_sure = probabilities.max(axis=0, keepdims=True) >= options.threshold
     label = np.where(is_sure, probabilities.argmax(axis=0)[None], manual).astype(np.uint8)
     name = PREFIX + case
-    _give(file_of(options.data_dir, case, "x"), file_of(options.results_dir, name, "x"))
+    _give(case_file(options.data_dir, case, "x"), case_file(options.results_dir, name, "x"))
     print(f"{name}: {is_sure.mean():.1%} of its voxels by the teacher, {np.mean(label != manual):.2%} changed")
     return name, _record(options.results_dir, name, label, index.cases[case], index.spec)
 
@@ -169,9 +168,9 @@ def label_scans(index: DatasetIndex, options: Any, predict: Predict) -> Iterator
         if source.name in index.cases or not is_safe_case_id(name):
             raise UserError(f"--unlabelled {source.name} is a case of --data_dir itself, or has no plain name")
         image, record = _preprocess(source, spec)
-        with replacing(path := file_of(options.results_dir, name, "x")) as temporary, temporary.open("wb") as stream:
+        with replacing(path := case_file(options.results_dir, name, "x")) as temporary, temporary.open("wb") as stream:
             np.save(stream, image, allow_pickle=False)
-        if same := digests.get(md5_of(path)):
+        if same := digests.get(file_md5(path)):
             path.unlink()
             raise UserError(f"--unlabelled {source.name} is the same scan as {same} of --data_dir")
         probabilities = predict(image)
@@ -190,17 +189,19 @@ def _preprocess(source: Source, spec: DatasetSpec) -> tuple[NDArray[np.float32],
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
     image, transform = preprocess_image(scan, spec)
-    statistics = {"mean": float(image.mean(dtype=np.float64)), "deviation": float(image.std(dtype=np.float64))}
-    return image, CaseRecord(transform, {}, {}, [[0, 0], [0, 0]], statistics)
+    statistics = {"mean": float(image.mean(dtype=np.float64)), "std": float(image.std(dtype=np.float64))}
+    return image, CaseRecord(
+        transform=transform, boxes={}, digests={}, source_stamp=[[0, 0], [0, 0]], statistics=statistics
+    )
 
 
 def _record(folder: Path, name: str, label: NDArray[np.uint8], like: CaseRecord, spec: DatasetSpec) -> CaseRecord:
     """Writes the label; the record of the case, whose image is there."""
-    with replacing(file_of(folder, name, "y")) as temporary, temporary.open("wb") as stream:
+    with replacing(case_file(folder, name, "y")) as temporary, temporary.open("wb") as stream:
         np.save(stream, label, allow_pickle=False)
-    files = {kind: file_of(folder, name, kind) for kind in "xy"}
-    stamps = {kind: stamp_of(path) for kind, path in files.items()}
-    digests = {kind: md5_of(path) for kind, path in files.items()}
+    files = {kind: case_file(folder, name, kind) for kind in "xy"}
+    stamps = {kind: file_stamp(path) for kind, path in files.items()}
+    digests = {kind: file_md5(path) for kind, path in files.items()}
     return replace(like, boxes=foreground_boxes(label, len(spec.classes)), digests=digests, stamps=stamps)
 
 
@@ -212,8 +213,14 @@ def write_index(index: DatasetIndex, made: list[Made], options: Any) -> None:
         teacher = hashlib.file_digest(stream, "sha256").hexdigest()
     names = [name for name, _ in made]
     split = {**index.split, "train": [*index.split["train"], *names]}
-    pseudo = Pseudo(names, teacher, options.threshold, options.max_share)
-    whole = DatasetIndex(index.spec, split, {**index.cases, **dict(made)}, index.made, pseudo)
+    pseudo = PseudoLabels(cases=names, teacher=teacher, threshold=options.threshold, max_share=options.max_share)
+    whole = DatasetIndex(
+        spec=index.spec,
+        split=split,
+        cases={**index.cases, **dict(made)},
+        provenance=index.provenance,
+        pseudo_labels=pseudo,
+    )
     write_json(options.results_dir / INDEX_NAME, whole.to_json())
 
 

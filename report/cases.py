@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import replacing
 from common.registry import Spec
-from data_loading.dataset import INDEX_NAME, read_index, read_spec_and_split
-from data_loading.pytorch_loader import load_evaluation_case
+from data_loading.data_loader import load_evaluation_case
+from data_loading.dataset import read_spec_and_split
+from data_loading.index import INDEX_NAME, read_index
 from data_loading.spec import DatasetSpec
 from model.registry import build_network
 from report.records import Run

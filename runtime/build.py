@@ -12,9 +12,10 @@ from torch import nn
 from common.errors import UserError
 from common.files import rotate
 from common.messages import note, take_notes
+from data_loading.base_loader import LoaderConfig, TrainingLoader
 from data_loading.data_loader import EvaluationCases, make_training_loader
+from data_loading.dataset import case_shape
 from data_loading.integrity import check_files, verify_changed
-from data_loading.pytorch_loader import LoaderSettings, TrainingLoader, shape_of
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
 from model.finetune import freeze, load_part, output_layer
@@ -263,7 +264,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
     training, evaluation = run.split["train"], run.split["evaluation"]
     if config.loader != "synthetic" and config.local_rank == 0:
         verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
-    settings = LoaderSettings(
+    settings = LoaderConfig(
         patch=config.input_shape,
         oversampling=config.oversampling,
         batch_size=config.batch_size,
@@ -274,10 +275,10 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         sample_seed=run.seeds.samples,
         device=world.device,
         augment=make_augmentation(split_specs(config.augment)[0]),
-        steps=run.fixed_batches,
-        capped=run.pseudo_labels,
+        fixed_batches=run.fixed_batches,
+        pseudo_labels=run.pseudo_labels,
     )
-    loader = make_training_loader(config.loader, config.data_dir, cases=training, spec=run.dataset, settings=settings)
+    loader = make_training_loader(config.loader, config.data_dir, cases=training, spec=run.dataset, config=settings)
     return loader, events.DataOpened(
         train_samples=len(training),
         eval_samples=len(evaluation),
@@ -304,7 +305,7 @@ def make_evaluator(
     config: RunConfig, scorer: CaseScorer, cases: Sequence[str], *, world: World, emit: Emit
 ) -> Evaluator:
     """Scores these cases after an epoch. Reads the volumes' headers, so not before the clock runs."""
-    windows = [scorer.windows.windows(shape_of(config.data_dir, case)) for case in cases]
+    windows = [scorer.windows.windows(case_shape(config.data_dir, case)) for case in cases]
     return Evaluator(
         scorer=scorer,
         assignment=CaseAssignment.make(cases, windows, world),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.dataset import INDEX_NAME, CaseRecord, read_index
+from data_loading.index import INDEX_NAME, CaseRecord, read_index
 from data_loading.io.volume import ML_PER_MM3
 from data_loading.spec import DatasetSpec
 from runtime.logging.events import EvaluationStopped

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from data_loading.pytorch_loader import EvaluationCase
+from data_loading.data_loader import EvaluationCase
 from model.metrics import dice_score
 from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from data_loading.dataset import file_of
+from data_loading.dataset import case_file
 from data_loading.device_loader import bytes_needed, memory_budget
-from data_loading.integrity import FilesFound, check_files
+from data_loading.integrity import FileCheck, check_files
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Shape
 from runtime.evaluation import SlidingWindowConfig
@@ -128,9 +128,9 @@ def run_checks(
     return checks + check_restarts(environment)
 
 
-def _shape(files: FilesFound, case: str) -> Shape:
+def _shape(files: FileCheck, case: str) -> Shape:
     """A case's shape (D, H, W): the index's, else a cube with as many voxels as its label has bytes."""
-    side = round(files.sizes[file_of(Path(), case, "y").name] ** (1 / 3))
+    side = round(files.sizes[case_file(Path(), case, "y").name] ** (1 / 3))
     return files.shapes.get(case, (side, side, side))
 
 
@@ -156,7 +156,7 @@ def failures(checks: Sequence[Check]) -> str:
     return " | ".join(f"{check.what}: {check.found}; {check.remedy}" for check in checks if check.verdict == "fail")
 
 
-def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FilesFound | None]:
+def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FileCheck | None]:
     """Checks that every file exists with its recorded size, and whether its content is known; also returns the files.
 
     The files are None if the check fails.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.messages import logger, note
-from data_loading.dataset import pseudo_share, read_spec_and_split
+from data_loading.dataset import pseudo_label_cap, read_spec_and_split
 from data_loading.integrity import split_digest
-from data_loading.pytorch_loader import synthetic_cases
 from data_loading.sampler import PseudoLabelCap, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
+from data_loading.synthetic_loader import synthetic_cases
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
@@ -69,7 +69,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     dataset, split = read_dataset(config)
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
-    pseudo_labels = PseudoLabelCap(*pseudo_share(config.data_dir))
+    pseudo_labels = pseudo_label_cap(config.data_dir)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, world.size, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * world.size

@@ -19,7 +19,8 @@ from torch.nn.utils import get_total_norm
 
 from common.compat import is_dataloader_worker_error, loss_scale
 from common.errors import DIVERGED_EXIT, Interrupted, UserError
-from data_loading.pytorch_loader import Batch, TrainingLoader, lost_worker
+from data_loading.base_loader import Batch, TrainingLoader
+from data_loading.pytorch_loader import lost_worker_message
 from runtime.callbacks.base import Callback
 from runtime.checkpoint.writer import CheckpointWriter
 from runtime.distributed.step_sync import StepSync
@@ -116,7 +117,7 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         last_line = " ".join(str(error).splitlines()[-1:])
         close_log(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"))
         if isinstance(error, RuntimeError) and is_dataloader_worker_error(error):
-            raise UserError(lost_worker(error, "a step was computed")) from error
+            raise UserError(lost_worker_message(error, "a step was computed")) from error
         raise
 
 

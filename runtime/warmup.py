@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_loading.pytorch_loader import Batch
+from data_loading.base_loader import Batch
 from runtime.distributed.world import World
 from runtime.logging.events import Calibrated
 from runtime.precision import Precision

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data_loading.dataset import write_json
+from data_loading.index import write_json
 
 NAME = "series.json"
 FORMAT = 1

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
+from data_loading.dataset import case_file
+from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
 
@@ -138,15 +139,24 @@ def write_preprocessed() -> Callable[..., Path]:
         folder.mkdir(parents=True, exist_ok=True)
         records = {}
         for case, (image, label) in cases.items():
-            np.save(file_of(folder, case, "x"), image.astype(np.float32))
-            np.save(file_of(folder, case, "y"), label.astype(np.uint8))
+            np.save(case_file(folder, case, "x"), image.astype(np.float32))
+            np.save(case_file(folder, case, "y"), label.astype(np.uint8))
             boxes = foreground_boxes(label.astype(np.uint8), len(CLASSES))
-            records[case] = CaseRecord(None, boxes, {}, [[0, 0], [0, 0]], {"mean": 0.0, "deviation": 1.0})
+            records[case] = CaseRecord(
+                transform=None,
+                boxes=boxes,
+                digests={},
+                source_stamp=[[0, 0], [0, 0]],
+                statistics={"mean": 0.0, "std": 1.0},
+            )
         if index:
             names = list(cases)
             held_out = names[:1] if len(names) > 1 else []
             split = {"train": [name for name in names if name not in held_out], "evaluation": held_out}
-            write_json(folder / INDEX_NAME, DatasetIndex(DatasetSpec("made_up", CLASSES), split, records).to_json())
+            write_json(
+                folder / INDEX_NAME,
+                DatasetIndex(spec=DatasetSpec(name="made_up", classes=CLASSES), split=split, cases=records).to_json(),
+            )
         return folder
 
     return write

@@ -25,8 +25,10 @@ import torch
 
 import main as program
 import preprocess_dataset
-from data_loading.dataset import INDEX_NAME, pseudo_share, read_case, read_index
+from data_loading.dataset import pseudo_label_cap, read_case
+from data_loading.index import INDEX_NAME, read_index
 from data_loading.integrity import check_files, verify_changed
+from data_loading.sampler import PseudoLabelCap
 from report.records import read_run
 from runtime.checkpoint.format import load
 
@@ -80,8 +82,8 @@ def opened(data: Path) -> Facts:
         "intensity": spec.intensity,
         "cut to the foreground": spec.foreground_crop,
         "split": index.split,
-        "pseudo-labelled": index.pseudo.cases if index.pseudo else [],
-        "threshold": index.pseudo.threshold if index.pseudo else None,
+        "pseudo-labelled": index.pseudo_labels.cases if index.pseudo_labels else [],
+        "threshold": index.pseudo_labels.threshold if index.pseudo_labels else None,
         "cases": cases,
     }
 
@@ -194,10 +196,10 @@ def test_a_data_set_opens(old: Path) -> None:
 
 def test_a_data_set_with_pseudo_labels_opens(old: Path) -> None:
     assert_as_expected(opened(old / "pseudo"), "pseudo")
-    pseudo = read_index(old / "pseudo" / INDEX_NAME).pseudo
+    pseudo = read_index(old / "pseudo" / INDEX_NAME).pseudo_labels
     assert pseudo is not None
     assert pseudo.teacher == hashlib.sha256((old / "run" / "checkpoint.pth").read_bytes()).hexdigest()
-    assert pseudo_share(old / "pseudo") == (3, 0.25)
+    assert pseudo_label_cap(old / "pseudo") == PseudoLabelCap(count=3, max_share=0.25)
     cases = sorted(read_index(old / "pseudo" / INDEX_NAME).cases)
     verify_changed(old / "pseudo", check_files(old / "pseudo", cases).changed)
 

@@ -15,8 +15,8 @@ from common.errors import UserError
 from data_loading.io.orientation import DIRECTIONS, is_orientation
 from data_loading.io.volume import Volume, check_same_geometry, read_nifti
 from data_loading.readers.label_map import LabelMap
-from data_loading.sampler import split_patients
 from data_loading.spec import DatasetSpec
+from data_loading.split import split_patients
 
 # Shares of the patients that train and evaluate, unless the data set or the user chooses others.
 DEFAULT_SPLIT_RATIOS = (0.8, 0.2)
@@ -150,7 +150,7 @@ def apply_options(spec: DatasetSpec, options: ReaderOptions) -> DatasetSpec:
     if window is not None:
         spec = replace(spec, intensity_window=window, padding_value=None)
     if options.intensity is not None:
-        spec = replace(spec, intensity=options.intensity, mean=None, deviation=None, padding_value=None)
+        spec = replace(spec, intensity=options.intensity, mean=None, std=None, padding_value=None)
     return replace(
         spec,
         spacing_mm=spacing or spec.spacing_mm,

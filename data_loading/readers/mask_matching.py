@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
-from data_loading.dataset import is_safe_case_id
+from data_loading.index import is_safe_case_id
 from data_loading.io.orientation import orientation_of, reorient, reorient_geometry, reorientation_to
 from data_loading.io.scan_discovery import NIFTI, stem
 from data_loading.io.volume import Geometry, Volume, check_same_geometry, read_geometry, read_nifti

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data_loading.dataset import is_safe_case_id
+from data_loading.index import is_safe_case_id
 from data_loading.readers.base import RawDataset, ReaderOptions, apply_options, make_case, map_labels, split_by_patient
 from data_loading.spec import DatasetSpec
 

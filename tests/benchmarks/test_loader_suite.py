@@ -17,9 +17,10 @@ from benchmarks.data import disk_bytes_read, drop_caches, files_of, read_through
 from benchmarks.harness import Options
 from benchmarks.loader import next_epochs, page_bytes, run
 from benchmarks.naive import NaiveCropDataset, naive_crop
+from data_loading.base_loader import LoaderConfig
 from data_loading.dataset import load_boxes
 from data_loading.preprocessing import Shape, foreground_boxes
-from data_loading.pytorch_loader import CropDataset, LoaderSettings
+from data_loading.pytorch_loader import CropDataset
 from data_loading.transforms import draw_crop
 
 PATCH = (8, 9, 10)
@@ -45,7 +46,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
 
 @pytest.mark.parametrize("oversampling", [0.0, 0.4, 1.0])
 def test_the_naive_way_makes_the_same_samples(folder: Path, oversampling: float) -> None:
-    settings = LoaderSettings(PATCH, oversampling, 1, 0, 0, 1, order_seed=1, sample_seed=2)
+    settings = LoaderConfig(
+        patch=PATCH,
+        oversampling=oversampling,
+        batch_size=1,
+        num_workers=0,
+        rank=0,
+        ranks=1,
+        order_seed=1,
+        sample_seed=2,
+    )
     naive = NaiveCropDataset(folder, CASES, settings)
     ours = CropDataset(folder, CASES, load_boxes(folder, CASES, 3), settings)
     for epoch in range(1, 101):
@@ -64,7 +74,9 @@ def test_the_naive_way_draws_from_the_same_distribution() -> None:
     boxes, patch = foreground_boxes(label, 3), (5, 5, 5)
     naive_rng, our_rng = np.random.default_rng(1), np.random.default_rng(2)
     naive = np.array([naive_crop(naive_rng, label, patch, 0.4) for _ in range(draws)])
-    ours = np.array([draw_crop(our_rng, label.shape, patch, boxes, 0.4) for _ in range(draws)])
+    ours = np.array(
+        [draw_crop(our_rng, shape=label.shape, patch=patch, boxes=boxes, oversampling=0.4) for _ in range(draws)]
+    )
     for axis in range(3):
         counts = [Counter(starts[:, axis].tolist()) for starts in (naive, ours)]
         for start in counts[0] | counts[1]:

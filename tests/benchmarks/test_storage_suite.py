@@ -16,8 +16,8 @@ from benchmarks.data import files_of
 from benchmarks.harness import Options
 from benchmarks.storage import Emulated, draw_sizes, emulate, figures_of, fit_to_disk, utilisation, volume_shape
 from common.errors import UserError
+from data_loading.base_loader import Batch, LoaderConfig
 from data_loading.dataset import load_boxes, map_case
-from data_loading.pytorch_loader import Batch, LoaderSettings
 
 PATCH = (128, 128, 128)
 SMALL = (16, 16, 16)
@@ -115,7 +115,9 @@ def test_accelerators_have_disjoint_shards_and_cold_cases_are_dropped(
     dropped: list[Counter[str]] = []
     monkeypatch.setattr(storage, "drop_caches", lambda files: dropped.append(Counter(path.name for path in files)))
     cases = storage.write_volumes(tmp_path, [(16, 20, 20)] * 24, SMALL)
-    settings = LoaderSettings(SMALL, 0.4, 2, 1, 0, 3, order_seed=0, sample_seed=0)
+    settings = LoaderConfig(
+        patch=SMALL, oversampling=0.4, batch_size=2, num_workers=1, rank=0, ranks=3, order_seed=0, sample_seed=0
+    )
     seen = storage.feed(tmp_path, cases, settings, 0.001, 4, is_cold)
     assert [(one.steps, one.samples) for one in seen] == [(4, 8)] * 3
     assert all(one.compute_s == pytest.approx(0.004) for one in seen)
@@ -149,7 +151,7 @@ def test_volumes_are_written_whole_with_boxes_inside(tmp_path: Path) -> None:
 def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, bool]] = []
 
-    def feed(_: Path, __: object, settings: LoaderSettings, ___: float, ____: int, is_cold: bool) -> list[Emulated]:
+    def feed(_: Path, __: object, settings: LoaderConfig, ___: float, ____: int, is_cold: bool) -> list[Emulated]:
         asked.append((settings.ranks, settings.num_workers, is_cold))
         compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
         return [Emulated(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)] * settings.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -21,37 +22,36 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from data_loading import dataset as dataset_module
-from data_loading.dataset import (
+from data_loading.dataset import case_file, load_boxes, map_array, map_case, read_case, read_spec_and_split
+from data_loading.index import (
     INDEX_NAME,
     PARTIAL_INDEX_NAME,
     CaseRecord,
     DatasetIndex,
-    file_of,
+    PseudoLabels,
     is_safe_case_id,
-    load_boxes,
-    map_array,
-    map_case,
-    read_case,
     read_index,
-    read_spec_and_split,
     write_json,
 )
 from data_loading.io.volume import Geometry
-from data_loading.preprocessing import Boxes, Transform
+from data_loading.preprocessing import Boxes, GridTransform
 from data_loading.spec import KITS19, DatasetSpec
 
-TRANSFORM = Transform(
-    Geometry(np.diag([3.0, 2.0, 1.0, 1.0]), (4, 5, 6), (3.0, 2.0, 1.0)), (7, 8, 9), (1, 2, 3), (9,) * 3
+TRANSFORM = GridTransform(
+    source=Geometry(np.diag([3.0, 2.0, 1.0, 1.0]), (4, 5, 6), (3.0, 2.0, 1.0)),
+    resampled_shape=(7, 8, 9),
+    padding_before=(1, 2, 3),
+    shape=(9,) * 3,
 )
 RECORD = CaseRecord(
-    TRANSFORM,
-    {1: [(0, 1, 2, 3, 4, 5), (1, 1, 1, 2, 2, 2)], 2: [(0, 0, 0, 1, 1, 1)]},
-    {"x": "a" * 32, "y": "b" * 32},
-    [[10, 1_700_000_000_123_456_789], [20, 5]],
-    {"mean": -0.25, "deviation": 1.5},
-    {"x": [2916, 1_700_000_000_123_456_789], "y": [857, 7]},
+    transform=TRANSFORM,
+    boxes={1: [(0, 1, 2, 3, 4, 5), (1, 1, 1, 2, 2, 2)], 2: [(0, 0, 0, 1, 1, 1)]},
+    digests={"x": "a" * 32, "y": "b" * 32},
+    source_stamp=[[10, 1_700_000_000_123_456_789], [20, 5]],
+    statistics={"mean": -0.25, "std": 1.5},
+    stamps={"x": [2916, 1_700_000_000_123_456_789], "y": [857, 7]},
 )
-INDEX = DatasetIndex(KITS19, {"train": ["case_1", "case_2"], "evaluation": ["case_0"]}, {})
+INDEX = DatasetIndex(spec=KITS19, split={"train": ["case_1", "case_2"], "evaluation": ["case_0"]}, cases={})
 INDEX.cases.update({f"case_{number}": RECORD for number in (2, 0, 1)})
 
 
@@ -86,8 +86,31 @@ def test_an_index_of_an_earlier_version_has_no_stamps(tmp_path: Path) -> None:
     assert replace(read, transform=None) == replace(RECORD, transform=None, stamps={})
 
 
+def test_keys_of_an_earlier_version_are_read_under_their_present_names(tmp_path: Path) -> None:
+    new = replace(INDEX, spec=replace(KITS19, intensity="none"), provenance={"made": 1})
+    pseudo = PseudoLabels(cases=["case_2"], teacher="a" * 64, threshold=0.9, max_share=0.25)
+    content = json.loads(json.dumps(replace(new, pseudo_labels=pseudo).to_json()))
+    content["made"], content["pseudo"] = content.pop("provenance"), content.pop("pseudo_labels")
+    content["spec"]["deviation"] = content["spec"].pop("std")
+    for record in content["cases"].values():
+        record["statistics"]["deviation"] = record["statistics"].pop("std")
+        record["transform"]["by_area"] = record["transform"].pop("half_pixel")
+    content["digest"] = hashlib.sha256(
+        json.dumps({key: value for key, value in content.items() if key != "digest"}, sort_keys=True).encode()
+    ).hexdigest()
+    (tmp_path / INDEX_NAME).write_text(json.dumps(content))
+    read = read_index(tmp_path / INDEX_NAME)
+    assert (read.spec, read.split, read.provenance, read.pseudo_labels) == (new.spec, INDEX.split, {"made": 1}, pseudo)
+    assert read.to_json() == replace(new, pseudo_labels=pseudo).to_json()
+
+
 @pytest.mark.parametrize(
-    "spec", [KITS19, DatasetSpec("own", ("background", "one"), channels=4), replace(KITS19, spacing_mm=None, mean=None)]
+    "spec",
+    [
+        KITS19,
+        DatasetSpec(name="own", classes=("background", "one"), channels=4),
+        replace(KITS19, spacing_mm=None, mean=None),
+    ],
 )
 def test_a_spec_comes_back_whole(spec: DatasetSpec) -> None:
     assert DatasetSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
@@ -109,8 +132,8 @@ def test_a_spec_comes_back_whole(spec: DatasetSpec) -> None:
         (changed(cases={"case_0": {**RECORD.to_json(), "digests": None}}), "damaged"),
         (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1]}}}), "damaged"),
         (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1, "soon"]}}}), "damaged"),
-        (changed(split={"train": ["case_1", "case_9"]}), "names a case twice or one that is not there"),
-        (changed(split={"train": ["case_1"], "evaluation": ["case_1"]}), "names a case twice"),
+        (changed(split={"train": ["case_1", "case_9"]}), "lists a case twice or one that does not exist"),
+        (changed(split={"train": ["case_1"], "evaluation": ["case_1"]}), "lists a case twice"),
         (changed(cases={"../case_0": RECORD.to_json()}, split={}), r"'\.\./case_0' is not a case id"),
     ],
 )
@@ -168,7 +191,7 @@ def test_peek_finds_the_orientation_that_all_cases_have(tmp_path: Path) -> None:
 def test_peek_opens_a_folder_of_the_reference_by_its_file_names(tmp_path: Path) -> None:
     for number in (3, 0, 7, 5):
         for kind in "xy":
-            file_of(tmp_path, f"case_{number:05d}", kind).touch()
+            case_file(tmp_path, f"case_{number:05d}", kind).touch()
     (tmp_path / "checksum.json").touch()
     spec, split = read_spec_and_split(tmp_path, ["00000", "00005", "00206"])
     assert spec == replace(KITS19, orientation="IPL")
@@ -177,9 +200,9 @@ def test_peek_opens_a_folder_of_the_reference_by_its_file_names(tmp_path: Path) 
 
 def test_peek_does_not_take_half_a_data_set_for_one_of_the_reference(tmp_path: Path) -> None:
     for kind in "xy":
-        file_of(tmp_path, "case_00000", kind).touch()
+        case_file(tmp_path, "case_00000", kind).touch()
     write_json(tmp_path / PARTIAL_INDEX_NAME, {})
-    with pytest.raises(UserError, match="its preprocessing has not ended; run preprocess_dataset"):
+    with pytest.raises(UserError, match="preprocessing is incomplete; run preprocess_dataset"):
         read_spec_and_split(tmp_path, [])
     write_json(tmp_path / INDEX_NAME, INDEX.to_json())
     assert read_spec_and_split(tmp_path, [])[1] == INDEX.split
@@ -199,7 +222,7 @@ def test_peek_names_the_folder_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"did you mean {data}\\?"):
         read_spec_and_split(inner, [])
     (data / INDEX_NAME).unlink()
-    file_of(data, "case_00000", "x").touch()
+    case_file(data, "case_00000", "x").touch()
     with pytest.raises(UserError, match=f"did you mean {data}\\?"):
         read_spec_and_split(data.parent, [])
     for raw in ("raw/case_00000/imaging.nii.gz", "msd/imagesTr/a.nii.gz"):
@@ -262,15 +285,15 @@ def test_a_case_that_changes_while_it_is_read_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] | None
 ) -> None:
     for kind, dtype in (("x", np.float32), ("y", np.uint8)):
-        np.save(file_of(tmp_path, "a", kind), np.zeros((1, 8, 8, 8), dtype))
+        np.save(case_file(tmp_path, "a", kind), np.zeros((1, 8, 8, 8), dtype))
 
     def map_and_change(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         mapped = map_case(data_dir, case)
         if shape is None:
-            os.truncate(file_of(data_dir, case, "y"), 300)
+            os.truncate(case_file(data_dir, case, "y"), 300)
         else:
             np.save(tmp_path / "other.npy", np.zeros(shape, np.uint8))
-            os.replace(tmp_path / "other.npy", file_of(data_dir, case, "y"))
+            os.replace(tmp_path / "other.npy", case_file(data_dir, case, "y"))
         return mapped
 
     monkeypatch.setattr(dataset_module, "map_case", map_and_change)

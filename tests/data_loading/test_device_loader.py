@@ -16,15 +16,18 @@ from torch import Tensor
 
 from common.errors import UserError
 from data_loading import data_loader as table
-from data_loading.data_loader import EvaluationCases, make_training_loader
+from data_loading.base_loader import Batch, LoaderConfig, TrainingLoader
+from data_loading.data_loader import EvaluationCase, EvaluationCases, make_training_loader
 from data_loading.device_loader import DeviceLoader, bytes_needed, load_volumes
 from data_loading.preprocessing import Shape
-from data_loading.pytorch_loader import Batch, EvaluationCase, LoaderSettings, PytorchLoader, TrainingLoader
+from data_loading.pytorch_loader import PytorchLoader
 from data_loading.spec import DatasetSpec
-from data_loading.transforms import Augmentation, draw_augmentation
+from data_loading.transforms import MLPerfAugmentation, draw_augmentation
 
-SPEC = DatasetSpec("made_up", ("background", "kidney", "tumour"))
-SETTINGS = LoaderSettings((8, 8, 8), 0.4, 2, 0, 0, 1, order_seed=11, sample_seed=22)
+SPEC = DatasetSpec(name="made_up", classes=("background", "kidney", "tumour"))
+SETTINGS = LoaderConfig(
+    patch=(8, 8, 8), oversampling=0.4, batch_size=2, num_workers=0, rank=0, ranks=1, order_seed=11, sample_seed=22
+)
 SHAPES: Sequence[Shape] = ((20, 18, 16), (8, 8, 8), (9, 5, 30), (3, 4, 12), (12, 12, 12), (16, 8, 10))
 CASES = [f"case_{number:05d}" for number in range(len(SHAPES))]
 # fp16 has 11 significant bits.
@@ -47,13 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
     return write_preprocessed(tmp_path_factory.mktemp("preprocessed"), volumes)
 
 
-def make(name: str, folder: Path, settings: LoaderSettings = SETTINGS) -> TrainingLoader:
-    return make_training_loader(name, folder, CASES, SPEC, settings)
+def make(name: str, folder: Path, settings: LoaderConfig = SETTINGS) -> TrainingLoader:
+    return make_training_loader(name, folder, CASES, spec=SPEC, config=settings)
 
 
-def without_noise(rng: np.random.Generator) -> Augmentation:
+def without_noise(rng: np.random.Generator) -> MLPerfAugmentation:
     """Noise is the only thing in which the loaders' numbers differ."""
-    return replace(draw_augmentation(rng), noise_deviation=0.0)
+    return replace(draw_augmentation(rng), noise_std=0.0)
 
 
 def epochs_of(loader: TrainingLoader, count: int = 6) -> list[Batch]:
@@ -83,9 +86,9 @@ def test_batches_have_the_promised_shapes_and_types(folder: Path) -> None:
 
 
 def test_the_noise_is_gaussian_of_the_drawn_deviation_and_the_same_again(folder: Path) -> None:
-    def images(deviation: float) -> Tensor:
-        def draw(rng: np.random.Generator) -> Augmentation:
-            return Augmentation((False, False, False), 1.0, deviation, int(rng.integers(2**63)))
+    def images(std: float) -> Tensor:
+        def draw(rng: np.random.Generator) -> MLPerfAugmentation:
+            return MLPerfAugmentation((False, False, False), 1.0, std, int(rng.integers(2**63)))
 
         loader = make("device", folder, replace(SETTINGS, augment=draw))
         return torch.cat([batch["image"] for batch in epochs_of(loader, 40)])
@@ -115,9 +118,9 @@ def test_an_epoch_can_be_begun_in_its_middle(folder: Path, start: int) -> None:
         assert torch.equal(one["label"], other["label"])
 
 
-def plainly(rng: np.random.Generator) -> Augmentation:
+def plainly(rng: np.random.Generator) -> MLPerfAugmentation:
     """Nothing is changed but the crop's place."""
-    return Augmentation((False, False, False), 1.0, 0.0, int(rng.integers(2**63)))
+    return MLPerfAugmentation((False, False, False), 1.0, 0.0, int(rng.integers(2**63)))
 
 
 def test_a_batch_is_described_by_where_its_crops_are(folder: Path) -> None:

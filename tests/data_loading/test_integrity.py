@@ -17,18 +17,19 @@ import pytest
 
 from common.errors import UserError
 from data_loading import integrity
-from data_loading.dataset import INDEX_NAME, CaseRecord, file_of, read_index, write_json
+from data_loading.dataset import case_file
+from data_loading.index import INDEX_NAME, CaseRecord, read_index, write_json
 from data_loading.integrity import (
     VERIFIED_NAME,
     FileWatch,
     check_files,
-    md5_of,
+    file_md5,
     recorded_fingerprint,
     split_digest,
     verify_changed,
 )
 from data_loading.io.volume import Geometry
-from data_loading.preprocessing import Transform
+from data_loading.preprocessing import GridTransform
 
 CASES = ["a", "b", "c"]
 FILES = [f"{case}_{kind}.npy" for case in CASES for kind in "xy"]
@@ -57,10 +58,10 @@ def folder(tmp_path: Path, write_preprocessed: WritePreprocessed) -> Path:
     geometry = Geometry(np.eye(4), (4, 5, 6), (1.0, 1.0, 1.0))
 
     def describe(case: str, record: CaseRecord) -> CaseRecord:
-        paths = {kind: file_of(folder, case, kind) for kind in "xy"}
+        paths = {kind: case_file(folder, case, kind) for kind in "xy"}
         digests = {kind: hashlib.md5(path.read_bytes()).hexdigest() for kind, path in paths.items()}
         stamps = {kind: [path.stat().st_size, path.stat().st_mtime_ns] for kind, path in paths.items()}
-        transform = Transform(geometry, (4, 5, 6), (0, 0, 0), SHAPE)
+        transform = GridTransform(source=geometry, resampled_shape=(4, 5, 6), padding_before=(0, 0, 0), shape=SHAPE)
         return replace(record, transform=transform, digests=digests, stamps=stamps)
 
     change_records(folder, describe)
@@ -129,7 +130,7 @@ def test_without_digests_there_is_nothing_to_compare(folder: Path, reference: Pa
     found = check_files(folder, CASES)
     assert (found.changed, found.without_digest) == ([], 2)
     for kind in "xy":
-        shutil.copy(file_of(folder, "b", kind), file_of(folder, "new", kind))
+        shutil.copy(case_file(folder, "b", kind), case_file(folder, "new", kind))
     assert check_files(folder, ["new"]).without_digest == 2, "the index names no such case"
 
 
@@ -173,7 +174,7 @@ def test_image_and_label_must_be_of_the_same_voxels(folder: Path, reference: Pat
     change_records(folder, lambda _, record: replace(record, stamps={}))
     for data_dir in (folder, reference):
         for kind, size in sizes.items():
-            os.truncate(file_of(data_dir, "b", kind), size)
+            os.truncate(case_file(data_dir, "b", kind), size)
         with pytest.raises(UserError, match=r"b_x\.npy: its \d+ bytes and the \d+ of b_y\.npy cannot be of the same"):
             check_files(data_dir, CASES)
 
@@ -237,11 +238,11 @@ def test_a_file_that_goes_while_it_is_hashed_is_one_clear_line(folder: Path) -> 
 
 def test_a_change_while_hashing_is_not_taken_for_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hash_and_touch(path: Path) -> str:
-        md5 = md5_of(path)
+        md5 = file_md5(path)
         os.utime(path, ns=(5, 5))
         return md5
 
-    monkeypatch.setattr(integrity, "md5_of", hash_and_touch)
+    monkeypatch.setattr(integrity, "file_md5", hash_and_touch)
     os.utime(folder / "a_x.npy")
     verify_changed(folder, ["a_x.npy"])
     assert check_files(folder, CASES).changed == ["a_x.npy"]
@@ -268,9 +269,9 @@ def test_md5_is_hashlibs_over_any_size(tmp_path: Path) -> None:
     for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
         content = np.random.default_rng(size).bytes(size)
         (tmp_path / "a").write_bytes(content)
-        assert md5_of(tmp_path / "a") == hashlib.md5(content).hexdigest()
+        assert file_md5(tmp_path / "a") == hashlib.md5(content).hexdigest()
     with pytest.raises(UserError, match="none: cannot be read: No such file"):
-        md5_of(tmp_path / "none")
+        file_md5(tmp_path / "none")
 
 
 # Which data a run trains on.
@@ -363,7 +364,7 @@ def test_a_file_that_was_missing_is_no_change_until_it_comes(tmp_path: Path) -> 
 
 def test_the_fingerprint_is_of_the_recorded_md5s_and_of_all_of_them(folder: Path, tmp_path: Path) -> None:
     """SHA-256 over the lines "md5  name", sorted by name; no volume is there to be read."""
-    lines = "".join(f"{md5_of(folder / name)}  {name}\n" for name in sorted(FILES))
+    lines = "".join(f"{file_md5(folder / name)}  {name}\n" for name in sorted(FILES))
     for name in FILES:
         (folder / name).unlink()
     assert recorded_fingerprint(folder, CASES) == hashlib.sha256(lines.encode()).hexdigest()

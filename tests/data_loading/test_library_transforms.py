@@ -14,11 +14,11 @@ import torch
 
 from common.errors import UserError
 from common.registry import Spec
+from data_loading.base_loader import LoaderConfig
 from data_loading.data_loader import make_training_loader
-from data_loading.library_transforms import DrawForeign, ForeignDrawn, seeded
-from data_loading.pytorch_loader import LoaderSettings
+from data_loading.library_transforms import LibraryTransform, RandomLibraryTransform, seeded
 from data_loading.spec import DatasetSpec
-from data_loading.transforms import Augmentation, RandomTransform, make_augmentation
+from data_loading.transforms import MLPerfAugmentation, RandomTransform, make_augmentation
 
 HERE = "tests.data_loading.test_library_transforms"
 TORCHIO = [
@@ -97,7 +97,7 @@ def test_none_leaves_a_sample_as_it_is() -> None:
     drawn = make_augmentation([])(np.random.default_rng(0))
     for changed, before in zip(drawn.apply(*sample()), sample(), strict=True):
         np.testing.assert_array_equal(changed, before)
-    assert str(drawn) == "as it is"
+    assert str(drawn) == "unchanged"
 
 
 def test_flips_by_their_probability_along_their_axes() -> None:
@@ -133,16 +133,16 @@ def test_quarter_turns_are_alike_for_image_and_label_and_keep_the_shape() -> Non
     [
         ("flips(p=2)", "2 is not a probability"),
         ("flips(axes='XY')", "expected axes of 'DHW'"),
-        ("rot90(axes='DHW')", "the plane's two axes"),
+        ("rot90(axes='DHW')", "the two axes of a plane"),
         ("rot90(p='a')", "'a' is not a probability"),
         ("rot9", "'rot9': unknown name; available: flips, mlperf, rot90"),
-        (f"{HERE}:no_draw", "makes a int, not a function that draws"),
+        (f"{HERE}:no_draw", "returns a int, expected a function of a generator"),
         ("torchio:RandomGama", "has no callable RandomGama; similar: RandomGamma"),
         ("torchio:RandomGamma(q=1)", "unexpected keyword argument 'q'; it takes log_gamma"),
         ("torchio:RandomGamma(p=7)", "it takes"),
         ("monai.transforms:RandFlip(probability=1)", "unknown argument 'probability'"),
         ("monai.transforms:RandFlipd(keys=('image',))", "'keys' is set by the program"),
-        ("monai.data:Dataset(data=())", "is no transform of MONAI"),
+        ("monai.data:Dataset(data=())", "not a transform of MONAI"),
     ],
 )
 def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
@@ -202,10 +202,10 @@ def test_a_transform_that_changes_the_shape_or_fails_is_one_line() -> None:
     def fail(image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         raise ZeroDivisionError("no\nsuch thing")
 
-    with pytest.raises(UserError, match=r"^--augment x makes \(2, 5, 8, 8\) of \(2, 6, 8, 8\): a sample must keep"):
-        ForeignDrawn("x", 0, shrink).apply(*sample())
-    with pytest.raises(UserError, match=r"^--augment x of a sample \(2, 6, 8, 8\): no such thing$"):
-        ForeignDrawn("x", 0, fail).apply(*sample())
+    with pytest.raises(UserError, match=r"^--augment x: turns \(2, 6, 8, 8\) into \(2, 5, 8, 8\); a sample must keep"):
+        LibraryTransform("x", 0, shrink).apply(*sample())
+    with pytest.raises(UserError, match=r"^--augment x: failed on a sample \(2, 6, 8, 8\): no such thing$"):
+        LibraryTransform("x", 0, fail).apply(*sample())
 
 
 def test_seeded_draws_the_same_and_gives_the_generators_back() -> None:
@@ -224,7 +224,7 @@ def test_seeded_draws_the_same_and_gives_the_generators_back() -> None:
 
 # In the loaders
 
-SPEC = DatasetSpec("made_up", ("background", "kidney", "tumour"))
+SPEC = DatasetSpec(name="made_up", classes=("background", "kidney", "tumour"))
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
 
 def samples(folder: Path, name: str, draw: RandomTransform, workers: int, start: int = 0) -> dict[str, Any]:
     """Of the second epoch, by what they are."""
-    settings = LoaderSettings((6, 6, 6), 0.4, 1, workers, 0, 1, 5, 6, augment=draw)
-    loader = make_training_loader(name, folder, [f"case_{n}" for n in range(1, 5)], SPEC, settings)
+    settings = LoaderConfig(
+        patch=(6, 6, 6),
+        oversampling=0.4,
+        batch_size=1,
+        num_workers=workers,
+        rank=0,
+        ranks=1,
+        order_seed=5,
+        sample_seed=6,
+        augment=draw,
+    )
+    loader = make_training_loader(name, folder, [f"case_{n}" for n in range(1, 5)], spec=SPEC, config=settings)
     return {loader.describe(2, index)[0]: batch for index, batch in enumerate(loader.epoch(2, start), start)}
 
 
@@ -250,7 +260,7 @@ def test_a_sample_is_the_same_whichever_process_makes_it_and_whatever_came_befor
     later = samples(folder, "pytorch", draw, 0, start=2)
     assert len(here) == 4
     assert here.keys() == there.keys() > later.keys()
-    assert all("brightness" in name and "RandomBiasField of seed" in name for name in here)
+    assert all("brightness" in name and "RandomBiasField with seed" in name for name in here)
     for name, batch in here.items():
         for other in (there, later):
             if name in other:
@@ -264,13 +274,24 @@ def test_the_device_loader_takes_any_on_a_cpu_and_mlperf_alone_on_a_gpu(folder: 
     for name, batch in plain.items():
         assert torch.equal(batch["label"], device[name]["label"])
         torch.testing.assert_close(batch["image"], device[name]["image"], atol=4e-3, rtol=0)
-    settings = LoaderSettings((6, 6, 6), 0.4, 1, 0, 0, 1, 5, 6, torch.device("cuda"), augment=draw)
-    with pytest.raises(UserError, match="--loader device augments on the GPU by mlperf alone"):
-        make_training_loader("device", folder, ["case_1"], SPEC, settings)
+    settings = LoaderConfig(
+        patch=(6, 6, 6),
+        oversampling=0.4,
+        batch_size=1,
+        num_workers=0,
+        rank=0,
+        ranks=1,
+        order_seed=5,
+        sample_seed=6,
+        device=torch.device("cuda"),
+        augment=draw,
+    )
+    with pytest.raises(UserError, match="--loader device supports only --augment mlperf on a GPU"):
+        make_training_loader("device", folder, ["case_1"], spec=SPEC, config=settings)
 
 
 def test_what_is_drawn_is_plain() -> None:
-    drawn = DrawForeign("x", lambda image, label, seed: (image, label))(np.random.default_rng(0))
-    assert replace(drawn, seed=4) == ForeignDrawn("x", 4, drawn.transform)
-    assert str(replace(drawn, seed=4)) == "x of seed 4"
-    assert str(Augmentation((True, False, False), 1.7, 0.05)) == "brightness 1.7, noise 0.05"
+    drawn = RandomLibraryTransform("x", lambda image, label, seed: (image, label))(np.random.default_rng(0))
+    assert replace(drawn, seed=4) == LibraryTransform("x", 4, drawn.function)
+    assert str(replace(drawn, seed=4)) == "x with seed 4"
+    assert str(MLPerfAugmentation((True, False, False), 1.7, 0.05)) == "brightness 1.7, noise 0.05"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import preprocess_dataset
 from common.errors import UserError, run_program
 from data_loading import verification, writer
-from data_loading.dataset import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
+from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
 from data_loading.integrity import VERIFIED_NAME, check_files, fingerprint
 from data_loading.io.volume import read_nifti
 from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
@@ -142,7 +142,7 @@ def test_the_index_holds_all_that_training_needs(raw: Path, done: Path) -> None:
         assert record.digests == {
             kind: hashlib.md5((done / f"{case}_{kind}.npy").read_bytes()).hexdigest() for kind in "xy"
         }
-        assert record.statistics == pytest.approx({"mean": x.mean(dtype=float), "deviation": x.std(dtype=float)})
+        assert record.statistics == pytest.approx({"mean": x.mean(dtype=float), "std": x.std(dtype=float)})
         assert record.source_stamp == [
             [(status := (raw / case / name).stat()).st_size, status.st_mtime_ns]
             for name in ("imaging.nii.gz", "segmentation.nii.gz")
@@ -169,9 +169,9 @@ def test_every_case_has_a_line_and_the_medians_come_last(
     lines = output.out.splitlines()
     statistics = [read_index(tmp_path / INDEX_NAME).cases[f"case_{number:05d}"].statistics for number in IDS]
     for number, line, one in zip(IDS, lines, statistics, strict=False):
-        expected = f"shape (128, 128, 128), mean {one['mean']:.2f}, std {one['deviation']:.2f}"
+        expected = f"shape (128, 128, 128), mean {one['mean']:.2f}, std {one['std']:.2f}"
         assert line == f"case_{number:05d}: {expected}"
-    mean, deviation = (np.median([one[key] for one in statistics]) for key in ("mean", "deviation"))
+    mean, deviation = (np.median([one[key] for one in statistics]) for key in ("mean", "std"))
     assert lines[3:] == [
         f"median shape (128, 128, 128), mean {mean:.2f}, std {deviation:.2f}",
         f"3 cases (3 now, 0 already done): 2 to train, 1 to evaluate, in {tmp_path}",
@@ -526,7 +526,7 @@ def test_the_split_and_its_options_are_saved_with_a_hash(tmp_path: Path, write_m
         preprocess(raw, out, "--dataset", "msd", "--split_ratios", "0.6", "0.2", "0.2", "--seed", seed)
         content = json.loads((out / INDEX_NAME).read_text())
         hashes.append(content["split_hash"])
-        assert content["made"] == {"dataset": "msd", "seed": int(seed), "split_ratios": [0.6, 0.2, 0.2]}
+        assert content["provenance"] == {"dataset": "msd", "seed": int(seed), "split_ratios": [0.6, 0.2, 0.2]}
     assert hashes[0] == hashes[1] != hashes[2]
     assert hashes[2] == hashlib.sha256(json.dumps(content["split"], sort_keys=True).encode()).hexdigest()
     # A split edited by hand is detected, even if the file's digest is removed.
@@ -866,12 +866,12 @@ DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "no shares": (
         "msd",
         lambda raw: raw.arguments.extend(["--split_ratios", "0.5", "0.6"]),
-        "two or three shares that add up",
+        "two or three ratios that add up",
     ),
     "too few for three": (
         "msd",
         lambda raw: raw.arguments.extend(["--split_ratios", "0.6", "0.2", "0.2"]),
-        "2 patient(s) leave none for evaluation at a share of 0.2",
+        "2 patient(s) leave none for evaluation at a ratio of 0.2",
     ),
     "a label too many": (
         "msd",

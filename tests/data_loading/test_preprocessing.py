@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from data_loading.io.orientation import DIRECTIONS, orientation_of
 from data_loading.io.volume import Geometry, Volume, read_nifti
 from data_loading.preprocessing import (
+    GridTransform,
     Shape,
-    Transform,
     as_shape,
     edge_padding,
     foreground_box,
@@ -40,7 +40,7 @@ from data_loading.spec import KITS19, DatasetSpec
 from tests.data_loading.oblique import geometries
 
 F32 = np.float32
-PLAIN = DatasetSpec("plain", ("background", "one", "two"), mean=0.0, deviation=1.0)
+PLAIN = DatasetSpec(name="plain", classes=("background", "one", "two"), mean=0.0, std=1.0)
 REAL_MASKS = (4, 7, 10, 15, 21, 30, 38, 41, 45, 61, 64, 70, 76, 87, 94, 110, 113, 122, 130, 152, 160, 206)
 
 
@@ -60,7 +60,7 @@ def test_real_masks_have_mlperfs_digests(number: int, real_data: Callable[[str],
     assert KITS19.spacing_mm is not None
     shape = resampled_shape(label.geometry.shape, label.geometry.spacing_mm, KITS19.spacing_mm)
     # The images are not there; a mask needs of its image no more than the shape that it came to.
-    transform = Transform(label.geometry, shape, (0, 0, 0), shape)
+    transform = GridTransform(source=label.geometry, resampled_shape=shape, padding_before=(0, 0, 0), shape=shape)
     saved = io.BytesIO()
     np.save(saved, preprocess_label(label, transform, KITS19), allow_pickle=False)
     assert hashlib.md5(saved.getbuffer()).hexdigest() == official[f"case_{number:05d}_y.npy"]
@@ -69,7 +69,7 @@ def test_real_masks_have_mlperfs_digests(number: int, real_data: Callable[[str],
 def test_the_benchmarks_constants() -> None:
     assert KITS19.spacing_mm == (1.6, 1.2, 1.2)
     assert KITS19.intensity_window == (-79.0, 304.0)
-    assert (KITS19.mean, KITS19.deviation, KITS19.padding_value) == (101.0, 76.9, -2.2)
+    assert (KITS19.mean, KITS19.std, KITS19.padding_value) == (101.0, 76.9, -2.2)
     assert KITS19.min_shape == (128, 128, 128)
     assert len(KITS19.classes) == 3
     assert KITS19.crops_remainder
@@ -138,13 +138,13 @@ def test_intensities_are_clipped_then_normalised_in_float32() -> None:
 
 def test_a_scan_without_a_window_is_only_normalised() -> None:
     values = np.array([-3000.0, 0.0, 3000.0], F32).reshape(1, 1, 1, 3)
-    np.testing.assert_array_equal(normalise(values, replace(PLAIN, mean=10.0, deviation=4.0)), (values - 10) / 4)
+    np.testing.assert_array_equal(normalise(values, replace(PLAIN, mean=10.0, std=4.0)), (values - 10) / 4)
 
 
 def test_without_constants_every_channel_of_every_scan_has_its_own() -> None:
     rng = np.random.default_rng(0)
     image = np.stack([rng.normal(300, 50, (6, 7, 8)), rng.normal(-5e5, 0.5, (6, 7, 8))]).astype(F32)
-    result = normalise(image, DatasetSpec("own", ("background", "one")))
+    result = normalise(image, DatasetSpec(name="own", classes=("background", "one")))
     wide = image.astype(np.float64)
     for channel in range(2):
         expected = (wide[channel] - wide[channel].mean()) / wide[channel].std()
@@ -155,12 +155,14 @@ def test_without_constants_every_channel_of_every_scan_has_its_own() -> None:
 def test_a_constant_scan_becomes_zero() -> None:
     image = np.full((2, 5, 6, 7), 0.1, F32)
     image[1] = -1024
-    np.testing.assert_array_equal(normalise(image, DatasetSpec("own", ("background", "one"))), np.zeros_like(image))
+    np.testing.assert_array_equal(
+        normalise(image, DatasetSpec(name="own", classes=("background", "one"))), np.zeros_like(image)
+    )
 
 
 def test_own_statistics_come_after_the_window() -> None:
     image = np.array([0.0, 10.0, 1e6], F32).reshape(1, 1, 1, 3)
-    spec = DatasetSpec("own", ("background", "one"), intensity_window=(0.0, 20.0))
+    spec = DatasetSpec(name="own", classes=("background", "one"), intensity_window=(0.0, 20.0))
     np.testing.assert_allclose(normalise(image, spec).ravel(), [-math.sqrt(1.5), 0, math.sqrt(1.5)], rtol=1e-6)
 
 
@@ -188,7 +190,9 @@ def test_the_order_is_resample_clip_normalise_pad() -> None:
     np.testing.assert_array_equal(array[0, :, 0, 0], line[[0, 0, 1, 2, 3, 3, 3]])
     assert array.shape == (1, 7, 2, 3)
     assert array.dtype == F32
-    assert transform == Transform(transform.source, (4, 2, 2), (1, 0, 0), (7, 2, 3))
+    assert transform == GridTransform(
+        source=transform.source, resampled_shape=(4, 2, 2), padding_before=(1, 0, 0), shape=(7, 2, 3)
+    )
 
     label = np.array([1, 2], np.uint8).reshape(1, 2, 1, 1).repeat(2, axis=2).repeat(2, axis=3)
     mask = preprocess_label(scan(label, (2.0, 1.0, 1.0)), transform, spec)
@@ -198,7 +202,9 @@ def test_the_order_is_resample_clip_normalise_pad() -> None:
 
 def test_own_statistics_are_those_of_the_scan_and_not_of_its_padding() -> None:
     image = np.random.default_rng(0).normal(300, 50, (1, 4, 5, 6)).astype(F32)
-    array, _ = preprocess_image(scan(image), DatasetSpec("own", ("background", "one"), min_shape=(9, 9, 9)))
+    array, _ = preprocess_image(
+        scan(image), DatasetSpec(name="own", classes=("background", "one"), min_shape=(9, 9, 9))
+    )
     np.testing.assert_allclose(array[:, 2:6, 2:7, 1:7], (image - image.mean()) / image.std(), atol=1e-5)
 
 
@@ -212,7 +218,7 @@ def test_a_scan_with_the_right_spacing_is_not_resampled() -> None:
 
 def test_transform_survives_json() -> None:
     _, transform = preprocess_image(scan(np.zeros((1, 4, 5, 6), F32), (3.0, 2.0, 1.0)), KITS19)
-    again = Transform.from_json(json.loads(json.dumps(transform.to_json())))
+    again = GridTransform.from_json(json.loads(json.dumps(transform.to_json())))
     np.testing.assert_array_equal(again.source.affine, transform.source.affine)
     assert replace(again, source=transform.source) == transform
     assert again.source.spacing_mm == (3.0, 2.0, 1.0)
@@ -373,7 +379,7 @@ def test_turned_cut_and_padded_every_label_comes_back(
     )
     array, transform = preprocess_image(Volume(image, geometry), spec)
     record = json.loads(json.dumps(transform.to_json()))
-    assert Transform.from_json(record).to_json() == record
+    assert GridTransform.from_json(record).to_json() == record
     mask = preprocess_label(Volume(label, geometry), transform, spec)
     assert array.shape[1:] == mask.shape[1:] == transform.shape
     assert orientation_of(transform.cut.affine) == (orientation or orientation_of(geometry.affine))
@@ -430,8 +436,8 @@ def test_turned_cut_and_resampled_a_ramp_comes_back(
 def test_old_transforms_have_neither_turn_nor_crop() -> None:
     _, transform = preprocess_image(scan(np.zeros((1, 4, 5, 6), F32)), PLAIN)
     old = {key: value for key, value in transform.to_json().items() if key not in ("orientation", "crop", "by_area")}
-    read = Transform.from_json(old)
-    assert (read.orientation, read.crop, read.by_area) == (None, None, False)
+    read = GridTransform.from_json(old)
+    assert (read.orientation, read.crop, read.half_pixel) == (None, None, False)
 
 
 def test_to_unit_by_the_window_or_by_each_scans_own_ends() -> None:

@@ -19,23 +19,18 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from data_loading import pytorch_loader as loader_module
-from data_loading.data_loader import make_training_loader
-from data_loading.dataset import file_of, load_boxes, map_case
+from data_loading.base_loader import Batch, LoaderConfig
+from data_loading.data_loader import load_evaluation_case, make_training_loader
+from data_loading.dataset import case_file, load_boxes, map_case
 from data_loading.preprocessing import Boxes, Shape, foreground_boxes
-from data_loading.pytorch_loader import (
-    Batch,
-    CropDataset,
-    LoaderSettings,
-    PytorchLoader,
-    load_evaluation_case,
-    synthetic_cases,
-)
+from data_loading.pytorch_loader import CropDataset, PytorchLoader
 from data_loading.sampler import EpochSampler, sample_rng
 from data_loading.spec import DatasetSpec
+from data_loading.synthetic_loader import synthetic_cases
 from data_loading.transforms import draw_augmentation, draw_crop
 
-SPEC = DatasetSpec("made_up", ("background", "kidney", "tumour"))
-SETTINGS = LoaderSettings(
+SPEC = DatasetSpec(name="made_up", classes=("background", "kidney", "tumour"))
+SETTINGS = LoaderConfig(
     patch=(8, 8, 8),
     oversampling=0.4,
     batch_size=2,
@@ -75,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: WritePr
 
 
 def batches(folder: Path, epochs: Sequence[int] = (1, 2), **changes: Any) -> list[list[Batch]]:
-    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, **changes))
+    loader = make_training_loader("pytorch", folder, CASES, spec=SPEC, config=replace(SETTINGS, **changes))
     return [list(loader.epoch(epoch)) for epoch in epochs]
 
 
@@ -86,7 +81,7 @@ def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def expected_sample(case: str, permutation: int, settings: LoaderSettings) -> Arrays:
+def expected_sample(case: str, permutation: int, settings: LoaderConfig) -> Arrays:
     """A sample from the whole arrays, padded whole: what the loader makes from a window alone."""
     image, label = VOLUMES[case]
     missing = [max(0, length - size) for length, size in zip(settings.patch, image.shape[1:], strict=True)]
@@ -98,17 +93,20 @@ def expected_sample(case: str, permutation: int, settings: LoaderSettings) -> Ar
         for value, found in foreground_boxes(VOLUMES[case][1], 3).items()
     }
     rng = sample_rng(settings.sample_seed, permutation, CASES.index(case))
-    d, h, w = draw_crop(rng, image.shape[1:], settings.patch, boxes, settings.oversampling)  # type: ignore[arg-type]
+    d, h, w = draw_crop(
+        rng, shape=image.shape[1:], patch=settings.patch, boxes=boxes, oversampling=settings.oversampling
+    )  # type: ignore[arg-type]
     window = (slice(None), *(slice(n, n + length) for n, length in zip((d, h, w), settings.patch, strict=True)))
     return draw_augmentation(rng).apply(image[window].copy(), label[window].copy())
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"oversampling": 1.0}, {"patch": (4, 6, 5), "batch_size": 3}, {"steps": 5}, {"steps": 1}]
+    "changes",
+    [{}, {"oversampling": 1.0}, {"patch": (4, 6, 5), "batch_size": 3}, {"fixed_batches": 5}, {"fixed_batches": 1}],
 )
 def test_a_sample_is_its_window_of_the_volume_augmented(folder: Path, changes: dict[str, Any]) -> None:
     settings = replace(SETTINGS, **changes)
-    order = settings.order(len(CASES))
+    order = settings.sampler(len(CASES))
     epochs = range(1, 9)
     for epoch, made in zip(epochs, batches(folder, epochs, **changes), strict=True):
         for keys, batch in zip(order.batches(epoch), made, strict=True):
@@ -147,7 +145,7 @@ def test_workers_change_nothing(folder: Path) -> None:
 def test_epochs_can_be_taken_in_any_order_and_left_early(folder: Path) -> None:
     # A resumed run begins in the middle; a stopped one abandons an epoch while its workers are ahead.
     first, second = batches(folder, (1, 2))
-    loader = make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, num_workers=2))
+    loader = make_training_loader("pytorch", folder, CASES, spec=SPEC, config=replace(SETTINGS, num_workers=2))
     assert_same([list(loader.epoch(2))], [second])
     for batch in loader.epoch(7):
         assert len(batch) == 2
@@ -175,12 +173,12 @@ def test_two_ranks_share_one_permutation(folder: Path) -> None:
     alone = samples()
     ranks = [samples(rank=rank, ranks=2) for rank in range(2)]
     assert [sample for turn in zip(*ranks, strict=True) for sample in turn] == alone[:6]
-    assert len(make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2))) == 1
+    assert len(make_training_loader("pytorch", folder, CASES, spec=SPEC, config=replace(SETTINGS, ranks=2))) == 1
 
 
 def test_too_few_cases_are_told_before_the_first_epoch(folder: Path) -> None:
-    with pytest.raises(UserError, match="7 training cases do not give 2 rank"):
-        make_training_loader("pytorch", folder, CASES, SPEC, replace(SETTINGS, ranks=2, batch_size=4))
+    with pytest.raises(UserError, match=r"too few training cases \(7\) for 2 rank"):
+        make_training_loader("pytorch", folder, CASES, spec=SPEC, config=replace(SETTINGS, ranks=2, batch_size=4))
 
 
 def test_a_folder_of_the_reference_gives_the_same_batches(
@@ -203,7 +201,7 @@ def test_a_crop_reads_its_window_alone(tmp_path: Path) -> None:
     # 8 GiB and 2 GiB that are only promised to the file system: who reads them all runs out of time or memory.
     shape = (1, 1024, 2048, 1024)
     for kind, dtype in (("x", "<f4"), ("y", "|u1")):
-        with file_of(tmp_path, "case_00001", kind).open("wb") as stream:
+        with case_file(tmp_path, "case_00001", kind).open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
             stream.truncate(stream.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
     boxes: Boxes = {1: [(1000, 2000, 1000, 1024, 2048, 1024)]}
@@ -221,7 +219,7 @@ def test_a_damaged_case_is_one_clear_line_from_any_process(
     tmp_path: Path, write_preprocessed: WritePreprocessed, num_workers: int
 ) -> None:
     folder = write_preprocessed(tmp_path, VOLUMES)
-    path = file_of(folder, CASES[4], "y")
+    path = case_file(folder, CASES[4], "y")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError) as caught:
         batches(folder, [1], batch_size=1, num_workers=num_workers)
@@ -274,10 +272,10 @@ def test_a_file_that_changes_under_way_is_one_clear_line(
 ) -> None:
     folder = write_preprocessed(tmp_path, VOLUMES)
     settings = replace(SETTINGS, batch_size=1, num_workers=num_workers)
-    loader = make_training_loader("pytorch", folder, CASES, SPEC, settings)
+    loader = make_training_loader("pytorch", folder, CASES, spec=SPEC, config=settings)
     for epoch in (1, 2):
         assert len(list(loader.epoch(epoch))) == len(CASES), "all of them are mapped by now"
-    path = file_of(folder, CASES[0], kind)
+    path = case_file(folder, CASES[0], kind)
     change(path)
     with pytest.raises(UserError) as caught:
         list(loader.epoch(3))
@@ -292,7 +290,7 @@ def test_a_file_that_changes_while_it_is_mapped_is_noticed(
 
     def map_and_cut(data_dir: Path, case: str) -> Arrays:
         arrays = map_case(data_dir, case)
-        cut_off(file_of(data_dir, case, "x"))
+        cut_off(case_file(data_dir, case, "x"))
         return arrays
 
     monkeypatch.setattr(loader_module, "map_case", map_and_cut)
@@ -305,7 +303,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
 ) -> None:
     # SIGBUS, of which torch says that /dev/shm is full.
     folder = write_preprocessed(tmp_path, {case: made_up((40, 40, 40), 1) for case in CASES})
-    path = file_of(folder, CASES[3], "x")
+    path = case_file(folder, CASES[3], "x")
     read = loader_module._read_crop
 
     def cut_and_read(*arguments: Any) -> NDArray[Any]:
@@ -314,13 +312,18 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
 
     monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
     settings = replace(SETTINGS, batch_size=1, num_workers=1)
-    loader = make_training_loader("pytorch", folder, CASES[3:4], SPEC, settings)
+    loader = make_training_loader("pytorch", folder, CASES[3:4], spec=SPEC, config=settings)
     with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot be of the same"):
         list(loader.epoch(1))
 
 
 def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = [CASES[index] for _, index in EpochSampler(len(CASES), 2, 0, 1, SETTINGS.order_seed).batches(1)[1]]
+    second = [
+        CASES[index]
+        for _, index in EpochSampler(cases=len(CASES), batch_size=2, rank=0, ranks=1, seed=SETTINGS.order_seed).batches(
+            1
+        )[1]
+    ]
     named = ", ".join(second)
 
     def killed(data_dir: Path, case: str) -> Arrays:
@@ -367,7 +370,7 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
     made = {}
     for seed in (22, 22, 23):
         settings = replace(SETTINGS, patch=(4, 5, 6), sample_seed=seed)
-        loader = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec, settings)
+        loader = make_training_loader("synthetic", tmp_path / "nowhere", synthetic_cases(), spec=spec, config=settings)
         epoch = list(loader.epoch(1))
         assert len(loader) == len(epoch) == 32
         if seed in made:
@@ -386,14 +389,14 @@ def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None
 
 def test_the_synthetic_loader_splits_its_samples_over_ranks(tmp_path: Path) -> None:
     settings = replace(SETTINGS, patch=(2, 2, 2), batch_size=5, ranks=3, rank=2)
-    loader = make_training_loader("synthetic", tmp_path, synthetic_cases(), SPEC, settings)
+    loader = make_training_loader("synthetic", tmp_path, synthetic_cases(), spec=SPEC, config=settings)
     assert len(loader) == len(list(loader.epoch(4))) == 64 // 15
     assert all(len(batch["image"]) == 5 for batch in loader.epoch(1))
 
 
 def test_an_unknown_loader_is_one_clear_line(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"--loader 'dali' does not exist; there are .*pytorch, synthetic"):
-        make_training_loader("dali", folder, CASES, SPEC, SETTINGS)
+    with pytest.raises(UserError, match=r"--loader 'dali': unknown loader; available: .*pytorch, synthetic"):
+        make_training_loader("dali", folder, CASES, spec=SPEC, config=SETTINGS)
 
 
 def test_an_evaluation_case_is_whole(folder: Path) -> None:
@@ -403,7 +406,7 @@ def test_an_evaluation_case_is_whole(folder: Path) -> None:
     np.testing.assert_array_equal(case.image.numpy(), VOLUMES[CASES[2]][0][np.newaxis])
     np.testing.assert_array_equal(case.label.numpy(), VOLUMES[CASES[2]][1][np.newaxis])
     (case.image.add_(1), case.label.add_(1))  # its own memory, not the file's
-    np.testing.assert_array_equal(np.load(file_of(folder, CASES[2], "x")), VOLUMES[CASES[2]][0])
+    np.testing.assert_array_equal(np.load(case_file(folder, CASES[2], "x")), VOLUMES[CASES[2]][0])
 
 
 def test_an_evaluation_case_that_does_not_fit_is_one_clear_line(
@@ -411,11 +414,11 @@ def test_an_evaluation_case_that_does_not_fit_is_one_clear_line(
 ) -> None:
     image, label = made_up((4, 5, 6), 1)
     folder = write_preprocessed(tmp_path, {"a": (image, label), "b": (image, label[:, :3])})
-    file_of(folder, "a", "x").unlink()
+    case_file(folder, "a", "x").unlink()
     with pytest.raises(UserError, match=r"a_x\.npy: missing"):
         load_evaluation_case(folder, "a")
     with pytest.raises(UserError, match=r"b: image \(1, 4, 5, 6\) and label \(1, 3, 5, 6\) differ"):
         load_evaluation_case(folder, "b")
-    os.truncate(file_of(folder, "b", "y"), 130)
+    os.truncate(case_file(folder, "b", "y"), 130)
     with pytest.raises(UserError, match=r"b_y\.npy: damaged"):
         load_evaluation_case(folder, "b")

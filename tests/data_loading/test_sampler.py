@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_loading.sampler import (
-    EpochSampler,
-    PseudoLabelCap,
-    batches_per_epoch,
-    sample_rng,
-    split_cases,
-    split_patients,
-)
+from data_loading.sampler import EpochSampler, PseudoLabelCap, batches_per_epoch, sample_rng
+from data_loading.split import split_cases, split_patients
 
 
 @settings(max_examples=80, deadline=None)
@@ -30,7 +24,9 @@ from data_loading.sampler import (
 )
 def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int, seed: int, epoch: int) -> None:
     rounds = cases // (batch_size * ranks)
-    orders = [EpochSampler(cases, batch_size, rank, ranks, seed) for rank in range(ranks)]
+    orders = [
+        EpochSampler(cases=cases, batch_size=batch_size, rank=rank, ranks=ranks, seed=seed) for rank in range(ranks)
+    ]
     if rounds == 0:
         with pytest.raises(UserError):
             orders[0].batches(epoch)
@@ -43,7 +39,9 @@ def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int
     assert len(set(met)) == len(met) == rounds * batch_size * ranks
     assert set(met) <= set(range(cases))
     # Dealt out in turn: together they are what a single rank meets first.
-    alone = [batch[0][1] for batch in EpochSampler(cases, 1, 0, 1, seed).batches(epoch)]
+    alone = [
+        batch[0][1] for batch in EpochSampler(cases=cases, batch_size=1, rank=0, ranks=1, seed=seed).batches(epoch)
+    ]
     flat = [[case for batch in shard for _, case in batch] for shard in shards]
     assert [case for turn in zip(*flat, strict=True) for case in turn] == alone[: len(met)]
     assert shards == [order.batches(epoch) for order in orders]
@@ -61,7 +59,10 @@ def test_the_ranks_share_one_permutation(cases: int, batch_size: int, ranks: int
 def test_with_steps_the_epochs_are_one_endless_stream(
     cases: int, batch_size: int, ranks: int, steps: int, seed: int, epochs: int
 ) -> None:
-    orders = [EpochSampler(cases, batch_size, rank, ranks, seed, steps) for rank in range(ranks)]
+    orders = [
+        EpochSampler(cases=cases, batch_size=batch_size, rank=rank, ranks=ranks, seed=seed, fixed_batches=steps)
+        for rank in range(ranks)
+    ]
     shards = [[batch for epoch in range(1, epochs + 1) for batch in order.batches(epoch)] for order in orders]
     assert all(len(shard) == epochs * steps for shard in shards)
     stream = [key for turn in zip(*shards, strict=True) for batch in turn for key in batch]
@@ -72,12 +73,18 @@ def test_with_steps_the_epochs_are_one_endless_stream(
         assert sorted(case for at, case in stream if at == number) == list(range(cases))
     # The permutations are those of epochs without steps.
     if batch_size <= cases:
-        assert EpochSampler(cases, batch_size, 0, 1, seed).batches(1)[0] == shards[0][0]
+        assert (
+            EpochSampler(cases=cases, batch_size=batch_size, rank=0, ranks=1, seed=seed).batches(1)[0] == shards[0][0]
+        )
 
 
 def test_epochs_and_seeds_have_their_own_orders() -> None:
     orders = {
-        (seed, epoch): tuple(case for batch in EpochSampler(168, 2, 0, 1, seed).batches(epoch) for _, case in batch)
+        (seed, epoch): tuple(
+            case
+            for batch in EpochSampler(cases=168, batch_size=2, rank=0, ranks=1, seed=seed).batches(epoch)
+            for _, case in batch
+        )
         for seed in (0, 1, 2)
         for epoch in (1, 2, 3)
     }
@@ -87,7 +94,14 @@ def test_epochs_and_seeds_have_their_own_orders() -> None:
 def test_every_case_is_left_out_alike() -> None:
     # 7 cases in batches of 2: one a epoch is dropped, and not always the same.
     dropped = [
-        (set(range(7)) - {case for batch in EpochSampler(7, 2, 0, 1, 0).batches(epoch) for _, case in batch}).pop()
+        (
+            set(range(7))
+            - {
+                case
+                for batch in EpochSampler(cases=7, batch_size=2, rank=0, ranks=1, seed=0).batches(epoch)
+                for _, case in batch
+            }
+        ).pop()
         for epoch in range(1, 701)
     ]
     counts = np.bincount(dropped, minlength=7)
@@ -113,7 +127,7 @@ def test_the_incomplete_round_is_dropped(cases: int, batch_size: int, ranks: int
     ],
 )
 def test_too_few_cases_are_one_clear_line(cases: int, batch_size: int, ranks: int, advice: str) -> None:
-    message = f"{cases} training cases do not give {ranks} rank(s) one batch of {batch_size} each; {advice}"
+    message = f"too few training cases ({cases}) for {ranks} rank(s) x batch size {batch_size}; {advice}"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         batches_per_epoch(cases, batch_size, ranks)
 
@@ -158,7 +172,7 @@ def test_every_sample_has_its_own_randomness() -> None:
 
 
 def test_order_split_and_samples_of_one_seed_have_nothing_in_common() -> None:
-    permutation = [case for _, case in EpochSampler(50, 50, 0, 1, 3).batches(1)[0]]
+    permutation = [case for _, case in EpochSampler(cases=50, batch_size=50, rank=0, ranks=1, seed=3).batches(1)[0]]
     assert permutation != sample_rng(3, 1, 0).permutation(50).tolist()
     assert permutation != np.random.default_rng(3).permutation(50).tolist()
     held_out = split_cases([f"{number:02d}" for number in range(50)], 0.2, 3)[1]
@@ -225,12 +239,12 @@ def test_a_share_of_0_leaves_a_part_out(shares: tuple[float, ...], expected: lis
 @pytest.mark.parametrize(
     ("count", "shares", "message"),
     [
-        (9, (0.6, 0.2, 0.3), "--split_ratios 0.6 0.2 0.3: give two or three shares that add up to 1"),
-        (9, (1.2, -0.2), "give two or three shares that add up to 1"),
-        (9, (1,), "give two or three shares"),
-        (9, (0.25, 0.25, 0.25, 0.25), "give two or three shares"),
-        (9, (float("nan"), 0.5), "give two or three shares"),
-        (4, (0.6, 0.2, 0.2), r"4 patient\(s\) leave none for evaluation at a share of 0.2"),
+        (9, (0.6, 0.2, 0.3), "--split_ratios 0.6 0.2 0.3: give two or three ratios that add up to 1"),
+        (9, (1.2, -0.2), "give two or three ratios that add up to 1"),
+        (9, (1,), "give two or three ratios"),
+        (9, (0.25, 0.25, 0.25, 0.25), "give two or three ratios"),
+        (9, (float("nan"), 0.5), "give two or three ratios"),
+        (4, (0.6, 0.2, 0.2), r"4 patient\(s\) leave none for evaluation at a ratio of 0.2"),
         (1, (0.8, 0.2), "a split needs at least 2 cases, found 1; --split_ratios 1 0 trains on all"),
     ],
 )
@@ -259,9 +273,20 @@ def test_one_patient_with_several_cases_cannot_be_split() -> None:
 def test_a_batch_never_holds_more_than_its_share(
     others: int, count: int, share: float, batch_size: int, ranks: int, seed: int
 ) -> None:
-    capped, cases = PseudoLabelCap(count, share), others + count
+    capped, cases = PseudoLabelCap(count=count, max_share=share), others + count
     try:
-        orders = [EpochSampler(cases, batch_size, rank, ranks, seed, None, capped) for rank in range(ranks)]
+        orders = [
+            EpochSampler(
+                cases=cases,
+                batch_size=batch_size,
+                rank=rank,
+                ranks=ranks,
+                seed=seed,
+                fixed_batches=None,
+                pseudo_labels=capped,
+            )
+            for rank in range(ranks)
+        ]
         batches = [order.batches(3) for order in orders]
     except UserError:
         # One round more than there is would need other cases, or more of these than there is room for.
@@ -280,7 +305,15 @@ def test_a_batch_never_holds_more_than_its_share(
 
 @pytest.mark.parametrize("steps", [None, 7])
 def test_capped_cases_and_the_others_each_come_in_turn(steps: int | None) -> None:
-    order = EpochSampler(20, 4, 0, 1, 1, steps, PseudoLabelCap(10, 0.25))
+    order = EpochSampler(
+        cases=20,
+        batch_size=4,
+        rank=0,
+        ranks=1,
+        seed=1,
+        fixed_batches=steps,
+        pseudo_labels=PseudoLabelCap(count=10, max_share=0.25),
+    )
     assert len(order) == (steps or 3), "10 others, 3 of them in a batch"
     met = [case for epoch in range(1, 101) for batch in order.batches(epoch) for _, case in batch]
     counts = np.bincount(met, minlength=20)
@@ -293,7 +326,15 @@ def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
     met = [
         case
         for epoch in range(1, 51)
-        for batch in EpochSampler(12, 4, 0, 1, 1, None, PseudoLabelCap(2, 0.5)).batches(epoch)
+        for batch in EpochSampler(
+            cases=12,
+            batch_size=4,
+            rank=0,
+            ranks=1,
+            seed=1,
+            fixed_batches=None,
+            pseudo_labels=PseudoLabelCap(count=2, max_share=0.5),
+        ).batches(epoch)
         for _, case in batch
     ]
     counts = np.bincount(met, minlength=12)
@@ -301,11 +342,20 @@ def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
 
 
 def test_without_such_cases_the_order_is_what_it_was() -> None:
-    assert EpochSampler(9, 2, 0, 2, 7, None, PseudoLabelCap(0, 0.3)).batches(4) == EpochSampler(9, 2, 0, 2, 7).batches(
-        4
-    )
+    assert EpochSampler(
+        cases=9,
+        batch_size=2,
+        rank=0,
+        ranks=2,
+        seed=7,
+        fixed_batches=None,
+        pseudo_labels=PseudoLabelCap(count=0, max_share=0.3),
+    ).batches(4) == EpochSampler(cases=9, batch_size=2, rank=0, ranks=2, seed=7).batches(4)
 
 
 def test_a_share_that_leaves_no_batch_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"^2 training cases and 8 pseudo-labelled ones, .* a share of 0\.25, "):
-        batches_per_epoch(10, 4, 1, PseudoLabelCap(8, 0.25))
+    with pytest.raises(
+        UserError,
+        match=r"^too few manually labelled cases \(2 beside 8 pseudo-labelled ones\) .* a share of 0\.25 may ",
+    ):
+        batches_per_epoch(10, 4, 1, PseudoLabelCap(count=8, max_share=0.25))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data_loading.preprocessing import Box, Boxes, Shape
-from data_loading.transforms import Augmentation, draw_augmentation, draw_crop, make_augmentation
+from data_loading.transforms import MLPerfAugmentation, draw_augmentation, draw_crop, make_augmentation
 
 DRAWS = 20_000
 
@@ -25,12 +25,12 @@ def within(hits: float, probability: float, draws: int = DRAWS) -> bool:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Augmentation]:
+def drawn() -> list[MLPerfAugmentation]:
     rng = np.random.default_rng(0)
     return [draw_augmentation(rng) for _ in range(DRAWS)]
 
 
-def test_every_axis_is_flipped_one_time_in_three_on_its_own(drawn: list[Augmentation]) -> None:
+def test_every_axis_is_flipped_one_time_in_three_on_its_own(drawn: list[MLPerfAugmentation]) -> None:
     counts = Counter(one.flips for one in drawn)
     assert len(counts) == 8
     for flips, hits in counts.items():
@@ -39,7 +39,7 @@ def test_every_axis_is_flipped_one_time_in_three_on_its_own(drawn: list[Augmenta
 
 
 @pytest.mark.parametrize("axes", ["", "D", "HW", "WD"])
-def test_flips_may_be_kept_to_some_axes_without_another_draw(axes: str, drawn: list[Augmentation]) -> None:
+def test_flips_may_be_kept_to_some_axes_without_another_draw(axes: str, drawn: list[MLPerfAugmentation]) -> None:
     draw = make_augmentation([f"mlperf(flips={axes!r})"])
     rng = np.random.default_rng(0)
     for everywhere in drawn[:200]:
@@ -47,7 +47,7 @@ def test_flips_may_be_kept_to_some_axes_without_another_draw(axes: str, drawn: l
         assert draw(rng) == replace(everywhere, flips=kept)
 
 
-def test_the_augmentations_default_is_the_references(drawn: list[Augmentation]) -> None:
+def test_the_augmentations_default_is_the_references(drawn: list[MLPerfAugmentation]) -> None:
     draw, rng = make_augmentation(["mlperf"]), np.random.default_rng(0)
     assert [draw(rng) for _ in range(200)] == drawn[:200]
 
@@ -59,7 +59,7 @@ def test_the_augmentations_default_is_the_references(drawn: list[Augmentation]) 
         ("mlperf(flips='DD')", "axes of 'DHW'"),
         ("mlperf(flips=3)", "axes of 'DHW'"),
         ("mlperf(noise=0)", "unknown argument 'noise'"),
-        ("elastic", "does not exist"),
+        ("elastic", "unknown name; available: flips, mlperf, rot90"),
     ],
 )
 def test_an_augmentation_that_does_not_exist(spec: str, told: str) -> None:
@@ -67,7 +67,7 @@ def test_an_augmentation_that_does_not_exist(spec: str, told: str) -> None:
         make_augmentation([spec])
 
 
-def test_brightness_is_1_7_to_2_3_one_time_in_ten(drawn: list[Augmentation]) -> None:
+def test_brightness_is_1_7_to_2_3_one_time_in_ten(drawn: list[MLPerfAugmentation]) -> None:
     factors = np.array([one.factor for one in drawn if one.factor != 1.0])
     assert within(len(factors), 0.1)
     assert 1.7 <= factors.min() < 1.71
@@ -76,8 +76,8 @@ def test_brightness_is_1_7_to_2_3_one_time_in_ten(drawn: list[Augmentation]) -> 
         assert within(quarter, 0.25, len(factors))
 
 
-def test_noise_is_0_to_0_1_one_time_in_ten(drawn: list[Augmentation]) -> None:
-    deviations = np.array([one.noise_deviation for one in drawn if one.noise_deviation != 0.0])
+def test_noise_is_0_to_0_1_one_time_in_ten(drawn: list[MLPerfAugmentation]) -> None:
+    deviations = np.array([one.noise_std for one in drawn if one.noise_std != 0.0])
     assert within(len(deviations), 0.1)
     assert 0 < deviations.min() < 0.001
     assert 0.099 < deviations.max() <= 0.1
@@ -86,8 +86,8 @@ def test_noise_is_0_to_0_1_one_time_in_ten(drawn: list[Augmentation]) -> None:
     assert len({one.noise_seed for one in drawn}) == DRAWS
 
 
-def test_brightness_noise_and_flips_are_drawn_apart(drawn: list[Augmentation]) -> None:
-    assert within(sum(one.factor != 1 and one.noise_deviation != 0 for one in drawn), 0.01)
+def test_brightness_noise_and_flips_are_drawn_apart(drawn: list[MLPerfAugmentation]) -> None:
+    assert within(sum(one.factor != 1 and one.noise_std != 0 for one in drawn), 0.01)
     assert within(sum(one.factor != 1 and one.flips[0] for one in drawn), 0.1 / 3)
 
 
@@ -100,7 +100,7 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 def test_flips_turn_image_and_label_together(axes: tuple[int, ...]) -> None:
     image, label = sample()
-    flipped = Augmentation((0 in axes, 1 in axes, 2 in axes)).apply(image.copy(), label.copy())
+    flipped = MLPerfAugmentation((0 in axes, 1 in axes, 2 in axes)).apply(image.copy(), label.copy())
     window = tuple(slice(None, None, -1 if axis in axes else 1) for axis in range(3))
     for before, after in zip((image, label), flipped, strict=True):
         np.testing.assert_array_equal(after, before[:, *window])
@@ -109,7 +109,7 @@ def test_flips_turn_image_and_label_together(axes: tuple[int, ...]) -> None:
 
 def test_the_factor_is_for_the_image_alone() -> None:
     image, label = sample()
-    brighter, same = Augmentation((False,) * 3, factor=1.9).apply(image.copy(), label.copy())
+    brighter, same = MLPerfAugmentation((False,) * 3, factor=1.9).apply(image.copy(), label.copy())
     np.testing.assert_array_equal(brighter, image * np.float32(1.9))
     np.testing.assert_array_equal(same, label)
     assert brighter.dtype == np.float32
@@ -117,22 +117,22 @@ def test_the_factor_is_for_the_image_alone() -> None:
 
 def test_the_noise_is_for_the_image_alone_and_comes_after_the_factor() -> None:
     image, label = np.full((1, 40, 40, 40), 3, np.float32), np.ones((1, 40, 40, 40), np.uint8)
-    noisy, same = Augmentation((True,) * 3, 2.0, 0.08, 7).apply(image.copy(), label.copy())
+    noisy, same = MLPerfAugmentation((True,) * 3, 2.0, 0.08, 7).apply(image.copy(), label.copy())
     added = noisy - 6
     assert noisy.dtype == np.float32
     assert abs(added.mean()) < 4 * 0.08 / sqrt(added.size)
     assert abs(added.std() / 0.08 - 1) < 0.02
     assert abs(np.corrcoef(added[0, :-1].ravel(), added[0, 1:].ravel())[0, 1]) < 0.02
     np.testing.assert_array_equal(same, label)
-    again, _ = Augmentation((True,) * 3, 2.0, 0.08, 7).apply(image.copy(), label.copy())
+    again, _ = MLPerfAugmentation((True,) * 3, 2.0, 0.08, 7).apply(image.copy(), label.copy())
     np.testing.assert_array_equal(noisy, again)
-    other, _ = Augmentation((True,) * 3, 2.0, 0.08, 8).apply(image.copy(), label.copy())
+    other, _ = MLPerfAugmentation((True,) * 3, 2.0, 0.08, 8).apply(image.copy(), label.copy())
     assert (noisy != other).any()
 
 
 def test_nothing_drawn_changes_nothing() -> None:
     image, label = sample()
-    same = Augmentation((False, False, False)).apply(image.copy(), label.copy())
+    same = MLPerfAugmentation((False, False, False)).apply(image.copy(), label.copy())
     np.testing.assert_array_equal(same[0], image)
     np.testing.assert_array_equal(same[1], label)
 
@@ -140,7 +140,9 @@ def test_nothing_drawn_changes_nothing() -> None:
 def starts(shape: Shape, patch: Shape, boxes: Boxes, oversampling: float, draws: int = 6000) -> np.ndarray:
     """Crop starts of many draws, (draws, 3)."""
     rng = np.random.default_rng(1)
-    return np.array([draw_crop(rng, shape, patch, boxes, oversampling) for _ in range(draws)])
+    return np.array(
+        [draw_crop(rng, shape=shape, patch=patch, boxes=boxes, oversampling=oversampling) for _ in range(draws)]
+    )
 
 
 def test_a_uniform_crop_starts_anywhere_but_at_the_last_offset() -> None:
@@ -227,7 +229,9 @@ def test_any_crop_lies_inside_and_a_foreground_crop_meets_its_box(
         shape.append(size)
     (d0, d1), (h0, h1), (w0, w1) = box
     boxes: Boxes = {1: [(d0, h0, w0, d1, h1, w1)]}
-    start = draw_crop(np.random.default_rng(seed), tuple(shape), tuple(patch), boxes, oversampling)  # type: ignore[arg-type]
+    start = draw_crop(
+        np.random.default_rng(seed), shape=tuple(shape), patch=tuple(patch), boxes=boxes, oversampling=oversampling
+    )  # type: ignore[arg-type]
     for first, length, size, (low, high) in zip(start, patch, shape, box, strict=True):
         assert 0 <= first <= size - length
         if oversampling == 1.0:
@@ -238,6 +242,6 @@ def test_any_crop_lies_inside_and_a_foreground_crop_meets_its_box(
 
 def test_a_picture_may_be_flipped_along_its_single_slice() -> None:
     image = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
-    flipped, label = Augmentation((True, False, True)).apply(image.copy(), image.astype(np.uint8))
+    flipped, label = MLPerfAugmentation((True, False, True)).apply(image.copy(), image.astype(np.uint8))
     np.testing.assert_array_equal(torch.from_numpy(flipped), image[..., ::-1])
     np.testing.assert_array_equal(torch.from_numpy(label), image[..., ::-1])

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.data import save_case
-from data_loading.dataset import INDEX_NAME, DatasetIndex, write_json
+from data_loading.index import INDEX_NAME, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
 from runtime.checkpoint import format as checkpoints
 
 PROJECT = Path(__file__).resolve().parents[2]
-SPEC = DatasetSpec("balls", ("background", "bright", "brighter"))
+SPEC = DatasetSpec(name="balls", classes=("background", "bright", "brighter"))
 # Two resolutions and small windows: a step takes milliseconds, so that many faults fit into minutes.
 TINY = (
     *("--model", "unet3d(filters=(4,8))"),
@@ -51,7 +51,7 @@ def write_balls(folder: Path, train: int = 12, evaluation: int = 3) -> Path:
         records[f"ball_{number:02}"] = save_case(folder, f"ball_{number:02}", image=image, label=label, boxes=boxes)
     names = list(records)
     split = {"train": names[evaluation:], "evaluation": names[:evaluation]}
-    write_json(folder / INDEX_NAME, DatasetIndex(SPEC, split, records).to_json())
+    write_json(folder / INDEX_NAME, DatasetIndex(spec=SPEC, split=split, cases=records).to_json())
     return folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import main as training
 import preprocess_dataset
-from data_loading.dataset import INDEX_NAME, read_index
+from data_loading.index import INDEX_NAME, read_index
 from data_loading.io.volume import Geometry, Volume, write_nifti
 from runtime.checkpoint import format as checkpoint
 

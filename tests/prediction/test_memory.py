@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from data_loading.io.volume import Geometry
-from data_loading.preprocessing import Transform
+from data_loading.preprocessing import GridTransform
 from prediction.memory import GIB, Budget, Place, Sizes, places, window_bytes
 from runtime.inference import sliding_window
 
@@ -111,7 +111,7 @@ from model.unet3d import Unet3d
 from prediction.memory import GIB, Budget, resident_bytes
 from prediction.predict import Member, Predictor, predict_scan
 torch.manual_seed(0)
-spec = DatasetSpec("own", tuple("abcdefgh"), spacing_mm=(0.9, 1.1, 1.0))
+spec = DatasetSpec(name="own", classes=tuple("abcdefgh"), spacing_mm=(0.9, 1.1, 1.0))
 member = Member(Unet3d(1, 8, filters=(4, 8)).eval(), (64, 64, 64), 0.0, False, "auto", "NCDHW")
 started = resident_bytes() / GIB
 bound = started + float(sys.argv[1])
@@ -131,6 +131,11 @@ def test_the_volume_s_bytes_cover_what_the_windows_need() -> None:
     """The tensors that a sliding window holds in the end are no more than counted."""
     image = torch.zeros(1, 1, 9, 10, 11)
     logits = sliding_window(image, Two(), (4, 4, 4), 0.5, padding_value=-2.2)
-    transform = Transform(Geometry(np.eye(4), (9, 10, 11), (1, 1, 1)), (9, 10, 11), (0, 0, 0), (9, 10, 11))
+    transform = GridTransform(
+        source=Geometry(np.eye(4), (9, 10, 11), (1, 1, 1)),
+        resampled_shape=(9, 10, 11),
+        padding_before=(0, 0, 0),
+        shape=(9, 10, 11),
+    )
     sizes = Sizes.of((1, 9, 10, 11), transform, 4, (4, 4, 4), 0.5, -2.2, False, 1)
     assert sizes.volume >= 2 * logits.numel() * 4 + 2 * image.numel() * 4

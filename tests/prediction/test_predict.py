@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from data_loading.dataset import INDEX_NAME, DatasetIndex, write_json
+from data_loading.index import INDEX_NAME, DatasetIndex, write_json
 from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.io.volume import Geometry, read_nifti
-from data_loading.preprocessing import Transform, edge_padding, preprocess_label, resampled_shape, to_source_grid
+from data_loading.preprocessing import GridTransform, edge_padding, preprocess_label, resampled_shape, to_source_grid
 from data_loading.spec import KITS19, DatasetSpec
 from prediction import predict
 from prediction.memory import Budget, Place
@@ -31,7 +31,7 @@ from tests.data_loading.oblique import geometries
 
 CPU = torch.device("cpu")
 WINDOW = (4, 4, 4)
-PLAIN = DatasetSpec("made_up", ("background", "object"), mean=0.0, deviation=1.0)
+PLAIN = DatasetSpec(name="made_up", classes=("background", "object"), mean=0.0, std=1.0)
 
 
 class Above(nn.Module):
@@ -145,7 +145,7 @@ def test_outside_of_the_foreground_crop_all_is_background(
 
 def test_class_by_class_is_the_arg_max_of_all() -> None:
     source = Geometry(np.eye(4), (7, 9, 5), (1.0, 1.0, 1.0))
-    transform = Transform(source, (4, 6, 8), (1, 0, 2), (6, 6, 11))
+    transform = GridTransform(source=source, resampled_shape=(4, 6, 8), padding_before=(1, 0, 2), shape=(6, 6, 11))
     values = np.random.default_rng(0).random((4, 6, 6, 11)).astype(np.float32)
     whole = to_source_grid(values, transform)
     np.testing.assert_array_equal(np.concatenate(list(classes_on_source_grid(values, transform))), whole)
@@ -157,7 +157,12 @@ def test_class_by_class_is_the_arg_max_of_all() -> None:
 
 def probabilities(maker: Predictor, image: NDArray[np.float32]) -> NDArray[np.float32]:
     d, h, w = image.shape
-    transform = Transform(Geometry(np.eye(4), (d, h, w), (1.0, 1.0, 1.0)), (d, h, w), (0, 0, 0), (d, h, w))
+    transform = GridTransform(
+        source=Geometry(np.eye(4), (d, h, w), (1.0, 1.0, 1.0)),
+        resampled_shape=(d, h, w),
+        padding_before=(0, 0, 0),
+        shape=(d, h, w),
+    )
     return predict.predict_image(image[None], transform, maker, "scan")
 
 
@@ -249,7 +254,7 @@ def test_the_spec_is_the_checkpoint_s_own() -> None:
 def test_an_older_checkpoint_needs_its_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not hold its data set's constants.*give --data_dir"):
         spec_of(checkpoint(spec=None), None)
-    write_json(tmp_path / INDEX_NAME, DatasetIndex(PLAIN, {"train": []}, {}).to_json())
+    write_json(tmp_path / INDEX_NAME, DatasetIndex(spec=PLAIN, split={"train": []}, cases={}).to_json())
     assert spec_of(checkpoint(spec=None), tmp_path) == (PLAIN, "")
 
 
@@ -257,7 +262,7 @@ def test_another_program_s_checkpoint_is_kits19_s_and_that_is_told(tmp_path: Pat
     spec, note = spec_of(checkpoint(spec=None, config={}), None)
     assert spec == replace(KITS19, orientation="IPL")
     assert "another program's: taken for one of KiTS19" in note
-    write_json(tmp_path / INDEX_NAME, DatasetIndex(PLAIN, {"train": []}, {}).to_json())
+    write_json(tmp_path / INDEX_NAME, DatasetIndex(spec=PLAIN, split={"train": []}, cases={}).to_json())
     assert spec_of(checkpoint(spec=None, config={}), tmp_path) == (PLAIN, "")
 
 
@@ -297,7 +302,7 @@ def test_pictures_are_predicted_as_pictures(tmp_path: Path, size: tuple[int, int
     (tmp_path / "in").mkdir()
     image.fromarray(seen).save(tmp_path / "in" / "a.tif")
     image.fromarray(seen.T.copy()).save(tmp_path / "in" / "b.jpg", quality=100)
-    spec = replace(PLAIN, mean=100.0, deviation=10.0, size=size)
+    spec = replace(PLAIN, mean=100.0, std=10.0, size=size)
     network = predictor(spec, Above())
     for source in find_sources(tmp_path / "in", tmp_path, None):
         assert source.voxels() == 42
@@ -350,7 +355,7 @@ def test_real_masks_come_back_through_the_network_s_grid(real_data: Callable[[st
     assert KITS19.spacing_mm is not None
     shape = resampled_shape(geometry.shape, geometry.spacing_mm, KITS19.spacing_mm)
     (d, _), (h, _), (w, _) = edge_padding(shape, KITS19.min_shape)
-    transform = Transform(geometry, shape, (d, h, w), shape)
+    transform = GridTransform(source=geometry, resampled_shape=shape, padding_before=(d, h, w), shape=shape)
     label = preprocess_label(truth, transform, KITS19)
     known = np.concatenate([label == value for value in range(3)]).astype(np.float32)
     found = arg_max((one[0] for one in classes_on_source_grid(known, transform)), geometry)

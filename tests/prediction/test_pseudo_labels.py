@@ -15,17 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from data_loading.dataset import (
-    INDEX_NAME,
-    DatasetIndex,
-    file_of,
-    pseudo_share,
-    read_case,
-    read_index,
-    read_spec_and_split,
-    write_json,
-)
-from data_loading.integrity import check_files, md5_of, split_digest
+from data_loading.dataset import case_file, pseudo_label_cap, read_case, read_spec_and_split
+from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
+from data_loading.integrity import check_files, file_md5, split_digest
+from data_loading.sampler import PseudoLabelCap
 from prediction.pseudo_labels import main
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
@@ -65,12 +58,12 @@ def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
         cases[f"case_{number}"] = (image_of(taught, strength), label)
     path = write_preprocessed(tmp_path / "data", cases)
     index = read_index(path / INDEX_NAME)
-    spec = replace(index.spec, mean=0.0, deviation=1.0)  # intensities stay, and files have their digests
+    spec = replace(index.spec, mean=0.0, std=1.0)  # intensities stay, and files have their digests
     records = {
-        case: replace(record, digests={kind: md5_of(file_of(path, case, kind)) for kind in "xy"})
+        case: replace(record, digests={kind: file_md5(case_file(path, case, kind)) for kind in "xy"})
         for case, record in index.cases.items()
     }
-    write_json(path / INDEX_NAME, DatasetIndex(spec, index.split, records).to_json())
+    write_json(path / INDEX_NAME, DatasetIndex(spec=spec, split=index.split, cases=records).to_json())
     return path
 
 
@@ -110,11 +103,15 @@ def test_training_cases_again_with_the_teachers_label_where_it_is_sure(
     before, after = read_index(folder / INDEX_NAME), read_index(results / INDEX_NAME)
     names = [f"pseudo_{case}" for case in before.split["train"]]
     assert after.split == {"train": [*before.split["train"], *names], "evaluation": before.split["evaluation"]}
-    assert after.pseudo is not None
-    assert (after.pseudo.cases, after.pseudo.threshold, after.pseudo.max_share) == (names, 0.9, 0.25)
-    assert after.pseudo.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
-    assert pseudo_share(results) == (3, 0.25)
-    assert pseudo_share(folder) == (0, 1.0)
+    assert after.pseudo_labels is not None
+    assert (after.pseudo_labels.cases, after.pseudo_labels.threshold, after.pseudo_labels.max_share) == (
+        names,
+        0.9,
+        0.25,
+    )
+    assert after.pseudo_labels.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert pseudo_label_cap(results) == PseudoLabelCap(count=3, max_share=0.25)
+    assert pseudo_label_cap(folder) == PseudoLabelCap()
     for case in before.split["train"]:
         image, manual = read_case(folder, case)
         taught, is_sure = np.round(image / 10), np.isclose(image % 10, 4)
@@ -146,8 +143,8 @@ def test_unlabelled_scans_join_where_their_foreground_is_sure(folder: Path, teac
     )
     assert run(folder, teacher, tmp_path / "results", "--unlabelled", scans) == 0
     index = read_index(tmp_path / "results" / INDEX_NAME)
-    assert index.pseudo is not None
-    assert index.pseudo.cases == ["pseudo_sure"]
+    assert index.pseudo_labels is not None
+    assert index.pseudo_labels.cases == ["pseudo_sure"]
     assert index.split["train"][-1] == "pseudo_sure"
     np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_sure")[1][0], classes)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_loading.pytorch_loader import Batch, TrainingLoader
+from data_loading.base_loader import Batch, TrainingLoader
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, parse_arguments

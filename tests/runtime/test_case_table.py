@@ -11,24 +11,48 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, write_json
+from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.io.volume import Geometry
-from data_loading.preprocessing import Transform
+from data_loading.preprocessing import GridTransform
 from data_loading.spec import DatasetSpec
 from runtime import case_table
 from runtime.case_table import CaseTable
 from runtime.logging.events import EvaluationStopped
 
-SPEC = DatasetSpec("own", ("background", "kidney", "tumour"))
+SPEC = DatasetSpec(name="own", classes=("background", "kidney", "tumour"))
 # 10 voxels of 2 mm became 19 of 1 mm: the ends stay.
-TRANSFORM = Transform(Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)), (19, 20, 20), (0, 0, 0), (19, 20, 20))
-PLAIN = Transform(Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)), (10, 20, 20), (0, 0, 0), (10, 20, 20))
+TRANSFORM = GridTransform(
+    source=Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)),
+    resampled_shape=(19, 20, 20),
+    padding_before=(0, 0, 0),
+    shape=(19, 20, 20),
+)
+PLAIN = GridTransform(
+    source=Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)),
+    resampled_shape=(10, 20, 20),
+    padding_before=(0, 0, 0),
+    shape=(10, 20, 20),
+)
+
+
+def write_index(folder: Path, transforms: dict[str, GridTransform]) -> None:
+    records = {
+        case: CaseRecord(transform=transform, boxes={}, digests={}, source_stamp=[], statistics={})
+        for case, transform in transforms.items()
+    }
+    index = DatasetIndex(spec=SPEC, split={"evaluation": list(records)}, cases=records)
+    write_json(folder / INDEX_NAME, index.to_json())
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    records = {case: CaseRecord(transform, {}, {}, [], {}) for case, transform in (("a", PLAIN), ("b", TRANSFORM))}
-    write_json(tmp_path / INDEX_NAME, DatasetIndex(SPEC, {"evaluation": ["a", "b"]}, records).to_json())
+    records = {
+        case: CaseRecord(transform=transform, boxes={}, digests={}, source_stamp=[], statistics={})
+        for case, transform in (("a", PLAIN), ("b", TRANSFORM))
+    }
+    write_json(
+        tmp_path / INDEX_NAME, DatasetIndex(spec=SPEC, split={"evaluation": ["a", "b"]}, cases=records).to_json()
+    )
     return tmp_path
 
 
@@ -75,10 +99,24 @@ def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
 
 def test_distances_are_those_of_a_turned_cropped_or_resized_grid(data_dir: Path) -> None:
     source = Geometry(np.diag([2.0, 3.0, 5.0, 1.0]), (10, 20, 30), (2.0, 3.0, 5.0))
-    turned = Transform(source, (12, 5, 10), (0, 0, 0), (16, 16, 16), "SAR", (3, 5, 0, 26, 14, 10))
-    picture = Transform(source, (10, 40, 10), (0, 0, 0), (10, 40, 10), by_area=True)
-    records = {case: CaseRecord(way, {}, {}, [], {}) for case, way in (("a", turned), ("b", picture))}
-    write_json(data_dir / INDEX_NAME, DatasetIndex(SPEC, {"evaluation": ["a", "b"]}, records).to_json())
+    turned = GridTransform(
+        source=source,
+        resampled_shape=(12, 5, 10),
+        padding_before=(0, 0, 0),
+        shape=(16, 16, 16),
+        orientation="SAR",
+        crop=(3, 5, 0, 26, 14, 10),
+    )
+    picture = GridTransform(
+        source=source, resampled_shape=(10, 40, 10), padding_before=(0, 0, 0), shape=(10, 40, 10), half_pixel=True
+    )
+    records = {
+        case: CaseRecord(transform=way, boxes={}, digests={}, source_stamp=[], statistics={})
+        for case, way in (("a", turned), ("b", picture))
+    }
+    write_json(
+        data_dir / INDEX_NAME, DatasetIndex(spec=SPEC, split={"evaluation": ["a", "b"]}, cases=records).to_json()
+    )
     table = CaseTable(data_dir, SPEC, "evaluation")
     assert table._spacing_of("a") == pytest.approx((5 * 22 / 11, 3 * 8 / 4, 2.0))
     assert table._spacing_of("b") == pytest.approx((2.0, 1.5, 15.0))

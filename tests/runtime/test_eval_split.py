@@ -12,7 +12,7 @@ import torch
 
 import main
 from common.errors import UserError
-from data_loading.dataset import INDEX_NAME, DatasetIndex, read_index, write_json
+from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from model.registry import build_network
 from runtime.distributed.world import World
 
@@ -26,7 +26,7 @@ def data_dir(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
     folder = write_preprocessed(tmp_path / "data", volumes)
     index = read_index(folder / INDEX_NAME)
     split = {"train": ["b", "d"], "evaluation": ["a"], "test": ["c"]}
-    write_json(folder / INDEX_NAME, DatasetIndex(index.spec, split, index.cases).to_json())
+    write_json(folder / INDEX_NAME, DatasetIndex(spec=index.spec, split=split, cases=index.cases).to_json())
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Interrupted
-from data_loading.pytorch_loader import EvaluationCase
+from data_loading.data_loader import EvaluationCase
 from model.losses import DiceCELoss
 from model.metrics import dice_score
 from runtime.distributed.world import World

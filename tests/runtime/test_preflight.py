@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from data_loading.dataset import INDEX_NAME, file_of, load_boxes, read_index, write_json
-from data_loading.integrity import md5_of
+from data_loading.base_loader import LoaderConfig
+from data_loading.data_loader import EvaluationCase
+from data_loading.dataset import case_file, load_boxes
+from data_loading.index import INDEX_NAME, read_index, write_json
+from data_loading.integrity import file_md5
 from data_loading.io.volume import Geometry, free_memory_bytes
-from data_loading.preprocessing import Transform
-from data_loading.pytorch_loader import CropDataset, EvaluationCase, LoaderSettings
+from data_loading.preprocessing import GridTransform
+from data_loading.pytorch_loader import CropDataset
 from model.losses import DiceCELoss
 from model.unet3d import Unet3d
 from runtime import preflight
@@ -77,7 +80,7 @@ def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
     folder = write_preprocessed(tmp_path / "data", cases)
     index = read_index(folder / INDEX_NAME)
     for case, record in index.cases.items():
-        digests = {kind: md5_of(file_of(folder, case, kind)) for kind in "xy"}
+        digests = {kind: file_md5(case_file(folder, case, kind)) for kind in "xy"}
         index.cases[case] = replace(record, digests=digests)
     write_json(folder / INDEX_NAME, index.to_json())
     return folder
@@ -87,7 +90,7 @@ def stamp(folder: Path) -> None:
     """Records every file's stamp, as preprocessing does."""
     index = read_index(folder / INDEX_NAME)
     for case, record in index.cases.items():
-        statuses = {kind: file_of(folder, case, kind).stat() for kind in "xy"}
+        statuses = {kind: case_file(folder, case, kind).stat() for kind in "xy"}
         stamps = {kind: [status.st_size, status.st_mtime_ns] for kind, status in statuses.items()}
         index.cases[case] = replace(record, stamps=stamps)
     write_json(folder / INDEX_NAME, index.to_json())
@@ -234,7 +237,9 @@ def test_the_limit_of_open_files_counts_maps_and_queue() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by Linux's /proc")
 def test_a_kept_map_does_hold_a_file_open(folder: Path) -> None:
-    settings = LoaderSettings((8, 8, 8), 0.4, 1, 0, 0, 1, 1, 2)
+    settings = LoaderConfig(
+        patch=(8, 8, 8), oversampling=0.4, batch_size=1, num_workers=0, rank=0, ranks=1, order_seed=1, sample_seed=2
+    )
     dataset = CropDataset(folder, CASES, load_boxes(folder, CASES, 3), settings)
     before = len(os.listdir("/proc/self/fd"))
     for epoch in (1, 2):
@@ -304,7 +309,12 @@ def test_ranks_on_one_cpu_share_its_memory(folder: Path, monkeypatch: pytest.Mon
 def test_the_shape_is_the_indexs_or_a_cube_of_as_many_voxels(folder: Path) -> None:
     assert "(20, 20, 20)" in fly(folder)["evaluation"].found
     index = read_index(folder / INDEX_NAME)
-    transform = Transform(Geometry(np.eye(4), (4, 5, 6), (1.0, 1.0, 1.0)), (4, 5, 6), (0, 0, 0), SHAPE)
+    transform = GridTransform(
+        source=Geometry(np.eye(4), (4, 5, 6), (1.0, 1.0, 1.0)),
+        resampled_shape=(4, 5, 6),
+        padding_before=(0, 0, 0),
+        shape=SHAPE,
+    )
     index.cases["a"] = replace(index.cases["a"], transform=transform)
     write_json(folder / INDEX_NAME, index.to_json())
     assert str(SHAPE) in fly(folder)["evaluation"].found

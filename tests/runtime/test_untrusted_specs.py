@@ -47,7 +47,7 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
         config = (
             parse_arguments(["--data_dir", "DATA", "--model", "unet3d(filters=(3,4))", *SMALL])[0].to_json() | flags
         )
-        spec = DatasetSpec("dummy", CLASSES).to_json()
+        spec = DatasetSpec(name="dummy", classes=CLASSES).to_json()
         path = tmp_path / "checkpoint.pth"
         save(path, checkpoints.snapshot(state, [0.0], config=config, seed=1, data="", spec=spec))
         return path

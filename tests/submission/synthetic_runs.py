@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from common.compat import mllog_clock
-from data_loading.dataset import INDEX_NAME, CaseRecord, DatasetIndex, file_of, write_json
-from data_loading.integrity import MLPERF_CASES, md5_of, stamp_of
+from data_loading.dataset import case_file
+from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
+from data_loading.integrity import MLPERF_CASES, file_md5, file_stamp
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import KITS19
 from runtime.arguments import parse_arguments
@@ -45,23 +46,23 @@ def write_blocks(folder: Path, evaluation_ids: Sequence[str]) -> None:
         label[0, d + 2 : d + 6, h + 2 : h + 6, w + 2 : w + 6] = 2
         image = (2.0 * label - 1.0 + rng.normal(0, NOISE, label.shape)).astype(np.float32)
         case = f"case_{number:05d}"
-        paths = {kind: file_of(folder, case, kind) for kind in "xy"}
+        paths = {kind: case_file(folder, case, kind) for kind in "xy"}
         np.save(paths["x"], image)
         np.save(paths["y"], label)
-        digests = {kind: md5_of(path) for kind, path in paths.items()}
-        stamps = {kind: stamp_of(path) for kind, path in paths.items()}
+        digests = {kind: file_md5(path) for kind, path in paths.items()}
+        stamps = {kind: file_stamp(path) for kind, path in paths.items()}
         boxes = foreground_boxes(label, len(KITS19.classes))
         records[case] = CaseRecord(
             transform=None,
             boxes=boxes,
             digests=digests,
             source_stamp=[[0, 0], [0, 0]],
-            statistics={"mean": 0.0, "deviation": 1.0},
+            statistics={"mean": 0.0, "std": 1.0},
             stamps=stamps,
         )
     held_out = [f"case_{number}" for number in evaluation_ids]
     split = {"train": [case for case in records if case not in held_out], "evaluation": held_out}
-    write_json(folder / INDEX_NAME, DatasetIndex(KITS19, split, records).to_json())
+    write_json(folder / INDEX_NAME, DatasetIndex(spec=KITS19, split=split, cases=records).to_json())
 
 
 class Clock:

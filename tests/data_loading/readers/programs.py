@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from common.errors import run_program
-from data_loading.dataset import INDEX_NAME, DatasetIndex, read_index
+from data_loading.index import INDEX_NAME, DatasetIndex, read_index
 from preprocess_dataset import main
 
 

@@ -110,7 +110,7 @@ def test_scans_of_one_patient_stay_together_and_slabs_too(folders: tuple[Path, P
     sides = [{index.cases[case].patient for case in cases} for cases in index.split.values()]
     assert sides[0].isdisjoint(sides[1])
     # The last slab of every scan is empty.
-    assert all(case.endswith("slab002") for case in index.made["dropped"])
+    assert all(case.endswith("slab002") for case in index.provenance["dropped"])
     assert not any(case.endswith("slab002") for case in index.split["train"])
     assert any(case.endswith("slab002") for case in index.split["evaluation"])
 

@@ -35,7 +35,7 @@ def test_the_decathlon_is_found_by_its_list(tmp_path: Path, write_msd: WriteRaw)
     assert raw.cases[3].label.samefile(folder / "labelsTr" / "scan_3.nii.gz")
     spec = raw.spec
     assert (spec.name, spec.classes, spec.channels) == ("scans", ("background", "kidney", "tumour"), 1)
-    assert spec.spacing_mm is spec.intensity_window is spec.mean is spec.deviation is spec.min_shape is None
+    assert spec.spacing_mm is spec.intensity_window is spec.mean is spec.std is spec.min_shape is None
     assert spec.padding_value is None
     assert not spec.crops_remainder
 

@@ -51,7 +51,7 @@ def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
         np.testing.assert_array_equal(x[0], nib.load(folders[0] / f"p{number}.nii.gz").get_fdata(dtype=np.float32))
         np.testing.assert_array_equal(y[0], np.searchsorted([0, 3, 7], mask_of(number)))
     assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "LAS"
-    assert index.made == {"dataset": "nifti", "seed": 0, "intensity": "none", "split_ratios": [0.5, 0.25, 0.25]}
+    assert index.provenance == {"dataset": "nifti", "seed": 0, "intensity": "none", "split_ratios": [0.5, 0.25, 0.25]}
 
 
 def test_a_mask_is_reoriented_to_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_do_not_train(
     assert len(held_out) == 12, "empty ones are kept for evaluation"
     trains = [f"p{n}_slab003" for n in range(6) if n % 2 and f"p{n}_slab003" not in held_out]
     assert index.split["train"] == trains
-    dropped = index.made["dropped"]
+    dropped = index.provenance["dropped"]
     assert len(dropped) == 12 - len(trains)
     assert not any((out / f"{case}_x.npy").exists() for case in dropped)
     output = capsys.readouterr().out
@@ -232,7 +232,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "no shares",
         lambda data, masks: None,
         "--split_ratios 0.9 0.2",
-        "--split_ratios 0.9 0.2: give two or three shares that add up",
+        "--split_ratios 0.9 0.2: give two or three ratios that add up",
     ),
 ]
 

@@ -1,0 +1,98 @@
+"""What the training loaders share: their interface, their configuration, and how a sample is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data_loading.preprocessing import Boxes, Shape
+from data_loading.sampler import EpochSampler, PseudoLabelCap, sample_rng
+from data_loading.transforms import RandomTransform, Transform, draw_augmentation, draw_crop
+
+# {"image": (N, C, D, H, W) float32, "label": (N, 1, D, H, W) uint8}
+Batch = dict[str, Tensor]
+
+CPU = torch.device("cpu")
+
+
+class TrainingLoader(Protocol):
+    """Makes the training batches of one rank."""
+
+    def __len__(self) -> int:
+        """Returns the number of batches per epoch, equal on every rank."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of `epoch` (from 1), beginning with batch `start` (from 0); earlier ones are not made."""
+        ...
+
+    def describe(self, epoch: int, batch: int) -> list[str]:
+        """Returns one phrase per sample of a batch, for reports: the case and the first voxel of its crop."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Configuration that all training loaders share.
+
+    Attributes:
+        patch: shape (D, H, W) of a crop.
+        oversampling: probability that a crop contains foreground.
+        batch_size: samples per rank per micro-batch.
+        num_workers: worker processes of `--loader pytorch`.
+        device: device that runs the network.
+        augment: draws the augmentation of a sample.
+        fixed_batches, pseudo_labels: see `EpochSampler`.
+    """
+
+    patch: Shape
+    oversampling: float
+    batch_size: int
+    num_workers: int
+    rank: int
+    ranks: int
+    order_seed: int
+    sample_seed: int
+    device: torch.device = CPU
+    augment: RandomTransform = draw_augmentation
+    fixed_batches: int | None = None
+    pseudo_labels: PseudoLabelCap = PseudoLabelCap()  # noqa: RUF009
+
+    def sampler(self, cases: int) -> EpochSampler:
+        """Returns this rank's order of that many cases. Raises UserError when an epoch has no batch."""
+        sampler = EpochSampler(
+            cases=cases,
+            batch_size=self.batch_size,
+            rank=self.rank,
+            ranks=self.ranks,
+            seed=self.order_seed,
+            fixed_batches=self.fixed_batches,
+            pseudo_labels=self.pseudo_labels,
+        )
+        len(sampler)
+        return sampler
+
+
+def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: LoaderConfig) -> tuple[Shape, Transform]:
+    """Draws a sample's crop and augmentation, a pure function of its arguments.
+
+    Args:
+        key: (permutation, case index) of `EpochSampler`.
+        shape: (D, H, W) of the volume, at least the patch along each axis.
+        boxes: the volume's foreground boxes.
+
+    Returns:
+        The crop's first voxel (D, H, W), and the augmentation.
+    """
+    rng = sample_rng(config.sample_seed, *key)
+    start = draw_crop(rng, shape=shape, patch=config.patch, boxes=boxes, oversampling=config.oversampling)
+    return start, config.augment(rng)
+
+
+def describe_sample(case: str, start: Shape, transform: Transform) -> str:
+    """Returns a sample as one phrase: the case, the crop's first voxel (D, H, W) and its augmentation."""
+    return f"{case} at {start}, {transform}"
