@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             from prediction.predict import main as predict
 
             return predict(config, given, world)
-        from report import report
+        from report.write import main as report
 
         return report(config, given, world)
     finally:
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 def write_report(config: RunConfig, world: World) -> None:
     """Writes the run's page; a failure costs the page, not the run."""
     try:
-        from report import write_report as write
+        from report.write import write_report as write
 
-        logger.info(f"report {write(config.log_dir, None, None, device=world.device, model=config.model)}")
+        logger.info(f"report {write(config.log_dir, device=world.device, model=config.model)}")
     except Exception as error:
         logger.warning(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
 

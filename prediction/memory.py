@@ -1,4 +1,4 @@
-"""What a prediction takes in memory, and where it may be computed so that it stays within `--max_memory_gb`."""
+"""Plans a prediction's memory: on which devices it runs, and with what batch size, to stay within `--max_memory_gb`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from common.compat import TorchDispatchMode, tree_leaves
 from common.errors import UserError
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import GridTransform
+from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import tile
 
 GIB = 2**30
-# Of what is free; the rest is for what is not counted here.
-SHARE = 0.9
-# While a scan is read: the file's bytes twice, their scaled float64 values or a float32 copy.
+# Share of the free memory that is used; the rest is for allocations that are not counted here.
+USABLE_SHARE = 0.9
+# Bytes per voxel while a scan is read: the file's bytes twice, their scaled float64 values or a float32 copy.
 READ_BYTES = 16
-# On the way back a voxel of the source has the best probability, the next one, a comparison and the mask.
-BACK_BYTES = 4 + 4 + 4 + 1 + 1
-# A convolution's own copies of its input and weights in another order.
-CONVOLUTION = 1.5
+# Bytes per voxel of the source while the mask is made: best probability, the next one, a comparison, the mask.
+MASK_BYTES = 4 + 4 + 4 + 1 + 1
+# A convolution's own copies of its input and weights in another memory order.
+CONVOLUTION_FACTOR = 1.5
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes that a scan takes.
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that the prediction of a scan takes.
 
     Attributes:
-        volume: the padded image, the sums of windows and the probabilities, while windows are computed.
-        window: the network's own for one window.
-        host: before and after that, on the host in any case.
+        volume: while windows are computed, for the padded image, the windows' sums and the probabilities.
+        window: for the network's tensors, per window of a batch.
+        host: before and after that, always on the host.
     """
 
     volume: int
@@ -46,96 +47,112 @@ class Sizes:
     host: int
 
     @classmethod
-    def of(
+    def make(
         cls,
-        image: Sequence[int],
+        image_shape: Sequence[int],
         transform: GridTransform,
-        classes: int,
-        window: Sequence[int],
-        overlap: float,
-        padding_value: float | None,
-        several: bool,
+        windows: SlidingWindowConfig,
+        *,
+        is_mean: bool,
         window_bytes: int,
-    ) -> Sizes:
-        """Of an image (C, D, H, W); `several`: a mean over members or flips is taken."""
-        channels, *shape = image
-        padding, _ = tile(shape, window, overlap, padding_value)
+    ) -> MemoryEstimate:
+        """Estimates the prediction of a preprocessed image of shape (C, D, H, W).
+
+        Args:
+            is_mean: whether probabilities are averaged over networks or flips.
+            window_bytes: see `window_bytes`.
+        """
+        channels, *shape = image_shape
+        padding, _ = tile(shape, windows.window, windows.overlap, windows.padding_value)
         padded = math.prod(size + before + after for size, (before, after) in zip(shape, padding, strict=True))
-        floats = 2 * channels + 1 + 2 * classes + several * (channels + classes)
+        floats = 2 * channels + 1 + 2 * windows.classes + is_mean * (channels + windows.classes)
         source, network = math.prod(transform.source.shape), math.prod(shape)
-        # A cropped scan's probabilities are pasted into the whole.
-        back = (BACK_BYTES + 4 * (transform.crop is not None)) * source + 4 * network * (classes + 1)
-        return cls(4 * padded * floats, window_bytes, back)
+        # The probabilities of a cropped scan are pasted into a full-size array.
+        full_size = MASK_BYTES + 4 * (transform.crop is not None)
+        host = full_size * source + 4 * network * (windows.classes + 1)
+        return cls(volume=4 * padded * floats, window=window_bytes, host=host)
 
 
-@dataclass(frozen=True)
-class Place:
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
     """Where a scan is predicted.
 
     Attributes:
-        volume, network: the devices of the sums and of the windows' logits.
-        note: a phrase for the user where it is not the device that was there to be used, else "".
+        volume_device: holds the image and the windows' sums.
+        network_device: computes the windows.
+        batch_size: windows per forward pass.
+        note: for the user, if the plan does not use the device as expected, else "".
     """
 
-    volume: torch.device
-    network: torch.device
+    volume_device: torch.device
+    network_device: torch.device
     batch_size: int
-    note: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """How much memory may be used.
 
     Attributes:
-        max_gb: `--max_memory_gb`, None: what is free.
+        max_gb: `--max_memory_gb`; None: all that is free.
         device: of this rank.
     """
 
     max_gb: float | None
     device: torch.device
 
-    def host(self) -> int:
-        """Bytes that this process may take besides those it has."""
-        free = int(SHARE * free_memory_bytes())
+    def host_bytes(self) -> int:
+        """Returns the bytes of host memory that this process may still allocate."""
+        free = int(USABLE_SHARE * free_memory_bytes())
         return free if self.max_gb is None else min(free, int(self.max_gb * GIB) - resident_bytes())
 
-    def gpu(self) -> int:
-        """Bytes of the GPU besides those that this process has."""
-        free = int(SHARE * torch.cuda.mem_get_info(self.device)[0])
-        taken = torch.cuda.memory_allocated(self.device)
-        return free if self.max_gb is None else min(free, int(self.max_gb * GIB) - taken)
+    def gpu_bytes(self) -> int:
+        """Returns the bytes of GPU memory that this process may still allocate."""
+        free = int(USABLE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        allocated = torch.cuda.memory_allocated(self.device)
+        return free if self.max_gb is None else min(free, int(self.max_gb * GIB) - allocated)
 
     def check_host(self, needed: int, name: str) -> None:
-        """Raises UserError where the host may not take so many bytes more."""
-        if needed > (budget := self.host()):
-            bound = "are free" if self.max_gb is None else f"are left of --max_memory_gb {self.max_gb:g}"
+        """Raises UserError if the host may not allocate `needed` more bytes for the scan `name`."""
+        if needed > (available := self.host_bytes()):
+            limit = "are free" if self.max_gb is None else f"are left of --max_memory_gb {self.max_gb:g}"
             raise UserError(
-                f"{name}: needs {needed / GIB:.2f} GiB, and {max(budget, 0) / GIB:.2f} GiB {bound}; "
-                "raise it, or use a smaller --val_input_shape or no --test_time_flips"
+                f"{name}: needs {needed / GIB:.2f} GiB, but {max(available, 0) / GIB:.2f} GiB {limit}; "
+                "provide more, or use a smaller --val_input_shape or no --test_time_flips"
             )
 
 
-def places(sizes: Sizes, budget: Budget, batch_size: int, name: str) -> Iterator[Place]:
-    """Where there is room, the fastest first. Raises UserError in the end: the host is too small as well."""
-    host = torch.device("cpu")
-    why = ""
-    budget.check_host(sizes.host, name)
+def memory_plans(estimate: MemoryEstimate, budget: MemoryBudget, batch_size: int, name: str) -> Iterator[MemoryPlan]:
+    """Yields the plans that fit, fastest first: all on the GPU, only the windows on the GPU, all on the CPU.
+
+    Args:
+        batch_size: windows per forward pass, if memory allows.
+        name: of the scan, for messages.
+
+    Raises:
+        UserError: the host has too little memory, either for any plan or for the last one.
+    """
+    cpu, reason = torch.device("cpu"), ""
+    budget.check_host(estimate.host, name)
     if budget.device.type == "cuda":
-        gpu = budget.gpu()
-        if (fitting := (gpu - sizes.volume) // sizes.window) > 0:
-            yield Place(budget.device, budget.device, min(batch_size, fitting), "")
-        why = f"needs {(sizes.volume + sizes.window) / GIB:.2f} GiB, the GPU has {gpu / GIB:.2f}"
-        if (fitting := gpu // sizes.window) > 0 and sizes.volume <= budget.host():
-            note = f"{why}: its volume stays in the host's memory, windows are computed on the GPU"
-            yield Place(host, budget.device, min(batch_size, fitting), note)
-        why += ": computed on the CPU"
-    budget.check_host(sizes.volume + sizes.window, name)
-    yield Place(host, host, min(batch_size, (budget.host() - sizes.volume) // sizes.window), why)
+        gpu_bytes = budget.gpu_bytes()
+        if (fitting := (gpu_bytes - estimate.volume) // estimate.window) > 0:
+            batch = min(batch_size, fitting)
+            yield MemoryPlan(volume_device=budget.device, network_device=budget.device, batch_size=batch)
+        reason = f"needs {(estimate.volume + estimate.window) / GIB:.2f} GiB, the GPU has {gpu_bytes / GIB:.2f}"
+        if (fitting := gpu_bytes // estimate.window) > 0 and estimate.volume <= budget.host_bytes():
+            note = f"{reason}: its volume stays in host memory, windows are computed on the GPU"
+            batch = min(batch_size, fitting)
+            yield MemoryPlan(volume_device=cpu, network_device=budget.device, batch_size=batch, note=note)
+        reason += ": computed on the CPU"
+    budget.check_host(estimate.volume + estimate.window, name)
+    batch = min(batch_size, (budget.host_bytes() - estimate.volume) // estimate.window)
+    yield MemoryPlan(volume_device=cpu, network_device=cpu, batch_size=batch, note=reason)
 
 
 def resident_bytes() -> int:
-    """Memory that this process has; 0 where the system does not tell."""
+    """Returns this process's resident memory; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:
@@ -145,15 +162,18 @@ def resident_bytes() -> int:
 
 @torch.inference_mode()
 def window_bytes(network: nn.Module, channels: int, window: Sequence[int]) -> int:
-    """The most that one window's tensors take at once, found on the meta device, where nothing is computed."""
-    shadow = copy.deepcopy(network).to("meta")
-    with torch.device("meta"), _Live() as live:
-        shadow(torch.empty(1, channels, *window, device="meta"))
-    return int(CONVOLUTION * live.peak)
+    """Returns the peak bytes of tensors for one window (D, H, W).
+
+    Measured on the meta device, where nothing is computed or allocated.
+    """
+    on_meta = copy.deepcopy(network).to("meta")
+    with torch.device("meta"), _PeakMemory() as memory:
+        on_meta(torch.empty(1, channels, *window, device="meta"))
+    return int(CONVOLUTION_FACTOR * memory.peak)
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive after each operation."""
+class _PeakMemory(TorchDispatchMode):
+    """Sums the bytes of live tensors after each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,11 +181,11 @@ class _Live(TorchDispatchMode):
         self._storages: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 self._storages[StorageWeakRef(storage)] = storage.nbytes()
         self._storages = {alive: size for alive, size in self._storages.items() if not alive.expired()}
         self.peak = max(self.peak, sum(self._storages.values()))
-        return made
+        return output

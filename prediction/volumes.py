@@ -1,4 +1,4 @@
-"""What a mask holds: each class's volume and connected components, as lines and as CSV."""
+"""Volume and connected components of each class in a mask, as text and as CSV."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from common.files import replacing
 from data_loading.io.volume import ML_PER_MM3, Geometry
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, kw_only=True)
 class Row:
-    """One class of one mask; `components` are connected by faces."""
+    """One class of one mask; voxels that share a face belong to the same component."""
 
     scan: str
     label: int
@@ -28,33 +28,39 @@ class Row:
     components: int
 
     def __str__(self) -> str:
-        many = "component" if self.components == 1 else "components"
-        return f"{self.scan} {self.name} {self.volume_ml:.3f} ml {self.components} {many}"
+        noun = "component" if self.components == 1 else "components"
+        return f"{self.scan} {self.name} {self.volume_ml:.3f} ml {self.components} {noun}"
 
 
 def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Sequence[str]) -> list[Row]:
-    """A row for each foreground class, those without a voxel too.
+    """Returns a row for each foreground class, absent ones included.
 
     Args:
         mask: (D, H, W).
+        classes: names, the background's first.
     """
-    # The determinant, not the product of spacings: the axes of a tilted gantry are not at right angles.
+    # The determinant, not the product of spacings: with a tilted gantry the axes are not orthogonal.
     voxel_ml = abs(float(np.linalg.det(geometry.affine[:3, :3]))) * ML_PER_MM3
     regions = ndimage.find_objects(mask, max_label=len(classes) - 1)
     rows = []
-    for value, name in enumerate(classes):
-        if value == 0:
-            continue
-        region = regions[value - 1]
-        inside = mask[region] == value if region else np.zeros((0, 0, 0), bool)
+    for label, (name, region) in enumerate(zip(classes[1:], regions, strict=True), start=1):
+        inside = mask[region] == label if region else np.zeros((0, 0, 0), bool)
         voxels = int(np.count_nonzero(inside))
-        components = ndimage.label(inside)[1] if voxels else 0
-        rows.append(Row(scan, value, name, voxels, voxels * voxel_ml, int(components)))
+        rows.append(
+            Row(
+                scan=scan,
+                label=label,
+                name=name,
+                voxels=voxels,
+                volume_ml=voxels * voxel_ml,
+                components=int(ndimage.label(inside)[1]) if voxels else 0,
+            )
+        )
     return rows
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the rows as CSV, atomically. Raises UserError where the folder cannot be written."""
+    """Writes the rows as CSV, atomically. Raises UserError if the file cannot be written."""
     try:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")

@@ -1,11 +1,11 @@
-"""Pictures of the worst, the median and the best case: three planes, truth and prediction as outlines.
+"""Images of the worst, the median and the best case: three planes with ground truth and prediction as outlines.
 
-The prediction is the evaluation's: the checkpoint's best network, the run's windows, the part of a volume that counts.
+The prediction is the one that was evaluated: the checkpoint's best network, the run's windows, the scored part of the
+volume.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -27,36 +26,39 @@ from data_loading.dataset import read_spec_and_split
 from data_loading.index import INDEX_NAME, read_index
 from data_loading.spec import DatasetSpec
 from model.registry import build_network
-from report.records import Run
+from report.figures import Plane, draw_plane
+from report.records import Evaluation, Run
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
 from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
 
-# Bright on a black ground, and told apart however one sees colours; the prediction is dashed besides.
-TRUTH, PREDICTION = "#56b4e9", "#f0a818"
-# Axis by axis towards left, back and feet: a plane's rows and columns then run as radiologists hang it, the patient's
-# right on the picture's left, the head or the nose above.
-HANGING = ("L", "P", "I")
-PLANES = ("sagittal", "coronal", "axial")  # across the axis of the same place in `HANGING`
-# Volumes of the reference come without their geometry; KiTS19's axes run from head to feet, front to back and so on.
+# Axes that run towards left, back and feet give planes in the radiological convention: the patient's right on the
+# left of the image, head or nose at the top.
+RADIOLOGICAL = ("L", "P", "I")
+PLANES = ("sagittal", "coronal", "axial")  # perpendicular to the axis at the same index of `RADIOLOGICAL`
+# The reference's preprocessed volumes have no geometry; KiTS19's axes run from head to feet, front to back, and so on.
 KITS19_AXES = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
-INCHES, DPI = 3.2, 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One plane: a PNG, and in words what it shows."""
+    """One plane as PNG, with a description for the alt text."""
 
     plane: str
-    told: str
+    description: str
     png: bytes
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A case and its pictures; `role` is worst, median or best, `dice` per class as evaluated."""
+@dataclass(frozen=True, kw_only=True)
+class ShownCase:
+    """A case with its images.
+
+    Attributes:
+        role: "worst", "median" or "best".
+        dice: per foreground class, as evaluated.
+    """
 
     role: str
     case: str
@@ -64,9 +66,9 @@ class Shown:
     pictures: list[Picture]
 
 
-@dataclass(frozen=True)
-class Hung:
-    """A volume as it is looked at: image, truth and prediction (L, P, I), and a voxel's size along them in mm."""
+@dataclass(frozen=True, kw_only=True)
+class OrientedCase:
+    """A case in the radiological orientation: arrays (L, P, I), and the size of a voxel along these axes in mm."""
 
     image: NDArray[np.float32]
     truth: NDArray[np.uint8]
@@ -74,12 +76,40 @@ class Hung:
     spacing_mm: tuple[float, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Predictor:
+    """A trained network with the settings of its evaluation."""
+
+    network: nn.Module
+    windows: SlidingWindowConfig
+    precision: Precision
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns the predicted classes of an image (1, C, D, H, W): (D, H, W) uint8 on the host."""
+
+        def predict(windows: Tensor) -> Tensor:
+            with self.precision.autocast():
+                logits: Tensor = self.network(windows)
+            return logits
+
+        logits = sliding_window(
+            image.to(self.precision.device),
+            predict,
+            self.windows.window,
+            self.windows.overlap,
+            padding_value=self.windows.padding_value,
+            batch_size=self.windows.batch_size,
+        )
+        return logits.argmax(1)[0].to("cpu", torch.uint8)
+
+
 def mean_of(row: Sequence[float]) -> float:
     return sum(row) / len(row) if row else math.nan
 
 
 def worst_first(per_case: Mapping[str, Sequence[float]]) -> list[str]:
-    """Cases from the lowest mean Dice to the highest, what is no number first."""
+    """Returns the cases by rising mean Dice, those without a finite one first."""
 
     def key(case: str) -> tuple[float, str]:
         mean = mean_of(per_case[case])
@@ -88,83 +118,74 @@ def worst_first(per_case: Mapping[str, Sequence[float]]) -> list[str]:
     return sorted(per_case, key=key)
 
 
-def chosen(per_case: Mapping[str, Sequence[float]]) -> dict[str, str]:
-    """The case of each role, a case once; of few cases the worst and the best come first."""
+def choose_cases(per_case: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Returns the case for each role, each case once; if there are too few, worst and best take precedence."""
     order = worst_first(per_case)
-    places = {"worst": 0, "best": len(order) - 1, "median": (len(order) - 1) // 2}
+    ranks = {"worst": 0, "best": len(order) - 1, "median": (len(order) - 1) // 2}
     roles: dict[str, str] = {}
-    for role, index in places.items():
-        if order and order[index] not in roles.values():
-            roles[role] = order[index]
+    for role, rank in ranks.items():
+        if order and order[rank] not in roles.values():
+            roles[role] = order[rank]
     return {role: roles[role] for role in ("worst", "median", "best") if role in roles}
 
 
 def draw_cases(
     run: Run,
-    checkpoint: Path | None,
-    data_dir: Path | None,
-    device: torch.device,
     folder: Path,
+    *,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    data_dir: Path | None = None,
     model: Spec | None = None,
-) -> list[Shown]:
-    """Predicts and draws the chosen cases of the best evaluation, each picture as FOLDER/ROLE_PLANE.png too.
+) -> list[ShownCase]:
+    """Predicts and draws the chosen cases of the best evaluation, each image as FOLDER/ROLE_PLANE.png too.
 
     Args:
-        checkpoint, data_dir: None: where the run had them.
-        model: the network's spec, where the user gave it; None: the checkpoint's.
+        checkpoint: None: the run's own.
+        data_dir: preprocessed data set; None: the one the run used.
+        model: spec of the network, if the user gave one; None: the checkpoint's.
 
     Raises:
-        UserError: nothing to draw, or data or checkpoint are gone or of another run.
+        UserError: nothing was evaluated, or the data or the checkpoint are missing or another run's.
     """
     best = run.best
     if best is None or not best.per_case:
         raise UserError("nothing was evaluated")
-    path = checkpoint or _checkpoint_of(run)
     data_dir = data_dir or Path(run.config["data_dir"])
+    loaded = _load_checkpoint(run, checkpoint, best)
     spec, _ = read_spec_and_split(data_dir, [])
-    loaded = load(path, "checkpoint")
-    if loaded.seed is not None and loaded.seed != run.seeds.get("master"):
-        raise UserError(f"{path} is of another run")
-    if loaded.config and loaded.best_epoch != best.epoch:
-        raise UserError(f"the best state in {path} is of epoch {loaded.best_epoch}, not of {best.epoch}")
-    config = {**(loaded.config or run.config), **({"model": model} if model else {})}
-    network = _network(config, spec, loaded, device)
-    scoring = SlidingWindowConfig(
-        window=_shape(config["val_input_shape"]),
-        overlap=float(config["overlap"]),
-        batch_size=int(config["val_batch_size"]),
-        classes=len(spec.classes),
-        padding_value=spec.padding_value,
-        crops_remainder=spec.crops_remainder,
-    )
-    precision = choose_precision(bool(config["amp"]), str(config["amp_dtype"]), device)
+    predictor = _make_predictor(run, spec, loaded, device=device, model=model)
     shown = []
-    for role, case in chosen(best.per_case).items():
-        hung = _hang(data_dir, case, spec, network, scoring, precision)
-        pictures = list(draw_planes(hung, f"{role} case {case}"))
+    for role, case in choose_cases(best.per_case).items():
+        pictures = list(draw_planes(_orient(data_dir, case, spec, predictor), f"{role} case {case}"))
         for picture in pictures:
             with replacing(folder / f"{role}_{picture.plane}.png") as temporary:
                 temporary.write_bytes(picture.png)
-        shown.append(Shown(role, case, best.per_case[case], pictures))
+        shown.append(ShownCase(role=role, case=case, dice=best.per_case[case], pictures=pictures))
     return shown
 
 
-def _checkpoint_of(run: Run) -> Path:
-    """Where the run keeps its checkpoint; beside the log where the folder was moved."""
-    asked = run.config.get("save_ckpt_path")
-    places = [Path(asked), run.folder / Path(asked).name] if asked else [run.folder / "checkpoint.pth"]
-    for path in places:
-        if path.is_file():
-            return path
-    raise UserError(f"no checkpoint at {places[0]}")
+def _load_checkpoint(run: Run, path: Path | None, best: Evaluation) -> Checkpoint:
+    """Loads the run's checkpoint. Raises UserError if it is missing or does not hold the best evaluation's network."""
+    if path is None:
+        saved = run.config.get("save_ckpt_path")
+        # Also beside the log, in case the folder was moved.
+        candidates = [Path(saved), run.folder / Path(saved).name] if saved else [run.folder / "checkpoint.pth"]
+        path = next(filter(Path.is_file, candidates), None)
+        if path is None:
+            raise UserError(f"no checkpoint at {candidates[0]}")
+    loaded = load(path, "checkpoint")
+    if loaded.seed is not None and loaded.seed != run.seeds.get("master"):
+        raise UserError(f"{path} belongs to another run")
+    if loaded.config and loaded.best_epoch != best.epoch:
+        raise UserError(f"the best state in {path} is from epoch {loaded.best_epoch}, not {best.epoch}")
+    return loaded
 
 
-def _shape(values: Sequence[int]) -> tuple[int, int, int]:
-    d, h, w = (int(n) for n in values)
-    return d, h, w
-
-
-def _network(config: Mapping[str, Any], spec: DatasetSpec, loaded: Checkpoint, device: torch.device) -> nn.Module:
+def _make_predictor(
+    run: Run, spec: DatasetSpec, loaded: Checkpoint, *, device: torch.device, model: Spec | None
+) -> _Predictor:
+    config = {**(loaded.config or run.config), **({"model": model} if model else {})}
     network = build_network(
         config["model"],
         spec.channels,
@@ -174,107 +195,74 @@ def _network(config: Mapping[str, Any], spec: DatasetSpec, loaded: Checkpoint, d
     )
     load_network(network, loaded.best, loaded.path)
     to_device(network, device, config["layout"])
-    return network.eval()
-
-
-@torch.inference_mode()
-def _hang(
-    data_dir: Path, case: str, spec: DatasetSpec, network: nn.Module, scoring: SlidingWindowConfig, precision: Precision
-) -> Hung:
-    """Predicts what is scored of a case, and turns it to where people look from."""
-    loaded = load_evaluation_case(data_dir, case)
-    kept = scoring.kept(loaded.image.shape[2:])
-    image, label = loaded.image[..., *kept], loaded.label[..., *kept]
-
-    def predict(windows: Tensor) -> Tensor:
-        with precision.autocast():
-            logits: Tensor = network(windows)
-        return logits
-
-    logits = sliding_window(
-        image.to(precision.device),
-        predict,
-        scoring.window,
-        scoring.overlap,
-        padding_value=scoring.padding_value,
-        batch_size=scoring.batch_size,
+    d, h, w = map(int, config["val_input_shape"])
+    windows = SlidingWindowConfig(
+        window=(d, h, w),
+        overlap=float(config["overlap"]),
+        batch_size=int(config["val_batch_size"]),
+        classes=len(spec.classes),
+        padding_value=spec.padding_value,
+        crops_remainder=spec.crops_remainder,
     )
-    prediction = logits.argmax(1)[0].to("cpu", torch.uint8)
-    affine, own_mm = KITS19_AXES, (1.0, 1.0, 1.0)
+    precision = choose_precision(bool(config["amp"]), str(config["amp_dtype"]), device)
+    return _Predictor(network=network.eval(), windows=windows, precision=precision)
+
+
+def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: _Predictor) -> OrientedCase:
+    """Predicts the scored part of a case and reorients it for viewing."""
+    loaded = load_evaluation_case(data_dir, case)
+    kept = predictor.windows.kept(loaded.image.shape[2:])
+    image, label = loaded.image[..., *kept], loaded.label[..., *kept]
+    affine, case_spacing_mm = KITS19_AXES, (1.0, 1.0, 1.0)
     if (data_dir / INDEX_NAME).is_file():
         record = read_index(data_dir / INDEX_NAME).cases[case]
         if record.transform is not None:
-            affine, own_mm = record.transform.cut.affine, record.transform.spacing_mm
-    turn = hanging(affine)
+            affine, case_spacing_mm = record.transform.cut.affine, record.transform.spacing_mm
+    turn = radiological(affine)
     spacing_mm = np.empty(3)
-    spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or own_mm
-    seen, truth, predicted = (
-        apply_orientation(array.numpy(), turn) for array in (image[0, 0], label[0, 0], prediction)
+    spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or case_spacing_mm
+    return OrientedCase(
+        image=apply_orientation(image[0, 0].numpy(), turn),
+        truth=apply_orientation(label[0, 0].numpy(), turn),
+        prediction=apply_orientation(predictor(image).numpy(), turn),
+        spacing_mm=tuple(spacing_mm),
     )
-    return Hung(seen, truth, predicted, tuple(spacing_mm))
 
 
-def hanging(affine: NDArray[np.float64]) -> NDArray[Any]:
-    """What `apply_orientation` does with a volume of this affine so that its axes run as `HANGING` says."""
-    return ornt_transform(io_orientation(affine), axcodes2ornt(HANGING))
+def radiological(affine: NDArray[np.float64]) -> NDArray[Any]:
+    """Returns nibabel's orientation transform (3, 2) that turns a volume with this affine (4, 4) to `RADIOLOGICAL`."""
+    return ornt_transform(io_orientation(affine), axcodes2ornt(RADIOLOGICAL))
 
 
 def centre_of(mask: NDArray[Any]) -> tuple[int, ...]:
-    """A place amid the foreground whose three planes all cut it; the volume's middle where there is none."""
+    """Returns an index within the foreground, through which all three planes are drawn; without one, the middle."""
     found = np.argwhere(mask)
     if not len(found):
         return tuple(size // 2 for size in mask.shape)
-    # A voxel of the foreground, the nearest to its centre of mass: the centre itself may lie between two kidneys.
+    # The foreground voxel nearest to the centre of mass: the centre itself may be between two kidneys.
     nearest = found[((found - found.mean(0)) ** 2).sum(1).argmin()]
     return tuple(int(index) for index in nearest)
 
 
-def draw_planes(hung: Hung, name: str) -> Iterator[Picture]:
-    foreground = hung.truth if hung.truth.any() else hung.prediction
-    centre = centre_of(foreground)
-    low, high = np.percentile(hung.image, (1, 99.5))
+def draw_planes(case: OrientedCase, name: str) -> Iterator[Picture]:
+    """Draws the axial, coronal and sagittal plane through the foreground; of a single slice, that slice alone.
+
+    Args:
+        name: of the case, for the descriptions.
+    """
+    centre = centre_of(case.truth if case.truth.any() else case.prediction)
+    low, high = np.percentile(case.image, (1, 99.5))
     for axis in (2, 1, 0):
-        if min(size for other, size in enumerate(hung.image.shape) if other != axis) == 1:
-            continue  # a picture's edge
-        # Transposed: what runs down the picture is the later of the two axes that are left.
-        arrays: tuple[NDArray[Any], ...] = (hung.image, hung.truth, hung.prediction)
-        image, truth, prediction = (np.take(array, centre[axis], axis).T for array in arrays)
-        across_mm, down_mm = (hung.spacing_mm[other] for other in range(3) if other != axis)
-        yield Picture(
-            PLANES[axis],
-            f"{PLANES[axis]} plane of the {name}, truth and prediction outlined",
-            _png(image, truth, prediction, down_mm / across_mm, (float(low), float(high))),
+        if min(size for other, size in enumerate(case.image.shape) if other != axis) == 1:
+            continue  # the edge of a 2-D image
+        across_mm, down_mm = (case.spacing_mm[other] for other in range(3) if other != axis)
+        plane = Plane(
+            # Transposed: the later of the two remaining axes runs down the image.
+            image=np.take(case.image, centre[axis], axis).T,
+            truth=np.take(case.truth, centre[axis], axis).T,
+            prediction=np.take(case.prediction, centre[axis], axis).T,
+            aspect=down_mm / across_mm,
+            window=(float(low), float(high)),
         )
-
-
-def _png(
-    image: NDArray[np.float32],
-    truth: NDArray[np.uint8],
-    prediction: NDArray[np.uint8],
-    aspect: float,
-    window: tuple[float, float],
-) -> bytes:
-    """One plane as a square picture; classes are outlined one by one, so that a border between two is seen."""
-    figure = Figure(figsize=(INCHES, INCHES), facecolor="black")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.imshow(
-        image,
-        cmap="gray",
-        vmin=window[0],
-        vmax=max(window[1], window[0] + 1e-6),
-        aspect=aspect,
-        interpolation="bilinear",
-    )
-    # Where the two agree, the wide line is seen on both sides of the narrow one.
-    lines = ((truth, TRUTH, "solid", 2.4), (prediction, PREDICTION, (0, (3.0, 1.5)), 1.2))
-    for mask, colour, line, width in lines:
-        for value in np.unique(mask[mask > 0]):
-            # Half a voxel of nothing around: an outline closes at the picture's edge too.
-            outlined = np.pad((mask == value).astype(np.float32), 1)
-            rows, columns = (np.arange(-1, size + 1) for size in mask.shape)
-            axes.contour(columns, rows, outlined, levels=[0.5], colors=[colour], linewidths=width, linestyles=[line])
-    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, facecolor="black")
-    return drawn.getvalue()
+        description = f"{PLANES[axis]} plane of the {name}, truth and prediction outlined"
+        yield Picture(plane=PLANES[axis], description=description, png=draw_plane(plane))

@@ -1,34 +1,22 @@
-"""Several runs on one page: what became of each, their curves over each other, and the flags that they differ in."""
+"""Compares several runs on one page: outcomes, overlaid curves, and the flags that differ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-
-from report import figures
-from report.figures import Chart
+from report.figures import Axes, Chart, draw_chart, draw_line, finish
 from report.markup import NOTHING, Html, table, tag
-from report.page import (
-    charts_section,
-    document,
-    duration,
-    figure_of,
-    plain,
-    samples_to,
-    score,
-    verdict_of,
-)
+from report.page import charts_section, document, duration, plain, samples_to, score, significant, verdict_of
 from report.records import Run
 
 Points = tuple[list[float], list[float]]
-# A run's own places and wishes: no two runs are alike in these, and nothing of their numbers follows from them.
+# Flags that differ between any two runs and do not affect their numbers.
 OWN_FLAGS = ("log_dir", "save_ckpt_path", "load_ckpt_path", "verbose", "local_rank", "compare", "no_report", "resume")
 
 
 def comparison_page(runs: Sequence[Run], folder: Path) -> str:
-    """The page as HTML; its charts lie in `folder` as PNG besides."""
+    """Returns the page as HTML; its charts are written to `folder` as PNG too."""
     names = names_of(runs)
     content = [
         tag("header", tag("p", "3D U-Net training runs", class_="soft"), tag("h1", f"{len(runs)} runs compared")),
@@ -40,7 +28,7 @@ def comparison_page(runs: Sequence[Run], folder: Path) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """Each run's folder; the whole path where two folders bear one name."""
+    """Returns the name of each run's folder, or all paths if two folders have the same name."""
     short = [run.name for run in runs]
     return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
@@ -53,80 +41,78 @@ def _outcomes(runs: Sequence[Run], names: Sequence[str]) -> Html:
         rows.append(
             (
                 name,
-                verdict_of(run).head,
+                verdict_of(run).title,
                 score(best.mean_dice) if best else NOTHING,
                 best.epoch if best else NOTHING,
                 f"{run.target:g}",
                 samples_to(run, reached.epoch) if reached else NOTHING,
                 duration(run.clock_s),
-                figure_of(run.rate),
+                significant(run.samples_per_s),
                 run.division or NOTHING,
             )
         )
-    return tag("section", tag("h2", "Verdicts"), table("What became of each run", head, rows))
+    return tag("section", tag("h2", "Verdicts"), table("Outcome of each run", head, rows))
 
 
 def draw_comparison(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Chart]:
-    """Every chart that at least one run has numbers for."""
-    draws: tuple[tuple[str, str, str, Callable[[Run], Points]], ...] = (
-        ("compared_dice", "Mean Dice by epoch", "epoch", _dice),
-        ("compared_time", "Mean Dice by time", "minutes on the clock", _dice_by_time),
-        ("compared_loss", "Training loss", "epoch", _loss),
-        ("compared_rate", "Learning rate", "epoch", _rate),
-        ("compared_samples_per_s", "Training samples/s", "epoch", _samples),
-    )
+    """Draws every chart that at least one run has numbers for."""
     charts = []
-    for key, title, x_label, points in draws:
-        found = {name: points(run) for run, name in zip(runs, names, strict=True)}
-        if not any(x for x, _ in found.values()):
-            continue
-        with figures.open_axes() as (figure, axes):
-            _draw(axes, found, x_label)
-            ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in found.items() if y)
-            charts.append(figures.save_chart(figure, key, title, f"{ends}.", folder))
+    for key, (title, x_label, points) in CHARTS.items():
+        series = {name: points(run) for run, name in zip(runs, names, strict=True)}
+
+        def draw(axes: Axes, series: dict[str, Points] = series, x_label: str = x_label) -> str:
+            for index, (name, (x, y)) in enumerate(series.items()):
+                draw_line(axes, x, y, index=index, label=name)
+            finish(axes, x_label)
+            ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items() if y)
+            return ends and f"{ends}."
+
+        if chart := draw_chart(key, title, draw, folder):
+            charts.append(chart)
     return charts
 
 
-def _draw(axes: Axes, found: dict[str, Points], x_label: str) -> None:
-    for index, (name, (x, y)) in enumerate(found.items()):
-        figures.draw_line(axes, x, y, index, name)
-    figures.finish(axes, x_label)
-
-
 def _dice(run: Run) -> Points:
-    found = run.evaluations.values()
-    return [evaluation.epoch for evaluation in found], [evaluation.mean_dice for evaluation in found]
+    return list(run.evaluations), [evaluation.mean_dice for evaluation in run.evaluations.values()]
 
 
 def _dice_by_time(run: Run) -> Points:
-    found = run.evaluations.values()
-    return [evaluation.clock_s / 60 for evaluation in found], [evaluation.mean_dice for evaluation in found]
+    evaluations = run.evaluations.values()
+    return [evaluation.clock_s / 60 for evaluation in evaluations], [found.mean_dice for found in evaluations]
 
 
 def _loss(run: Run) -> Points:
     return list(run.epochs), [epoch.loss for epoch in run.epochs.values()]
 
 
-def _rate(run: Run) -> Points:
+def _learning_rate(run: Run) -> Points:
     return list(run.epochs), [epoch.learning_rate for epoch in run.epochs.values()]
 
 
-def _samples(run: Run) -> Points:
+def _samples_per_s(run: Run) -> Points:
     timed = [epoch for epoch in run.epochs.values() if epoch.seconds > 0]
     return [epoch.number for epoch in timed], [epoch.samples / epoch.seconds for epoch in timed]
 
 
+# By key: title, label of the x axis, and a run's points.
+CHARTS: dict[str, tuple[str, str, Callable[[Run], Points]]] = {
+    "compared_dice": ("Mean Dice by epoch", "epoch", _dice),
+    "compared_time": ("Mean Dice by time", "minutes on the clock", _dice_by_time),
+    "compared_loss": ("Training loss", "epoch", _loss),
+    "compared_rate": ("Learning rate", "epoch", _learning_rate),
+    "compared_samples_per_s": ("Training samples/s", "epoch", _samples_per_s),
+}
+
+
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> Html:
-    rows = []
     flags = dict.fromkeys(flag for run in runs for flag in run.config if flag not in OWN_FLAGS)
+    facts = dict.fromkeys(fact for run in runs for fact in run.environment if fact != "command")
     values = {f"--{flag}": [plain(run.config.get(flag)) for run in runs] for flag in flags}
     values |= {"master seed": [plain(run.seeds.get("master")) for run in runs]}
-    for what in dict.fromkeys(what for run in runs for what in run.environment if what != "command"):
-        values[what.replace("_", " ")] = [plain(run.environment.get(what)) for run in runs]
-    for what, row in values.items():
-        if len(set(row)) > 1:
-            rows.append((what, *(tag("code", value) for value in row)))
-    section = tag("h2", "Differences")
+    values |= {fact.replace("_", " "): [plain(run.environment.get(fact)) for run in runs] for fact in facts}
+    rows = [(name, *(tag("code", value) for value in row)) for name, row in values.items() if len(set(row)) > 1]
+    heading = tag("h2", "Differences")
     if not rows:
-        return tag("section", section, tag("p", "The runs have the same flags, seed and environment.", class_="soft"))
-    return tag("section", section, table("Flags, seed and environment that differ", ("what", *names), rows, "words"))
+        return tag("section", heading, tag("p", "The runs have the same flags, seed and environment.", class_="soft"))
+    caption = "Flags, seed and environment that differ"
+    return tag("section", heading, table(caption, ("setting", *names), rows, "words"))

@@ -1,14 +1,13 @@
-"""The report's charts: matplotlib draws each once, for the page as SVG in the page's own colours, and as a PNG.
+"""Figures of the report: matplotlib draws each chart once, as SVG in the page's colours and as PNG.
 
-matplotlib is drawn on paper: every colour is one of `INKS`, which the page's SVG has as a CSS variable instead, so that
-one drawing follows the reader's light or dark theme.
+matplotlib draws on white; every colour is one of `INKS`, which the SVG refers to as CSS variables, so that one drawing
+follows the reader's light or dark theme. This is the only module of the package that imports matplotlib.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
+from common.errors import UserError
 from common.files import replacing
-from report.records import Run
 
-# By purpose: the colour on white paper; `style.css` has each as a variable of the same name, for both themes. The
-# series are Okabe and Ito's, which people tell apart however they see colours, darkened to a contrast of 3 on white.
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError:
+    raise UserError("the report is drawn by matplotlib, which is not installed: pip install '.[report]'") from None
+
+# Colours on white, by purpose; `style.css` has a variable of the same name for each, in both themes. The series
+# colours are Okabe and Ito's, which are distinct for colour-blind readers, darkened to a contrast of 3 on white.
 INKS = {
     "ink": "#1a2230",
     "soft": "#5b6472",
@@ -40,11 +44,14 @@ INKS = {
 }
 SERIES = ("s0", "s1", "s2", "s3", "s4", "s5")
 MARKERS = "osD^vP"
-# In inches: drawn for a phone's width, where one chart fills the screen; a wide page has them side by side.
+# Outlines on a scan: bright on black, distinct for colour-blind readers; the prediction is dashed as well.
+TRUTH, PREDICTION = "#56b4e9", "#f0a818"
+# In inches, for a phone's width, where one chart fills the screen; a wide page shows charts side by side.
 SIZE = (4.1, 2.75)
-# Beside the axis; an entry takes about 5 points a letter and 30 for its line.
+# Width of the legend: an entry takes about 5 points per letter and 30 for its line.
 LEGEND_POINTS = 270
 PNG_DPI = 200
+PLANE_INCHES = 3.2
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -72,52 +79,68 @@ STYLE: Any = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    # Names come from files: a $ in one is a dollar.
+    # Names come from files: a $ in a name is a dollar sign.
     "text.parse_math": False,
 }
-# What matplotlib says of missing fonts and a first start is of no use to who trains.
+# matplotlib logs missing fonts and its first start, which are of no use to users.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A drawing: `key` names its file, `told` says in words what it shows."""
+    """A chart for the page.
+
+    Attributes:
+        key: stem of its PNG's file name.
+        caption: describes in words what it shows.
+        svg: an <svg> element in the page's colours.
+    """
 
     key: str
     title: str
-    told: str
+    caption: str
     svg: str
 
 
 @contextmanager
 def open_axes() -> Iterator[tuple[Figure, Axes]]:
-    """An empty chart in the page's style."""
+    """Yields an empty chart in the page's style."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def save_chart(figure: Figure, key: str, title: str, told: str, folder: Path) -> Chart:
-    """Writes FOLDER/KEY.png and returns the same drawing for the page."""
-    drawn = io.StringIO()
-    # The salt makes names inside of the SVG differ from chart to chart, and the same chart the same bytes.
-    with mpl.rc_context(STYLE | {"svg.hashsalt": key}):
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+def draw_chart(key: str, title: str, draw: Callable[[Axes], str], folder: Path) -> Chart | None:
+    """Draws a chart and writes FOLDER/KEY.png.
+
+    Args:
+        draw: draws on the axes and returns the caption; "" if there is nothing to draw.
+
+    Returns:
+        The same drawing for the page, None if there is nothing to draw.
+    """
+    svg = io.StringIO()
+    with open_axes() as (figure, axes):
+        if not (caption := draw(axes)):
+            return None
+        # The salt makes ids differ between charts, and makes the same chart the same bytes.
+        with mpl.rc_context({"svg.hashsalt": key}):
+            figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         with replacing(folder / f"{key}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=PNG_DPI, facecolor="white")
-    return Chart(key, title, told, _for_page(drawn.getvalue()))
+    return Chart(key=key, title=title, caption=caption, svg=_for_page(svg.getvalue()))
 
 
 def _for_page(svg: str) -> str:
-    """The <svg> element alone, unsized and in the page's colours."""
+    """Returns the <svg> element alone, without a size and in the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(
         r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg
     )
-    # An HTML page has a base of its own, so links into the drawing need no namespace.
+    # In an HTML page, links within the drawing need no namespace.
     svg = svg.replace("xlink:href", "href")
-    # Every drawing names its groups alike, and a page has each name once.
+    # Every drawing uses the same group ids, but ids must be unique within a page.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for name, colour in INKS.items():
         svg = svg.replace(colour, f"var(--{name})")
@@ -128,20 +151,35 @@ def shorten(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str, **style: Any) -> None:
-    """A series; markers tell it from the others without colour, where they do not touch each other."""
+def draw_line(axes: Axes, x: Sequence[float], y: Sequence[float], *, index: int, label: str) -> None:
+    """Draws a series; markers distinguish it without colour, unless there are too many points for them."""
     marker = MARKERS[index % len(MARKERS)] if len(x) <= 40 else ""
     line = ("-", "--", ":")[index // len(SERIES) % 3]
-    # A label that begins with _ would be left out of the legend.
-    axes.plot(
-        x, y, line, color=INKS[SERIES[index % len(SERIES)]], marker=marker, label=shorten(label).lstrip("_"), **style
-    )
+    # matplotlib leaves labels that begin with _ out of the legend.
+    axes.plot(x, y, line, color=INKS[SERIES[index % len(SERIES)]], marker=marker, label=shorten(label).lstrip("_"))
+
+
+def draw_bars(axes: Axes, shares: dict[str, float]) -> None:
+    """Draws horizontal bars of shares of 1, each with its percentage, top to bottom."""
+    rows = np.arange(len(shares))[::-1]
+    axes.barh(rows, list(shares.values()), height=0.55, color=INKS["s0"])
+    axes.set_yticks(rows, [shorten(name) for name in shares])
+    axes.set_xlim(0, 1.12 * max(shares.values()))
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    for row, share in zip(rows, shares.values(), strict=True):
+        axes.annotate(percent(share), (share, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 
 def finish(axes: Axes, x_label: str) -> None:
-    """Labels, whole epochs, and above the legend of several series, as many beside each other as there is room for."""
+    """Labels the x axis and puts a legend above charts of several series."""
     axes.set_xlabel(x_label)
-    # There is no half an epoch, not even where there is a single one.
+    # Epochs are whole numbers, even if there is only one.
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "epoch", min_n_ticks=1))
     axes.margins(x=0.03)
     labels = [str(line.get_label()) for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
@@ -157,174 +195,40 @@ def finish(axes: Axes, x_label: str) -> None:
         )
 
 
-def draw_run(run: Run, folder: Path) -> list[Chart]:
-    """Every chart that the run has numbers for."""
-    charts = []
-    draws: tuple[Callable[[Run, Path], Chart | None], ...] = (_dice, _loss, _rate, _samples, _time, _cases)
-    for draw in draws:
-        if chart := draw(run, folder):
-            charts.append(chart)
-    return charts
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """A slice of a case: image, ground truth and prediction (rows, columns), class 0 being the background.
+
+    Attributes:
+        aspect: height of a voxel divided by its width.
+        window: intensities shown as black and as white.
+    """
+
+    image: NDArray[np.float32]
+    truth: NDArray[np.uint8]
+    prediction: NDArray[np.uint8]
+    aspect: float
+    window: tuple[float, float]
 
 
-def _dice(run: Run, folder: Path) -> Chart | None:
-    found = list(run.evaluations.values())
-    if not found or run.best is None:
-        return None
-    epochs = [evaluation.epoch for evaluation in found]
-    with open_axes() as (figure, axes):
-        names = run.class_names(len(found[0].dice))
-        for index, name in enumerate(names):
-            draw_line(axes, epochs, [evaluation.dice[index] for evaluation in found], index, name)
-        means = [evaluation.mean_dice for evaluation in found]
-        axes.plot(epochs, means, color=INKS["ink"], marker=".", markersize=7, linewidth=2.2, label="mean")
-        if run.train_dice:
-            axes.plot(
-                list(run.train_dice),
-                list(run.train_dice.values()),
-                ":",
-                color=INKS["soft"],
-                marker=".",
-                label="mean, training",
-            )
-        _target(axes, run.target)
-        finish(axes, "epoch")
-        first = f"{found[0].mean_dice:.3f} after epoch {epochs[0]}, " if found[0] is not run.best else ""
-        told = f"Mean Dice: {first}{run.best.mean_dice:.3f} after epoch {run.best.epoch}; the target is {run.target:g}."
-        return save_chart(figure, "dice", "Dice per class", told, folder)
-
-
-def _target(axes: Axes, target: float) -> None:
-    axes.axhline(target, color=INKS["soft"], linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"target {target:g}",
-        (0, target),
-        xycoords=("axes fraction", "data"),
-        xytext=(2, 3),
-        textcoords="offset points",
-        color=INKS["soft"],
-        fontsize=9,
+def draw_plane(plane: Plane) -> bytes:
+    """Returns a slice as a square PNG; each class is outlined by itself, so that borders between two are visible."""
+    figure = Figure(figsize=(PLANE_INCHES, PLANE_INCHES), facecolor="black")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    low, high = plane.window
+    axes.imshow(
+        plane.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=plane.aspect, interpolation="bilinear"
     )
-
-
-def _loss(run: Run, folder: Path) -> Chart | None:
-    if not run.epochs:
-        return None
-    losses = [epoch.loss for epoch in run.epochs.values()]
-    with open_axes() as (figure, axes):
-        draw_line(axes, list(run.epochs), losses, 0, "training")
-        if run.evaluations:
-            draw_line(axes, list(run.evaluations), [e.loss for e in run.evaluations.values()], 1, "evaluation")
-        axes.set_ylim(bottom=0)
-        finish(axes, "epoch")
-        told = f"The training loss goes from {losses[0]:.3g} in epoch {min(run.epochs)} to {losses[-1]:.3g} at the end."
-        return save_chart(figure, "loss", "Loss", told, folder)
-
-
-def _rate(run: Run, folder: Path) -> Chart | None:
-    if not run.epochs:
-        return None
-    rates = [epoch.learning_rate for epoch in run.epochs.values()]
-    with open_axes() as (figure, axes):
-        # A rate is an epoch's: a step, not a slope.
-        axes.step(list(run.epochs), rates, where="mid", color=INKS["s2"])
-        axes.set_ylim(0, 1.08 * max(rates) or 1)
-        finish(axes, "epoch")
-        told = (
-            f"The learning rate starts at {rates[0]:.3g}, is {max(rates):.3g} at most and {rates[-1]:.3g} at the end."
-        )
-        return save_chart(figure, "learning_rate", "Learning rate", told, folder)
-
-
-def _samples(run: Run, folder: Path) -> Chart | None:
-    timed = [epoch for epoch in run.epochs.values() if epoch.seconds > 0]
-    if not timed:
-        return None
-    rates = [epoch.samples / epoch.seconds for epoch in timed]
-    with open_axes() as (figure, axes):
-        axes.axhline(run.rate, color=INKS["soft"], linewidth=1, linestyle=(0, (4, 3)))
-        draw_line(axes, [epoch.number for epoch in timed], rates, 0, "samples/s")
-        axes.set_ylim(0, 1.15 * max(rates))
-        finish(axes, "epoch")
-        told = (
-            f"{run.rate:.3g} samples/s over the run (dashed), {min(rates):.3g} to {max(rates):.3g} from epoch to epoch."
-        )
-        return save_chart(figure, "samples_per_s", "Training samples/s", told, folder)
-
-
-def spent_s(run: Run) -> dict[str, float]:
-    """Where the time went, in s, what there was none of left out."""
-    training = sum(epoch.seconds for epoch in run.epochs.values())
-    evaluation = sum(found.seconds for found in run.evaluations.values())
-    spent = {
-        "before the clock": run.init_s,
-        "training": training,
-        "evaluation": evaluation,
-        "rest": run.clock_s - training - evaluation,
-    }
-    return {name: seconds for name, seconds in spent.items() if seconds > 0}
-
-
-def phases_ms(run: Run) -> dict[str, float]:
-    """A mean iteration's parts in ms, as `--benchmark` measured them; {} without."""
-    parts = {
-        "data": "data_wait_ms",
-        "forward, backward": "forward_backward_ms",
-        "optimizer": "optimizer_ms",
-        "communication": "communication_ms",
-    }
-    found = {name: run.benchmark.get(key) for name, key in parts.items()}
-    return {name: float(ms) for name, ms in found.items() if isinstance(ms, int | float)}
-
-
-def _time(run: Run, folder: Path) -> Chart | None:
-    spent = spent_s(run)
-    total = sum(spent.values())
-    if not total:
-        return None
-    with open_axes() as (figure, axes):
-        _bars(axes, list(spent), [seconds / total for seconds in spent.values()])
-        shares = ", ".join(f"{name} {_share(seconds / total)}" for name, seconds in spent.items())
-        return save_chart(figure, "time", "Where the time went", f"Of {total:,.0f} s: {shares}.", folder)
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.01 else "<1%"
-
-
-def _bars(axes: Axes, names: Sequence[str], shares: Sequence[float]) -> None:
-    places = np.arange(len(names))[::-1]
-    axes.barh(places, shares, height=0.55, color=INKS["s0"])
-    axes.set_yticks(places, [shorten(name) for name in names])
-    axes.set_xlim(0, 1.12 * max(shares))
-    axes.set_xticks([])
-    axes.grid(visible=False)
-    axes.spines["bottom"].set_visible(False)
-    for place, share in zip(places, shares, strict=True):
-        axes.annotate(_share(share), (share, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _cases(run: Run, folder: Path) -> Chart | None:
-    best = run.best
-    if best is None or not best.per_case:
-        return None
-    names = run.class_names(len(best.dice))
-    with open_axes() as (figure, axes):
-        for index in range(len(names)):
-            scores = sorted(row[index] for row in best.per_case.values() if math.isfinite(row[index]))
-            # Golden-ratio steps spread the points evenly and alike in every drawing.
-            offsets = [0.5 * (place * 0.618034 % 1 - 0.5) for place in range(len(scores))]
-            axes.scatter(
-                index + np.array(offsets),
-                scores,
-                s=13,
-                color=INKS[SERIES[index % len(SERIES)]],
-                alpha=0.75,
-                linewidths=0,
-            )
-            if scores:
-                axes.hlines(float(np.median(scores)), index - 0.33, index + 0.33, color=INKS["ink"], linewidth=1.6)
-        axes.set_xticks(range(len(names)), [shorten(name, 14) for name in names])
-        axes.set_xlim(-0.6, len(names) - 0.4)
-        told = f"{len(best.per_case)} cases in the best evaluation, a point a case; the bar is their median."
-        return save_chart(figure, "cases", "Dice per case", told, folder)
+    # Where the two agree, the wide line shows on both sides of the narrow one.
+    lines = ((plane.truth, TRUTH, "solid", 2.4), (plane.prediction, PREDICTION, (0, (3.0, 1.5)), 1.2))
+    for mask, colour, line, width in lines:
+        for value in np.unique(mask[mask > 0]):
+            # Padded by a voxel, so that outlines close at the image's edge too.
+            outlined = np.pad((mask == value).astype(np.float32), 1)
+            rows, columns = (np.arange(-1, size + 1) for size in mask.shape)
+            axes.contour(columns, rows, outlined, levels=[0.5], colors=[colour], linewidths=width, linestyles=[line])
+    axes.set(xlim=(-0.5, plane.image.shape[1] - 0.5), ylim=(plane.image.shape[0] - 0.5, -0.5))
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=PNG_DPI, facecolor="black")
+    return png.getvalue()

@@ -1,4 +1,4 @@
-"""Reads a run back from its log folder; what a resumed run logged in several files becomes one story."""
+"""Reads a run from its log folder; a resumed run's log files are merged into one record."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ from runtime.mlperf.closed_division import RESUMED
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 
 Event = Mapping[str, Any]
+# Names in logs of version 0.1 -> names of today.
+RENAMED_EVENTS = {"TrainingScored": "TrainDiceEnd"}
+RENAMED_KEYS = {"reasons": "rule_violations"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """An epoch's training: `samples` over all ranks, `loss` NaN where it was no number."""
+    """Training of one epoch.
+
+    Attributes:
+        loss: NaN if it was not finite.
+        samples: over all ranks.
+    """
 
     number: int
     loss: float
@@ -29,9 +37,15 @@ class Epoch:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores after an epoch: Dice per foreground class, of all cases and of each; `clock_s` since the run started."""
+    """Scores after an epoch.
+
+    Attributes:
+        dice: mean over the cases, per foreground class.
+        clock_s: since the start of the run, over all its log files.
+        per_case: Dice per foreground class, by case.
+    """
 
     epoch: int
     mean_dice: float
@@ -42,17 +56,17 @@ class Evaluation:
     per_case: dict[str, list[float]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """A run as its logs tell it.
+    """A run as its logs describe it.
 
     Attributes:
-        classes: of the foreground.
-        clock_s, init_s: on the clock and before it, over all parts of a resumed run.
-        parts: how many logs it is told by.
-        status, reason: of its end; "" where the log has none.
-        train_dice: mean Dice of training cases by epoch, where `--callbacks train_dice` found it.
-        benchmark: what `--benchmark` measured, {} without.
+        classes: names of the foreground classes.
+        clock_s, init_s: seconds on MLPerf's clock and before it, over all log files.
+        log_files: number of files that the run was logged in: one more for each time it was resumed.
+        status, reason: of its end; "" if the log has none.
+        train_dice: mean Dice of training cases by epoch, from `--callbacks train_dice`.
+        benchmark: results of `--benchmark`, else {}.
     """
 
     folder: Path
@@ -70,7 +84,7 @@ class Run:
     started_s: float = 0.0
     clock_s: float = 0.0
     init_s: float = 0.0
-    parts: int = 0
+    log_files: int = 0
     status: str = ""
     reason: str = ""
     epochs: dict[int, Epoch] = field(default_factory=dict)
@@ -88,15 +102,15 @@ class Run:
 
     @property
     def ruleset(self) -> str:
-        """Whose units its MLPerf log has; a log that does not say is of a time when there was one."""
-        told = str(self.config.get("ruleset"))
-        return told if told in RULESETS else DEFAULT_RULESET
+        """The MLPerf ruleset that its log follows; logs without one predate the choice."""
+        ruleset = str(self.config.get("ruleset"))
+        return ruleset if ruleset in RULESETS else DEFAULT_RULESET
 
     @property
     def best(self) -> Evaluation | None:
-        """The evaluation of the highest mean Dice; of equal ones the first, whose network the checkpoint keeps."""
-        scored = [found for found in self.evaluations.values() if math.isfinite(found.mean_dice)]
-        return max(scored, key=lambda found: found.mean_dice, default=None)
+        """The evaluation with the highest mean Dice; of equal ones the first, whose network the checkpoint keeps."""
+        finite = [evaluation for evaluation in self.evaluations.values() if math.isfinite(evaluation.mean_dice)]
+        return max(finite, key=lambda evaluation: evaluation.mean_dice, default=None)
 
     @property
     def converged(self) -> Evaluation | None:
@@ -104,34 +118,34 @@ class Run:
         return next((found for found in self.evaluations.values() if found.mean_dice >= self.target), None)
 
     @property
-    def rate(self) -> float:
-        """Training samples a second, over all epochs."""
+    def samples_per_s(self) -> float:
+        """Training throughput over all epochs; NaN without any."""
         seconds = sum(epoch.seconds for epoch in self.epochs.values())
         return sum(epoch.samples for epoch in self.epochs.values()) / seconds if seconds else math.nan
 
     def class_names(self, count: int) -> list[str]:
-        """`count` foreground classes' names, L1, L2, … where the log has none."""
+        """Returns the names of `count` foreground classes: L1, L2, … if the log has none."""
         return self.classes if len(self.classes) == count else [f"L{value}" for value in range(1, count + 1)]
 
 
 def read_run(folder: Path) -> Run:
-    """The newest run of a log folder, with the parts that it was resumed from.
+    """Reads the newest run of a log folder, with the log files that it was resumed from.
 
     Raises:
-        UserError: no log, or one that no run has written.
+        UserError: there is no log, or it is not a run's.
     """
     if not folder.is_dir():
         raise UserError(f"--log_dir {folder}: no such folder")
     newest = folder / "log.jsonl"
     if not newest.is_file():
         raise UserError(f"--log_dir {folder}: no log.jsonl in it; give the --log_dir of a run")
-    run = Run(folder)
+    run = Run(folder=folder)
     try:
-        for events in _parts(folder, newest):
-            _add_part(run, events)
+        for events in _read_logs(folder, newest):
+            _add_log(run, events)
         run.benchmark = _read_object(folder / "benchmark.json")
         if run.config:
-            run.target  # noqa: B018 - a log without it is of another program
+            run.target  # noqa: B018 - a log without it is another program's
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--log_dir {folder}: its log is damaged or of another version ({error!r})") from None
     if not run.config:
@@ -139,32 +153,32 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _parts(folder: Path, newest: Path) -> list[list[Event]]:
-    """The events of the newest log and of those that it goes on from, the oldest first."""
+def _read_logs(folder: Path, newest: Path) -> list[list[Event]]:
+    """Returns the events of the newest log file and of those that it continues, oldest first."""
     names = ((re.fullmatch(r"log\.(\d+)\.jsonl", file.name), file) for file in folder.iterdir())
     numbered = {int(match[1]): file for match, file in names if match}
-    parts = [_read_events(newest)]
+    logs = [_read_events(newest)]
     for _, file in sorted(numbered.items(), reverse=True):
-        if not _goes_on(parts[0]):
+        if not _is_resumed(logs[0]):
             break
         earlier = _read_events(file)
-        later_seed, seed = _master_seed(parts[0]), _master_seed(earlier)
+        later_seed, seed = _master_seed(logs[0]), _master_seed(earlier)
         if None not in (later_seed, seed) and later_seed != seed:
             break
-        parts.insert(0, earlier)
-    return parts
+        logs.insert(0, earlier)
+    return logs
 
 
-def _goes_on(part: list[Event]) -> bool:
-    """Whether it was resumed; one that ended before it could tell was, where it was asked to."""
-    if ready := _first(part, "InitStopped"):
-        return str(RESUMED) in ready["reasons"]
-    started = _first(part, "InitStarted")
+def _is_resumed(log: list[Event]) -> bool:
+    """Whether the log continues an earlier one; if it ends before that was logged, whether `--resume` was given."""
+    if ready := _first(log, "InitStopped"):
+        return str(RESUMED) in ready["rule_violations"]
+    started = _first(log, "InitStarted")
     return started is not None and bool(started["config"]["resume"])
 
 
-def _master_seed(part: list[Event]) -> int | None:
-    ready = _first(part, "InitStopped")
+def _master_seed(log: list[Event]) -> int | None:
+    ready = _first(log, "InitStopped")
     return None if ready is None else int(ready["seeds"]["master"])
 
 
@@ -173,15 +187,15 @@ def _read_events(path: Path) -> list[Event]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    events = []
+    events: list[Event] = []
     for number, line in enumerate(lines, start=1):
         try:
-            event = json.loads(line)
-            event["event"], event["time_s"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number == len(lines):  # the run was killed while it wrote
+            event = {RENAMED_KEYS.get(key, key): value for key, value in json.loads(line).items()}
+            event["event"], event["time_s"] = RENAMED_EVENTS.get(event["event"], event["event"]), event["time_s"]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if number == len(lines):  # the run was killed while writing it
                 break
-            raise UserError(f"{path}: line {number} is no event of a run") from None
+            raise UserError(f"{path}: line {number} is not an event of a run") from None
         events.append(event)
     return events
 
@@ -199,9 +213,9 @@ def _first(events: list[Event], kind: str) -> Event | None:
     return next((event for event in events if event["event"] == kind), None)
 
 
-def _add_part(run: Run, events: list[Event]) -> None:
-    """Adds a later part; where it did an epoch again, its record counts."""
-    run.parts += 1
+def _add_log(run: Run, events: list[Event]) -> None:
+    """Adds a log file's events; they replace earlier records of the same epochs."""
+    run.log_files += 1
     run.status = run.reason = ""
     before_s, opened_s = run.clock_s, None
     started_s, ended_s = (events[0]["time_s"], events[-1]["time_s"]) if events else (0.0, 0.0)
@@ -211,7 +225,7 @@ def _add_part(run: Run, events: list[Event]) -> None:
         if kind == "InitStarted":
             run.config, run.environment = with_current_names(event["config"]), event["environment"]
         elif kind == "InitStopped":
-            run.seeds, run.division, run.rule_violations = event["seeds"], event["division"], event["reasons"]
+            run.seeds, run.division, run.rule_violations = event["seeds"], event["division"], event["rule_violations"]
             run.platform, run.samples_per_epoch = event["platform"], event["samples_per_epoch"]
             run.notes += [note for note in event["notes"] if note not in run.notes]
         elif kind == "RunStarted":
@@ -221,13 +235,13 @@ def _add_part(run: Run, events: list[Event]) -> None:
             run.classes = [str(name) for name in event["classes"][1:]]
             run.train_cases, run.evaluation_cases = event["train_samples"], event["eval_samples"]
         elif kind == "EpochStarted":
-            _forget(run, int(event["epoch"]))
+            _discard_from(run, int(event["epoch"]))
         elif kind == "EpochStopped":
             run.epochs[event["epoch"]] = _epoch(event)
         elif kind == "EvaluationStopped":
             clock_s = before_s + event["time_s"] - (opened_s or event["time_s"])
             run.evaluations[event["epoch"]] = _evaluation(event, clock_s)
-        elif kind in ("TrainDiceEnd", "TrainingScored"):  # the second in logs of 0.1
+        elif kind == "TrainDiceEnd":
             run.train_dice[event["epoch"]] = _number(event["mean_dice"])
         elif kind == "RunStopped":
             run.status, run.reason, ended_s = str(event["status"]), str(event["reason"]), event["time_s"]
@@ -235,36 +249,35 @@ def _add_part(run: Run, events: list[Event]) -> None:
         run.clock_s = before_s + ended_s - opened_s
 
 
-def _forget(run: Run, epoch: int) -> None:
-    """What an earlier part did from this epoch on was lost with its process: the checkpoint is older."""
-    run.epochs = {number: found for number, found in run.epochs.items() if number < epoch}
-    run.evaluations = {number: found for number, found in run.evaluations.items() if number < epoch}
-    run.train_dice = {number: found for number, found in run.train_dice.items() if number < epoch}
+def _discard_from(run: Run, epoch: int) -> None:
+    """Drops records from this epoch on: an earlier process made them after its last checkpoint, so they were lost."""
+    for records in (run.epochs, run.evaluations, run.train_dice):
+        for number in [number for number in records if number >= epoch]:
+            del records[number]
 
 
 def _epoch(event: Event) -> Epoch:
     return Epoch(
-        int(event["epoch"]),
-        _number(event["loss"]),
-        _number(event["learning_rate"]),
-        int(event["samples"]),
-        float(event["seconds"]),
+        number=int(event["epoch"]),
+        loss=_number(event["loss"]),
+        learning_rate=_number(event["learning_rate"]),
+        samples=int(event["samples"]),
+        seconds=float(event["seconds"]),
     )
 
 
 def _evaluation(event: Event, clock_s: float) -> Evaluation:
-    per_case = {str(case): [_number(dice) for dice in row] for case, row in event["per_case"].items()}
     return Evaluation(
-        int(event["epoch"]),
-        _number(event["mean_dice"]),
-        [_number(dice) for dice in event["dice"]],
-        _number(event["loss"]),
-        float(event["seconds"]),
-        clock_s,
-        per_case,
+        epoch=int(event["epoch"]),
+        mean_dice=_number(event["mean_dice"]),
+        dice=[_number(dice) for dice in event["dice"]],
+        loss=_number(event["loss"]),
+        seconds=float(event["seconds"]),
+        clock_s=clock_s,
+        per_case={str(case): [_number(dice) for dice in row] for case, row in event["per_case"].items()},
     )
 
 
 def _number(value: Any) -> float:
-    """JSON has no NaN: the log has null for what was no finite number."""
+    """JSON has no NaN: the log has null for numbers that are not finite."""
     return math.nan if value is None else float(value)

@@ -33,9 +33,6 @@ OPTIONAL = {
     "apex": {"runtime/optimizer.py"},
     "highdicom": {"data_loading/io/dicom_seg.py"},
     "matplotlib": {
-        "report/__init__.py",
-        "report/cases.py",
-        "report/comparison.py",
         "report/figures.py",
         "submission/plot.py",
     },
@@ -257,7 +254,6 @@ UNDOCUMENTED: set[str] = {
     "benchmarks/preprocess.py",
     "benchmarks/scaling.py",
     "benchmarks/step.py",
-    "report/cases.py",
     "submission/checkers.py",
 }
 
@@ -276,7 +272,6 @@ def test_a_file_is_short_and_documented(path: Path) -> None:
 
 # Their `__init__.py` does not describe the package yet.
 UNDESCRIBED: set[str] = {
-    "prediction/__init__.py",
     "runtime/callbacks/__init__.py",
 }
 
@@ -338,14 +333,6 @@ CROWDED_CALLS: set[str] = {
     "data_loading/pytorch_loader.py",
     "data_loading/transforms.py",
     "data_loading/writer.py",
-    "prediction/predict.py",
-    "prediction/pseudo_labels.py",
-    "prediction/volumes.py",
-    "report/__init__.py",
-    "report/cases.py",
-    "report/comparison.py",
-    "report/figures.py",
-    "report/records.py",
     "submission/logs.py",
     "submission/package.py",
     "submission/plot.py",
@@ -354,7 +341,6 @@ CROWDED_CALLS: set[str] = {
     "submission/series.py",
 }
 CROWDED_FUNCTIONS: set[str] = {
-    "prediction/memory.py",
     "runtime/logging/wandb.py",
 }
 CROWDED_DATACLASSES: set[str] = {
@@ -363,9 +349,6 @@ CROWDED_DATACLASSES: set[str] = {
     "data_loading/pytorch_loader.py",
     "data_loading/sampler.py",
     "data_loading/spec.py",
-    "prediction/predict.py",
-    "prediction/volumes.py",
-    "report/records.py",
     "runtime/distributed/world.py",
     "submission/logs.py",
     "submission/published_results.py",
@@ -410,16 +393,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "docs/submission.md",
     "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
-    "prediction/memory.py",
-    "prediction/predict.py",
-    "prediction/pseudo_labels.py",
-    "report/__init__.py",
-    "report/cases.py",
-    "report/comparison.py",
-    "report/compliance.py",
-    "report/figures.py",
-    "report/page.py",
-    "report/records.py",
     "submission/__main__.py",
     "submission/checkers.py",
     "submission/launching.py",
@@ -441,13 +414,8 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "tests/integration/test_launch.py",
     "tests/integration/test_open_division.py",
     "tests/integration/test_phantom_run.py",
-    "tests/integration/test_report.py",
     "tests/integration/test_trackers.py",
     "tests/integration/test_tutorial.py",
-    "tests/prediction/test_memory.py",
-    "tests/prediction/test_predict.py",
-    "tests/prediction/test_pseudo_labels.py",
-    "tests/report/test_report.py",
     "tests/runtime/conftest.py",
     "tests/runtime/test_training.py",
     "tests/submission/stub.py",

@@ -1,4 +1,4 @@
-"""The page that a run leaves, looked at in a browser: what people see, in both themes, on a desk and on a phone."""
+"""The report page in a browser: legible in both themes, on a desktop and on a phone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.integration
 REPORTING = tuple(flag for flag in TINY if flag != "--no_report")
 WIDTHS, THEMES = (1280, 390), ("light", "dark")
 HOSTILE = "<script>document.title = 'broken'</script><img src=http://192.0.2.1/x.png onerror=alert(1)>"
-# Of everything with a text of its own, how large it is in CSS pixels, how far it reaches, and its contrast (WCAG). An
-# element inside of a box that scrolls, or that is shut away in <details>, reaches nowhere.
+# For every element with text of its own: font size in CSS pixels, left and right edge, and contrast (WCAG). An element
+# in a scrollable box or in closed <details> has no extent.
 LOOK = """(() => {
   const channels = colour => colour.match(/[\\d.]+/g).map(Number);
   const light = colour => channels(colour).slice(0, 3).map(v => v / 255)
@@ -62,18 +62,18 @@ def browser() -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def logs(trained: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's logs with the page that `--exec_mode report` made of them."""
+    """A run's logs with the page that `--exec_mode report` wrote."""
     copy = tmp_path_factory.mktemp("report") / "balls <run>"
     shutil.copytree(trained, copy)
-    told = program("--exec_mode", "report", "--log_dir", copy)
-    assert told.stdout.splitlines() == [str(copy / "report.html")]
-    assert told.stderr == ""
+    done = program("--exec_mode", "report", "--log_dir", copy)
+    assert done.stdout.splitlines() == [str(copy / "report.html")]
+    assert done.stderr == ""
     return copy
 
 
 @pytest.fixture(scope="module")
 def hostile(logs: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, had its classes and cases been named by an enemy."""
+    """The same run with malicious names of classes and cases."""
     copy = tmp_path_factory.mktemp("hostile") / "logs"
     shutil.copytree(logs, copy)
     lines = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
@@ -88,7 +88,7 @@ def hostile(logs: Path, program: Program, tmp_path_factory: pytest.TempPathFacto
 
 
 def look(browser: Page, path: Path, width: int, theme: str) -> list[dict[str, Any]]:
-    """Opens the page and asserts what holds of every page of ours; returns what was looked at."""
+    """Opens the page, checks what holds for every page, and returns its texts."""
     browser.requests.clear()
     browser.complaints.clear()
     browser.show(path.as_uri(), width, theme=theme)
@@ -105,7 +105,7 @@ def look(browser: Page, path: Path, width: int, theme: str) -> list[dict[str, An
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("theme", THEMES)
-def test_the_page_is_legible_and_asks_for_nothing(browser: Page, logs: Path, width: int, theme: str) -> None:
+def test_the_page_is_legible_and_requests_nothing(browser: Page, logs: Path, width: int, theme: str) -> None:
     texts = {found["text"] for found in look(browser, logs / "report.html", width, theme)}
     assert {"Target reached", "balls <run>", "bright", "brighter", "Worst, median, best"} <= texts
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -113,7 +113,7 @@ def test_the_page_is_legible_and_asks_for_nothing(browser: Page, logs: Path, wid
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pictures_are_there_and_told_in_words(browser: Page, logs: Path, width: int) -> None:
+def test_images_are_shown_and_described(browser: Page, logs: Path, width: int) -> None:
     look(browser, logs / "report.html", width, "light")
     images = browser.evaluate(
         "[...document.images].map(i => [i.complete && i.naturalWidth, i.alt, i.getBoundingClientRect().width])"
@@ -165,23 +165,23 @@ def test_runs_are_compared_on_a_page(browser: Page, compared: Path, width: int) 
     assert browser.evaluate("document.querySelector('h1').textContent") == "2 runs compared"
 
 
-def test_pictures_need_the_runs_own_checkpoint_and_data(logs: Path, program: Program, tmp_path: Path) -> None:
+def test_images_need_the_runs_own_checkpoint_and_data(logs: Path, program: Program, tmp_path: Path) -> None:
     copy = tmp_path / "logs"
     shutil.copytree(logs, copy)
     (copy / "checkpoint.pth").unlink()
     program("--exec_mode", "report", "--log_dir", copy, "--load_ckpt_path", tmp_path / "none.pth")
-    assert f"No pictures: checkpoint {tmp_path / 'none.pth'}: no such file" in (copy / "report.html").read_text()
+    assert f"No images: checkpoint {tmp_path / 'none.pth'}: no such file" in (copy / "report.html").read_text()
     program("--exec_mode", "report", "--log_dir", copy, "--data_dir", tmp_path / "gone")
-    assert f"No pictures: --data_dir {tmp_path / 'gone'}: no such folder" in (copy / "report.html").read_text()
+    assert f"No images: --data_dir {tmp_path / 'gone'}: no such folder" in (copy / "report.html").read_text()
 
 
 def test_a_run_leaves_its_page_unless_asked_not_to(program: Program, balls: Path, tmp_path: Path) -> None:
     arguments = ("--data_dir", balls, *REPORTING, "--epochs", 2, "--start_eval_at", 9)
-    told = program(*arguments, "--log_dir", tmp_path / "with", ranks=2).stdout
-    assert f"report {tmp_path / 'with' / 'report.html'}" in told.splitlines()
+    printed = program(*arguments, "--log_dir", tmp_path / "with", ranks=2).stdout
+    assert f"report {tmp_path / 'with' / 'report.html'}" in printed.splitlines()
     page = (tmp_path / "with" / "report.html").read_text()
     assert "Not evaluated" in page
-    assert "accepts the log" not in page  # nothing was evaluated, which MLPerf's checker wants
+    assert "accepts the log" not in page  # the checker requires an evaluation
     program(*arguments, "--log_dir", tmp_path / "without", "--no_report")
     assert not (tmp_path / "without" / "report.html").exists()
 

@@ -1,8 +1,8 @@
-"""What a prediction takes, and where it goes when there is less."""
+"""Memory of a prediction: estimates, and plans for less than it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,89 +16,91 @@ from torch import Tensor, nn
 from common.errors import UserError
 from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
-from prediction.memory import GIB, Budget, Place, Sizes, places, window_bytes
+from prediction.memory import GIB, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
+from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SIZES = Sizes(volume=10 * GIB, window=3 * GIB, host=2 * GIB)
+ESTIMATE = MemoryEstimate(volume=10 * GIB, window=3 * GIB, host=2 * GIB)
 
 
 @dataclass(frozen=True)
-class Fixed(Budget):
-    """A budget of so many GiB."""
+class FixedBudget(MemoryBudget):
+    """A budget in GiB."""
 
     host_gb: float = 0
     gpu_gb: float = 0
 
-    def host(self) -> int:
+    def host_bytes(self) -> int:
         return int(self.host_gb * GIB)
 
-    def gpu(self) -> int:
+    def gpu_bytes(self) -> int:
         return int(self.gpu_gb * GIB)
 
 
-def first(host: float, gpu: float, device: torch.device = GPU) -> Place:
-    return next(places(SIZES, Fixed(None, device, host, gpu), 4, "scan"))
+def plans(host_gb: float, gpu_gb: float = 0, device: torch.device = GPU) -> Iterator[MemoryPlan]:
+    budget = FixedBudget(max_gb=None, device=device, host_gb=host_gb, gpu_gb=gpu_gb)
+    return memory_plans(ESTIMATE, budget, 4, "scan")
 
 
-def test_with_room_all_is_on_the_gpu() -> None:
-    assert first(99, 40) == Place(GPU, GPU, 4, "")
-    assert first(99, 17).batch_size == 2
+def test_if_it_fits_everything_is_on_the_gpu() -> None:
+    assert next(plans(99, 40)) == MemoryPlan(volume_device=GPU, network_device=GPU, batch_size=4, note="")
+    assert next(plans(99, 17)).batch_size == 2
 
 
-def test_without_room_for_the_volume_windows_alone_are_on_the_gpu() -> None:
-    place = first(20, 12)
-    assert (place.volume, place.network, place.batch_size) == (CPU, GPU, 4)
-    assert place.note.startswith("needs 13.00 GiB, the GPU has 12.00: its volume stays in the host's memory")
+def test_if_the_volume_does_not_fit_only_windows_are_on_the_gpu() -> None:
+    plan = next(plans(20, 12))
+    assert (plan.volume_device, plan.network_device, plan.batch_size) == (CPU, GPU, 4)
+    assert plan.note.startswith("needs 13.00 GiB, the GPU has 12.00: its volume stays in host memory")
 
 
-def test_without_room_for_a_window_all_is_on_the_cpu() -> None:
-    place = first(17, 2)
-    assert (place.volume, place.network, place.batch_size) == (CPU, CPU, 2)
-    assert place.note == "needs 13.00 GiB, the GPU has 2.00: computed on the CPU"
+def test_if_no_window_fits_everything_is_on_the_cpu() -> None:
+    plan = next(plans(17, 2))
+    assert (plan.volume_device, plan.network_device, plan.batch_size) == (CPU, CPU, 2)
+    assert plan.note == "needs 13.00 GiB, the GPU has 2.00: computed on the CPU"
 
 
-def test_each_place_is_offered_in_turn() -> None:
-    """Where the estimate was too low and the GPU's memory runs out, the next one is taken."""
-    found = list(places(SIZES, Fixed(None, GPU, 99, 40), 4, "scan"))
-    assert [(place.volume.type, place.network.type) for place in found] == [
+def test_slower_plans_follow() -> None:
+    """If the estimate was too low and the GPU runs out of memory, the next plan is tried."""
+    assert [(plan.volume_device.type, plan.network_device.type) for plan in plans(99, 40)] == [
         ("cuda", "cuda"),
         ("cpu", "cuda"),
         ("cpu", "cpu"),
     ]
 
 
-def test_on_a_cpu_there_is_one_place_and_no_note() -> None:
-    assert list(places(SIZES, Fixed(None, CPU, 99), 4, "scan")) == [Place(CPU, CPU, 4, "")]
+def test_without_a_gpu_there_is_one_plan_and_no_note() -> None:
+    expected = MemoryPlan(volume_device=CPU, network_device=CPU, batch_size=4, note="")
+    assert list(plans(99, device=CPU)) == [expected]
 
 
 @pytest.mark.parametrize("gigabytes", [12.9, 1.5, -1])
-def test_what_fits_nowhere_is_told_in_a_line(gigabytes: float) -> None:
-    with pytest.raises(UserError, match=r"scan: needs \d+\.00 GiB, and .* GiB are free"):
-        list(places(SIZES, Fixed(None, CPU, gigabytes), 4, "scan"))
+def test_too_little_memory_is_a_one_line_error(gigabytes: float) -> None:
+    with pytest.raises(UserError, match=r"scan: needs \d+\.00 GiB, but .* GiB are free"):
+        list(plans(gigabytes, device=CPU))
 
 
-def test_the_bound_counts_what_the_program_has() -> None:
-    assert Budget(1.0, CPU).host() < GIB
-    assert Budget(0.001, CPU).host() < 0
-    assert Budget(None, CPU).host() > 0
+def test_the_limit_includes_the_memory_in_use() -> None:
+    assert MemoryBudget(1.0, CPU).host_bytes() < GIB
+    assert MemoryBudget(0.001, CPU).host_bytes() < 0
+    assert MemoryBudget(None, CPU).host_bytes() > 0
 
 
 class Two(nn.Module):
-    """8 channels, of which 4 remain."""
+    """Makes 8 channels and keeps 4."""
 
     def forward(self, image: Tensor) -> Tensor:
         wide = image.repeat(1, 8, 1, 1, 1)
         return wide[:, :4] + 1
 
 
-def test_a_window_takes_what_lives_at_once() -> None:
+def test_a_window_takes_the_peak_of_live_tensors() -> None:
     voxel = 4 * 6 * 6 * 6
     assert window_bytes(Two(), 1, (6, 6, 6)) == pytest.approx(1.5 * (8 + 4) * voxel, rel=0.15)
 
 
-def test_prediction_stays_within_its_bound(tmp_path: Path, run_python: Callable[..., Any]) -> None:
-    """The most memory that the process ever had, by the kernel's own count."""
+def test_prediction_stays_within_its_limit(tmp_path: Path, run_python: Callable[..., Any]) -> None:
+    """Peak memory of the process as counted by the kernel."""
     rng = np.random.default_rng(0)
     nib.save(nib.Nifti1Image(rng.normal(size=(110, 115, 120)).astype(np.float32), np.eye(4)), tmp_path / "scan.nii")
     program = f"""
@@ -108,27 +110,31 @@ import torch
 from data_loading.io.scan_discovery import Source
 from data_loading.spec import DatasetSpec
 from model.unet3d import Unet3d
-from prediction.memory import GIB, Budget, resident_bytes
-from prediction.predict import Member, Predictor, predict_scan
+from prediction.ensemble import Ensemble, Member, predict_scan
+from prediction.memory import GIB, MemoryBudget, resident_bytes
+from runtime.evaluation import SlidingWindowConfig
 torch.manual_seed(0)
 spec = DatasetSpec(name="own", classes=tuple("abcdefgh"), spacing_mm=(0.9, 1.1, 1.0))
-member = Member(Unet3d(1, 8, filters=(4, 8)).eval(), (64, 64, 64), 0.0, False, "auto", "NCDHW")
+windows = SlidingWindowConfig(
+    window=(64, 64, 64), overlap=0.0, batch_size=64, classes=8, padding_value=spec.padding_value, crops_remainder=False
+)
+network = Unet3d(1, 8, filters=(4, 8)).eval()
+member = Member(network=network, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW")
 started = resident_bytes() / GIB
-bound = started + float(sys.argv[1])
-maker = Predictor((member,), spec, ((), (2,)), 64, Budget(bound, torch.device("cpu")))
-predict_scan(Source("scan", Path("{tmp_path}/mask.nii"), Path("{tmp_path}/scan.nii")), maker, False)
+budget = MemoryBudget(started + float(sys.argv[1]), torch.device("cpu"))
+ensemble = Ensemble(members=(member,), spec=spec, flips=((), (2,)), budget=budget)
+predict_scan(Source("scan", Path("{tmp_path}/mask.nii"), Path("{tmp_path}/scan.nii")), ensemble, False)
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
 print(int(peak) * 1024 / GIB - started)
 """
-    for bound_gb in (1.0, 0.4):  # all windows at once would take more
-        done = run_python("-c", program, bound_gb)
+    for limit_gb in (1.0, 0.4):  # all windows at once would take more
+        done = run_python("-c", program, limit_gb)
         assert done.returncode == 0, done.stderr
-        assert 0.4 * bound_gb < float(done.stdout) < bound_gb
+        assert 0.4 * limit_gb < float(done.stdout) < limit_gb
     assert "are left of --max_memory_gb" in run_python("-c", program, 0.15).stderr
 
 
-def test_the_volume_s_bytes_cover_what_the_windows_need() -> None:
-    """The tensors that a sliding window holds in the end are no more than counted."""
+def test_the_estimate_covers_the_tensors_of_a_sliding_window() -> None:
     image = torch.zeros(1, 1, 9, 10, 11)
     logits = sliding_window(image, Two(), (4, 4, 4), 0.5, padding_value=-2.2)
     transform = GridTransform(
@@ -137,5 +143,8 @@ def test_the_volume_s_bytes_cover_what_the_windows_need() -> None:
         padding_before=(0, 0, 0),
         shape=(9, 10, 11),
     )
-    sizes = Sizes.of((1, 9, 10, 11), transform, 4, (4, 4, 4), 0.5, -2.2, False, 1)
-    assert sizes.volume >= 2 * logits.numel() * 4 + 2 * image.numel() * 4
+    windows = SlidingWindowConfig(
+        window=(4, 4, 4), overlap=0.5, batch_size=1, classes=4, padding_value=-2.2, crops_remainder=False
+    )
+    estimate = MemoryEstimate.make((1, 9, 10, 11), transform, windows, is_mean=False, window_bytes=1)
+    assert estimate.volume >= 2 * logits.numel() * 4 + 2 * image.numel() * 4

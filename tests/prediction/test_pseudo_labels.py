@@ -1,4 +1,4 @@
-"""Pseudo-labels: the teacher's where it is sure, of training cases alone, and on record."""
+"""Pseudo-labels: from confident predictions, for training cases only, and recorded in dataset.json."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import save
 from runtime.train_state import TrainState
 
-MODEL = "tests.prediction.test_pseudo_labels:Reads"
+MODEL = "tests.prediction.test_pseudo_labels:ImageReader"
 
 
-class Reads(nn.Module):
-    """A teacher that reads class and confidence off the image: 10 k + logit of class k against the others."""
+class ImageReader(nn.Module):
+    """A teacher that reads class k and its logit l from the image's values 10 k + l."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -68,9 +68,10 @@ def folder(tmp_path: Path, write_preprocessed: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def teacher(tmp_path: Path, folder: Path, make_state: Callable[..., TrainState]) -> Path:
-    state = make_state()
-    state.network = Reads(1, 3)
+def teacher(tmp_path: Path, folder: Path) -> Path:
+    network = ImageReader(1, 3)
+    optimizer, scaler = torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(network=network, model=network, optimizer=optimizer, scaler=scaler)
     arguments = ["--data_dir", "DATA", "--val_input_shape", "4", "4", "8", "--model", MODEL]
     data = split_digest(folder, read_spec_and_split(folder, [])[1])
     config, spec = parse_arguments(arguments)[0], read_index(folder / INDEX_NAME).spec
@@ -95,7 +96,7 @@ def run(folder: Path, teacher: Path, results: Path, *more: object) -> int:
     )
 
 
-def test_training_cases_again_with_the_teachers_label_where_it_is_sure(
+def test_training_cases_get_the_teachers_label_where_it_is_confident(
     folder: Path, teacher: Path, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
@@ -103,22 +104,19 @@ def test_training_cases_again_with_the_teachers_label_where_it_is_sure(
     before, after = read_index(folder / INDEX_NAME), read_index(results / INDEX_NAME)
     names = [f"pseudo_{case}" for case in before.split["train"]]
     assert after.split == {"train": [*before.split["train"], *names], "evaluation": before.split["evaluation"]}
-    assert after.pseudo_labels is not None
-    assert (after.pseudo_labels.cases, after.pseudo_labels.threshold, after.pseudo_labels.max_share) == (
-        names,
-        0.9,
-        0.25,
-    )
-    assert after.pseudo_labels.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
+    pseudo = after.pseudo_labels
+    assert pseudo is not None
+    assert (pseudo.cases, pseudo.threshold, pseudo.max_share) == (names, 0.9, 0.25)
+    assert pseudo.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
     assert pseudo_label_cap(results) == PseudoLabelCap(count=3, max_share=0.25)
     assert pseudo_label_cap(folder) == PseudoLabelCap()
     for case in before.split["train"]:
         image, manual = read_case(folder, case)
-        taught, is_sure = np.round(image / 10), np.isclose(image % 10, 4)
-        assert 0.3 < is_sure.mean() < 0.7
-        again, label = read_case(results, f"pseudo_{case}")
-        np.testing.assert_array_equal(again, image)
-        np.testing.assert_array_equal(label, np.where(is_sure, taught, manual))
+        taught, is_confident = np.round(image / 10), np.isclose(image % 10, 4)
+        assert 0.3 < is_confident.mean() < 0.7
+        copied, label = read_case(results, f"pseudo_{case}")
+        np.testing.assert_array_equal(copied, image)
+        np.testing.assert_array_equal(label, np.where(is_confident, taught, manual))
         np.testing.assert_array_equal(read_case(results, case)[1], manual)
     assert check_files(results, names).changed == []
 
@@ -130,23 +128,25 @@ def write_scans(folder: Path, images: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-def test_unlabelled_scans_join_where_their_foreground_is_sure(folder: Path, teacher: Path, tmp_path: Path) -> None:
+def test_unlabelled_scans_are_added_if_their_foreground_is_confident(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(1)
     classes = rng.integers(0, 3, (5, 6, 8))
     scans = write_scans(
         tmp_path / "scans",
         {
-            "sure": image_of(classes, np.where(classes > 0, 4.0, 1.0)),
-            "unsure": image_of(classes, 1.0),
+            "confident": image_of(classes, np.where(classes > 0, 4.0, 1.0)),
+            "unconfident": image_of(classes, 1.0),
             "empty": image_of(0 * classes, 4.0),
         },
     )
     assert run(folder, teacher, tmp_path / "results", "--unlabelled", scans) == 0
     index = read_index(tmp_path / "results" / INDEX_NAME)
     assert index.pseudo_labels is not None
-    assert index.pseudo_labels.cases == ["pseudo_sure"]
-    assert index.split["train"][-1] == "pseudo_sure"
-    np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_sure")[1][0], classes)
+    assert index.pseudo_labels.cases == ["pseudo_confident"]
+    assert index.split["train"][-1] == "pseudo_confident"
+    np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_confident")[1][0], classes)
 
 
 @pytest.mark.parametrize("case", ["case_0", "other_name"])
@@ -158,14 +158,14 @@ def test_a_scan_of_the_data_set_itself_is_refused(case: str, folder: Path, teach
     assert not (tmp_path / "results" / INDEX_NAME).exists()
 
 
-def test_what_does_not_fit_is_one_line(folder: Path, teacher: Path, tmp_path: Path) -> None:
-    def refused(told: str, *more: Any, data: Path = folder, results: Path = tmp_path / "results") -> None:
-        with pytest.raises(UserError, match=told):
+def test_user_errors_are_one_line(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    def refused(message: str, *more: Any, data: Path = folder, results: Path = tmp_path / "results") -> None:
+        with pytest.raises(UserError, match=message):
             run(data, teacher, results, *more)
 
-    refused("holds a data set already", results=folder)
+    refused("already holds a data set", results=folder)
     refused("no dataset.json in it", data=tmp_path)
-    scans = write_scans(tmp_path / "scans", {"unsure": image_of(np.ones((4, 6, 8)), 1.0)})
+    scans = write_scans(tmp_path / "scans", {"unconfident": image_of(np.ones((4, 6, 8)), 1.0)})
     refused("no scan is labelled with such confidence", "--unlabelled", scans)
     saved = torch.load(teacher, weights_only=True)
     save(teacher, {**saved, "data": "another"})

@@ -60,9 +60,9 @@ def open_with_evaluate(config: RunConfig, given: frozenset[str], world: World, f
 
 
 def open_with_predict(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
-    from prediction.predict import make_predictor
+    from prediction.predict import load_ensemble
 
-    make_predictor(config, given, world)
+    load_ensemble(config, given, world)
 
 
 def open_with_report(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
@@ -72,7 +72,8 @@ def open_with_report(config: RunConfig, given: frozenset[str], world: World, fol
     best = SimpleNamespace(epoch=1, per_case={"case_0": [0.5, 0.5]})
     run: Any = SimpleNamespace(best=best, config={"data_dir": str(folder)}, seeds={"master": 1}, folder=folder)
     model = config.model if "model" in given else None
-    cases.draw_cases(run, config.load_ckpt_path[0], folder, torch.device("cpu"), folder, model)
+    cpu, path = torch.device("cpu"), config.load_ckpt_path[0]
+    cases.draw_cases(run, folder, device=cpu, checkpoint=path, data_dir=folder, model=model)
 
 
 COMMANDS = [open_with_evaluate, open_with_predict, open_with_report]

@@ -1,0 +1,285 @@
+"""Prediction: masks are in the right place on any grid, and ensembles average probabilities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.errors import UserError
+from data_loading.io.scan_discovery import Source, find_sources
+from data_loading.io.volume import Geometry, read_nifti
+from data_loading.preprocessing import GridTransform, edge_padding, preprocess_label, resampled_shape, to_source_grid
+from data_loading.spec import KITS19, DatasetSpec
+from prediction import ensemble as ensembles
+from prediction.ensemble import Ensemble, Member, arg_max, classes_on_source_grid, predict_scan
+from prediction.memory import MemoryBudget, MemoryPlan
+from runtime.evaluation import SlidingWindowConfig
+from tests.data_loading.oblique import geometries
+
+CPU = torch.device("cpu")
+WINDOW = (4, 4, 4)
+PLAIN = DatasetSpec(name="synthetic", classes=("background", "object"), mean=0.0, std=1.0)
+
+
+class Above(nn.Module):
+    """Two classes by the voxel's value: the second if it is above 0."""
+
+    def __init__(self, sharpness: float = 1.0) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(image), self.sharpness * image), dim=1)
+
+
+class Ramp(nn.Module):
+    """A logit that grows along the window's first axis, independent of the image."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        rising = torch.arange(image.shape[2], dtype=torch.float32).view(1, 1, -1, 1, 1).expand_as(image)
+        return torch.cat((torch.zeros_like(image), rising), dim=1)
+
+
+def make_ensemble(
+    spec: DatasetSpec, *networks: nn.Module, flips: tuple[tuple[int, ...], ...] = ((),), max_gb: float | None = None
+) -> Ensemble:
+    windows = SlidingWindowConfig(
+        window=WINDOW,
+        overlap=0.5,
+        batch_size=3,
+        classes=len(spec.classes),
+        padding_value=spec.padding_value,
+        crops_remainder=False,
+    )
+    members = (Member(network=n, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW") for n in networks)
+    return Ensemble(members=tuple(members), spec=spec, flips=flips, budget=MemoryBudget(max_gb, CPU))
+
+
+def write_scan(path: Path, array: NDArray[Any], geometry: Geometry) -> Source:
+    image = nib.Nifti1Image(array, geometry.affine)
+    nib.save(image, path)
+    return Source("scan", path.with_name("mask.nii.gz"), path)
+
+
+def read_mask(source: Source, geometry: Geometry) -> NDArray[np.uint8]:
+    """Returns the mask as nibabel reads it, after checking that its grid is the scan's."""
+    image = nib.load(source.output)
+    assert image.shape == geometry.shape
+    np.testing.assert_allclose(image.affine, geometry.affine, atol=1e-4)
+    assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(nib.load(source.file).affine)
+    return np.asarray(image.dataobj)
+
+
+ORIENTATIONS = [
+    "".join(axes) for sides in itertools.product("RL", "AP", "SI") for axes in itertools.permutations(sides)
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(geometries(), st.sampled_from([None, *ORIENTATIONS]), st.integers(0, 99))
+def test_without_resampling_every_voxel_is_right(
+    tmp_path_factory: pytest.TempPathFactory, geometry: Geometry, orientation: str | None, seed: int
+) -> None:
+    array = np.random.default_rng(seed).normal(0, 10, geometry.shape).astype(np.float32)
+    source = write_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz", array, geometry)
+    spec = replace(PLAIN, orientation=orientation, min_shape=(5, 3, 4), padding_value=9.0)
+    (row,) = predict_scan(source, make_ensemble(spec, Above()), save_probabilities=False)
+    np.testing.assert_array_equal(read_mask(source, geometry), array > 0)
+    assert row.voxels == np.count_nonzero(array > 0)
+    assert row.volume_ml == pytest.approx(row.voxels * np.prod(geometry.spacing_mm) / 1000, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(geometries(6, 14), st.sampled_from(ORIENTATIONS), st.tuples(*[st.floats(0.8, 1.5)] * 3), st.integers(0, 99))
+def test_a_half_space_stays_in_place_through_another_spacing_and_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    geometry: Geometry,
+    orientation: str,
+    spacing: tuple[float, float, float],
+    seed: int,
+) -> None:
+    """A value linear in space is linear on every grid: the plane where it is 0 may move by at most a voxel."""
+    rng = np.random.default_rng(seed)
+    normal = rng.normal(size=3)
+    normal /= np.linalg.norm(normal)
+    index = np.indices(geometry.shape).reshape(3, -1)
+    places = geometry.affine[:3, :3] @ index + geometry.affine[:3, 3:]
+    distance_mm = (normal @ (places - places.mean(axis=1, keepdims=True))).reshape(geometry.shape)
+    source = write_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz", distance_mm.astype(np.float32), geometry)
+    spec = replace(PLAIN, orientation=orientation, spacing_mm=spacing)
+    predict_scan(source, make_ensemble(spec, Above()), save_probabilities=False)
+    mask = read_mask(source, geometry)
+    # Shapes are truncated: with so few voxels the real spacing is up to three times the requested one.
+    far = np.abs(distance_mm) > 3 * np.linalg.norm(spacing)
+    np.testing.assert_array_equal(mask[far], distance_mm[far] > 0)
+    assert np.mean(mask == (distance_mm > 0)) > 0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(geometries(2, 7), st.sampled_from([None, *ORIENTATIONS]), st.integers(0, 99))
+def test_outside_the_foreground_crop_everything_is_background(
+    tmp_path_factory: pytest.TempPathFactory, geometry: Geometry, orientation: str | None, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    array = np.full(geometry.shape, -50, np.float32)
+    d, h, w = (sorted(rng.choice(n + 1, 2, replace=False)) for n in geometry.shape)
+    body = (slice(*d), slice(*h), slice(*w))
+    array[body] = rng.choice([-1, 1], array[body].shape)
+    source = write_scan(tmp_path_factory.mktemp("scan") / "scan.nii.gz", array, geometry)
+    spec = replace(PLAIN, orientation=orientation, foreground_crop=True, intensity_window=(-40.0, 40.0))
+    # This network labels everything but -1 as object: what it never saw must still be background.
+    predict_scan(source, make_ensemble(spec, Above()), save_probabilities=True)
+    np.testing.assert_array_equal(read_mask(source, geometry), array > 0)
+    probabilities = np.asarray(nib.load(source.output.with_name("mask_probabilities.nii.gz")).dataobj)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-6)
+    outside = np.ones(geometry.shape, bool)
+    outside[body] = False
+    assert (probabilities[outside] == [1, 0]).all()
+
+
+def test_class_by_class_is_the_arg_max_of_all() -> None:
+    source = Geometry(np.eye(4), (7, 9, 5), (1.0, 1.0, 1.0))
+    transform = GridTransform(source=source, resampled_shape=(4, 6, 8), padding_before=(1, 0, 2), shape=(6, 6, 11))
+    values = np.random.default_rng(0).random((4, 6, 6, 11)).astype(np.float32)
+    whole = to_source_grid(values, transform)
+    np.testing.assert_array_equal(np.concatenate(list(classes_on_source_grid(values, transform))), whole)
+    single = (one[0] for one in classes_on_source_grid(values, transform))
+    np.testing.assert_array_equal(arg_max(single, source), whole.argmax(0))
+    equal = np.zeros((3, 7, 9, 5), np.float32)
+    assert not arg_max(iter(equal), source).any(), "the first of equal ones, as in numpy"
+
+
+def probabilities(ensemble: Ensemble, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    d, h, w = image.shape
+    transform = GridTransform(
+        source=Geometry(np.eye(4), (d, h, w), (1.0, 1.0, 1.0)),
+        resampled_shape=(d, h, w),
+        padding_before=(0, 0, 0),
+        shape=(d, h, w),
+    )
+    return ensembles.predict_image(image[None], transform, ensemble, "scan")
+
+
+def test_an_ensemble_averages_probabilities_not_logits() -> None:
+    image = np.full((5, 4, 6), 2.0, np.float32)
+    found = probabilities(make_ensemble(PLAIN, Above(1.0), Above(-0.5)), image)
+    expected = (1 / (1 + np.exp(-2.0)) + 1 / (1 + np.exp(1.0))) / 2
+    np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+    np.testing.assert_allclose(found.sum(0), 1, rtol=1e-5)
+
+
+def test_flips_are_undone_and_averaged() -> None:
+    image = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(
+        probabilities(make_ensemble(PLAIN, Above(), flips=((), (2,), (3, 4))), image),
+        probabilities(make_ensemble(PLAIN, Above()), image),
+        rtol=1e-5,
+    )
+    plain = probabilities(make_ensemble(PLAIN, Ramp()), image)
+    both = probabilities(make_ensemble(PLAIN, Ramp(), flips=((), (2,))), image)
+    np.testing.assert_allclose(both, (plain + plain[:, ::-1]) / 2, rtol=1e-5)
+    assert plain[1, 0, 0, 0] < 0.51 < plain[1, 3, 0, 0]
+
+
+def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None:
+    geometry = Geometry(np.array([[0.0, 0, -2, 7], [0, 3, 0, -5], [1, 0, 0, 2], [0, 0, 0, 1]]), (3, 4, 5), (1, 3, 2))
+    array = np.random.default_rng(0).normal(size=geometry.shape).astype(np.float32)
+    source = write_scan(tmp_path / "scan.nii", array, geometry)
+    predict_scan(source, make_ensemble(replace(PLAIN, orientation="LPS"), Above()), save_probabilities=True)
+    image = nib.load(tmp_path / "mask_probabilities.nii.gz")
+    np.testing.assert_allclose(image.affine, geometry.affine, atol=1e-5)
+    stored = np.asarray(image.dataobj)
+    np.testing.assert_allclose(stored[..., 1], 1 / (1 + np.exp(-array)), rtol=1e-4)
+    np.testing.assert_array_equal(stored.argmax(-1), read_mask(source, geometry))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mask.nii.gz", "mask_probabilities.nii.gz", "scan.nii"]
+
+
+def test_a_scan_with_other_channels_is_refused(tmp_path: Path) -> None:
+    geometry = Geometry(np.eye(4), (3, 4, 5), (1.0, 1.0, 1.0))
+    source = write_scan(tmp_path / "scan.nii", np.zeros((3, 4, 5, 2), np.float32), geometry)
+    with pytest.raises(UserError, match=r"scan: has 2 channel\(s\), the network takes 1"):
+        predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=False)
+
+
+def test_a_scan_too_large_for_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    source = write_scan(
+        tmp_path / "scan.nii", np.zeros((300, 300, 300), np.uint8), Geometry(np.eye(4), (1, 1, 1), (1, 1, 1))
+    )
+    with pytest.raises(UserError, match=r"scan: needs 0\.40 GiB, but .* are left of --max_memory_gb 0\.1"):
+        predict_scan(source, make_ensemble(PLAIN, Above(), max_gb=0.1), save_probabilities=False)
+
+
+def test_if_the_gpu_runs_out_of_memory_the_next_plan_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def two_plans(*_: Any) -> Iterator[MemoryPlan]:
+        yield MemoryPlan(volume_device=CPU, network_device=CPU, batch_size=7)
+        yield MemoryPlan(volume_device=CPU, network_device=CPU, batch_size=2, note="computed on the CPU")
+
+    original = ensembles.mean_probabilities
+
+    def runs_out(image: Tensor, ensemble: Ensemble, plan: MemoryPlan) -> NDArray[np.float32]:
+        if plan.batch_size == 7:
+            raise torch.OutOfMemoryError
+        return original(image, ensemble, plan)
+
+    monkeypatch.setattr(ensembles, "memory_plans", two_plans)
+    monkeypatch.setattr(ensembles, "mean_probabilities", runs_out)
+    image = np.ones((4, 4, 4), np.float32)
+    assert probabilities(make_ensemble(PLAIN, Above()), image)[1].min() > 0.7
+    assert "note: scan: computed on the CPU (the GPU ran out of memory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [None, (12, 14)])
+def test_2d_images_are_predicted_as_2d_images(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pip install '.[images]'")
+    seen = np.zeros((6, 7), np.uint8)
+    seen[2:5, 1:4] = 255
+    (tmp_path / "in").mkdir()
+    image.fromarray(seen).save(tmp_path / "in" / "a.tif")
+    image.fromarray(seen.T.copy()).save(tmp_path / "in" / "b.jpg", quality=100)
+    spec = replace(PLAIN, mean=100.0, std=10.0, size=size)
+    network = make_ensemble(spec, Above())
+    for source in find_sources(tmp_path / "in", tmp_path, None):
+        assert source.voxels() == 42
+        predict_scan(source, network, save_probabilities=False)
+    for name, expected in (("a", seen), ("b", seen.T)):
+        mask = image.open(tmp_path / f"{name}.png")
+        assert (mask.mode, mask.getpalette()[:3]) == ("P", [0, 0, 0])
+        np.testing.assert_array_equal(np.asarray(mask), expected // 255)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("case", range(22))
+def test_real_masks_survive_the_network_s_grid(real_data: Callable[[str], Path], case: int) -> None:
+    """A perfect prediction, at 1.6 x 1.2 x 1.2 mm by nearest neighbour like the training labels, and back."""
+    file = sorted(real_data("kits19_segmentations").glob("*/segmentation.nii.gz"))[case]
+    truth = read_nifti(file, np.uint8)
+    geometry = truth.geometry
+    assert KITS19.spacing_mm is not None
+    shape = resampled_shape(geometry.shape, geometry.spacing_mm, KITS19.spacing_mm)
+    (d, _), (h, _), (w, _) = edge_padding(shape, KITS19.min_shape)
+    transform = GridTransform(source=geometry, resampled_shape=shape, padding_before=(d, h, w), shape=shape)
+    label = preprocess_label(truth, transform, KITS19)
+    known = np.concatenate([label == value for value in range(3)]).astype(np.float32)
+    found = arg_max((one[0] for one in classes_on_source_grid(known, transform)), geometry)
+
+    def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+        return float(2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other)))
+
+    mask = truth.array[0]
+    assert dice(mask > 0, found > 0) >= 0.95
+    for value in (1, 2):
+        assert dice(mask == value, found == value) >= 0.9
