@@ -326,13 +326,7 @@ def crowded_dataclasses(tree: ast.Module) -> Iterator[str]:
 
 # Files with such calls, such functions, such dataclasses.
 CROWDED_CALLS: set[str] = {
-    "data_loading/dataset.py",
-    "data_loading/device_loader.py",
     "data_loading/phantom.py",
-    "data_loading/preprocessing.py",
-    "data_loading/pytorch_loader.py",
-    "data_loading/transforms.py",
-    "data_loading/writer.py",
     "submission/logs.py",
     "submission/package.py",
     "submission/plot.py",
@@ -344,11 +338,6 @@ CROWDED_FUNCTIONS: set[str] = {
     "runtime/logging/wandb.py",
 }
 CROWDED_DATACLASSES: set[str] = {
-    "data_loading/dataset.py",
-    "data_loading/preprocessing.py",
-    "data_loading/pytorch_loader.py",
-    "data_loading/sampler.py",
-    "data_loading/spec.py",
     "runtime/distributed/world.py",
     "submission/logs.py",
     "submission/published_results.py",
@@ -386,10 +375,7 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "benchmarks/step.py",
     "benchmarks/tables/amd_epyc_avx2_2_cores.md",
     "data_loading/integrity.py",
-    "data_loading/library_transforms.py",
     "data_loading/phantom.py",
-    "data_loading/pytorch_loader.py",
-    "data_loading/sampler.py",
     "docs/submission.md",
     "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
