@@ -143,7 +143,7 @@ def test_dicom_series_give_the_masks_of_their_scans(
         ok=False,
     )
     assert refused.returncode == 2
-    assert "holds 2 series; choose one with --series, or all: 1 (made up," in refused.stderr
+    assert "holds 2 series; choose one with --series, or use --series all: 1 (synthetic," in refused.stderr
     predict(program, trained, tmp_path / "in", tmp_path / "out", "--series", "all")
     for number in (1, 2):
         expected = nib.load(tmp_path / f"expected_{number}.nii")
