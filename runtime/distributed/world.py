@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -66,8 +66,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    group: Any = None
-    store: KeyValueStore | None = None
+    group: Any = field(default=None, kw_only=True)
+    store: KeyValueStore | None = field(default=None, kw_only=True)
 
     @classmethod
     def join(cls, local_rank: int) -> World:
@@ -116,7 +116,7 @@ class World:
                 continue
             group = dist.new_group(list(part), timeout=TIMEOUT)
             if self.rank in part:
-                mine = World(list(part).index(self.rank), len(part), self.device, group)
+                mine = World(list(part).index(self.rank), len(part), self.device, group=group)
         return mine
 
     @property

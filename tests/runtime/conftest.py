@@ -92,12 +92,12 @@ def run_ranks() -> Callable[..., list[str]]:
             for rank in range(ranks)
         ]
         try:
-            told = [process.communicate(timeout=120) for process in started]
+            outputs = [process.communicate(timeout=120) for process in started]
         finally:
             for process in started:
                 process.kill()
-        assert [process.returncode for process in started] == [0] * ranks, "\n".join(err for _, err in told)
-        return [out for out, _ in told]
+        assert [process.returncode for process in started] == [0] * ranks, "\n".join(err for _, err in outputs)
+        return [out for out, _ in outputs]
 
     return run
 
@@ -182,7 +182,7 @@ def make_loop(loader: TrainingLoader, **parts: Any) -> TrainLoop:
 
 
 class Batches:
-    """A training loader of made-up batches: the label follows from the image, so that something can be learnt."""
+    """A training loader of dummy batches; the label follows from the image, so that something can be learnt."""
 
     def __init__(self, batches: int, batch_size: int, shape: tuple[int, int, int] = (4, 4, 8)) -> None:
         self.epochs: list[int] = []
