@@ -2,7 +2,7 @@
 
     python3 -m benchmarks --suite loader|step|evaluate|preprocess|scaling|storage|all [--json FILE] [--quick]
 
-Prints a markdown table a suite; with --json also writes them, with hardware, versions and commit.
+Prints one markdown table per suite; --json also writes them, with hardware, versions and commit.
 """
 
 from __future__ import annotations
@@ -27,15 +27,21 @@ SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises UserError for what would fail only after the measuring."""
+    """Parses the command line.
+
+    Raises:
+        UserError: anything that would otherwise fail only after measuring.
+    """
     parser = Parser(prog="python3 -m benchmarks", description="Measures this project on this machine.")
     parser.add_argument("--suite", choices=(*SUITES, "all"), required=True)
     parser.add_argument("--json", type=Path, help="also write the tables, with hardware, versions and commit")
-    parser.add_argument("--quick", action="store_true", help="small shapes: it runs, the figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, to see that everything runs; the figures mean nothing"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--work_dir", type=Path, help="where made-up data goes (default: a temporary folder)")
-    parser.add_argument("--cases", type=int, help="volumes of the storage suite (default: 168)")
-    parser.add_argument("--num_workers", type=int, help="loader processes (default: one a core)")
+    parser.add_argument("--work_dir", type=Path, help="folder for synthetic data (default: a temporary folder)")
+    parser.add_argument("--cases", type=int, help="number of volumes of the storage suite (default: 168)")
+    parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
     given = parser.parse_args(argv)
     if given.json and not given.json.parent.is_dir():
         raise UserError(f"--json {given.json}: its folder does not exist")
@@ -71,13 +77,13 @@ def main(argv: list[str] | None = None) -> int:
             results[suite] = importlib.import_module(f"benchmarks.{suite}").run(options)
             for table in results[suite]:
                 print(table.to_markdown(), flush=True)
-            if given.json:  # after each suite: one that fails takes no other's tables with it
+            if given.json:  # after each suite, so that a suite that fails loses no other tables
                 write_json(given.json, environment, given.quick, results)
     return 0
 
 
 def write_json(path: Path, environment: dict[str, Any], quick: bool, results: dict[str, list[Table]]) -> None:
-    """The suites' tables, with hardware, versions and commit."""
+    """Writes the suites' tables, with hardware, versions and commit."""
     suites = {suite: [dataclasses.asdict(table) for table in tables] for suite, tables in results.items()}
     content = {"environment": environment, "quick": quick, "suites": suites}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

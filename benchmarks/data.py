@@ -1,4 +1,4 @@
-"""What the suites on data share: made-up preprocessed folders, and the page cache."""
+"""Shared by the suites on data: synthetic preprocessed folders, and control of the page cache."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ READ_BYTES = 1 << 22
 
 
 def worker_count(options: Options) -> int:
-    """Processes that make data: as asked for, else one a core."""
+    """Number of loader processes: as requested, or else one per core."""
     return (os.cpu_count() or 1) if options.num_workers is None else options.num_workers
 
 
 def write_patients(folder: Path, count: int, shape: Shape) -> list[str]:
-    """A preprocessed folder of phantoms of `shape` (D, H, W) voxels, each with two kidneys and a tumour; its cases."""
+    """Writes a preprocessed folder of phantoms of `shape` (D, H, W) voxels, each with two kidneys and a tumour.
+
+    Returns:
+        The case ids.
+    """
     records = {}
     for number in range(count):
         image, mask = make_phantom(0, number, shape)
@@ -44,14 +48,18 @@ def write_patients(folder: Path, count: int, shape: Shape) -> list[str]:
 def save_case(
     folder: Path, case: str, image: NDArray[np.float32], label: NDArray[np.uint8], boxes: Boxes
 ) -> CaseRecord:
-    """Saves (C, D, H, W) and (1, D, H, W) down to the disk, so that `drop_caches` can drop them; the index's record."""
+    """Saves image (C, D, H, W) and label (1, D, H, W) and flushes them to disk, so that `drop_caches` can drop them.
+
+    Returns:
+        The case's entry in the index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, array in (("x", image), ("y", label)):
         with case_file(folder, case, kind).open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
             stream.flush()
             os.fsync(stream.fileno())
-    # No suite asks for a digest, a source or statistics.
+    # No suite needs a digest, a source or statistics.
     return CaseRecord(
         transform=None,
         boxes=boxes,
@@ -62,28 +70,28 @@ def save_case(
 
 
 def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:
-    """`dataset.json` with every case in training."""
+    """Writes `dataset.json` with every case in the training split."""
     split: dict[str, list[str]] = {"train": list(records), "evaluation": []}
     write_json(folder / INDEX_NAME, DatasetIndex(spec=KITS19, split=split, cases=dict(records)).to_json())
 
 
 class ForgettingDataset(CropDataset):
-    """Maps its volumes anew for each sample: the system cannot drop pages that a process keeps mapped."""
+    """Maps its volumes again for each sample: the system cannot drop pages that a process keeps mapped."""
 
     def open_case(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         return map_case(self.data_dir, self.cases[index])
 
 
 def files_of(folder: Path, cases: Iterable[str]) -> list[Path]:
-    """Images and labels of the cases."""
+    """The image and label files of the cases."""
     return [case_file(folder, case, kind) for case in dict.fromkeys(cases) for kind in "xy"]
 
 
 def drop_caches(files: Iterable[Path]) -> bool:
-    """Asks the kernel to forget its pages of files that lie on the disk and are mapped nowhere; no root needed.
+    """Asks the kernel to drop its cached pages of files that are on disk and not mapped; root is not needed.
 
     Returns:
-        False where a system has no such call. A kernel may also ignore it: `disk_bytes_read` shows what it did.
+        False if the system has no such call. The kernel may also ignore it; `disk_bytes_read` shows whether it did.
     """
     # `getattr`: macOS's os has neither.
     advise, forget = getattr(os, "posix_fadvise", None), getattr(os, "POSIX_FADV_DONTNEED", None)
@@ -99,7 +107,7 @@ def drop_caches(files: Iterable[Path]) -> bool:
 
 
 def read_through(files: Iterable[Path]) -> int:
-    """Reads every file once, which leaves them in the page cache as far as memory reaches; bytes read."""
+    """Reads every file once, which leaves them in the page cache as far as memory allows; returns the bytes read."""
     total = 0
     buffer = bytearray(READ_BYTES)
     for path in files:
@@ -110,7 +118,7 @@ def read_through(files: Iterable[Path]) -> int:
 
 
 def disk_bytes_read() -> int | None:
-    """Bytes that the disk has delivered because of this process, read-ahead included; None where nobody counts."""
+    """Bytes that the disk has delivered for this process, including read-ahead; None if the system does not count."""
     try:
         fields: dict[str, Any] = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(fields["read_bytes"])

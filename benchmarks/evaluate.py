@@ -1,4 +1,4 @@
-"""Sliding-window evaluation: windows in batches against one at a time, and how the cases are dealt out."""
+"""Sliding-window evaluation: windows in batches compared with one at a time, and the assignment of cases to ranks."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from runtime.seeding import seed_process
 
 BATCH_SIZES = (1, 2, 4, 8)
 RANKS = (2, 4, 8, 16, 42, 64)
-# The evaluation set's 42 cases have 8 to 144 windows of 128^3, 2,636 in all; made up here: a curve through all three.
+# The evaluation set's 42 cases have 8 to 144 windows of 128^3, 2,636 in all; synthetic here: a curve through all three.
 FEWEST, MOST, CASES = 8, 144, 42
-# What lies around a volume: below every intensity of KITS19, as its spec says too.
+# Padding around a volume: below every intensity of KITS19, as in its spec.
 PADDING = -2.2
-# Orders of the cases that round-robin is averaged over: the data set's own says nothing of their size.
+# Number of case orders over which round-robin is averaged: the data set's own order is unrelated to size.
 ORDERS = 200
-# The image is noise of deviation 1: these give about a third of its voxels to each class.
+# The image is noise with standard deviation 1: these edges give each class about a third of the voxels.
 EDGES = (-0.5, 0.5)
-# How far both ways may differ: in Dice not at all but for the last digits, in the loss by the number format's rounding.
+# How far both ways may differ: in Dice only in the last digits, in the loss by the number format's rounding.
 DICE_TOLERANCE = 1e-6
 LOSS_TOLERANCE = {None: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-MARK = "Published for one H200 (NVIDIA's MXNet code, MLPerf v4.0): 204 windows/s."
+PUBLISHED = "Published for one H200 (NVIDIA's MXNet code, MLPerf v4.0): 204 windows/s."
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is computed: the network, the window, and the volumes, whose sizes make cutting and padding count."""
+    """The size of the computation: network, window, and volumes whose sizes require cutting and padding."""
 
     filters: tuple[int, ...]
     window: tuple[int, int, int]
@@ -59,11 +59,11 @@ def run(options: Options) -> list[Table]:
         folder = options.work_dir / title
         folder.mkdir()
         tables.append(batching(title, options.device, scale, folder))
-    return [*tables, dealing()]
+    return [*tables, assignment()]
 
 
 def scales_of(options: Options) -> dict[str, Scale]:
-    """By title. Small windows are another matter: a CPU computes one of them alone by PyTorch's slow convolution."""
+    """Scales by title. Small windows are a separate case: for a single one a CPU uses PyTorch's slow convolution."""
     whole, small = "Evaluation in batches of windows", "Evaluation in batches of small windows"
     if options.quick:
         return {whole: Scale((4, 8), (16, 16, 16), ((25, 31, 30), (16, 20, 24)), 1)}
@@ -75,10 +75,10 @@ def scales_of(options: Options) -> dict[str, Scale]:
 
 
 def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Table:
-    """Windows/s of `score_cases` against `naive_scores`, on the same network and volumes.
+    """Windows/s of `CaseScorer` compared with `naive_scores`, on the same network and volumes.
 
     Raises:
-        RuntimeError: the two do not score alike.
+        RuntimeError: their scores differ.
     """
     seed_process(0, deterministic=False, autotune=device.type == "cuda")
     cases = write_cases(folder, scale.volumes)
@@ -104,16 +104,16 @@ def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Ta
     shapes = ", ".join(" x ".join(map(str, shape)) for shape in scale.volumes)
     notes = [
         f"unet3d with filters {scale.filters}, {windows} windows of {' x '.join(map(str, scale.window))} over volumes "
-        f"of {shapes}; both ways score alike (Dice within {DICE_TOLERANCE:g}).",
-        "One at a time: the Gaussian map made anew for each volume. Both read from disk, as main.py does on a CPU.",
-        *([MARK] if device.type == "cuda" and scale.filters == MLPERF_FILTERS else []),
+        f"of {shapes}; both ways give the same scores (Dice within {DICE_TOLERANCE:g}).",
+        "One at a time: the Gaussian map is recomputed for each volume. Both read from disk, as main.py does on a CPU.",
+        *([PUBLISHED] if device.type == "cuda" and scale.filters == MLPERF_FILTERS else []),
     ]
     columns = ["val_batch_size", "windows/s, one at a time", "windows/s, in batches", "ratio"]
     return Table(title, columns, rows, notes)
 
 
 def check_same(naive: Tensor, ours: Tensor, precision: Precision) -> None:
-    """Scores (cases, K), the loss first; raises RuntimeError where they differ."""
+    """Compares scores (cases, K), the loss first. Raises RuntimeError if they differ."""
     away = (naive - ours).abs().max(dim=0).values
     if not (away[1:].max() <= DICE_TOLERANCE and away[0] <= LOSS_TOLERANCE[precision.dtype]):
         raise RuntimeError(f"the batched scores are not those of one window at a time: off by {away.tolist()}")
@@ -133,7 +133,7 @@ def scoring(window: tuple[int, int, int], batch_size: int) -> SlidingWindowConfi
 def batched_scores(
     folder: Path, cases: Sequence[str], network: nn.Module, how: SlidingWindowConfig, precision: Precision
 ) -> Tensor:
-    """The project's own way, as `evaluate` goes it: (cases, K) float64 on the host, the loss first."""
+    """The project's own way, as in evaluation: (cases, K) float64 on the host, the loss first."""
     loaded = (load_evaluation_case(folder, case) for case in cases)
     alone = World(0, 1, precision.device)
     scorer = CaseScorer(network=network, loss=DiceCELoss(), windows=how, precision=precision)
@@ -141,10 +141,10 @@ def batched_scores(
 
 
 class Decided(nn.Module):
-    """A network whose largest logit is clear in every voxel, at the cost of the network that it wraps.
+    """A network with a clear largest logit in every voxel, at the cost of the network that it wraps.
 
-    An untrained network's logits nearly tie: rounding, which differs with the batch size, then tips over a voxel here
-    and there, and one voxel of a million moves Dice by more than 1e-6.
+    An untrained network's logits nearly tie: rounding, which differs with the batch size, would flip single voxels, and
+    one voxel of a million changes Dice by more than 1e-6.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -161,7 +161,7 @@ class Decided(nn.Module):
 
 
 def write_cases(folder: Path, shapes: Sequence[tuple[int, int, int]]) -> list[str]:
-    """Volumes of noise, labelled by their own values but for some voxels, as a preprocessed folder holds them."""
+    """Writes a preprocessed folder of noise volumes, labelled by their own values except for some voxels."""
     cases = []
     for number, shape in enumerate(shapes):
         rng = np.random.default_rng(number)
@@ -203,7 +203,7 @@ def naive_scores(
 
 
 def cut_remainder(array: NDArray[np.generic], axis: int, stride: int) -> NDArray[np.generic]:
-    """An axis without what is left over of whole strides, where that is less than half of one."""
+    """Cuts an axis to whole strides if the remainder is less than half a stride."""
     size = array.shape[axis]
     remainder = size % stride
     if remainder >= stride // 2:
@@ -215,8 +215,8 @@ def naive_logits(image: Tensor, network: nn.Module, window: tuple[int, int, int]
     """(1, 1, D, H, W), whole strides in each axis -> (1, K, D, H, W): the mean of the windows, weighted by the map."""
     curves = []
     for length in window:
-        place_in_window = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
-        curves.append(torch.exp(-0.5 * (place_in_window / (length / 8)) ** 2))
+        position = torch.arange(length, dtype=torch.float64) - (length - 1) / 2
+        curves.append(torch.exp(-0.5 * (position / (length / 8)) ** 2))
     product = torch.einsum("d,h,w->dhw", *curves) ** (1 / 3)
     weights = (product / product.max()).float().to(image.device)
     total = torch.zeros(1, CLASSES, *image.shape[2:], device=image.device)
@@ -232,7 +232,7 @@ def naive_logits(image: Tensor, network: nn.Module, window: tuple[int, int, int]
 
 
 def naive_score(logits: Tensor, label: Tensor) -> list[float]:
-    """The loss, then Dice of the arg-max per foreground class, read one after the other."""
+    """The loss, then Dice of the arg-max per foreground class, each read from the device separately."""
     prediction = logits.argmax(dim=1, keepdim=True)
     row = [NaiveDiceCE()(logits, label).item()]
     for value in range(1, CLASSES):
@@ -242,23 +242,24 @@ def naive_score(logits: Tensor, label: Tensor) -> list[float]:
     return row
 
 
-def dealing() -> Table:
-    """The busiest rank's windows: longest case first against every `ranks`-th case. Arithmetic, nothing is timed."""
+def assignment() -> Table:
+    """The busiest rank's windows: longest case first compared with every `ranks`-th case. Computed, not timed."""
     windows = window_counts()
     rows = []
     for ranks in RANKS:
         naive, ours = round_robin(windows, ranks), busiest(windows, ranks)
         rows.append([ranks, math.ceil(sum(windows) / ranks), naive, ours, naive / ours])
     notes = [
-        f"{CASES} cases of {FEWEST} to {MOST} windows, {sum(windows)} in all, made up to MLPerf's totals. Round-robin: "
-        f"the median over {ORDERS} orders of the cases. Above {CASES} ranks the windows of a case are shared.",
+        f"{CASES} cases of {FEWEST} to {MOST} windows, {sum(windows)} in all, synthetic with MLPerf's totals. "
+        f"Round-robin: the median over {ORDERS} orders of the cases. With more than {CASES} ranks the windows of a "
+        "case are shared.",
     ]
     columns = ["ranks", "even share", "busiest rank, round-robin", "busiest rank, longest first", "ratio"]
     return Table("Windows of the busiest rank", columns, rows, notes)
 
 
 def window_counts() -> list[int]:
-    """The windows of each evaluation case, made up: from the fewest to the most, with MLPerf's total of 2,636."""
+    """Synthetic window counts of the evaluation cases, from the fewest to the most, with MLPerf's total of 2,636."""
     return [round(FEWEST + (MOST - FEWEST) * (case / (CASES - 1)) ** 1.5) for case in range(CASES)]
 
 
@@ -272,7 +273,7 @@ def busiest(windows: Sequence[int], ranks: int) -> int:
 
 
 def round_robin(windows: Sequence[int], ranks: int) -> float:
-    """Windows of the busiest rank where rank r takes cases r, r + ranks, …: the median over random orders."""
+    """Windows of the busiest rank if rank r takes cases r, r + ranks, …: the median over random orders."""
     rng = np.random.default_rng(0)
     orders = (rng.permutation(windows) for _ in range(ORDERS))
     largest: Callable[[NDArray[np.int_]], int] = partial(_largest_shard, ranks=ranks)

@@ -1,4 +1,4 @@
-"""How a benchmark measures and what it prints."""
+"""Timing of alternating pairs, and tables of results."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every suite is run with.
+    """The options of a suite.
 
     Attributes:
         device: where networks run.
-        quick: small shapes and few repetitions: shows that a suite runs, its figures mean nothing.
-        work_dir: a folder for made-up data; the caller removes it.
-        cases: volumes of the storage suite; None: its own default.
-        num_workers: loader processes; None: as many as there are cores.
+        quick: small shapes and few repetitions, to see that a suite runs; its figures mean nothing.
+        work_dir: a folder for synthetic data; the caller removes it.
+        cases: number of volumes of the storage suite; None: its own default.
+        num_workers: number of loader processes; None: one per core.
     """
 
     device: torch.device
@@ -36,7 +36,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of results: `rows` as wide as `columns`; `notes` say what was measured and how."""
+    """A table of results: each of `rows` has the length of `columns`; `notes` describe what was measured and how."""
 
     title: str
     columns: list[str]
@@ -59,7 +59,7 @@ def _plain(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of two ways, taken in turn; `ratio` is the median of naive / ours: above 1, ours is faster."""
+    """Alternating times of two implementations; `ratio` is the median of naive / ours: above 1, ours is faster."""
 
     naive_s: list[float]
     ours_s: list[float]
@@ -72,6 +72,6 @@ class Comparison:
 def compare(
     naive: Callable[[], object], ours: Callable[[], object], pairs: int, device: torch.device, warm_up: int = 1
 ) -> Comparison:
-    """Times both ways in turn, so that a machine that slows down slows both. The first `warm_up` pairs are not kept."""
+    """Times both alternately, so that a slowdown of the machine affects both; discards the first `warm_up` pairs."""
     times = [(seconds(naive, device), seconds(ours, device)) for _ in range(warm_up + pairs)][warm_up:]
     return Comparison([a for a, _ in times], [b for _, b in times])

@@ -1,4 +1,4 @@
-"""`--suite loader`: samples/s of every loader against the naive way, and the bytes that a sample reads."""
+"""`--suite loader`: samples/s of every loader compared with a naive one, and the bytes that a sample reads."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SHAPE, PATCH = (160, 400, 400), (128, 128, 128)
 QUICK_SHAPE, QUICK_PATCH = (24, 40, 40), (16, 16, 16)
 PAIRS, QUICK_PAIRS = 7, 2
 VOLUMES = 4
-# Samples a timing: the naive way takes some 0.1 s each, twice that where it labels components; a loader's epoch must
-# outlast the start of its pass.
+# Samples per timing: the naive way takes about 0.1 s each, twice that if it labels components; a loader's epoch must
+# last longer than its start.
 NAIVE_SAMPLES, LOADER_SAMPLES = 4 * VOLUMES, 32 * VOLUMES
-# Bytes a voxel of the image and of the label.
+# Bytes per voxel of the image and of the label.
 ITEMSIZES = (4, 1)
-# Crops whose pages are counted, and samples that are read from a cold disk.
+# Number of crops whose pages are counted, and of samples read from a cold disk.
 COUNTED_CROPS, COLD_SAMPLES = 200, 8
 
 
@@ -58,8 +58,8 @@ def run(options: Options) -> list[Table]:
 
 
 def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderConfig) -> Table:
-    """Samples/s of each loader, and how many times the naive way's, taken in turn with it."""
-    # One process makes a case's samples under several numbers: each number is another crop of the same file.
+    """Samples/s of each loader, and its ratio to the naive way, which it alternates with."""
+    # The cases are repeated: each index of the same file gives another crop.
     few, many = list(cases) * (NAIVE_SAMPLES // len(cases)), list(cases) * (LOADER_SAMPLES // len(cases))
     naive = NaiveCropDataset(folder, few, settings)
     ours = CropDataset(folder, few, load_boxes(folder, few, len(KITS19.classes)), settings)
@@ -81,7 +81,7 @@ def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: S
     rate, ratio, _ = against_naive(lambda epoch: drain(loader, epoch), len(many))
     rows.append(row(f"pytorch, {workers} worker(s)", rate, ratio))
 
-    # Every volume lies in the device's memory once: here an "epoch" is as many passes as give the same samples.
+    # Every volume is in device memory once: an "epoch" here is as many passes as give the same number of samples.
     passes = LOADER_SAMPLES // len(cases)
     with notes_held():
         device_loader = make_training_loader("device", folder, cases=cases, spec=KITS19, config=settings)
@@ -96,23 +96,23 @@ def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: S
         rows.append(row(name, rate, ratio))
     sizes = [" x ".join(map(str, sides)) for sides in (shape, settings.patch)]
     notes = [
-        f"Volumes of {sizes[0]} voxels, crops of {sizes[1]}, warm caches, {pairs} pairs, each in turn with the naive "
-        "way in one process; ratios are medians of pairs. Target: pytorch in one process at least 20 times the naive "
-        "way.",
+        f"Volumes of {sizes[0]} voxels, crops of {sizes[1]}, warm caches, {pairs} pairs, each alternating with the "
+        "naive way in one process; ratios are medians of pairs. Target: pytorch in one process at least 20 times as "
+        "fast as the naive way.",
         *fallback,
     ]
-    columns = ["loader", "samples/s", "ms a sample", "times the naive way"]
-    return Table("Loaders: samples a second", columns, rows, notes)
+    columns = ["loader", "samples/s", "ms per sample", "ratio to the naive way"]
+    return Table("Loaders: samples per second", columns, rows, notes)
 
 
 def next_epochs(work: Callable[[int], object]) -> Callable[[], object]:
-    """`work` on epoch 1, 2, 3 … call by call: ways that are compared then make the same samples."""
+    """Calls `work` with epoch 1, 2, 3 …, so that two ways under comparison produce the same samples."""
     epochs = itertools.count(1)
     return lambda: work(next(epochs))
 
 
 def drain(loader: TrainingLoader, *epochs: int) -> int:
-    """Takes all batches of the epochs; how many."""
+    """Consumes all batches of the epochs; returns their number."""
     return sum(1 for epoch in epochs for _ in loader.epoch(epoch))
 
 
@@ -121,10 +121,10 @@ def row(name: str, rate: float, ratio: float) -> list[str | float]:
 
 
 def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderConfig) -> Table:
-    """What a sample reads of its case: its voxels, the pages that these lie in, and what a cold disk delivers."""
+    """What a sample reads: its voxels, the pages that contain them, and what a cold disk delivers."""
     boxes = load_boxes(folder, cases, len(KITS19.classes))
     voxels = [itemsize * math.prod(settings.patch) for itemsize in ITEMSIZES]
-    # The voxels are the end of a file.
+    # The voxels are at the end of a file.
     sizes = [path.stat().st_size for path in files_of(folder, cases[:1])]
     offsets = [size - itemsize * math.prod(shape) for size, itemsize in zip(sizes, ITEMSIZES, strict=True)]
     pages = []
@@ -140,34 +140,34 @@ def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: Load
     rows: list[list[str | float]] = [
         ["image voxels of the crop", voxels[0] / MB],
         ["label voxels of the crop", voxels[1] / MB],
-        ["together, what a sample copies out of the mapped files", sum(voxels) / MB],
-        ["whole pages that these lie in, mean", statistics.mean(pages) / MB],
-        ["whole pages that these lie in, most", max(pages) / MB],
+        ["both, copied from the mapped files", sum(voxels) / MB],
+        ["whole pages that contain them, mean", statistics.mean(pages) / MB],
+        ["whole pages that contain them, maximum", max(pages) / MB],
         ["delivered by the disk, cold caches, mean", NOT_MEASURED if cold is None else cold / MB],
-        ["naive: image and label whole", sum(sizes) / MB],
+        ["naive: whole image and label", sum(sizes) / MB],
     ]
     notes = [
         f"Target: at most 12 MB. The kernel reads whole pages ({mmap.PAGESIZE} bytes), and a crop's rows of "
-        f"{4 * settings.patch[2]} bytes lie {4 * shape[2]} apart: nearly every page between its first and last row is "
-        f"touched. Counted from the strides over {COUNTED_CROPS} drawn crops; on a cold disk read-ahead comes on top "
-        f"(the process's own count over {COLD_SAMPLES} samples)."
+        f"{4 * settings.patch[2]} bytes are {4 * shape[2]} apart: nearly every page between its first and last row is "
+        f"touched. Computed from the strides of {COUNTED_CROPS} drawn crops; a cold disk adds read-ahead (the "
+        f"process's own count over {COLD_SAMPLES} samples)."
     ]
-    return Table("Loader: bytes a sample reads", ["what", "MB a sample"], rows, notes)
+    return Table("Loader: bytes read per sample", ["what", "MB per sample"], rows, notes)
 
 
 def page_bytes(offset: int, shape: Shape, start: Shape, patch: Shape, itemsize: int, page: int = mmap.PAGESIZE) -> int:
-    """Bytes of the pages of a file that a crop lies in.
+    """Bytes of the pages of a file that contain a crop.
 
     Args:
         offset: of the first voxel in the file.
         shape: of the volume (D, H, W), in C order.
         start, patch: the crop's first voxel and its shape.
-        itemsize: bytes a voxel.
+        itemsize: bytes per voxel.
     """
     d, h = (np.arange(first, first + length) for first, length in zip(start[:2], patch[:2], strict=True))
     rows = offset + itemsize * ((d[:, None] * shape[1] + h) * shape[2] + start[2]).ravel()
     first, last = rows // page, (rows + itemsize * patch[2] - 1) // page
-    # Every row opens its span of pages and closes it behind the last one.
+    # Every row adds 1 at its first page and subtracts it after its last one.
     change = np.zeros(last.max() + 2, np.int64)
     np.add.at(change, first, 1)
     np.add.at(change, last + 1, -1)
@@ -175,7 +175,7 @@ def page_bytes(offset: int, shape: Shape, start: Shape, patch: Shape, itemsize: 
 
 
 def read_cold(dataset: CropDataset, folder: Path, cases: Sequence[str]) -> float | None:
-    """Bytes that the disk delivers for a sample, mean; None where the system does not drop or count."""
+    """Mean bytes that the disk delivers for a sample; None if the system cannot drop caches or count."""
     read = []
     for number in range(COLD_SAMPLES):
         index = number % len(cases)
@@ -186,5 +186,5 @@ def read_cold(dataset: CropDataset, folder: Path, cases: Sequence[str]) -> float
         if not dropped or before is None or after is None:
             return None
         read.append(after - before)
-    # No byte at all: the files lie in memory anyway (tmpfs), or the kernel ignored the advice.
+    # No byte at all: the files are in memory anyway (tmpfs), or the kernel ignored the advice.
     return statistics.mean(read) or None

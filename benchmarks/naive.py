@@ -1,4 +1,4 @@
-"""The naive ways, written plainly from the description of the reference: what the suites measure against."""
+"""Naive implementations, written plainly from the description of the reference: the baselines of the suites."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from data_loading.sampler import sample_rng
 
 
 class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):
-    """A sample loads its whole volume, and labels the components of a whole class when its crop is a foreground one.
+    """Loads the whole volume for each sample, and labels the components of a whole class for a foreground crop.
 
-    Draws in `CropDataset`'s order, so that the same (epoch, case index) is the same sample: a comparison of the two
-    compares the work and not the luck. Volumes are at least as large as the patch, as preprocessing makes KiTS19's.
+    Draws random numbers in `CropDataset`'s order, so that the same (epoch, case index) gives the same sample. Volumes
+    are at least as large as the patch, as preprocessing makes KiTS19's.
     """
 
     def __init__(self, data_dir: Path, cases: Sequence[str], settings: LoaderConfig) -> None:
@@ -42,8 +42,8 @@ class NaiveCropDataset(Dataset[dict[str, NDArray[Any]]]):
 
 
 def naive_crop(rng: np.random.Generator, label: NDArray[np.uint8], patch: Shape, oversampling: float) -> Shape:
-    """The first voxel of a crop of `patch` out of the label (D, H, W): uniform, or around one of a class's two
-    components with the largest boxes, found anew."""
+    """The first voxel of a crop of `patch` from the label (D, H, W): uniform, or around one of a class's two components
+    with the largest boxes, which are computed each time."""
     if rng.random() < oversampling and len(classes := np.unique(label[label > 0])):
         components, _ = ndimage.label(label == classes[rng.integers(len(classes))])
         boxes = ndimage.find_objects(components)
@@ -65,5 +65,5 @@ def _window(rng: np.random.Generator, box: slice, length: int, size: int) -> int
     else:
         low, high = low + below, high - (difference - below)
     low, high = max(low, 0), min(high, size)
-    # Too short after the volume's end was cut off: it goes on at the other.
+    # If clipping made it too short, it is extended at the other end.
     return low if high - low == length or low == 0 else high - length

@@ -1,10 +1,10 @@
-"""Time to MLPerf's target on many GPUs, on paper: pure arithmetic from a device's measured rates.
+"""Time to MLPerf's target on many GPUs, computed from a device's measured rates.
 
     time = steps * step time + evaluations
-    step time = floor + samples a GPU * time of a sample + what of the all-reduce is not hidden
+    step time = floor + samples per GPU * time per sample + the part of the all-reduce that is not hidden
     steps = samples to converge at this batch size / batch size
 
-What is known stands in the table of published runs; what is not is a named constant here, the same for every run.
+Known figures are in the table of published runs; assumptions are named constants here, the same for every run.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from benchmarks.evaluate import busiest, window_counts
 
 PARAMETERS = 31_190_243
 GRADIENT_BYTES = 2 * PARAMETERS
-# Operations of one 128^3 sample: forward (two a multiply-add), and forward and backward.
+# Operations of one 128^3 sample: forward (a multiply-add counts as two), and forward and backward.
 FORWARD_TFLOP, TRAINING_TFLOP = 2 * 0.4773, 2.860
 TRAINING_CASES = 168
-GPUS_A_NODE = 8
+GPUS_PER_NODE = 8
 
-# MLPerf's rule, in epochs of 168 samples: the first evaluation, and how many epochs from one to the next.
+# MLPerf's rule, in epochs of 168 samples: the first evaluation, and the interval between evaluations.
 FIRST_EVALUATION, EVALUATION_INTERVAL = 1000, 20
 
-# What a step takes however little is left to compute: launches, layers too small to fill a GPU, exchanges between the
-# GPUs that share a sample. Such that the largest published run (LARGEST) comes out: 4,960 steps in 46 s.
+# The least time of a step, however little there is to compute: launches, layers too small to fill a GPU, exchanges
+# between GPUs that share a sample. Fitted to the largest published run (LARGEST): 4,960 steps in 46 s.
 STEP_FLOOR_S = 7.5e-3
-# Samples a GPU that fit in 80 GB in 16 bit (1.8 GB of activations each, the largest layers' workspace beside them).
-MOST_SAMPLES_A_GPU = 28
-# GPUs to a sample: the most that was published.
-MOST_GPUS_A_SAMPLE = 8
+# Samples per GPU that fit in 80 GB in 16 bit (1.8 GB of activations each, plus the largest layers' workspace).
+MAX_SAMPLES_PER_GPU = 28
+# GPUs per sample: the most that was published.
+MAX_GPUS_PER_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ REFERENCES = (
     Reference(56, 357_404, 2.0, 1000),
     Reference(84, 2480 * TRAINING_CASES, 1.5, 1500),
 )
-# Batches that divide the 168 training cases, so that no epoch leaves a case out. 168 lies beyond all reference points.
+# Batches that divide the 168 training cases, so that no epoch drops a case. 168 is beyond all reference points.
 BATCHES = (28, 56, 84, 168)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, by its measured rates: training at `batch` samples a GPU, and evaluation windows/s."""
+    """A GPU, by its measured rates: training with `batch` samples per GPU, and evaluation windows/s."""
 
     name: str
     samples_per_s: float
@@ -65,18 +65,18 @@ class Device:
 
     @property
     def sample_s(self) -> float:
-        """Time of a sample beyond the step's floor."""
+        """Time per sample on top of the step's floor."""
         return 1 / self.samples_per_s - STEP_FLOOR_S / self.batch
 
 
 @dataclass(frozen=True)
 class Links:
-    """How gradients travel.
+    """The speed of gradient communication.
 
     Attributes:
-        within_node: bytes/s a GPU sends to its node's others (NVLink: 450e9 on paper, four fifths of it reached).
-        between_nodes: bytes/s a node sends to others (8 x 200 Gb/s on paper; today's nodes have twice that).
-        overlap: share of the all-reduce that hides behind the backward pass.
+        within_node: bytes/s that a GPU sends within its node (NVLink: 450e9 nominal, four fifths reached).
+        between_nodes: bytes/s that a node sends to others (8 x 200 Gb/s nominal; today's nodes have twice that).
+        overlap: share of the all-reduce hidden behind the backward pass.
     """
 
     within_node: float = 360e9
@@ -84,8 +84,8 @@ class Links:
     overlap: float = 0.8
 
     def all_reduce_s(self, gpus: int) -> float:
-        """A ring within each node, then one over the nodes: each moves 2 (n - 1) / n of the gradients."""
-        within, nodes = min(gpus, GPUS_A_NODE), -(-gpus // GPUS_A_NODE)
+        """A ring within each node, then one across nodes: each moves 2 (n - 1) / n of the gradients."""
+        within, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
         return GRADIENT_BYTES * (
             2 * (within - 1) / within / self.within_node + 2 * (nodes - 1) / nodes / self.between_nodes
         )
@@ -96,9 +96,9 @@ class Layout:
     """How the GPUs share the work.
 
     Attributes:
-        batch: samples a step, over all GPUs.
-        training: GPUs that train.
-        evaluating: further GPUs that evaluate meanwhile; 0: those that train stop and evaluate.
+        batch: samples per step, over all GPUs.
+        training: number of GPUs that train.
+        evaluating: number of further GPUs that evaluate meanwhile; 0: training pauses for evaluation.
     """
 
     batch: int
@@ -106,18 +106,18 @@ class Layout:
     evaluating: int = 0
 
     @property
-    def samples_a_gpu(self) -> float:
-        """Below 1 where several GPUs share a sample."""
+    def samples_per_gpu(self) -> float:
+        """Below 1 if several GPUs share a sample."""
         return self.batch / self.training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a layout gives, in seconds but for `evaluations`, their number.
+    """The result of a layout, in seconds, except for `evaluations`, their number.
 
     Attributes:
         exposed: the part of a step that waits for the all-reduce.
-        evaluation: how long one takes; `share` is what of the time goes there once it runs.
+        evaluation: duration of one; `share` is its share of the time once evaluations run.
     """
 
     step: float
@@ -129,10 +129,10 @@ class Forecast:
 
 
 def samples_to_converge(batch: int) -> float:
-    """Mean samples to the target: the reference points, straight lines between them.
+    """Mean samples to the target: the reference points, linearly interpolated.
 
-    Below the first point its own figure. Beyond the last, and this is an assumption that no published run backs, the
-    last line goes on: the largest runs kept to batch 84.
+    Below the first point, its own figure. Beyond the last one the line is extrapolated, an assumption that no published
+    run supports: the largest runs kept to batch 84.
     """
     if batch <= REFERENCES[0].batch:
         return REFERENCES[0].samples
@@ -142,7 +142,7 @@ def samples_to_converge(batch: int) -> float:
 
 
 def nearest_reference(batch: int) -> Reference:
-    """The reference point whose rate and warm-up to begin with."""
+    """The reference point whose learning rate and warm-up are a starting point."""
     return min(REFERENCES, key=lambda reference: abs(reference.batch - batch))
 
 
@@ -150,12 +150,12 @@ def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
     """Time to target of one run."""
     samples = samples_to_converge(layout.batch)
     exposed = (1 - links.overlap) * links.all_reduce_s(layout.training)
-    step = STEP_FLOOR_S + layout.samples_a_gpu * device.sample_s + exposed
+    step = STEP_FLOOR_S + layout.samples_per_gpu * device.sample_s + exposed
     evaluation = evaluation_s(device, layout.evaluating or layout.training)
-    # The mean over runs, so no whole number; the last one is what reaches the target.
+    # A mean over runs, so not a whole number; the last evaluation reaches the target.
     evaluations = 1 + (samples / TRAINING_CASES - FIRST_EVALUATION) / EVALUATION_INTERVAL
     interval = EVALUATION_INTERVAL * TRAINING_CASES / layout.batch * step
-    # Evaluated elsewhere, training waits only where an evaluation takes longer than the epochs between two.
+    # With GPUs that only evaluate, training waits only if an evaluation takes longer than the epochs between two.
     pause = max(0.0, evaluation - interval) if layout.evaluating else evaluation
     total = samples / layout.batch * step + (evaluations - 1) * pause + evaluation
     return Forecast(
@@ -169,7 +169,7 @@ def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
 
 
 def evaluation_s(device: Device, ranks: int) -> float:
-    """One evaluation: as long as its busiest rank's windows."""
+    """Duration of one evaluation: that of the busiest rank's windows."""
     return _busiest_rank(ranks) / device.windows_per_s
 
 
@@ -179,36 +179,36 @@ def _busiest_rank(ranks: int) -> int:
 
 
 def layouts(gpus: int, beyond_main: bool = False) -> Iterator[Layout]:
-    """Every way to use at most so many GPUs: samples dealt out evenly, as many GPUs on each node.
+    """Every way to use at most `gpus` GPUs with samples spread evenly and equally many GPUs on each node.
 
     Args:
-        beyond_main: also what `main.py` does not do: several GPUs to a sample, and evaluation by GPUs of its own.
+        beyond_main: include what `main.py` does not do: several GPUs per sample, and GPUs that only evaluate.
     """
     for batch in BATCHES:
-        shared = [batch * members for members in (2, 4, MOST_GPUS_A_SAMPLE)] if beyond_main else []
+        shared = [batch * members for members in (2, 4, MAX_GPUS_PER_SAMPLE)] if beyond_main else []
         for training in [ranks for ranks in range(1, batch + 1) if batch % ranks == 0] + shared:
-            if training <= gpus and nodes_for(training, gpus) and batch / training <= MOST_SAMPLES_A_GPU:
+            if training <= gpus and nodes_for(training, gpus) and batch / training <= MAX_SAMPLES_PER_GPU:
                 yield Layout(batch, training)
                 if beyond_main and training < gpus:
                     yield Layout(batch, training, gpus - training)
 
 
 def nodes_for(ranks: int, gpus: int) -> int:
-    """The fewest nodes that hold so many ranks, as many on each; 0 where there are none such among `gpus`."""
-    for nodes in range(1, max(gpus // GPUS_A_NODE, 1) + 1):
-        if ranks % nodes == 0 and ranks // nodes <= GPUS_A_NODE:
+    """The smallest number of nodes with equally many of the ranks on each; 0 if `gpus` GPUs allow none."""
+    for nodes in range(1, max(gpus // GPUS_PER_NODE, 1) + 1):
+        if ranks % nodes == 0 and ranks // nodes <= GPUS_PER_NODE:
             return nodes
     return 0
 
 
 def best(device: Device, gpus: int, links: Links, beyond_main: bool = False) -> tuple[Layout, Forecast]:
-    """The layout that reaches the target first, and of equals the one with the fewest GPUs."""
+    """The layout that reaches the target first; of equals, the one with the fewest GPUs."""
     pairs = [(layout, forecast(device, layout, links)) for layout in layouts(gpus, beyond_main)]
     return min(pairs, key=lambda pair: (pair[1].total, pair[0].training + pair[0].evaluating))
 
 
 def launch(layout: Layout, gpus: int) -> str:
-    """The command that runs a layout of `main.py`'s own."""
+    """The command that runs a layout that `main.py` supports."""
     nodes = nodes_for(layout.training, gpus)
     reference = nearest_reference(layout.batch)
     where = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""

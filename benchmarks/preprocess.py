@@ -1,4 +1,4 @@
-"""`--suite preprocess`: made-up raw scans through preprocessing, on one core and on all; and its peak memory."""
+"""`--suite preprocess`: preprocessing of synthetic raw scans on one core and on all, and its peak memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from data_loading.io.volume import write_nifti
 from data_loading.phantom import make_phantom
 
 PROJECT = Path(__file__).resolve().parents[1]
-# Between KiTS19's smallest and median scan. With 48 of them the workers' start is a few hundredths of a run.
+# Between KiTS19's smallest and median scan. With 48 of them the start of the workers is a few per cent of a run.
 SHAPE, CASES, DISTINCT, PAIRS = (96, 512, 512), 48, 4, 3
 QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS = (16, 24, 24), 2, 1, 1
 
-# Run in a process of its own, and timed inside it: Python's start is not preprocessing. VmHWM (kB) is this process's
-# own peak; getrusage's would start at the peak of the process that started it.
+# Runs in a process of its own and is timed inside it, to exclude Python's start. VmHWM (kB) is this process's own peak;
+# getrusage would start from the peak of the parent process.
 PROGRAM = """
 import json, re, resource, sys, time
 from pathlib import Path
@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its seconds, and bytes in memory of its largest process, at its start and at the most."""
+    """One run: its seconds, and the memory of its largest process in bytes, at its start and at its peak."""
 
     seconds: float
     base: int
@@ -78,7 +78,7 @@ def run(options: Options) -> list[Table]:
         "1 process, torch's own threads": lambda: measure(all_cases, 1, None),
         f"{workers} process(es)": lambda: measure(all_cases, workers, None),
     }
-    # In turn, as `compare` does; the first case alone warms up the file cache and the disk.
+    # Alternating, as `compare` does; the first case alone warms up the file cache and the disk.
     alone = measure(one, 1, 1)
     taken = [{name: way() for name, way in ways.items()} for _ in range(pairs)]
     last = list(ways)[-1]
@@ -93,32 +93,32 @@ def run(options: Options) -> list[Table]:
         memory_row(f"1 process, {cases} cases", max((turn[next(iter(ways))] for turn in taken), key=peak_of), largest),
         memory_row(f"{workers} process(es), {cases} cases", max((turn[last] for turn in taken), key=peak_of), largest),
     ]
-    scans = f"{cases} made-up scans ({distinct} different ones) of {' x '.join(map(str, shape))} voxels"
+    scans = f"{cases} synthetic scans ({distinct} different ones) of {' x '.join(map(str, shape))} voxels"
     return [
         Table(
-            "Preprocessing: cases a second",
-            ["processes", "cases/s", "s", "times one core"],
+            "Preprocessing: cases per second",
+            ["processes", "cases/s", "s", "ratio to one core"],
             rates,
             [
-                f"{scans}, {pairs} runs each in turn, each into a fresh folder; times are medians, ratios medians over "
-                "the turns. The start of Python is not counted, that of the workers is. One process runs torch's "
-                "resampling on all cores, unless it is held to one thread. Target: at least 1.8 times on 2 cores."
+                f"{scans}, {pairs} alternating runs each, each into a fresh folder; times are medians, ratios medians "
+                "over the rounds. The start of the workers is counted, that of Python is not. One process runs torch's "
+                "resampling on all cores unless limited to one thread. Target: at least 1.8 times on 2 cores."
             ],
         ),
         Table(
             "Preprocessing: peak memory of the largest process",
-            ["run", "at the start (MB)", "peak (MB)", "more than at the start, in largest cases"],
+            ["run", "at the start (MB)", "peak (MB)", "growth, in largest cases"],
             memory,
             [
                 f"A case is {largest / MB:.3g} MB raw, as float32 and uint8. Memory is bounded by the largest case "
-                "where many cases take no more than one."
+                "if many cases take no more than one."
             ],
         ),
     ]
 
 
 def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, int]) -> None:
-    """`cases` raw scans in KiTS19's layout, of `distinct` phantoms; the others are links to these."""
+    """Writes `cases` raw scans in KiTS19's layout: `distinct` phantoms, and links to them."""
     for number in range(cases):
         case = folder / f"case_{number:05d}"
         case.mkdir(parents=True)
@@ -132,10 +132,13 @@ def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, 
 
 
 def preprocess_once(program: Path, raw: Path, results: Path, processes: int, threads: int | None) -> Measured:
-    """Preprocesses `raw` into a fresh folder, which is removed again; `threads`: torch's (None: its own choice).
+    """Preprocesses `raw` into a fresh folder, which is removed again.
+
+    Args:
+        threads: of torch; None: its own choice.
 
     Raises:
-        UserError: it failed; what it said last is the message.
+        UserError: it failed, with the last line of its output.
     """
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": str(threads)}
     if threads is None:

@@ -1,4 +1,4 @@
-"""Several processes: measured on one and two here, and on paper on 8 to 1,024 GPUs (see `paper.py`)."""
+"""Several processes: one and two measured here, and 8 to 1,024 GPUs on paper (see `paper.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TIMEOUT_S = 1800
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# The first ratio is weak scaling: two processes that shared nothing would reach 1.
+# The first ratio is weak scaling: two processes that share nothing would reach 1.
 COLUMNS = [
     "processes",
     "threads each",
@@ -34,7 +34,7 @@ COLUMNS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What each process trains on; `rounds` is how often every row is run, in turn."""
+    """The work of each process; every row is run `rounds` times, alternating."""
 
     filters: tuple[int, ...]
     window: int
@@ -67,7 +67,7 @@ def processes(options: Options) -> Table:
     window = " x ".join([str(scale.window)] * 3)
     notes = [
         f"main.py --benchmark --loader synthetic, unet3d with filters {scale.filters}, windows of {window}, "
-        f"batches of {scale.batch_size} a process; medians of {scale.rounds} rounds."
+        f"batches of {scale.batch_size} per process; medians of {scale.rounds} rounds."
     ]
     if is_gpu and torch.cuda.device_count() < 2:
         return Table(
@@ -83,7 +83,7 @@ def processes(options: Options) -> Table:
         for pair in rates:
             folder = options.work_dir / f"scaling_{number}_{pair[0]}x{pair[1]}"
             rates[pair].append(samples_per_s(*pair, scale, folder, is_gpu))
-    # By pairs of one round: what slows the machine down slows both.
+    # Paired by round: whatever slows the machine down affects both.
     rows: list[list[Any]] = []
     for pair, own in rates.items():
         ratios: list[Any] = ["", ""]
@@ -99,41 +99,17 @@ def median_ratio(own: list[float], other: list[float]) -> float:
 
 
 def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu: bool) -> float:
-    """One run's samples/s, over all its processes. Raises UserError with its reason when it fails."""
+    """One run's samples/s over all its processes. Raises UserError with the reason if it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    window = [str(scale.window)] * 3
-    command = [
-        sys.executable,
-        *launcher,
-        "main.py",
-        "--benchmark",
-        "--loader",
-        "synthetic",
-        "--layout",
-        "NDHWC",
-        "--amp",
-        "--model",
-        f"unet3d(filters={scale.filters})",
-        "--input_shape",
-        *window,
-        "--val_input_shape",
-        *window,
-        "--batch_size",
-        str(scale.batch_size),
-        "--val_batch_size",
-        "1",
-        "--epochs",
-        str(scale.epochs),
-        "--warmup_steps",
-        str(scale.warmup_steps),
-        "--seed",
-        "0",
-        "--log_dir",
-        str(log_dir),
-        "--no-verbose",
-        *(["--cudnn_benchmark"] if is_gpu else []),
-    ]
-    # A launcher around this program must not reach the runs.
+    window = " ".join([str(scale.window)] * 3)
+    arguments = (
+        f"--benchmark --loader synthetic --layout NDHWC --amp --input_shape {window} --val_input_shape {window} "
+        f"--batch_size {scale.batch_size} --val_batch_size 1 --epochs {scale.epochs} "
+        f"--warmup_steps {scale.warmup_steps} --seed 0 --no-verbose {'--cudnn_benchmark' if is_gpu else ''}"
+    ).split()
+    model = f"unet3d(filters={scale.filters})"
+    command = [sys.executable, *launcher, "main.py", *arguments, "--model", model, "--log_dir", str(log_dir)]
+    # Variables of a launcher around this program must not reach the runs.
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     environment["OMP_NUM_THREADS"] = str(threads)
     if not is_gpu:
@@ -150,7 +126,7 @@ def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu:
 
 
 def checked() -> Table:
-    """The model against the published runs."""
+    """The model compared with the published runs."""
     rows = []
     for published in (*paper.PUBLISHED, paper.LARGEST):
         minutes = paper.forecast(published.device, published.layout, paper.Links()).total / 60
@@ -165,15 +141,15 @@ def checked() -> Table:
             ]
         )
     notes = [
-        "From each run's samples/s and evaluation time (its batch taken as 56); no constant differs from run to run. "
-        "The last row is no check: the floor of a step is taken from it.",
+        "From each run's samples/s and evaluation time (assuming batch 56); all constants are the same for every run. "
+        "The last row is not a check: the floor of a step is fitted to it.",
     ]
-    columns = ["run", "batch", "samples/s a device", "minutes, published", "minutes, model", "model / published"]
+    columns = ["run", "batch", "samples/s per device", "minutes, published", "minutes, model", "model / published"]
     return Table("Model against published", columns, rows, notes)
 
 
 def on_paper() -> Table:
-    """What `main.py` as it is would give on more and more GPUs."""
+    """What `main.py` would reach on growing numbers of GPUs."""
     rows = []
     for gpus in GPUS:
         layout, given = paper.best(paper.H200, gpus, paper.Links())
@@ -182,7 +158,7 @@ def on_paper() -> Table:
                 gpus,
                 layout.training,
                 f"{layout.batch}{beyond(layout.batch)}",
-                int(layout.samples_a_gpu),
+                int(layout.samples_per_gpu),
                 1e3 * given.step,
                 1e3 * given.exposed,
                 given.evaluation,

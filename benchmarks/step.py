@@ -1,6 +1,6 @@
-"""A training step: what each choice gains, and how near the whole comes to the device's peak.
+"""A training step: the gain of each choice, and the share of the device's peak that it reaches.
 
-One way throughout: every choice is switched off alone from the full set, so a ratio is what leaving it out would cost.
+Every choice is switched off on its own from the full set, so a ratio is what leaving it out would cost.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from runtime.warmup import dummy_batch, peak_flops, seconds, training_flops
 T = TypeVar("T")
 
 CHANNELS, CLASSES = 1, 3
-# The speed does not depend on it; so small that weights stay finite on random labels.
+# Speed does not depend on it; it is so small that weights stay finite on random labels.
 RATE = 1e-3
 MOMENTUM = 0.9
 # cuDNN tries its algorithms in the first step, the allocator settles in the second.
 WARM_UP = 2
 # On one H200: the best published figure (NVIDIA's MXNet code, MLPerf v4.0), and the arithmetic and memory limit of
 # convolutions with a fused norm and ReLU.
-MARKS = {"samples/s": "published 76.05, limit 231"}
+PUBLISHED = {"samples/s": "published 76.05, limit 231"}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is computed; `batch_size` is where `fit` begins, `pairs` how often both ways are timed."""
+    """The size of the computation; `fit` begins with `batch_size`, and both ways are timed `pairs` times."""
 
     filters: tuple[int, ...]
     shape: tuple[int, int, int]
@@ -56,7 +56,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a step is made. The default is the full set."""
+    """How a step is computed. The default is the full set of choices."""
 
     layout: str = "NDHWC"
     fused_norm: bool = True
@@ -69,7 +69,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice and what it is compared with: the full set without it; `on` is for one that is not part of the set."""
+    """A choice and its baseline, the full set without it; `on` is for a choice that is not part of the set."""
 
     name: str
     baseline: str
@@ -92,7 +92,7 @@ def run(options: Options) -> list[Table]:
     device = options.device
     scale = scale_of(options)
     seed_process(0, deterministic=False, autotune=device.type == "cuda")
-    # First: on a CPU the peak memory is the whole process's, and the baselines would raise it.
+    # First, because peak memory on a CPU is that of the whole process, and the baselines would raise it.
     return [share_of_peak(device, scale), gains(device, scale)]
 
 
@@ -105,12 +105,12 @@ def scale_of(options: Options) -> Scale:
 
 
 def share_of_peak(device: torch.device, scale: Scale) -> Table:
-    """The full step against a large matrix product in its number format."""
+    """The full step compared with a large matrix product in the same number format."""
     precision = choose_precision(True, "auto", device)
 
     def measure(batch_size: int) -> float:
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # a batch that did not fit leaves its own
+            torch.cuda.reset_peak_memory_stats(device)  # a batch that did not fit has left its peak
         step = make_step(Way(), device, scale, batch_size)
         return statistics.median([seconds(step, device) for _ in range(WARM_UP + scale.pairs)][WARM_UP:])
 
@@ -120,24 +120,24 @@ def share_of_peak(device: torch.device, scale: Scale) -> Table:
     rate, peak = batch_size / step_s, peak_flops(precision)
     figures = {
         "samples/s": rate,
-        "ms a step": 1e3 * step_s,
+        "ms per step": 1e3 * step_s,
         "TFLOP/s": rate * flops / 1e12,
         "GEMM peak, TFLOP/s": peak / 1e12,
         "share of the GEMM peak": rate * flops / peak,
         "peak memory, GiB": memory / 2**30,
     }
-    # They are of the benchmark's network on a GPU.
-    marks = MARKS if device.type == "cuda" and scale.filters == MLPERF_FILTERS else {}
+    # They apply to the benchmark's network on a GPU.
+    published = PUBLISHED if device.type == "cuda" and scale.filters == MLPERF_FILTERS else {}
     notes = [
         describe(scale, precision, batch_size),
-        "Peak memory: what tensors held at most on a GPU; on a CPU the whole process, since it began.",
+        "Peak memory: of tensors on a GPU; on a CPU of the whole process, since its start.",
     ]
-    rows = [[name, value, marks.get(name, "")] for name, value in figures.items()]
-    return Table("Share of the peak", ["figure", "value", "marks (H200)"], rows, notes)
+    rows = [[name, value, published.get(name, "")] for name, value in figures.items()]
+    return Table("Share of the peak", ["figure", "value", "published (H200)"], rows, notes)
 
 
 def gains(device: torch.device, scale: Scale) -> Table:
-    """Each choice, switched off alone from the full set."""
+    """Each choice, switched off on its own from the full set."""
     rows: list[list[Any]] = []
     for choice in CHOICES:
         reason = unmeasurable(choice, device)
@@ -147,11 +147,11 @@ def gains(device: torch.device, scale: Scale) -> Table:
         batch_size, times = fit(scale.batch_size, partial(measure, choice, device, scale))
         milliseconds = [1e3 * statistics.median(values) for values in (times.ours_s, times.naive_s)]
         rows.append([choice.name, choice.baseline, batch_size, *milliseconds, times.ratio])
-    columns = ["choice", "without it", "samples a step", "ms a step with", "ms a step without", "ratio"]
+    columns = ["choice", "without it", "samples per step", "ms per step with", "ms per step without", "ratio"]
     notes = [
         describe(scale, choose_precision(True, "auto", device), scale.batch_size),
-        f"Each choice switched off alone from the full set; ratio: the median of {scale.pairs} pairs, timed in turn, "
-        "of the time without it over the time with it.",
+        f"Each choice switched off on its own from the full set; ratio: the median over {scale.pairs} alternating "
+        "pairs of the time without it divided by the time with it.",
     ]
     return Table("A training step", columns, rows, notes)
 
@@ -163,7 +163,7 @@ def measure(choice: Choice, device: torch.device, scale: Scale, batch_size: int)
 
 
 def unmeasurable(choice: Choice, device: torch.device) -> str:
-    """Why a choice makes no difference on this device; "" where it does."""
+    """Why a choice makes no difference on this device; "" if it does."""
     if "amp" in choice.off:
         return choose_precision(True, "auto", device).note
     if "compiled" in choice.on and device.type != "cuda":
@@ -174,7 +174,7 @@ def unmeasurable(choice: Choice, device: torch.device) -> str:
 
 
 def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
-    """One training step on made-up data, a call each; returns the loss."""
+    """Returns a function that computes one training step on dummy data and returns the loss."""
     torch.manual_seed(0)
     network = to_device(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
     if way.compiled:
@@ -201,7 +201,7 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
 
 @contextmanager
 def triton_used(used: bool) -> Iterator[None]:
-    """Switches Triton's kernels off for a while."""
+    """Switches Triton's kernels on or off inside the block."""
     before = kernels.USE_TRITON
     kernels.USE_TRITON = before and used
     try:
@@ -211,7 +211,7 @@ def triton_used(used: bool) -> Iterator[None]:
 
 
 def fit(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
-    """The largest batch size, halved from the given one, that the device's memory holds, and what came of it.
+    """The largest batch size, halved from the given one, that fits the device's memory, and the result of `work`.
 
     Raises:
         UserError: not even one sample fits.
@@ -234,10 +234,10 @@ def describe(scale: Scale, precision: Precision, batch_size: int) -> str:
 
 
 class NaiveDiceCE(nn.Module):
-    """The baseline of `DiceCELoss`: PyTorch's cross-entropy, then softmax times one-hot labels, all kept in memory."""
+    """The baseline of `DiceCELoss`: PyTorch's cross-entropy, then softmax times one-hot labels, all held in memory."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar; the background does not count in the Dice term."""
+        """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar; the Dice term excludes the background."""
         logits, values = logits.float(), labels[:, 0].long()
         probabilities = logits.softmax(dim=1)
         truth = F.one_hot(values, logits.shape[1]).movedim(-1, 1).float()

@@ -1,7 +1,7 @@
-"""`--suite storage`: with no accelerator, how many of them this node's disks and cores can feed.
+"""`--suite storage`: how many accelerators this node's disks and cores can feed, measured without one.
 
-Volumes by MLPerf Storage's size law, the real loader with its worker processes, and accelerators that only sleep. The
-figure is their utilisation, the share of the time that they compute; 0.90 passes.
+Volumes follow MLPerf Storage's size distribution, the loader and its worker processes are real, and accelerators only
+sleep. The figure is their utilisation, the share of time in which they compute; 0.90 passes.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from data_loading.preprocessing import Box, Shape
 from data_loading.pytorch_loader import CropDataset, PytorchLoader
 from data_loading.spec import KITS19
 
-# MLPerf Storage's size law of an unet3d file, bytes, and its number of files.
-MEAN_BYTES, DEVIATION_BYTES, CASES = 146_600_628, 68_341_808, 168
-# A file there is a case here, image and label: 4 + 1 bytes a voxel, which is KiTS19's mean of 29.3 Mvoxel.
+# MLPerf Storage's size distribution of an unet3d file, in bytes, and its number of files.
+MEAN_BYTES, STD_BYTES, CASES = 146_600_628, 68_341_808, 168
+# A file there is a case here, image and label: 4 + 1 bytes per voxel, which gives KiTS19's mean of 29.3 Mvoxel.
 BYTES_PER_VOXEL = 5
 PATCH, QUICK_PATCH, QUICK_CASES = (128, 128, 128), (16, 16, 16), 14
 BATCH_SIZE = 7
-# MLPerf Storage's model of an H100: 21.7 samples/s, 323 ms a step of 7.
+# MLPerf Storage's model of an H100: 21.7 samples/s, 323 ms per step of 7.
 SAMPLES_PER_S, QUICK_SAMPLES_PER_S = 21.7, 350.0
 PASSING, ACCELERATORS = 0.90, (1, 2, 4, 8)
-# Steps of each accelerator: 8 s of an H100.
+# Steps of each accelerator: 8 s on an H100.
 STEPS, QUICK_STEPS = 24, 2
-# Who measures must not fill the disk of those who work.
+# A measurement must not fill a disk that others work on.
 DISK_SHARE = 0.5
-# One random block is repeated: drawing 25 GB takes longer than writing them.
+# One random block is repeated: drawing 25 GB would take longer than writing them.
 BLOCK_VOXELS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Emulated:
-    """What an accelerator saw of an epoch, times in s; `first_wait_s` is that for the first batch."""
+    """An epoch as one accelerator experienced it, times in s; `first_wait_s` is the wait for the first batch."""
 
     steps: int
     samples: int
@@ -69,7 +69,7 @@ class Emulated:
 
 
 def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
-    """`samples_per_s`: what an emulated accelerator computes; None: MLPerf Storage's H100."""
+    """Runs the suite; `samples_per_s` is the speed of an emulated accelerator; None: MLPerf Storage's H100."""
     patch, wanted, speed, steps = (
         (QUICK_PATCH, QUICK_CASES, QUICK_SAMPLES_PER_S, QUICK_STEPS)
         if options.quick
@@ -95,7 +95,7 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
         sample_seed=0,
     )
 
-    # The call may be missing, or ignored in silence as a file system in memory does: then nothing is cold.
+    # The call may be missing, or silently ignored, as by an in-memory file system: then nothing is cold.
     is_cold_possible = drop_caches(files) and was_dropped(files[0])
     rows = []
     for is_cold in (False, True) if is_cold_possible else (False,):
@@ -107,18 +107,18 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
             if utilisation(seen) < PASSING:
                 break
     notes += [
-        f"{len(cases)} cases, {total / 1e9:.2f} GB (mean {total / len(cases) / MB:.1f} MB a case, image and label), "
+        f"{len(cases)} cases, {total / 1e9:.2f} GB (mean {total / len(cases) / MB:.1f} MB per case, image and label), "
         f"crops of {' x '.join(map(str, patch))}, {steps} steps of {batch_size} samples, {1000 * step_s:.0f} ms each.",
-        "Utilisation is steps x ms a step / the accelerators' time, the wait for the first batch included. "
-        f"{PASSING:.2f} passes; it goes up to the first that fails, or to {ACCELERATORS[-1]}. The cores are shared: "
-        "that many workers each.",
+        "Utilisation is steps x ms per step / the accelerators' time, including the wait for the first batch. "
+        f"{PASSING:.2f} passes; the number goes up to the first that fails, or to {ACCELERATORS[-1]}. The cores are "
+        "shared, hence the number of workers each.",
         "Cold: every file's pages are dropped before the start, and a case's again as soon as its batch has arrived; "
-        "samples of one case that are made at the same moment share pages. A virtual disk's host may still hold them.",
+        "samples of one case that are read at the same time share pages. A virtual disk's host may still cache them.",
     ]
     if not is_cold_possible:
-        notes.append("Cold caches: not measured, the files lie in memory or this system does not drop its caches.")
+        notes.append("Cold caches: not measured; the files are in memory, or this system does not drop its caches.")
     if total > free_memory_bytes():
-        notes.append(f"Warm: {total / 1e9:.1f} GB do not fit into the free memory, so a part comes from the disk.")
+        notes.append(f"Warm: {total / 1e9:.1f} GB do not fit into the free memory, so some of it comes from the disk.")
     return [
         Table(
             "Storage: accelerators that this node can feed",
@@ -139,19 +139,19 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
 
 
 def draw_sizes(rng: np.random.Generator, cases: int, patch: Shape) -> NDArray[np.float64]:
-    """Bytes of each case by the size law; a smaller patch makes all of it smaller.
+    """Draws the bytes of each case from the size distribution, which scales with the patch.
 
-    None is smaller than a crop, as preprocessing makes them. Raises UserError for fewer than 2 cases.
+    None is smaller than a crop, as after preprocessing. Raises UserError for fewer than 2 cases.
     """
     if cases < 2:
         raise UserError(f"--cases {cases}: the storage suite needs at least 2")
     scale = math.prod(patch) / math.prod(PATCH)
-    sizes = rng.normal(scale * MEAN_BYTES, scale * DEVIATION_BYTES, cases)
+    sizes = rng.normal(scale * MEAN_BYTES, scale * STD_BYTES, cases)
     return np.maximum(sizes, BYTES_PER_VOXEL * math.prod(patch))
 
 
 def volume_shape(size: float, patch: Shape) -> Shape:
-    """A volume (D, H, W) of about `size` bytes, as 160 x 400 x 400 is shaped; at least the patch in each axis."""
+    """A volume (D, H, W) of about `size` bytes, in proportion to 160 x 400 x 400, at least the patch in each axis."""
     voxels = size / BYTES_PER_VOXEL
     depth = max(patch[0], round((voxels * 0.4**2) ** (1 / 3)))
     side = max(patch[1], patch[2], round(math.sqrt(voxels / depth)))
@@ -159,24 +159,24 @@ def volume_shape(size: float, patch: Shape) -> Shape:
 
 
 def fit_to_disk(shapes: list[Shape], free: int) -> tuple[list[Shape], list[str]]:
-    """As many volumes as half of the `free` bytes hold, with a note where some are left out.
+    """As many volumes as fit into half of the `free` bytes, with a note if some are left out.
 
     Raises:
-        UserError: there is not room for 2.
+        UserError: there is no room for 2.
     """
     needed = np.cumsum([BYTES_PER_VOXEL * math.prod(shape) for shape in shapes])
     fitting = int((needed <= DISK_SHARE * free).sum())
     if fitting < 2:
         raise UserError(
-            f"the storage suite needs {needed[1] / DISK_SHARE / 1e9:.2f} GB free for 2 cases, it never takes more than "
-            f"half, and {free / 1e9:.2f} GB are; name a roomier --work_dir"
+            f"the storage suite needs {needed[1] / DISK_SHARE / 1e9:.2f} GB free for 2 cases, it uses at most "
+            f"half, and {free / 1e9:.2f} GB are free; choose another --work_dir"
         )
     left_out = f"Of {len(shapes)} cases {fitting} fit into half of the free disk space; the others were left out."
     return shapes[:fitting], [left_out] if fitting < len(shapes) else []
 
 
 def write_volumes(folder: Path, shapes: Sequence[Shape], patch: Shape) -> list[str]:
-    """A preprocessed folder of noise with two kidneys' boxes a case; returns its cases."""
+    """Writes a preprocessed folder of noise with the boxes of two kidneys per case; returns the case ids."""
     rng = np.random.default_rng(0)
     image = rng.standard_normal(BLOCK_VOXELS, dtype=np.float32)
     label = rng.integers(len(KITS19.classes), size=BLOCK_VOXELS, dtype=np.uint8)
@@ -192,13 +192,13 @@ def write_volumes(folder: Path, shapes: Sequence[Shape], patch: Shape) -> list[s
 
 
 def _kidney(shape: Shape, patch: Shape, side: float) -> Box:
-    """A box of half the patch, in the middle of D and H and at `side` of W: foreground crops gather there."""
+    """A box of half the patch, in the middle of D and H and at `side` of W: foreground crops cluster there."""
     lows = [round(n * at) - length // 4 for n, at, length in zip(shape, (0.5, 0.5, side), patch, strict=True)]
     return (lows[0], lows[1], lows[2], *(low + length // 2 for low, length in zip(lows, patch, strict=True)))  # type: ignore[return-value]
 
 
 def was_dropped(path: Path) -> bool:
-    """Whether the disk delivers bytes when a file is read whose pages were dropped; True where nobody counts."""
+    """Whether reading a file with dropped pages makes the disk deliver bytes; True if the system does not count."""
     before = disk_bytes_read()
     read_through([path])
     after = disk_bytes_read()
@@ -208,17 +208,17 @@ def was_dropped(path: Path) -> bool:
 def feed(
     folder: Path, cases: Sequence[str], settings: LoaderConfig, step_s: float, steps: int, is_cold: bool
 ) -> list[Emulated]:
-    """What each of `settings.ranks` accelerators sees in one epoch of `steps`, fed by the loader of its own rank.
+    """One epoch of `steps` on each of `settings.ranks` accelerators, each fed by the loader of its own rank.
 
-    Each has its own shard. The cases are repeated until an epoch is that long: with a handful of steps, as a small set
-    gives many ranks, its start would be all that is measured.
+    Each has its own shard. The cases are repeated until an epoch is that long: with only a few steps, as when many
+    ranks share a small set, only the start would be measured.
     """
     repeated = list(islice(cycle(cases), settings.ranks * steps * settings.batch_size))
     shards = [replace(settings, rank=rank) for rank in range(settings.ranks)]
     boxes = load_boxes(folder, repeated, len(KITS19.classes))
     kind = ForgettingDataset if is_cold else CropDataset
     loaders = [PytorchLoader(kind(folder, repeated, boxes, shard), shard) for shard in shards]
-    # A run's workers start once. They are forked here, before there are threads; and they end an epoch that they began.
+    # A run's workers start once. They are forked here, before there are threads, and finish an epoch they began.
     for batches in [loader.epoch(1) for loader in loaders]:
         for _ in batches:
             pass
@@ -247,7 +247,7 @@ def emulate(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Emulated:
-    """An epoch of an accelerator that takes `step_s` a batch, whatever is in it; `arrived` hears of each step."""
+    """An epoch of an accelerator that takes `step_s` per batch, whatever is in it; `arrived` is called at each step."""
     started, first_wait, steps, samples = clock(), 0.0, 0, 0
     for batch in batches:
         if not steps:

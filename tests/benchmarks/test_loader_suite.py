@@ -134,7 +134,7 @@ def test_the_suite_measures_every_loader(tmp_path: Path) -> None:
     megabytes = {row[0]: row[1] for row in read.rows}
     assert megabytes["image voxels of the crop"] == pytest.approx(4 * 16**3 / 1e6)
     assert megabytes["label voxels of the crop"] == pytest.approx(16**3 / 1e6)
-    whole = megabytes["naive: image and label whole"]
+    whole = megabytes["naive: whole image and label"]
     assert whole == pytest.approx((5 * 24 * 40 * 40 + 2 * 128) / 1e6)
     crop, mean, most = list(megabytes.values())[2:5]
     assert crop < mean <= most < whole

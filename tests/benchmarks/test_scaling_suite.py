@@ -31,7 +31,7 @@ def test_the_model_is_near_the_published_runs(run: paper.Published) -> None:
 
 def test_the_floor_of_a_step_is_the_largest_runs() -> None:
     run = paper.LARGEST
-    assert run.layout.samples_a_gpu == 1 / 8
+    assert run.layout.samples_per_gpu == 1 / 8
     assert forecast(run.device, run.layout, Links()).total / 60 == pytest.approx(run.minutes, rel=0.02)
 
 
@@ -111,7 +111,7 @@ def test_layouts_can_be_launched(gpus: int) -> None:
         assert layout.evaluating == 0
         assert layout.batch % layout.training == 0
         assert 168 % layout.batch == 0
-        assert layout.samples_a_gpu <= paper.MOST_SAMPLES_A_GPU
+        assert layout.samples_per_gpu <= paper.MAX_SAMPLES_PER_GPU
         nodes = paper.nodes_for(layout.training, gpus)
         assert layout.training == nodes * (layout.training // nodes)
         assert layout.training // nodes <= 8

@@ -62,7 +62,7 @@ def test_a_row_a_choice_with_figures_or_a_reason(tables: dict[str, Table]) -> No
 def test_the_figures_of_the_peak_fit_together(tables: dict[str, Table]) -> None:
     figures = {row[0]: row[1] for row in tables["Share of the peak"].rows}
     assert all(math.isfinite(figure) and figure > 0 for figure in figures.values())
-    assert figures["samples/s"] * figures["ms a step"] / 1e3 == pytest.approx(2)  # the quick suite's batch
+    assert figures["samples/s"] * figures["ms per step"] / 1e3 == pytest.approx(2)  # the quick suite's batch
     assert figures["TFLOP/s"] / figures["GEMM peak, TFLOP/s"] == pytest.approx(figures["share of the GEMM peak"])
     assert all(mark == "" for *_, mark in tables["Share of the peak"].rows)  # they are a GPU's
 

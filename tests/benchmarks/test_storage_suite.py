@@ -151,7 +151,7 @@ def test_volumes_are_written_whole_with_boxes_inside(tmp_path: Path) -> None:
 def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, bool]] = []
 
-    def feed(_: Path, __: object, settings: LoaderConfig, ___: float, ____: int, is_cold: bool) -> list[Emulated]:
+    def feed(_: Path, __: object, settings: LoaderConfig, is_cold: bool, **timing: float) -> list[Emulated]:
         asked.append((settings.ranks, settings.num_workers, is_cold))
         compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
         return [Emulated(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)] * settings.ranks
@@ -167,7 +167,7 @@ def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: py
 
 def test_what_cannot_be_dropped_is_not_called_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        storage, "feed", lambda *_: [Emulated(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)]
+        storage, "feed", lambda *_, **__: [Emulated(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)]
     )
     monkeypatch.setattr(storage, "was_dropped", lambda path: False)
     table = storage.run(options(tmp_path))[0]
