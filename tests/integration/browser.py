@@ -1,6 +1,6 @@
-"""Headless Chromium, driven through a pipe: what a page shows, asks for and complains of.
+"""Headless Chromium, driven through a pipe: records what a page shows, requests and logs.
 
-The DevTools protocol needs no package: messages are JSON, ended by a zero byte, on file descriptors 3 and 4.
+The DevTools protocol needs no package: messages are JSON, terminated by a zero byte, on file descriptors 3 and 4.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Page:
     """One page of the browser.
 
     Attributes:
-        requests: every address that was asked for, the page's own included.
-        complaints: errors and warnings of the console, and exceptions.
+        requests: every requested address, including the page's own.
+        complaints: console errors and warnings, and exceptions.
     """
 
     def __init__(self, to: int, back: int) -> None:
@@ -56,7 +56,7 @@ class Page:
             self._call(f"{domain}.enable")
 
     def show(self, address: str, width: int = 1280, height: int = 900, theme: str = "light") -> None:
-        """Opens an address at a width in CSS pixels; below 500 as a phone of two device pixels each."""
+        """Opens an address at a width in CSS pixels; below 500 as a phone with two device pixels per CSS pixel."""
         is_phone = width < 500
         self._call(
             "Emulation.setDeviceMetricsOverride",
@@ -72,13 +72,13 @@ class Page:
             self._receive()
 
     def evaluate(self, script: str) -> Any:
-        """What a JavaScript expression is on the page."""
+        """Returns the value of a JavaScript expression on the page."""
         found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def picture(self, path: Path, whole: bool = True, quality: int | None = None) -> None:
-        """The page as PNG, or as JPEG where a quality is given: whole, or what a first look shows."""
+        """Saves a screenshot as PNG, or as JPEG if a quality is given: of the whole page, or of the viewport."""
         kind = {"format": "png"} if quality is None else {"format": "jpeg", "quality": quality}
         taken = self._call("Page.captureScreenshot", captureBeyondViewport=whole, **kind)
         path.write_bytes(base64.b64decode(taken["data"]))
@@ -106,28 +106,28 @@ class Page:
         self._note(message.get("method", ""), message.get("params", {}))
         return message
 
-    def _note(self, method: str, said: dict[str, Any]) -> None:
+    def _note(self, method: str, params: dict[str, Any]) -> None:
         if method == "Page.loadEventFired":
             self._loaded = True
         elif method == "Network.requestWillBeSent":
-            self.requests.append(said["request"]["url"])
+            self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(str(said["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
-            self.complaints.append(str(said["args"]))
-        elif method == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(f"{said['entry']['text']} {said['entry'].get('url', '')}")
+            self.complaints.append(str(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.complaints.append(str(params["args"]))
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
 
 @contextmanager
 def open_browser() -> Iterator[Page]:
-    """A browser with a profile of its own, gone with everything it wrote afterwards."""
+    """Starts a browser with a temporary profile, and removes both afterwards."""
     assert CHROMIUM, "no Chromium"
     there, to = os.pipe()
     back, here = os.pipe()
 
     def take_pipes() -> None:
-        # In the child: its ends become 3 and 4, by way of numbers that are neither.
+        # In the child: its ends become 3 and 4, through numbers that are neither.
         source, sink = os.dup(there), os.dup(here)
         os.dup2(source, 3)
         os.dup2(sink, 4)

@@ -1,4 +1,4 @@
-"""Scans that a network has never seen: predicted into their own geometry, NIfTI and DICOM, and scored there."""
+"""Prediction of unseen scans, NIfTI and DICOM: masks in the scans' own geometry, with the scores of an evaluation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unseen(balls: Path, balls_raw: Path, tmp_path_factory: pytest.TempPathFactor
 def scores(
     program: Program, balls: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, str]]:
-    """What `evaluate` writes of each case."""
+    """The rows that `evaluate` writes, one per case."""
     logs = tmp_path_factory.mktemp("scores")
     arguments = ("--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth", "--log_dir", logs)
     program("--exec_mode", "evaluate", *arguments)
@@ -104,7 +104,7 @@ def test_ranks_share_a_folder(program: Program, trained: Path, unseen: Path, pre
             )
 
 
-def test_a_scan_stored_another_way_round_has_the_same_mask(
+def test_a_scan_in_another_orientation_has_the_same_mask(
     program: Program, trained: Path, unseen: Path, predicted: Path, tmp_path: Path
 ) -> None:
     scan = min(unseen.iterdir())
@@ -163,10 +163,10 @@ def test_dicom_series_give_the_masks_of_their_scans(
     np.testing.assert_array_equal(frames.transpose(2, 1, 0), mask)
 
 
-def test_an_ensemble_with_flips_within_a_bound(
+def test_an_ensemble_with_flips_within_a_memory_limit(
     program: Program, balls: Path, trained: Path, unseen: Path, predicted: Path, tmp_path: Path
 ) -> None:
-    """A second network, of other width; its mean with the good one still finds most of the balls."""
+    """The mean with a second network of another width, over flips, within a memory limit."""
     other = tmp_path / "other"
     program("--data_dir", balls, "--log_dir", other, *TINY, "--model", "unet3d(filters=(2,4))", "--epochs", 2)
     arguments = ("--load_ckpt_path", trained / "checkpoint.pth", other / "checkpoint.pth", "--checkpoint", "last")
@@ -200,7 +200,7 @@ def test_a_damaged_scan_leaves_the_others_predicted(
     assert done.returncode != 0
     assert "1 of 3 scans could not be predicted; the first:" in done.stderr
     assert str(min(damaged.iterdir())) in done.stderr
-    assert "UserError" not in done.stderr, "a line, no traceback (torchrun's own aside)"
+    assert "UserError" not in done.stderr, "one line without a traceback (apart from torchrun's own)"
     assert len(list((tmp_path / "out").iterdir())) == 3, "two masks and the table"
 
 
