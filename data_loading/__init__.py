@@ -1,9 +1,9 @@
-"""From files on disk to (image, label) batches.
+"""From files on disk to batches of images and labels.
 
-What lives here: scans and their geometry, preprocessing and its way back, the preprocessed folder,
-sampling, cropping, augmentation, the loaders, and phantom patients.
-May import: torch, numpy, scipy, nibabel, `errors`; never `model/`, `runtime/` or `torch.distributed`.
-To add a data set: a reader that returns a `RawDataset`, with the flags that it takes as keywords, in a file of its own
-in `extras/`, and its line in `RAW_LAYOUTS` of `raw_layouts.py`.
-To add a loader: a function in `loader.py` that yields samples' batches and its line in `LOADERS`.
+`readers/` finds the cases of a raw data set, `io/` reads and writes volumes, `preprocessing.py` and `writer.py` make
+the preprocessed folder (`dataset.py`, `index.py`), and the loaders (`data_loader.py`) make batches of it with
+`transforms.py` and `sampler.py`. `phantom.py` writes synthetic patients.
+May import: torch, numpy, scipy, nibabel and `common`; never `model`, `runtime` or torch.distributed.
+To add a data set: see `readers/__init__.py`.
+To add a loader: a class that follows `base_loader.TrainingLoader`, and its line in `LOADERS` of `data_loader.py`.
 """

@@ -1,9 +1,9 @@
-"""Whether a preprocessed folder still is what preprocessing wrote: at once by its files' stamps, or by their MD5s.
+"""Checks that a preprocessed folder is still what preprocessing wrote: quickly by file stamps, or by MD5s.
 
-A stamp is [bytes, time of the last change in ns]. Preprocessing records each file's beside its MD5; a file that still
-has its stamp was not written since and need not be read. One that has another (copied, touched, damaged) is hashed
-once, and its new stamp kept in a file of the folder. What changes no stamp, a bit that flips on the disk, only
-`preprocess_dataset.py --mode verify` finds.
+A stamp is [bytes, modification time in ns]. Preprocessing records each file's stamp beside its MD5; a file that still
+has its stamp was not written since and need not be read. A file with another stamp (copied, touched, damaged) is hashed
+once, and its new stamp is kept in a file of the folder. What changes no stamp, such as a bit that flips on the disk, is
+found only by `preprocess_dataset.py --mode verify`.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ MLPERF_FINGERPRINTS = {
 }
 MLPERF_CASES = 210
 
-# {file: stamp} of those that were hashed since preprocessing, and were good.
+# {file: stamp} of files that were hashed after preprocessing and found intact.
 VERIFIED_NAME = "verified.json"
-# hashlib lets other threads run meanwhile; with more of them a disk is what one waits for.
-READERS = 8
-# A .npy header has 128 bytes for our arrays; one of another writer may have more.
-LONGEST_HEADER = 1024
+# hashlib releases the GIL; with more threads the disk is the limit.
+HASH_THREADS = 8
+# The .npy header of our arrays has 128 bytes; other writers may need more.
+MAX_HEADER_BYTES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCheck:
-    """What a folder's files look like from outside.
+    """Facts about a folder's files known without opening them.
 
     Attributes:
-        sizes: bytes of each file, by its name.
-        changed: files whose stamp is not the one of a known content: their MD5 must be compared.
-        without_digest: files whose MD5 nobody recorded; all of them in a folder that the MLPerf reference wrote.
-        shapes: (D, H, W) of the cases whose shape the index tells.
+        sizes: bytes of each file, by name.
+        changed: files whose stamp does not belong to a known content: their MD5 must be compared.
+        without_digest: number of files without a recorded MD5; all of them in a folder that the MLPerf reference wrote.
+        shapes: (D, H, W) of the cases whose shape the index records.
     """
 
     sizes: dict[str, int]
@@ -63,10 +63,12 @@ class FileCheck:
 
 
 def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
-    """Asks after every file of these cases and opens none, so that it may come before MLPerf's clock starts.
+    """Checks that every file of these cases exists and has a plausible size; opens none.
+
+    It may therefore run before MLPerf's clock starts.
 
     Raises:
-        UserError: files are missing, or of a size that cannot be right; it names the first and counts them.
+        UserError: files are missing or have an impossible size; it names the first and counts them.
     """
     index = find_index(data_dir)
     stamps = {path.name: file_stamp(path) for case in cases for path in case_files(data_dir, case)}
@@ -79,10 +81,10 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     voxel_bytes = 4 * index.spec.channels if index else 4
     for case in cases:
         image, label = (path.name for path in case_files(data_dir, case))
-        # An image has so many times its label's voxels' bytes; a copy that broke off leaves one of them too short.
-        if not sizes[label] or abs(sizes[image] - voxel_bytes * sizes[label]) > voxel_bytes * LONGEST_HEADER:
+        # An image has `voxel_bytes` per byte of its label; an interrupted copy leaves one of them too short.
+        if not sizes[label] or abs(sizes[image] - voxel_bytes * sizes[label]) > voxel_bytes * MAX_HEADER_BYTES:
             raise UserError(
-                f"{data_dir / image}: its {sizes[image]} bytes and the {sizes[label]} of {label} cannot be of the same "
+                f"{data_dir / image}: its {sizes[image]} bytes and the {sizes[label]} of {label} cannot have the same "
                 "voxels; run preprocess_dataset.py again"
             )
     digests = recorded_digests(records)
@@ -102,29 +104,29 @@ def _refuse(data_dir: Path, names: Sequence[str], problem: str) -> None:
 
 
 def verify_changed(data_dir: Path, names: Sequence[str]) -> None:
-    """Hashes these files (those of `check_files(…).changed`), and keeps the good ones' stamps for the next run.
+    """Hashes files (those of `check_files(…).changed`) and records the stamps of the intact ones for the next run.
 
-    It reads the volumes: not before MLPerf's clock runs. Several processes may do it at once: each finds the same.
+    It reads the volumes, so it must not run before MLPerf's clock starts. Several processes may do it at once.
 
     Raises:
-        UserError: a file's content is not what preprocessing wrote; it names the first and counts them.
+        UserError: the content of a file is not what preprocessing wrote; it names the first and counts them.
     """
     if not names:
         return
     records = read_index(data_dir / INDEX_NAME).cases
     digests = recorded_digests(records)
-    # Before they are read: who changes a file meanwhile leaves it another stamp than the one that is kept.
+    # Taken before the files are read: a file that changes meanwhile has another stamp than the recorded one.
     stamps = {name: file_stamp(data_dir / name) for name in names}
-    with ThreadPoolExecutor(READERS) as readers:
-        hashing = readers.map(lambda name: file_md5(data_dir / name), names)
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        hashing = threads.map(lambda name: file_md5(data_dir / name), names)
         found = list(tqdm(hashing, "MD5 of changed files", len(names), unit="file", disable=None))
     damaged = [name for name, md5 in zip(names, found, strict=True) if md5 != digests.get(name)]
-    keep_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
+    record_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
     _refuse(data_dir, damaged, "its content is not what preprocessing wrote")
 
 
-def keep_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: Mapping[str, Stamp]) -> None:
-    """Remembers that the files had the content of their records under these stamps, where the records have others."""
+def record_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: Mapping[str, Stamp]) -> None:
+    """Records stamps under which files had their recorded content, where the index has other stamps."""
     recorded = recorded_stamps(records)
     known = _read_verified(data_dir)
     new = {name: stamp for name, stamp in stamps.items() if stamp not in (recorded.get(name), known.get(name))}
@@ -134,7 +136,7 @@ def keep_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: Map
 
 
 def _read_verified(data_dir: Path) -> dict[str, Stamp]:
-    """What an earlier run kept, {} where there is nothing or it is damaged."""
+    """Returns {file: stamp} as earlier runs recorded them, {} where the file is missing or damaged."""
     try:
         content = json.loads((data_dir / VERIFIED_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,7 +145,7 @@ def _read_verified(data_dir: Path) -> dict[str, Stamp]:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """[bytes, time of the last change in ns], [] of a file that is missing. Raises UserError when nobody can say."""
+    """Returns [bytes, modification time in ns], [] for a missing file. Raises UserError when it cannot be read."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -154,31 +156,31 @@ def file_stamp(path: Path) -> Stamp:
 
 
 def _by_file(case: str, of_kinds: Mapping[str, T]) -> Iterator[tuple[str, T]]:
-    """What a record keeps for "x" and "y", by the files' names."""
+    """Yields (file name, value) for the values of "x" and "y"."""
     return ((case_file(Path(), case, kind).name, of_kinds[kind]) for kind in "xy" if kind in of_kinds)
 
 
 class FileWatch:
-    """Notices that files are no longer what they were when the watch began.
+    """Detects files that changed or vanished since the watch began.
 
     Args:
-        paths: asked after by `check`; one that is missing already counts as it is.
+        paths: files to check; one that is missing from the start must stay missing.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        # As text: os.stat takes longer over a Path.
+        # As strings: os.stat is slower on a Path.
         self._seen = [(path, _status(path)) for path in map(str, paths)]
 
     def check(self) -> None:
         """Raises UserError where a file vanished or changed."""
         for path, before in self._seen:
             if (now := _status(path)) != before:
-                what = "changed while training, nothing of it can be trusted" if now else "vanished while training"
+                what = "changed while training, its data cannot be trusted" if now else "vanished while training"
                 raise UserError(f"{path}: {what}; run preprocess_dataset.py again, then start again with --resume")
 
 
 def _status(path: str) -> tuple[int, int, int] | None:
-    """What changes with a file's content or when another takes its place; None where there is none to be had."""
+    """Returns what changes with a file's content or when another file replaces it; None where it cannot be read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -187,19 +189,19 @@ def _status(path: str) -> tuple[int, int, int] | None:
 
 
 def recorded_digests(records: Mapping[str, CaseRecord]) -> dict[str, str]:
-    """{file: MD5} of an index's cases."""
+    """Returns {file: MD5} of an index's cases."""
     return {name: md5 for case, record in records.items() for name, md5 in _by_file(case, record.digests)}
 
 
 def recorded_stamps(records: Mapping[str, CaseRecord]) -> dict[str, Stamp]:
-    """{file: stamp when preprocessing had written it} of an index's cases."""
+    """Returns {file: stamp after preprocessing} of an index's cases."""
     return {name: stamp for case, record in records.items() for name, stamp in _by_file(case, record.stamps)}
 
 
 def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
-    """SHA-256 of the split (subsets of cases in their order) and its files' recorded MD5s: which data a run trains on.
+    """Returns the SHA-256 of a split (subsets of cases, in order) and its files' recorded MD5s: a run's data.
 
-    Of a folder that the reference wrote, whose MD5s nobody recorded, it is the split's alone.
+    In a folder that the reference wrote, without recorded MD5s, it is that of the split only.
     """
     index = find_index(data_dir)
     records = index.cases if index else {}
@@ -209,7 +211,7 @@ def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
 
 
 def recorded_fingerprint(data_dir: Path, cases: Sequence[str]) -> str:
-    """The fingerprint of these cases' files by their recorded MD5s, none of them read; "" where one has none."""
+    """Returns the fingerprint of these cases' files by their recorded MD5s, none of them read; "" if one lacks it."""
     index = find_index(data_dir)
     records = index.cases if index else {}
     digests = recorded_digests({case: records[case] for case in cases if case in records})
@@ -217,13 +219,13 @@ def recorded_fingerprint(data_dir: Path, cases: Sequence[str]) -> str:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """SHA-256 over the lines `md5  name`, sorted by name: one figure for a whole set of files."""
+    """Returns the SHA-256 over the lines `md5  name`, sorted by name: one value for a whole set of files."""
     lines = "".join(f"{md5}  {name}\n" for name, md5 in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def file_md5(path: Path) -> str:
-    """MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
+    """Returns the MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with path.open("rb") as stream:

@@ -1,10 +1,10 @@
-"""Made-up patients in the raw KiTS19 layout, so that the whole benchmark runs with nothing downloaded.
+"""Synthetic patients in the raw KiTS19 layout, so that the whole benchmark runs without a download.
 
     python3 -m data_loading.phantom --results_dir RAW --cases 20
     python3 -m data_loading.phantom --results_dir RAW --segmentations KITS19    # CT-like images for given masks
 
 writes RAW/case_00000/{imaging,segmentation}.nii.gz and so on. As in KiTS19, d runs from head to feet, h from front
-to back and w from the patient's right to the left. Anatomy is told in body units: h and w run from -1 to 1 between
+to back and w from the patient's right to the left. Anatomy is given in body units: h and w run from -1 to 1 between
 opposite points of the skin, d from -1 in the first slice to 1 in the last.
 """
 
@@ -31,8 +31,8 @@ from common.cli import Parser
 from common.errors import UserError, run_program
 from data_loading.io.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
 
-DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second a case
-MIN_AXIS, MAX_AXIS = 16, 32767  # there a tumour is still three voxels across; NIfTI-1 stores sizes as int16
+DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second per case
+MIN_AXIS, MAX_AXIS = 16, 32767  # at 16 a tumour is still three voxels wide; NIfTI-1 stores sizes as int16
 MAX_CASES = 100_000  # KiTS19's folder names have five digits
 SLAB = 16  # slices painted at once: 17 MB of float32 at 512 x 512, however long the scan
 PEAK_BYTES_PER_VOXEL = 8  # 7 were measured: the mask's byte, and the image's two thrice while gzip packs it
@@ -47,8 +47,8 @@ WOBBLE = 0.1  # sigma of an organ's squared radius: outlines bulge by about 5 %
 LABELS_END = 0.8  # given kidneys and tumours stay this near to the body's axis, inside fat and muscle
 
 Floats = NDArray[np.float32]
-Body = tuple[Floats, Floats, Floats]  # every voxel's place in body units: d (D,), h and w (H, W)
-Case = tuple[int, Path | None]  # its number, and where its mask lies
+Body = tuple[Floats, Floats, Floats]  # every voxel's position in body units: d (D,), h and w (H, W)
+Case = tuple[int, Path | None]  # its number, and the path of its mask
 
 
 class Organ(NamedTuple):
@@ -86,12 +86,12 @@ ORGANS = (
 def make_phantom(
     seed: int, case: int, shape: tuple[int, int, int], view_mm: tuple[float, float, float] | None = None
 ) -> tuple[Volume, Volume]:
-    """One made-up patient, a function of its arguments alone.
+    """Returns one synthetic patient, a pure function of its arguments.
 
     Args:
-        seed, case: whole numbers from 0; together they fix every random choice.
+        seed, case: integers from 0; together they determine every random choice.
         shape: voxels (D, H, W), 16 to 32767 each.
-        view_mm: what they span; None draws 200-350 mm along D, 350-420 mm along H and W. The patient fills it.
+        view_mm: (D, H, W) field of view; None draws 200-350 mm along D, 350-420 mm along H and W. The patient fills it.
 
     Returns:
         The image, (1, D, H, W) int16 in HU, and its mask, (1, D, H, W) uint8: 0 background, 1 kidney, 2 tumour, each
@@ -104,13 +104,13 @@ def make_phantom(
     sd, sh, sw = (float(np.float32(mm / n)) for mm, n in zip(view_mm, shape, strict=True))
     affine = np.array([[0, 0, -sw, 0], [0, -sh, 0, 0], [-sd, 0, 0, 0], [0, 0, 0, 1]], dtype=np.float64)
     geometry = Geometry(affine, shape, (sd, sh, sw))
-    labels = _draw_labels(rng, _place_body(body_rng, geometry), shape)
+    labels = _draw_labels(rng, _draw_body(body_rng, geometry), shape)
     mask = Volume(labels[np.newaxis], geometry)
     return paint(mask, seed, case), mask
 
 
 def paint(mask: Volume, seed: int, case: int) -> Volume:
-    """A CT-like image around given kidneys and tumours.
+    """Returns a CT-like image around given kidneys and tumours.
 
     Args:
         mask: (1, D, H, W) uint8, 0 background, 1 kidney, 2 tumour; its axes run as in KiTS19.
@@ -127,7 +127,7 @@ def paint(mask: Volume, seed: int, case: int) -> Volume:
         found = f"{len(mask.array)} channels and labels up to {mask.array.max()}"
         raise UserError(f"expected one channel with labels 0 background, 1 kidney, 2 tumour; found {found}")
     body_rng, _, rng = np.random.default_rng([seed, case]).spawn(3)
-    body = _place_body(body_rng, mask.geometry, labels)
+    body = _draw_body(body_rng, mask.geometry, labels)
     organs = [(_varied(organ, rng), rng.uniform(*organ.hu)) for organ in ORGANS]
     kidney_hu, tumour_hu, noise_hu = (rng.uniform(*band) for band in (KIDNEY_HU, TUMOUR_HU, NOISE_HU))
     shading = _smooth_field(rng, labels.shape)
@@ -146,7 +146,7 @@ def paint(mask: Volume, seed: int, case: int) -> Volume:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the cases that the command line asks for; returns the exit status.
+    """Writes the cases that the command line requests; returns the exit status.
 
     Raises:
         UserError: a bad argument, no masks, a bad mask, an output folder that cannot be written, too little memory.
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--results_dir {results}: cannot be made: {error.strerror}") from None
+        raise UserError(f"--results_dir {results}: cannot be created: {error.strerror}") from None
     if masks and results.samefile(masks):
         raise UserError(f"--results_dir {results} holds the masks themselves; name another folder")
     make = functools.partial(_make_case, results, arguments.seed, arguments.shape, arguments.field_of_view)
@@ -170,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _place_body(rng: np.random.Generator, geometry: Geometry, labels: NDArray[np.uint8] | None = None) -> Body:
-    """Draws the patient's pose and size; the body grows where given labels would stick out of it."""
+def _draw_body(rng: np.random.Generator, geometry: Geometry, labels: NDArray[np.uint8] | None = None) -> Body:
+    """Draws the patient's pose and size; the body is enlarged where given labels would be outside it."""
     shape, spacing = geometry.shape, geometry.spacing_mm
-    # Nobody lies quite straight (radians) or in the middle of the view (2 % off, in mm).
+    # No patient is quite straight (radians) or centred (within 2 % of the view, in mm).
     turn = rng.normal(0, 0.07)
     h, w = ((np.arange(shape[i]) - shape[i] * rng.normal(0.5, 0.02)) * spacing[i] for i in (1, 2))
     # The body fills the view's width, and is about 0.8 as deep.
@@ -187,7 +187,7 @@ def _place_body(rng: np.random.Generator, geometry: Geometry, labels: NDArray[np
 
 
 def _draw_labels(rng: np.random.Generator, body: Body, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Two kidneys, larger than life so that a small crop meets them, and a tumour on one or, rarely, on both."""
+    """Draws two kidneys, enlarged so that small crops contain them, and a tumour on one or, rarely, on both."""
     kidneys: list[tuple[int, Organ]] = []
     tumours: list[tuple[int, Organ]] = []
     tumour_on = rng.uniform(-1, 1)
@@ -211,14 +211,14 @@ def _draw_labels(rng: np.random.Generator, body: Body, shape: tuple[int, int, in
 
 
 def _varied(organ: Organ, rng: np.random.Generator) -> Organ:
-    """The same organ in another patient: a little elsewhere, up to 5 % larger or smaller."""
+    """Returns the organ of another patient: slightly displaced, up to 5 % larger or smaller."""
     d, h, w = np.asarray(organ.centre) + rng.uniform(-1, 1, 3) * (0.10, 0.02, 0.02)
     rd, rh, rw = np.asarray(organ.radii) * rng.uniform(0.95, 1.05)
     return Organ((d, h, w), (rd, rh, rw), organ.hu)
 
 
 def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, slices: slice, limit: Floats) -> None:
-    """Writes `value` where the slab (S, H, W) lies inside the organ, whose squared radius is `limit` instead of 1."""
+    """Writes `value` where the slab (S, H, W) is inside the organ, whose squared radius is `limit` instead of 1."""
     along, rows, columns = ((x - c) / r for x, c, r in zip(body, organ.centre, organ.radii, strict=True))
     along, across = along[slices, None, None] ** 2, rows**2 + columns**2
     # Only the organ's bounding box is compared: most organs are small.
@@ -227,7 +227,7 @@ def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, slices: 
 
 
 def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...]) -> Callable[[slice], Floats]:
-    """A random field of mean 0 and variance about 1 over the view; gives a slab of it at a time."""
+    """Returns a function from slices to a slab of a random field of mean 0 and variance about 1 over the view."""
     # In float64: what processors sum in different orders is then rounded to the same float32.
     bases = [np.cos(np.pi * np.outer((np.arange(n) + 0.5) / n, np.arange(WAVES))) for n in shape]
     weights = rng.standard_normal((WAVES,) * 3)
@@ -239,7 +239,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...]) -> Callable[
 
 
 def _slabs(rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[tuple[slice, Floats]]:
-    """Slab by slab its slices and, (S, H, W), the squared radius at which organs end there."""
+    """Yields each slab's slices and, (S, H, W), the squared radius at which organs end there."""
     wobble = _smooth_field(rng, shape)
     for start in range(0, shape[0], SLAB):
         slices = slice(start, start + SLAB)
@@ -250,13 +250,15 @@ def _run(make: Callable[[Case], None], cases: list[Case], workers: int) -> Itera
     if workers == 1:
         yield from map(make, cases)
         return
-    # Spawned: forking is unsafe beside the threads of tqdm and BLAS. Ctrl-C is for the parent alone to tell.
+    # Spawned: forking is unsafe beside the threads of tqdm and BLAS. Only the parent reports Ctrl-C.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from pool.map(make, cases)
     except BrokenProcessPool:
-        raise UserError("a worker was killed, most likely for want of memory; lower --num_workers") from None
+        raise UserError(
+            "a worker was killed, most likely because memory ran out; use a smaller --num_workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -271,7 +273,7 @@ def _make_case(
     case, source = numbered
     folder = results / f"case_{case:05d}"
     if folder.is_symlink():
-        raise UserError(f"{folder} is a link and may lead out of --results_dir; remove it")
+        raise UserError(f"{folder} is a symbolic link, which may point outside --results_dir; remove it")
     if source is None:
         image, mask = make_phantom(seed, case, shape, view_mm)
     else:
@@ -297,27 +299,33 @@ def _find_masks(folder: Path) -> list[Case]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("data_loading.phantom", description="Made-up patients in the raw KiTS19 layout.")
-    parser.add_argument("--results_dir", type=Path, required=True, help="where the case folders go")
-    parser.add_argument("--cases", type=int, help="how many; with --segmentations at most so many (default: all)")
+    parser = Parser("data_loading.phantom", description="Synthetic patients in the raw KiTS19 layout.")
+    parser.add_argument("--results_dir", type=Path, required=True, help="folder for the case folders")
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="number of cases; with --segmentations a maximum (default: all)"
+    )
     parser.add_argument("--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (default: 64 128 128)")
     parser.add_argument(
         "--field_of_view",
         type=float,
         nargs=3,
         metavar=("D", "H", "W"),
-        help="mm that the scan spans, for a patient of any size (default: drawn, 200-350 and 350-420)",
+        help="field of view in mm (default: drawn, 200-350 along D and 350-420 along H and W)",
     )
     parser.add_argument("--segmentations", type=Path, help="paint on the masks DIR/case_*/segmentation.nii.gz instead")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     arguments = parser.parse_args(argv)
     if arguments.segmentations is None and arguments.cases is None:
-        raise UserError("give --cases N, how many patients to make up, or --segmentations DIR, masks to paint on")
+        raise UserError("give --cases N, the number of synthetic patients, or --segmentations DIR, masks to paint on")
     if arguments.segmentations is not None and arguments.shape is not None:
-        raise UserError("--shape is for made-up patients; images painted on --segmentations have their masks' shapes")
+        raise UserError(
+            "--shape applies to synthetic patients; images painted on --segmentations have the shapes of their masks"
+        )
     if arguments.field_of_view is not None and (arguments.segmentations or not min(arguments.field_of_view) > 0):
-        raise UserError("--field_of_view is for made-up patients, in mm above 0; given masks have their own spacing")
+        raise UserError(
+            "--field_of_view applies to synthetic patients, in mm above 0; given masks have their own spacing"
+        )
     if arguments.cases is not None and not 1 <= arguments.cases <= MAX_CASES:
         raise UserError(f"--cases must be 1 to {MAX_CASES}, not {arguments.cases}")
     if arguments.num_workers < 1 or arguments.seed < 0:

@@ -1,7 +1,7 @@
-"""One case from the scanner's grid to the network's, bit for bit as MLPerf's reference does it; and the way back.
+"""Preprocesses one case from the scanner's grid to the network's, bit for bit as MLPerf's reference; and the inverse.
 
-turn -> cut -> resample -> clip -> normalise -> pad, and the foreground boxes that the biased crop draws from. KiTS19 is
-neither turned nor cut.
+reorient -> crop -> resample -> clip -> normalise -> pad, and the foreground boxes that the biased crop draws from.
+KiTS19 is neither reoriented nor cropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_loading.spec import DatasetSpec, with_current_keys
 Shape = tuple[int, int, int]
 # A foreground component's bounding box: (d0, h0, w0, d1, h1, w1), ends exclusive.
 Box = tuple[int, int, int, int, int, int]
-# Per class that is present, its largest boxes.
+# The largest boxes of each class present.
 Boxes = dict[int, list[Box]]
 
 # The reference keeps the two components with the largest bounding boxes: a patient has two kidneys.
@@ -33,16 +33,17 @@ BOXES_PER_CLASS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class GridTransform:
-    """How a case came to the network's grid, as far as the way back must know.
+    """The mapping from a scan's grid to the network's, as far as its inverse needs it. Shapes are (D, H, W) in voxels.
 
     Attributes:
         source: the scan's own geometry.
-        resampled_shape: voxels after resampling, before padding.
-        padding_before: voxels that padding put in front of each axis.
-        shape: voxels in the end.
-        orientation: what the scan was turned to; None: as stored.
-        crop: the part of the turned scan that was resampled; None: all.
-        by_area: it was resized as pictures are: the edges of the outer voxels stay in place, not their centres.
+        resampled_shape: shape after resampling, before padding.
+        padding_before: voxels that padding added before each axis.
+        shape: final shape.
+        orientation: the orientation that the scan was reoriented to; None: as stored.
+        crop: the part of the reoriented scan that was resampled; None: all of it.
+        half_pixel: resized as 2-D images are: the edges of the outer voxels stay fixed, not their centres
+            (`align_corners=False`).
     """
 
     source: Geometry
@@ -54,26 +55,26 @@ class GridTransform:
     half_pixel: bool = False
 
     @property
-    def turn(self) -> Reorientation | None:
-        """How the scan's axes were turned; None: not at all."""
+    def reorientation(self) -> Reorientation | None:
+        """The reorientation of the scan's axes; None: none."""
         return reorientation_to(self.source.affine, self.orientation) if self.orientation else None
 
     @property
-    def whole(self) -> Geometry:
-        """The scan's geometry after it was turned."""
-        return reorient_geometry(self.source, self.turn) if self.turn else self.source
+    def reoriented(self) -> Geometry:
+        """The geometry of the reoriented scan."""
+        return reorient_geometry(self.source, self.reorientation) if self.reorientation else self.source
 
     @property
-    def cut(self) -> Geometry:
-        """The scan's geometry after it was turned and cut: what was resampled."""
-        return self.whole.cropped(self.crop[:3], _size_of(self.crop)) if self.crop else self.whole
+    def cropped(self) -> Geometry:
+        """The geometry of the reoriented and cropped scan, which was resampled."""
+        return self.reoriented.cropped(self.crop[:3], _size_of(self.crop)) if self.crop else self.reoriented
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distances between the voxels of the network's grid."""
+        """(D, H, W) distances between the voxels of the network's grid."""
         ends = 0 if self.half_pixel else 1
-        cut = self.cut
-        lengths = zip(cut.shape, cut.spacing_mm, self.resampled_shape, strict=True)
+        cropped = self.cropped
+        lengths = zip(cropped.shape, cropped.spacing_mm, self.resampled_shape, strict=True)
         d, h, w = ((n - ends) * mm / (new - ends) if min(n, new) > ends else mm for n, mm, new in lengths)
         return d, h, w
 
@@ -117,42 +118,42 @@ def _size_of(box: Box) -> Shape:
 
 
 def _slices_of(box: Box) -> tuple[slice, ...]:
-    """Of a (C, D, H, W) array."""
+    """Returns the index of the box in a (C, D, H, W) array."""
     return (slice(None), *(slice(first, last) for first, last in zip(box[:3], box[3:], strict=True)))
 
 
 def resampled_shape(shape: Shape, spacing_mm: tuple[float, ...], target_mm: tuple[float, ...]) -> Shape:
-    """The shape at the target spacing: `int(spacing / target * shape)`, truncated, in float64; at least 1."""
+    """Returns the shape at the target spacing: `int(spacing / target * shape)`, truncated, in float64; at least 1."""
     scaled = np.asarray(spacing_mm, np.float64) / np.asarray(target_mm, np.float64) * np.asarray(shape)
     return as_shape(np.maximum(scaled.astype(np.int64), 1))
 
 
 def resample_image(image: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
-    """Trilinear, corners aligned, in float32. (C, D, H, W) -> (C, *shape)."""
+    """Resamples (C, D, H, W) to (C, *shape): trilinear, corners aligned, in float32."""
     resampled = F.interpolate(torch.from_numpy(image)[None], size=shape, mode="trilinear", align_corners=True)
     return resampled[0].numpy()
 
 
 def resample_label(label: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
-    """PyTorch's legacy `nearest` on uint8, which MLPerf's digests were made with. (1, D, H, W) -> (1, *shape)."""
+    """Resamples (1, D, H, W) to (1, *shape) with PyTorch's legacy `nearest`, as MLPerf's digests require."""
     return F.interpolate(torch.from_numpy(label)[None], size=shape, mode="nearest")[0].numpy()
 
 
 def resize_image(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Slice by slice and bilinear over areas: of a picture that shrinks, no pixel is left out. (C, D, H, W)."""
+    """Resizes a (C, D, H, W) image by slice: bilinear and antialiased, so that every pixel counts when it shrinks."""
     resized = F.interpolate(torch.from_numpy(image), size=size, mode="bilinear", align_corners=False, antialias=True)
     return resized.numpy()
 
 
 def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The nearest pixel, where `resize_image` has its centre. (1, D, H, W)."""
+    """Resizes a (1, D, H, W) label slice by slice to the nearest pixel, with the pixel centres of `resize_image`."""
     return F.interpolate(torch.from_numpy(label), size=size, mode="nearest-exact").numpy()
 
 
 def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float32]:
-    """Clips to the spec's window, then scales as its `intensity` says, in float32.
+    """Clips a (C, D, H, W) image to the spec's window, then scales it by the spec's `intensity`, in float32.
 
-    A spec without mean and deviation takes each channel's own; a constant channel becomes 0.
+    Without mean and std in the spec, each channel's own are used; a constant channel becomes 0.
     """
     if spec.intensity_window is not None:
         low, high = spec.intensity_window
@@ -160,10 +161,10 @@ def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float
     if spec.intensity == "none":
         return image
     if spec.intensity == "minmax":
-        ends = spec.intensity_window or (_each(image, np.min), _each(image, np.max))
-        least, most = (np.asarray(end, np.float32) for end in ends)
-        extent = np.where(most > least, most - least, np.float32(1))
-        return ((image - least) / extent).astype(np.float32, copy=False)
+        ends = spec.intensity_window or (_per_channel(image, np.min), _per_channel(image, np.max))
+        bottom, top = (np.asarray(end, np.float32) for end in ends)
+        extent = np.where(top > bottom, top - bottom, np.float32(1))
+        return ((image - bottom) / extent).astype(np.float32, copy=False)
     if spec.mean is not None and spec.std is not None:
         return (image - np.float32(spec.mean)) / np.float32(spec.std)
     # Sums in float64: a float32 sum over 10^8 voxels loses three digits.
@@ -173,24 +174,26 @@ def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float
     return scaled
 
 
-def _each(image: NDArray[np.float32], figure: Callable[..., Any]) -> NDArray[np.float32]:
-    """A figure of each channel, (C, 1, 1, 1)."""
-    found: NDArray[np.float32] = figure(image, axis=(1, 2, 3), keepdims=True)
+def _per_channel(image: NDArray[np.float32], statistic: Callable[..., Any]) -> NDArray[np.float32]:
+    """Returns a statistic of each channel, (C, 1, 1, 1)."""
+    found: NDArray[np.float32] = statistic(image, axis=(1, 2, 3), keepdims=True)
     return found
 
 
 def foreground_box(image: NDArray[np.float32], spec: DatasetSpec) -> Box | None:
-    """The box of the body: of all voxels above the window's lower end, without a window above the channel's own mean.
+    """Returns the bounding box of the voxels above the window's lower end; without a window, above the channel's mean.
 
-    A voxel counts that is above in any channel.
+    A voxel counts if it is above in any channel.
 
     Args:
-        image: (C, D, H, W), before it is clipped.
+        image: (C, D, H, W), not clipped yet.
 
     Returns:
         None where no voxel is above.
     """
-    floor = spec.intensity_window[0] if spec.intensity_window else _each(image, partial(np.mean, dtype=np.float64))
+    floor = (
+        spec.intensity_window[0] if spec.intensity_window else _per_channel(image, partial(np.mean, dtype=np.float64))
+    )
     body: NDArray[np.bool_] = np.any(image > floor, axis=0)
     if not body.any():
         return None
@@ -199,27 +202,27 @@ def foreground_box(image: NDArray[np.float32], spec: DatasetSpec) -> Box | None:
 
 
 def edge_padding(shape: Shape, min_shape: Shape | None) -> list[tuple[int, int]]:
-    """Voxels to add (before, after) each axis to reach `min_shape`: half in front, the odd one behind."""
+    """Returns the voxels to add (before, after) each axis to reach `min_shape`: half before, the odd one after."""
     missing = [max(0, least - size) for least, size in zip(min_shape or (0, 0, 0), shape, strict=True)]
     return [(n // 2, n - n // 2) for n in missing]
 
 
 def pad_with_edges(array: NDArray[Any], padding: list[tuple[int, int]]) -> NDArray[Any]:
-    """Repeats the edge values of a (C, D, H, W) array; the array itself where nothing is missing."""
+    """Pads a (C, D, H, W) array with its edge values; returns the array itself where there is no padding."""
     if not any(before or after for before, after in padding):
         return array
     return np.pad(array, [(0, 0), *padding], mode="edge")
 
 
 def foreground_boxes(label: NDArray[np.uint8], classes: int) -> Boxes:
-    """The bounding boxes of the largest face-connected components of every class present.
+    """Returns the bounding boxes of the largest face-connected components of every class present.
 
     Args:
         label: (D, H, W) or (1, D, H, W).
-        classes: K, the background included; values of K and above are no class.
+        classes: K, including the background; values of K and above are ignored.
 
     Returns:
-        {class: its `BOXES_PER_CLASS` largest boxes by volume, largest first}; classes without a voxel are left out.
+        {class: its `BOXES_PER_CLASS` largest boxes by volume, largest first}, without absent classes.
     """
     label = label.reshape(label.shape[-3:])
     boxes: Boxes = {}
@@ -244,9 +247,9 @@ def _box_volume(box: Box) -> int:
 
 
 def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float32], GridTransform]:
-    """A scan on the network's grid, (C, D, H, W) float32, and how it came there."""
+    """Returns a scan on the network's grid, (C, D, H, W) float32, and the transform to that grid."""
     array = image.array
-    way = GridTransform(
+    transform = GridTransform(
         source=image.geometry,
         resampled_shape=image.geometry.shape,
         padding_before=(0, 0, 0),
@@ -254,11 +257,11 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
         orientation=spec.orientation,
         half_pixel=spec.size is not None,
     )
-    array = _turn_and_cut(array, way)
+    array = _reorient_and_crop(array, transform)
     if spec.foreground_crop:
-        way = replace(way, crop=foreground_box(array, spec))
-        array = _turn_and_cut(image.array, way)
-    shape, spacing_mm = way.cut.shape, way.cut.spacing_mm
+        transform = replace(transform, crop=foreground_box(array, spec))
+        array = _reorient_and_crop(image.array, transform)
+    shape, spacing_mm = transform.cropped.shape, transform.cropped.spacing_mm
     if spec.size is not None:
         shape = (shape[0], *spec.size)
         array = resize_image(array, spec.size)
@@ -268,18 +271,18 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
     padding = edge_padding(shape, spec.min_shape)
     array = pad_with_edges(normalise(array, spec), padding)
     before = as_shape([first for first, _ in padding])
-    return array, replace(way, resampled_shape=shape, padding_before=before, shape=as_shape(array.shape[1:]))
+    return array, replace(transform, resampled_shape=shape, padding_before=before, shape=as_shape(array.shape[1:]))
 
 
-def _turn_and_cut(array: NDArray[Any], way: GridTransform) -> NDArray[Any]:
-    """The first two steps, of an image or its mask; the array itself where there is nothing to do."""
-    array = way.turn.apply(array) if way.turn else array
-    return np.ascontiguousarray(array[_slices_of(way.crop)] if way.crop else array)
+def _reorient_and_crop(array: NDArray[Any], transform: GridTransform) -> NDArray[Any]:
+    """Reorients and crops an image or its mask; returns the array itself where there is nothing to do."""
+    array = transform.reorientation.apply(array) if transform.reorientation else array
+    return np.ascontiguousarray(array[_slices_of(transform.crop)] if transform.crop else array)
 
 
 def preprocess_label(label: Volume, transform: GridTransform, spec: DatasetSpec) -> NDArray[np.uint8]:
-    """The mask on the grid that its scan came to, (1, D, H, W) uint8."""
-    array = _turn_and_cut(label.array, transform)
+    """Returns the mask on its scan's preprocessed grid, (1, D, H, W) uint8."""
+    array = _reorient_and_crop(label.array, transform)
     if transform.resampled_shape != array.shape[1:]:
         _, h, w = transform.resampled_shape
         array = (
@@ -289,29 +292,29 @@ def preprocess_label(label: Volume, transform: GridTransform, spec: DatasetSpec)
 
 
 def to_source_grid(array: NDArray[np.float32], transform: GridTransform, first: int = 0) -> NDArray[np.float32]:
-    """The way back: cuts the padding off, interpolates to the scan's own grid, and undoes crop and turn.
+    """Maps probabilities back to the scan's own grid: undoes padding, resampling, crop and reorientation.
 
-    Outside of the crop all is background: its probability is 1, every other one 0.
+    Outside the crop the background has probability 1, every other class 0.
 
     Args:
         array: (K, D, H, W) probabilities on the network's grid. Interpolate probabilities and take the arg-max
-            afterwards: nearest on labels costs small objects up to half their Dice.
+            afterwards: nearest-neighbour labels cost small objects up to half their Dice.
         transform: what `preprocess_image` returned.
-        first: the class that `array` begins with.
+        first: the first class of `array`.
 
     Returns:
         (K, *source shape) float32.
     """
     windows = zip(transform.padding_before, transform.resampled_shape, strict=True)
     inside = array[(slice(None), *(slice(start, start + size) for start, size in windows))]
-    shape = transform.cut.shape
+    shape = transform.cropped.shape
     if transform.resampled_shape != shape:
         inside = np.ascontiguousarray(inside)
         inside = resize_image(inside, shape[1:]) if transform.half_pixel else resample_image(inside, shape)
     if transform.crop:
-        whole = np.zeros((len(array), *transform.whole.shape), np.float32)
+        full = np.zeros((len(array), *transform.reoriented.shape), np.float32)
         if first == 0:
-            whole[0] = 1
-        whole[_slices_of(transform.crop)] = inside
-        inside = whole
-    return transform.turn.undo(inside) if transform.turn else inside
+            full[0] = 1
+        full[_slices_of(transform.crop)] = inside
+        inside = full
+    return transform.reorientation.undo(inside) if transform.reorientation else inside

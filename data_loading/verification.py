@@ -1,4 +1,4 @@
-"""Verification of a preprocessed folder: against its own index, a list of MD5s, and MLPerf's published ones."""
+"""Verifies a preprocessed folder against its own index, a list of MD5s, and MLPerf's published ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from data_loading.integrity import (
     file_md5,
     file_stamp,
     fingerprint,
-    keep_verified,
+    record_verified,
     recorded_digests,
 )
 
 
 def verify(results_dir: Path, checksums: Path | None) -> int:
-    """Compares every file's MD5 with `dataset.json`, with `checksums` and, for the whole KiTS19, with MLPerf's
-    fingerprints; names each file that differs.
+    """Compares every file's MD5 with `dataset.json`, `checksums` and, for the whole KiTS19, MLPerf's fingerprints.
+
+    Prints each file that differs.
 
     Returns:
-        0 when everything agrees, 1 when something differs.
+        Exit status: 0 when everything agrees, 1 when something differs.
 
     Raises:
-        UserError: nothing to verify, or `checksums` is no JSON of {name: MD5}.
+        UserError: nothing to verify, or `checksums` is not a JSON file of {name: MD5}.
     """
     files = sorted([*results_dir.glob("*_x.npy"), *results_dir.glob("*_y.npy")])
     if not files:
@@ -40,9 +41,9 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
         index = read_index(results_dir / INDEX_NAME)
         recorded = recorded_digests(index.cases)
         is_good &= _compare(found, recorded, INDEX_NAME)
-        # The next run need not hash these, whatever copied or touched them.
+        # The next run need not hash these, even if they were copied or touched.
         good = {name: stamps[name] for name, md5 in found.items() if recorded.get(name) == md5}
-        keep_verified(results_dir, index.cases, good)
+        record_verified(results_dir, index.cases, good)
     if checksums is not None:
         is_good &= _compare(found, _read_checksums(checksums), checksums.name)
     if len(found) == 2 * MLPERF_CASES and all(name.startswith("case_") for name in found):
@@ -51,7 +52,7 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
             print(f"MLPerf's {what}: {'identical' if actual == expected else f'DIFFERENT ({actual})'}")
             is_good &= actual == expected
     else:
-        print(f"{len(found)} files: MLPerf's fingerprints are those of KiTS19's {2 * MLPERF_CASES}, not compared")
+        print(f"{len(found)} files: not compared with MLPerf's fingerprints, which are of KiTS19's {2 * MLPERF_CASES}")
     return 0 if is_good else 1
 
 

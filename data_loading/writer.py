@@ -1,7 +1,7 @@
-"""Writes the preprocessed folder: every case once, in several processes, to be interrupted anywhere and started again.
+"""Writes the preprocessed folder, in several processes; it may be interrupted anywhere and started again.
 
-A case that is done and intact is not done again, and nothing half-written is ever left under a final name.
-`dataset.json` appears when every case is done.
+A case that is done and intact is not done again, and no partly written file ever has its final name. `dataset.json`
+appears when every case is done.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from data_loading.spec import DatasetSpec
 
 
 def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
-    """Preprocesses every case that is not done yet, prints a line each, and writes `dataset.json` last.
+    """Preprocesses every case that is not done yet, prints a line for each, and writes `dataset.json` last.
 
     Raises:
         UserError: a bad case (the others stay done), or a folder that cannot be written.
     """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        # While cases are missing there must be no dataset.json: training would take the set for complete.
+        # While cases are missing there must be no dataset.json: training would consider the data set complete.
         if (results_dir / INDEX_NAME).exists():
             os.replace(results_dir / INDEX_NAME, results_dir / PARTIAL_INDEX_NAME)
-        # What is intact gets its stamp in the index, and what a case's former content had vouches for nothing.
+        # Intact files get their present stamps in the index; stamps of a file's former content are worthless.
         (results_dir / VERIFIED_NAME).unlink(missing_ok=True)
-        for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # of a run that was killed
+        for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # left by a run that was killed
             stale.unlink(missing_ok=True)
         records = _intact_records(raw, results_dir)
         write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
         dropped = []
         for case, made in tqdm(_run(todo, results_dir, raw, num_workers), total=len(todo), unit="case", disable=None):
-            tqdm.write(_line(case, made))
+            tqdm.write(_describe_case(case, made))
             if made is None:
                 dropped.append(case)
                 continue
@@ -73,15 +73,15 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
     except OSError as error:
         raise UserError(f"--results_dir {results_dir}: cannot be written: {error.strerror or error}") from None
     done_now = len(todo) - len(dropped)
-    _summarise(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
+    _print_summary(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
     if dropped:
-        logger.info(f"{len(dropped)} training cases dropped for their empty masks")
-    for line in _doubts(raw.spec, split, records):
-        logger.warning(line)
+        logger.info(f"{len(dropped)} training cases dropped because their masks are empty")
+    for message in _suspicious(raw.spec, split, records):
+        logger.warning(message)
 
 
 def _without(split: Mapping[str, Sequence[str]], dropped: Collection[str]) -> dict[str, list[str]]:
-    """The split of what is left. Raises UserError where nothing is left to train on."""
+    """Returns the split without the dropped cases. Raises UserError when no training case is left."""
     left = {subset: [case for case in cases if case not in dropped] for subset, cases in split.items()}
     if dropped and not left["train"]:
         raise UserError("every training case has an empty mask; do --labels name the values that the masks hold?")
@@ -89,14 +89,14 @@ def _without(split: Mapping[str, Sequence[str]], dropped: Collection[str]) -> di
 
 
 def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]:
-    """The records of an earlier, perhaps interrupted run whose sources and files are still what they were."""
+    """Returns the records of an earlier, perhaps interrupted run whose sources and files are unchanged."""
     partial_index = results_dir / PARTIAL_INDEX_NAME
     if not partial_index.exists():
         return {}
     try:
         index = read_index(partial_index)
     except UserError as error:
-        logger.info(f"starting afresh: {error}")
+        logger.info(f"starting over: {error}")
         return {}
     if replace(index.spec, name=raw.spec.name) != raw.spec:
         return {}
@@ -104,15 +104,15 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     for case in tqdm(raw.cases, desc="checking what is done", unit="case", disable=None):
         record = index.cases.get(case.case)
         if record and record.source_stamp == case.stamp():
-            digests, stamps = _describe(results_dir, case.case)
+            digests, stamps = _hash_files(results_dir, case.case)
             if digests == record.digests:
-                # Copied or touched, it has other stamps by now.
+                # The stamps may differ: the files may have been copied or touched.
                 intact[case.case] = replace(record, stamps=stamps, patient=case.patient)
     return intact
 
 
-def _describe(folder: Path, case: str) -> tuple[dict[str, str], dict[str, Stamp]]:
-    """MD5s and stamps of a case's files that are there, by kind; the stamps are from before the files are read."""
+def _hash_files(folder: Path, case: str) -> tuple[dict[str, str], dict[str, Stamp]]:
+    """Returns MD5s and stamps of a case's existing files, by kind; stamps are taken before the files are read."""
     paths = {kind: path for kind in "xy" if (path := case_file(folder, case, kind)).exists()}
     stamps = {kind: file_stamp(path) for kind, path in paths.items()}
     return {kind: file_md5(path) for kind, path in paths.items()}, stamps
@@ -129,7 +129,7 @@ def _run(
     # spawn: a forked copy of a process that has run torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker) as pool:
-        # Ctrl-C is for this process alone to tell: those started meanwhile inherit that they ignore it.
+        # Only this process reports Ctrl-C: the processes that start here inherit that they ignore it.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = [pool.submit(work, case) for case in todo]
         signal.signal(signal.SIGINT, handler)
@@ -138,22 +138,22 @@ def _run(
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a preprocessing process was killed, most likely for memory; use a smaller --num_workers "
-                "(what is done stays done)"
+                "a preprocessing process was killed, most likely because memory ran out; use a smaller --num_workers "
+                "(finished cases are kept)"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    # From now on Ctrl-C ends this process at once and without a word.
+    # From now on Ctrl-C ends this process at once and silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """Ends this process when its parent was killed: it would wait for more work for ever."""
+def _exit_with_parent() -> None:
+    """Ends this process when its parent was killed: it would wait for work forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
@@ -165,32 +165,32 @@ def preprocess_case(
     """Reads, preprocesses and saves one case.
 
     Args:
-        droppable: cases that are left out, with None for a record, where the mask is empty.
+        droppable: cases that are dropped, with None as their record, if the mask is empty.
 
     Raises:
-        UserError: image and mask do not fit or are damaged.
+        UserError: image and mask do not match, or a file is damaged.
     """
     image, label = raw.read()
     if raw.case in droppable and not label.array.any():
-        for kind in "xy":  # of an earlier run, with another mask
+        for kind in "xy":  # left by an earlier run with another mask
             case_file(results_dir, raw.case, kind).unlink(missing_ok=True)
         return raw.case, None
     if image.array.shape[0] != spec.channels or label.array.shape[0] != 1:
         raise UserError(
-            f"{raw.case}: expected {spec.channels} image channel(s) and 1 of the mask, "
+            f"{raw.case}: expected {spec.channels} image channel(s) and 1 mask channel, "
             f"found {image.array.shape[0]} and {label.array.shape[0]}"
         )
     if not np.isfinite(image.array).all():
-        raise UserError(f"{raw.image}: the scan holds NaN or infinity; repair or remove the case")
+        raise UserError(f"{raw.image}: the scan contains NaN or infinity; repair or remove the case")
     if int(label.array.max()) >= len(spec.classes):
-        raise UserError(f"{raw.label}: label {label.array.max()}, but the classes end at {len(spec.classes) - 1}")
+        raise UserError(f"{raw.label}: label {label.array.max()}, but the highest class is {len(spec.classes) - 1}")
     array, transform = preprocess_image(image, spec)
     mask = preprocess_label(label, transform, spec)
-    lost = _labelled_outside(label, transform)
+    lost = _count_cropped_labels(label, transform)
     del image, label
     _save(case_file(results_dir, raw.case, "x"), array)
     _save(case_file(results_dir, raw.case, "y"), mask)
-    digests, stamps = _describe(results_dir, raw.case)
+    digests, stamps = _hash_files(results_dir, raw.case)
     statistics = {"mean": float(array.mean(dtype=np.float64)), "std": float(array.std(dtype=np.float64))}
     if lost:
         statistics["labelled_voxels_cut"] = lost
@@ -206,59 +206,62 @@ def preprocess_case(
     )
 
 
-def _labelled_outside(label: Volume, transform: GridTransform) -> int:
-    """Voxels of the mask that the foreground crop cuts away."""
+def _count_cropped_labels(label: Volume, transform: GridTransform) -> int:
+    """Returns the number of labelled voxels outside the foreground crop."""
     if not transform.crop:
         return 0
-    everything = replace(transform, crop=None, resampled_shape=transform.whole.shape)
-    kept = replace(transform, resampled_shape=transform.cut.shape)
+    uncropped = replace(transform, crop=None, resampled_shape=transform.reoriented.shape)
+    cropped = replace(transform, resampled_shape=transform.cropped.shape)
     plain = DatasetSpec(name="", classes=())
-    before, after = (np.count_nonzero(preprocess_label(label, way, plain)) for way in (everything, kept))
+    before, after = (np.count_nonzero(preprocess_label(label, each, plain)) for each in (uncropped, cropped))
     return int(before - after)
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
-    """Saves an array under its final name only once it is whole."""
+    """Saves an array, under its final name only once it is complete."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
 
 
-def _line(case: str, record: CaseRecord | None) -> str:
+def _describe_case(case: str, record: CaseRecord | None) -> str:
     if record is None:
         return f"{case}: dropped, its mask is empty"
     shape = record.transform.shape if record.transform else ()
     lost = record.statistics.get("labelled_voxels_cut")
     return (
         f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
-        f"{f', {lost:g} labelled voxels outside of the foreground crop' if lost else ''}"
+        f"{f', {lost:g} labelled voxels outside the foreground crop' if lost else ''}"
     )
 
 
-def _summarise(split: dict[str, list[str]], records: dict[str, CaseRecord], done: str, results_dir: Path) -> None:
+def _print_summary(split: dict[str, list[str]], records: dict[str, CaseRecord], done: str, results_dir: Path) -> None:
     shapes = np.array([record.transform.shape for record in records.values() if record.transform])
     means = [record.statistics["mean"] for record in records.values()]
-    deviations = [record.statistics["std"] for record in records.values()]
+    stds = [record.statistics["std"] for record in records.values()]
     print(
         f"median shape {tuple(np.median(shapes, axis=0).astype(int).tolist())}, "
-        f"mean {np.median(means):.2f}, std {np.median(deviations):.2f}"
+        f"mean {np.median(means):.2f}, std {np.median(stds):.2f}"
     )
     parts = {"train": "to train", "evaluation": "to evaluate", "test": "to test"}
     counts = ", ".join(f"{len(split[subset])} {what}" for subset, what in parts.items() if subset in split)
     print(f"{len(records)} cases ({done}): {counts}, in {results_dir}")
 
 
-def _doubts(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:
-    """What is well-formed and yet most likely a mistake."""
+def _suspicious(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:
+    """Yields warnings about well-formed data that most likely is a mistake."""
     seen: dict[str, tuple[str, str]] = {}
     for subset, cases in split.items():
         for case in cases:
             first, other = seen.setdefault(records[case].digests["x"], (subset, case))
             if first != subset:
                 yield f"{case} ({subset}) is the same scan as {other} ({first}); scores will be too good"
-    ways = Counter(orientation_of(record.transform.cut.affine) for record in records.values() if record.transform)
-    if len(ways) > 1:
-        counts = ", ".join(f"{count} {way}" for way, count in ways.most_common())
-        yield f"the scans' axes run different ways ({counts}); --orientation {ways.most_common(1)[0][0]} turns all"
+    orientations = Counter(
+        orientation_of(record.transform.cropped.affine) for record in records.values() if record.transform
+    )
+    if len(orientations) > 1:
+        counts = ", ".join(f"{count} {orientation}" for orientation, count in orientations.most_common())
+        most_common = orientations.most_common(1)[0][0]
+        yield f"the scans have different orientations ({counts}); --orientation {most_common} unifies them"
     for value, name in enumerate(spec.classes[1:], 1):
         if split["train"] and not any(value in records[case].boxes for case in split["train"]):
             yield f"class {value} ({name}) is in no training case"

@@ -217,7 +217,7 @@ def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: _Predictor)
     if (data_dir / INDEX_NAME).is_file():
         record = read_index(data_dir / INDEX_NAME).cases[case]
         if record.transform is not None:
-            affine, case_spacing_mm = record.transform.cut.affine, record.transform.spacing_mm
+            affine, case_spacing_mm = record.transform.cropped.affine, record.transform.spacing_mm
     turn = radiological(affine)
     spacing_mm = np.empty(3)
     spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or case_spacing_mm

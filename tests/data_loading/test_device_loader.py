@@ -128,9 +128,9 @@ def test_a_batch_is_described_by_where_its_crops_are(folder: Path) -> None:
     loader = make("device", folder, replace(SETTINGS, augment=plainly))
     for epoch in (1, 2):
         for index, batch in enumerate(loader.epoch(epoch)):
-            told = loader.describe(epoch, index)
-            assert len(told) == len(batch["image"]) == 2
-            for image, phrase in zip(batch["image"], told, strict=True):
+            phrases = loader.describe(epoch, index)
+            assert len(phrases) == len(batch["image"]) == 2
+            for image, phrase in zip(batch["image"], phrases, strict=True):
                 match = re.fullmatch(r"(case_\d{5}) at \((\d+), (\d+), (\d+)\), brightness 1, noise 0", phrase)
                 assert match is not None, phrase
                 volume = made_up(CASES.index(match[1]), SHAPES[CASES.index(match[1])])[0]

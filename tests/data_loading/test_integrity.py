@@ -175,14 +175,14 @@ def test_image_and_label_must_be_of_the_same_voxels(folder: Path, reference: Pat
     for data_dir in (folder, reference):
         for kind, size in sizes.items():
             os.truncate(case_file(data_dir, "b", kind), size)
-        with pytest.raises(UserError, match=r"b_x\.npy: its \d+ bytes and the \d+ of b_y\.npy cannot be of the same"):
+        with pytest.raises(UserError, match=r"b_x\.npy: its \d+ bytes and the \d+ of b_y\.npy cannot have the same"):
             check_files(data_dir, CASES)
 
 
 def test_channels_are_not_taken_for_a_wrong_size(tmp_path: Path, write_preprocessed: WritePreprocessed) -> None:
     cases = {"a": (np.zeros((4, *SHAPE)), np.zeros((1, *SHAPE)))}
     folder = write_preprocessed(tmp_path, cases)
-    with pytest.raises(UserError, match="cannot be of the same voxels"):
+    with pytest.raises(UserError, match="cannot have the same voxels"):
         check_files(folder, ["a"])
     index = read_index(folder / INDEX_NAME)
     write_json(folder / INDEX_NAME, replace(index, spec=replace(index.spec, channels=4)).to_json())

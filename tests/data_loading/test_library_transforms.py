@@ -1,4 +1,4 @@
-"""Augmentations by spec: composed in order, image and label alike, all randomness the sample's own."""
+"""Augmentations by spec: composed in order, identical for image and label, all randomness the sample's own."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_quarter_turns_are_alike_for_image_and_label_and_keep_the_shape() -> Non
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("flips(p=2)", "2 is not a probability"),
         ("flips(axes='XY')", "expected axes of 'DHW'"),
@@ -145,10 +145,10 @@ def test_quarter_turns_are_alike_for_image_and_label_and_keep_the_shape() -> Non
         ("monai.data:Dataset(data=())", "not a transform of MONAI"),
     ],
 )
-def test_a_wrong_spec_is_one_line(spec: str, told: str) -> None:
+def test_a_wrong_spec_is_one_line(spec: str, message: str) -> None:
     if spec.startswith(("torchio", "monai")):
         needs(spec)
-    with pytest.raises(UserError, match=f"^--augment .*{told}"):
+    with pytest.raises(UserError, match=f"^--augment .*{message}"):
         make_augmentation(typed(spec))
 
 

@@ -179,7 +179,7 @@ def test_links_and_the_masks_themselves_are_left_alone(tmp_path: Path) -> None:
     outside.mkdir()
     raw.mkdir()
     (raw / "case_00000").symlink_to(outside)
-    with pytest.raises(UserError, match="is a link"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         main(["--results_dir", str(raw), "--cases", "1", "--shape", "16", "16", "16"])
     assert not any(outside.iterdir())
     masks = tmp_path / "masks"
@@ -202,7 +202,7 @@ def test_links_and_the_masks_themselves_are_left_alone(tmp_path: Path) -> None:
         (["--results_dir", "raw", "--segmentations", "missing"], "no such folder; expected case_00000/segmentation"),
         (["--results_dir", "raw", "--segmentations", "empty"], "holds no masks; expected case_00000/segmentation"),
         (["--results_dir", "raw", "--segmentations", "damaged"], "damaged/case_00001/segmentation.nii.gz: damaged"),
-        (["--results_dir", "a_file", "--cases", "1"], "--results_dir a_file: cannot be made"),
+        (["--results_dir", "a_file", "--cases", "1"], "--results_dir a_file: cannot be created"),
         (["--results_dir", "occupied", "--cases", "1", "--shape", "16", "16", "16"], "case_00000: cannot be written"),
     ],
 )

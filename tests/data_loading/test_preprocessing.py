@@ -382,7 +382,7 @@ def test_turned_cut_and_padded_every_label_comes_back(
     assert GridTransform.from_json(record).to_json() == record
     mask = preprocess_label(Volume(label, geometry), transform, spec)
     assert array.shape[1:] == mask.shape[1:] == transform.shape
-    assert orientation_of(transform.cut.affine) == (orientation or orientation_of(geometry.affine))
+    assert orientation_of(transform.cropped.affine) == (orientation or orientation_of(geometry.affine))
     certain = np.concatenate([mask == value for value in range(3)]).astype(F32)
     back = to_source_grid(certain, transform)
     np.testing.assert_array_equal(back.sum(axis=0), np.ones(geometry.shape))
@@ -398,8 +398,8 @@ def test_turned_cut_and_padded_every_label_comes_back(
     # A voxel of the network's grid lies where the geometry says.
     values = np.clip(image, 1, 9)
     start = np.array(transform.padding_before)
-    for corner in itertools.product(*((0, size - 1) for size in transform.cut.shape)):
-        old = np.rint(np.linalg.inv(geometry.affine) @ transform.cut.affine @ [*corner, 1]).astype(int)[:3]
+    for corner in itertools.product(*((0, size - 1) for size in transform.cropped.shape)):
+        old = np.rint(np.linalg.inv(geometry.affine) @ transform.cropped.affine @ [*corner, 1]).astype(int)[:3]
         np.testing.assert_array_equal(array[:, *(start + corner)], values[:, *old])
 
 
@@ -428,7 +428,7 @@ def test_turned_cut_and_resampled_a_ramp_comes_back(
         whole, way = preprocess_image(Volume(image, geometry), clipped)
         np.testing.assert_allclose(to_source_grid(whole, way), image, atol=1e-2 * np.ptp(image) + 1e-3)
     resampled = list(transform.resampled_shape)
-    target = [s * (n - 1) for s, n in zip(transform.cut.spacing_mm, transform.cut.shape, strict=True)]
+    target = [s * (n - 1) for s, n in zip(transform.cropped.spacing_mm, transform.cropped.shape, strict=True)]
     found = [s * (n - 1) for s, n in zip(transform.spacing_mm, resampled, strict=True)]
     assert all(a == pytest.approx(b) for a, b, n in zip(target, found, resampled, strict=True) if n > 1)
 

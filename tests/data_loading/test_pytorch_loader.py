@@ -313,7 +313,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
     monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
     settings = replace(SETTINGS, batch_size=1, num_workers=1)
     loader = make_training_loader("pytorch", folder, CASES[3:4], spec=SPEC, config=settings)
-    with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot be of the same"):
+    with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot have the same"):
         list(loader.epoch(1))
 
 
@@ -341,7 +341,7 @@ def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypa
 def test_a_worker_killed_with_a_batch_on_its_way_is_told_alike(
     error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch fetches a batch's memory from the worker: where that is gone, its pipe tells, not torch."""
+    """torch fetches a batch's memory from the worker: if it is gone, the pipe raises, not torch."""
     loader = PytorchLoader(CropDataset(folder, CASES, load_boxes(folder, CASES, 3), SETTINGS), SETTINGS)
 
     def broken() -> Iterator[None]:

@@ -53,7 +53,7 @@ def test_the_augmentations_default_is_the_references(drawn: list[MLPerfAugmentat
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("mlperf(flips='X')", "axes of 'DHW'"),
         ("mlperf(flips='DD')", "axes of 'DHW'"),
@@ -62,8 +62,8 @@ def test_the_augmentations_default_is_the_references(drawn: list[MLPerfAugmentat
         ("elastic", "unknown name; available: flips, mlperf, rot90"),
     ],
 )
-def test_an_augmentation_that_does_not_exist(spec: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_an_augmentation_that_does_not_exist(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make_augmentation([spec])
 
 

@@ -162,7 +162,7 @@ def test_scans_of_different_orientations_cause_a_warning(
         path = raw / kind / "scan_1.nii.gz"
         nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), np.diag([-2.0, 1.0, 1.0, 1.0])), path)
     preprocess(raw, tmp_path / "out", "--dataset", "msd")
-    message = "warning: the scans' axes run different ways (4 RAS, 1 LAS); --orientation RAS turns all\n"
+    message = "warning: the scans have different orientations (4 RAS, 1 LAS); --orientation RAS unifies them\n"
     assert capsys.readouterr().err == message
     preprocess(raw, tmp_path / "out", "--dataset", "msd", "--orientation", "RAS")
     assert capsys.readouterr().err == ""
@@ -179,7 +179,7 @@ def test_labels_outside_the_foreground_crop_are_counted(
     for name, array in (("imagesTr", image), ("labelsTr", label)):
         nib.save(nib.Nifti1Image(array, np.diag([2.0, 1.0, 1.0, 1.0])), raw / name / "scan_0.nii.gz")
     preprocess(raw, out, "--dataset", "msd", "--foreground_crop")
-    assert "scan_0: shape (6, 7, 7), mean 0.00, std 0.00, 1 labelled voxels outside of the" in capsys.readouterr().out
+    assert "scan_0: shape (6, 7, 7), mean 0.00, std 0.00, 1 labelled voxels outside the" in capsys.readouterr().out
     assert np.load(out / "scan_0_y.npy").sum() == 2
 
 

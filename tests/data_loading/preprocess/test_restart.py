@@ -107,7 +107,7 @@ def test_a_damaged_index_starts_over(copy: tuple[Path, Path], capsys: pytest.Cap
     preprocess(raw, out)
     assert contents(out) == files
     output = capsys.readouterr().out
-    assert "starting afresh" in output
+    assert "starting over" in output
     assert "3 cases (3 now" in output
 
 
@@ -275,7 +275,9 @@ def die(*_: Any, **__: Any) -> None:
 @pytest.mark.integration
 def test_a_killed_worker_is_reported_in_one_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "preprocess_case", die)
-    with pytest.raises(UserError, match="process was killed, most likely for memory; use a smaller --num_workers"):
+    with pytest.raises(
+        UserError, match="process was killed, most likely because memory ran out; use a smaller --num_workers"
+    ):
         preprocess(raw, tmp_path, "--num_workers", 2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / INDEX_NAME).exists()

@@ -100,7 +100,7 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_do_not_train(
     assert not any((out / f"{case}_x.npy").exists() for case in dropped)
     output = capsys.readouterr().out
     assert f"{dropped[0]}: dropped, its mask is empty" in output
-    assert f"{len(dropped)} training cases dropped for their empty masks" in output
+    assert f"{len(dropped)} training cases dropped because their masks are empty" in output
     kept = preprocess(
         "nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5 --no-drop_empty"
     )
