@@ -1,9 +1,7 @@
-"""The run: time, ranks, decisions, records.
+"""The run: training, evaluation, and everything they record.
 
-What lives here: arguments, the ranks (`World`), seeds, optimizer and schedule, the training loop, sliding-window
-evaluation, events and those who listen to them (callbacks may stop a run, trackers only watch), checkpoints.
-May import: torch, numpy, mlperf-logging, tqdm, `errors`, `data_loading/`, `model/`. Only `distributed.py` touches
-`torch.distributed`.
-To add a tracker: a class with `on(event)` and its line in `TRACKERS` of `logging/base.py`; a callback: a class with
-`on(event, state)` and its line in `main.py`.
+`run.py` is the outline of a run; `run_spec.py` collects facts known before it, `build.py` builds its parts from them,
+and `arguments.py` is the command line. `training.py` is the training loop, `evaluation.py` scores whole cases. The
+packages: `distributed/` (ranks), `checkpoint/`, `callbacks/`, `logging/` (events and trackers), `mlperf/` (rules).
+May import: `common`, `data_loading`, `model`. Only `distributed/` uses `torch.distributed`.
 """

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
-from common.errors import UserError
 from common.files import rotate
 from common.messages import note, take_notes
 from data_loading.base_loader import LoaderConfig, TrainingLoader
@@ -19,7 +16,6 @@ from data_loading.integrity import check_files, verify_changed
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
 from model.finetune import freeze, load_part, output_layer
-from model.kernels import dispatch as kernels
 from model.losses import build_loss
 from model.registry import build_network, check_window, freeze_unused
 from runtime.arguments import RunConfig, checkpoint_path
@@ -31,7 +27,6 @@ from runtime.distributed.signals import SignalHandler
 from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
-from runtime.environment import describe_environment, platform_name
 from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
 from runtime.io_flags import parse_interval
@@ -41,21 +36,15 @@ from runtime.logging.console import ConsoleTracker
 from runtime.logging.events import Event, EventDispatcher
 from runtime.logging.jsonl import RunFileTracker
 from runtime.logging.log_folder import rotate_logs
-from runtime.logging.mlperf import tensor_names
 from runtime.logging.throughput import ThroughputTracker
 from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
 from runtime.memory_format import to_device
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import make_optimizer
-from runtime.preflight import Demand, checkpoint_bytes, failures, format_table, run_checks
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
 from runtime.train_state import TrainState
 from runtime.training import StepConfig, TrainLoop
-from runtime.warmup import calibrate, dummy_batch, warm_up
-
-# run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
-CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 Emit = Callable[[Event], None]
 
@@ -131,70 +120,6 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
         note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {taken}")
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, output)}")
-
-
-def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
-    """Checks, on each machine, for what would end the run later.
-
-    Raises:
-        UserError: naming everything that failed.
-    """
-    config = run.config
-    if config.local_rank != 0:
-        return
-    path = checkpoint_path(config)
-    demand = Demand(
-        data_dir=None if config.loader == "synthetic" else config.data_dir,
-        training=run.split["train"],
-        evaluation=run.split["evaluation"] if run.schedule.first_evaluation else [],
-        loader=config.loader,
-        workers=config.num_workers,
-        batch_size=config.batch_size,
-        patch=config.input_shape,
-        channels=run.dataset.channels,
-        scoring=make_sliding_window_config(config, run.dataset),
-        checkpoint_dir=path.parent if path else None,
-        checkpoints=config.ckpt_keep,
-        checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
-    )
-    checks = run_checks(demand, run.world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    emit(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
-    if problem := failures(checks):
-        raise UserError(problem)
-
-
-def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
-    """Compiles, tunes and measures on dummy data before the clock starts; restores the state afterwards."""
-    config, dataset, world = run.config, run.dataset, run.world
-    channels, classes = dataset.channels, len(dataset.classes)
-    batch = dummy_batch((config.batch_size, channels, *config.input_shape), classes, world.device)
-    windows = dummy_batch((config.val_batch_size, channels, *config.val_input_shape), classes, world.device)
-    warm_up(state, batch, windows, step, steps=config.prewarm_steps)
-    if config.benchmark:
-        emit(calibrate(state, partial(make_network, config, dataset), batch, step, world=world))
-
-
-def describe_start(run: RunSpec) -> events.InitStarted:
-    were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
-    return events.InitStarted(run.config, describe_environment(run.world.device, run.world.size), were_cleared)
-
-
-def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
-    """Everything known about a run before its clock starts."""
-    config, world = run.config, run.world
-    for text in (run.precision.note, kernels.note(world.device), "" if config.benchmark else run.schedule.note()):
-        if text:
-            note(text)
-    return events.InitStopped(
-        config=config,
-        seeds=dataclasses.asdict(run.seeds),
-        division=run.division,
-        reasons=run.violations,
-        platform=config.submission_platform or platform_name(world.device, world.size),
-        tensors=tensor_names(state.network),
-        samples_per_epoch=run.samples_per_epoch,
-        notes=take_notes(),
-    )
 
 
 def make_train_loop(

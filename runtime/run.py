@@ -9,7 +9,7 @@ from contextlib import suppress
 from common.errors import DIVERGED_EXIT, UserError
 from common.messages import notes_held
 from model.registry import check_window
-from runtime import build
+from runtime import build, startup
 from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import PATIENCE_S
@@ -40,18 +40,18 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     run = make_run_spec(config, world)
     if run.done:
         return leave_done(run)
+    step = build.make_step_config(run)  # refuses bad specs before an earlier run's files are renamed
     signals = SignalHandler(world.store)
     watchdog = Watchdog(world, signals)
     writer = build.make_checkpoint_writer(run)
     emit = build.make_event_dispatcher(run, watchdog)
 
     # Before the clock: the network is built and tuned; no training data is touched.
-    emit(build.describe_start(run))
-    step = build.make_step_config(run)
+    emit(startup.describe_start(run))
     state = build.build_state(run)
-    build.run_preflight(run, state, emit)
-    build.prewarm(run, state, step, emit)
-    emit(build.describe_run(run, state))
+    startup.run_preflight(run, state, emit)
+    startup.prewarm(run, state, step, emit)
+    emit(startup.describe_run(run, state))
     world.barrier()
     emit(RunStarted())
 
