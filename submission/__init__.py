@@ -1,7 +1,8 @@
-"""A submission to MLPerf from its runs to its score: `python3 -m submission {run,pack,score}`.
+"""An MLPerf submission, from its runs to its score: `python3 -m submission {run,pack,score}`.
 
-What lives here: `series` makes the runs; `logs` reads one log and `inspection` all of them together; `score` is the
-rules' arithmetic, `picture` draws it; `package` writes the tree and `checkers` asks MLPerf's own programs about it.
-It imports from the core and from no other extra but the report's charts. A command is a module with `run(options)`
-and its lines in `__main__.py`.
+`series` makes the runs (`launching` starts each, `record` keeps track of them). `logs` reads one log, `inspection`
+checks all logs of a result together. `score` computes the result by the rules and `plot` draws it. `package` writes the
+submission tree with `system` and `scripts`, and `checkers` runs MLPerf's own checkers on it. The package imports from
+`common`, `data_loading`, `runtime` and the charts of `report`. To add a command, write a module with `run(options)`
+and add its flags to `__main__.py`.
 """

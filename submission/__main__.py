@@ -1,4 +1,4 @@
-"""A submission to MLPerf: its runs, its package, its score. `docs/submission.md` walks through it.
+"""An MLPerf submission: its runs, its package, its score. `docs/submission.md` is the guide.
 
 python3 -m submission run --result_dir ORG --clear_caches -- @recipes/kits19_1xgpu.args --data_dir DATA
 python3 -m submission pack --result_dir ORG
@@ -14,9 +14,10 @@ from pathlib import Path
 from common.cli import Parser, number
 from common.errors import Interrupted, run_program
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
+from submission import package, score, series
 from submission.inspection import RUNS
 
-# Needs root; on many machines `--clear_caches` takes a command that clears all of theirs.
+# Needs root and clears this machine only; `--clear_caches COMMAND` covers runs on several machines.
 CLEAR_COMMAND = "sync && echo 3 >/proc/sys/vm/drop_caches"
 
 
@@ -25,59 +26,74 @@ def main(argv: list[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = make_parser().parse_args(arguments[:end])
     options.arguments = arguments[end + 1 :]
-    if options.command == "run":
-        from submission import series
-
-        try:
-            return series.run(options)
-        except Interrupted as leaving:
-            print(
-                f"submission: {leaving}; start it again: it goes on with the run that was broken off, from its "
-                "beginning",
-                file=sys.stderr,
-            )
-            return leaving.exit_status
-    if options.command == "pack":
-        from submission import package
-
-        return package.run(options)
-    from submission import score
-
-    return score.run(options)
+    try:
+        return int(options.run_command(options))
+    except Interrupted as stop:
+        print(
+            f"submission: {stop}; the same command continues the series and repeats this run from the beginning",
+            file=sys.stderr,
+        )
+        return stop.exit_status
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of all three commands."""
+    """Returns the parser of all three commands."""
     parser = Parser(
         prog="submission", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", allow_abbrev=False, help="make a result's runs; main.py's arguments follow --")
-    pack = commands.add_parser("pack", allow_abbrev=False, help="write the tree that MLPerf takes, and check it")
-    score = commands.add_parser("score", allow_abbrev=False, help="the rules' arithmetic, and how it stands")
-    for command in (run, pack, score):
-        command.add_argument(
-            "--result_dir", type=Path, required=True, help="the submitter's folder: results/, systems/, …"
-        )
-        command.add_argument("--system", help="name of the system in it (default: of its devices, or the only one)")
-    for command in (pack, score):
-        command.add_argument("--ruleset", choices=RULESETS, default=DEFAULT_RULESET, help="that the runs were made for")
-    run.add_argument("--runs", type=number(int, 1, RUNS), default=RUNS, help=f"so many in all (a result has {RUNS})")
-    run.add_argument("--nproc_per_node", type=number(int, 1), default=1, help="processes, by torchrun, on this machine")
-    run.add_argument(
-        "--launch", metavar="PREFIX", help="what stands before main.py: 'srun … python3 -m launch.torchrun …'"
+    run_parser = commands.add_parser(
+        "run", allow_abbrev=False, help="make the runs of a result; main.py's flags follow --"
     )
-    run.add_argument(
+    pack_parser = commands.add_parser("pack", allow_abbrev=False, help="write the submission tree and check it")
+    score_parser = commands.add_parser(
+        "score", allow_abbrev=False, help="compute the score and compare it with published ones"
+    )
+    for command, function in ((run_parser, series.run), (pack_parser, package.run), (score_parser, score.run)):
+        command.set_defaults(run_command=function)
+        command.add_argument(
+            "--result_dir",
+            type=Path,
+            required=True,
+            metavar="ORG",
+            help="the submitter's folder: results/, systems/, …",
+        )
+        command.add_argument(
+            "--system", metavar="NAME", help="system name (default: from the devices, or the only one in ORG/results)"
+        )
+    for command in (pack_parser, score_parser):
+        command.add_argument("--ruleset", choices=RULESETS, default=DEFAULT_RULESET, help="ruleset of the runs")
+    run_parser.add_argument(
+        "--runs",
+        type=number(int, 1, RUNS),
+        default=RUNS,
+        metavar="N",
+        help=f"total number of runs; a result has {RUNS}",
+    )
+    run_parser.add_argument(
+        "--nproc_per_node", type=number(int, 1), default=1, metavar="N", help="processes on this machine, by torchrun"
+    )
+    run_parser.add_argument(
+        "--launch", metavar="PREFIX", help="command before main.py: 'srun … python3 -m launch.torchrun …'"
+    )
+    run_parser.add_argument(
         "--clear_caches",
         nargs="?",
         const=CLEAR_COMMAND,
         metavar="COMMAND",
-        help="clear the page cache before each run (on many machines: by a command of yours)",
+        help="clear the page cache before each run, with COMMAND if given (needed for several machines)",
     )
-    pack.add_argument("--implementation", default="pytorch", help="the implementation's name")
-    pack.add_argument("--nodes", help="machines that a run used (default: 1, or a gap after --launch)")
-    pack.add_argument("--system_description", type=Path, help="JSON with what only a person knows of the system")
-    score.add_argument("--picture", type=Path, help="where the PNG goes (default: ORG.runs/SYSTEM/convergence.png)")
+    pack_parser.add_argument("--implementation", default="pytorch", metavar="NAME", help="name of the implementation")
+    pack_parser.add_argument(
+        "--nodes", metavar="N", help="number of machines per run (default: 1; left open after --launch)"
+    )
+    pack_parser.add_argument(
+        "--system_description", type=Path, metavar="PATH", help="JSON with system properties that cannot be detected"
+    )
+    plot = score_parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="PNG to write (default: ORG.runs/SYSTEM/convergence.png)"
+    )
+    score_parser.add_old_spelling("--picture", plot)
     return parser
 
 

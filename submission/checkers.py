@@ -1,4 +1,4 @@
-"""MLPerf's own checkers (mlperf-logging), each asked in this process: what it says, and of which log's line."""
+"""Runs MLPerf's own checkers (mlperf-logging) in this process and collects their verdicts."""
 
 from __future__ import annotations
 
@@ -11,65 +11,64 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from submission.inspection import MAX_NOT_CONVERGED, SCALING
+from submission.inspection import MAX_NOT_CONVERGED, SCALING_FILE
 
 USAGE = "training"
-MAX_TOLD = 6
+MAX_MESSAGES = 6
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker says; `told` has the first of its complaints, each with file and line where it has them."""
+    """A checker's verdict and its first messages, each with file and line where the checker names them."""
 
     checker: str
     accepted: bool
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
-def ask_all(tree: Path, system: str, ruleset: str, is_closed: bool) -> list[Verdict]:
-    """All four on a packed tree; of an open result the RCP checker's verdict is told, and counts for nothing."""
-    folder = tree / "results" / system / "unet3d"
-    description = tree / "systems" / f"{system}.json"
-    asked: dict[str, Callable[[], Verdict]] = {
-        "compliance": lambda: ask_compliance(folder, ruleset),
-        "RCP": lambda: ask_convergence(folder, ruleset),
-        "system": lambda: ask_system(description, ruleset),
-        "package": lambda: ask_package(tree, ruleset),
+def check_all(tree: Path, system: str, ruleset: str, is_closed: bool) -> list[Verdict]:
+    """Runs all four checkers on a packed tree; for an open result the RCP checker's verdict is only reported."""
+    results = tree / "results" / system / "unet3d"
+    checks: dict[str, Callable[[], Verdict]] = {
+        "compliance": lambda: check_compliance(results, ruleset),
+        "RCP": lambda: check_convergence(results, ruleset),
+        "system": lambda: check_system(tree / "systems" / f"{system}.json", ruleset),
+        "package": lambda: check_package(tree, ruleset),
     }
-    verdicts = []
-    for checker, ask in asked.items():
+    verdicts = {}
+    for name, check in checks.items():
         try:
-            verdicts.append(ask())
-        except Exception as error:  # other people's programs, on files of whatever content
-            verdicts.append(Verdict(checker, False, (f"could not be asked: {type(error).__name__}: {error}",)))
-    if not is_closed and not verdicts[1].accepted:
-        verdicts[1] = Verdict("RCP", True, ("not asked of the open division; it would say: ", *verdicts[1].told))
-    return verdicts
+            verdicts[name] = check()
+        except Exception as error:  # third-party programs, on files with any content
+            verdicts[name] = Verdict(name, False, (f"the checker failed: {type(error).__name__}: {error}",))
+    if not is_closed and not verdicts["RCP"].accepted:
+        ignored = "not required in the open division; the checker's verdict: "
+        verdicts["RCP"] = Verdict("RCP", True, (ignored, *verdicts["RCP"].messages))
+    return list(verdicts.values())
 
 
-def ask_compliance(folder: Path, ruleset: str) -> Verdict:
-    """Each log by itself; as many may fail as need not converge."""
+def check_compliance(folder: Path, ruleset: str) -> Verdict:
+    """Checks each log by itself; as many may fail as may miss the target."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
-    told, failed = [], 0
+    messages, failed = [], 0
     for path in sorted(folder.glob("result_*.txt")):
-        with _listening() as lines:
-            mlp_compliance.enqueued_configs.clear()  # a check that broke off leaves some
+        with _captured_log() as lines:
+            mlp_compliance.enqueued_configs.clear()  # an aborted check leaves entries behind
             checker = mlp_compliance.make_checker(USAGE, ruleset, False, False)
             valid, *_ = mlp_compliance.main(str(path), f"{USAGE}_{ruleset}/common.yaml", checker)
         if not valid:
             failed += 1
-            told += [f"{path.name}{complaint}" for complaint in _complaints("\n".join(lines))]
-    accepted = failed <= MAX_NOT_CONVERGED
+            messages += [f"{path.name}{complaint}" for complaint in _complaints("\n".join(lines))]
     head = f"{failed} logs fail" if failed else "every log passes"
-    return Verdict("compliance", accepted, (head, *told[:MAX_TOLD]))
+    return Verdict("compliance", failed <= MAX_NOT_CONVERGED, (head, *messages[:MAX_MESSAGES]))
 
 
 def _complaints(text: str) -> Iterator[str]:
-    """ ":LINE: complaint" each, of what the compliance checker logs; it counts lines from 0."""
-    for piece in re.split(r"\n-{30}\n", text):
+    """Yields ":LINE: complaint" for each complaint of the compliance checker, which counts lines from 0."""
+    for section in re.split(r"\n-{30}\n", text):
         lines = [
-            line for line in piece.splitlines() if line.strip() and not line.startswith((" Compliance", "Running"))
+            line for line in section.splitlines() if line.strip() and not line.startswith((" Compliance", "Running"))
         ]
         if not lines:
             continue
@@ -78,11 +77,11 @@ def _complaints(text: str) -> Iterator[str]:
         yield (f":{int(match[1]) + 1}: " if match else ": ") + lines[0].strip() + (f" ({test})" if test else "")
 
 
-def ask_convergence(folder: Path, ruleset: str) -> Verdict:
-    """Whether the runs converged no faster than the reference may have."""
+def check_convergence(folder: Path, ruleset: str) -> Verdict:
+    """Checks that the runs did not converge faster than the reference convergence points allow."""
     from mlperf_logging.rcp_checker import rcp_checker
 
-    with _listening() as lines:
+    with _captured_log() as lines:
         passed, message, _ = rcp_checker.check_directory(
             str(folder), USAGE, ruleset, False, False, rcp_pass="pruned_rcps"
         )
@@ -90,43 +89,45 @@ def ask_convergence(folder: Path, ruleset: str) -> Verdict:
     return Verdict("RCP", bool(passed), (message, *mean))
 
 
-def ask_system(description: Path, ruleset: str) -> Verdict:
+def check_system(description: Path, ruleset: str) -> Verdict:
+    """Checks a system description."""
     from mlperf_logging.system_desc_checker import system_desc_checker
 
-    with _listening() as lines:
+    with _captured_log() as lines:
         valid, *_ = system_desc_checker.check_system_desc(str(description), USAGE, ruleset)
     return Verdict("system", bool(valid), (description.name, *([] if valid else map(str.strip, lines))))
 
 
-def ask_package(tree: Path, ruleset: str) -> Verdict:
-    """The whole tree; its verdict is a line of its log."""
+def check_package(tree: Path, ruleset: str) -> Verdict:
+    """Checks the whole tree; the package checker reports its verdict only as a log line."""
     from mlperf_logging.package_checker import package_checker
 
-    with _listening() as lines:
+    with _captured_log() as lines:
         package_checker.check_training_package(str(tree), USAGE, ruleset, False, False, False, False, False, "")
-    for left in tree.glob(f"results/*/*/{SCALING}"):  # the checker's, and no file of a submission
+    for left in tree.glob(f"results/*/*/{SCALING_FILE}"):  # written by the checker; not part of a submission
         left.unlink()
-    accepted = any("PACKAGE CHECKER FOUND NO ERRORS" in line for line in lines)
+    if any("PACKAGE CHECKER FOUND NO ERRORS" in line for line in lines):
+        return Verdict("package", True, ("no errors",))
     wrong = [line.strip() for line in lines if re.search(r"[Ff]ail|Incorrect|not comply|Expected|Error", line)]
-    return Verdict("package", accepted, ("no errors",) if accepted else tuple(wrong[:MAX_TOLD]))
+    return Verdict("package", False, tuple(wrong[:MAX_MESSAGES]))
 
 
 @contextmanager
-def _listening() -> Iterator[list[str]]:
-    """What the checkers log, as text; they log to the root, print, and warn."""
+def _captured_log() -> Iterator[list[str]]:
+    """Yields a list that receives what is logged to the root logger; discards prints and warnings."""
     lines: list[str] = []
 
-    class Listener(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    root, listener = logging.getLogger(), Listener(logging.INFO)
+    root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    root.handlers[:] = [listener]
+    root.handlers[:] = [Collector(logging.INFO)]
     root.setLevel(logging.INFO)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
+        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield lines
     finally:
@@ -135,9 +136,9 @@ def _listening() -> Iterator[list[str]]:
 
 
 def format_verdicts(verdicts: list[Verdict]) -> str:
-    """A table: the checker, pass or FAIL, what it says."""
+    """Formats a table with the checker, pass or FAIL, and the messages."""
     lines = []
     for verdict in verdicts:
         head = f"{'pass' if verdict.accepted else 'FAIL'}  {verdict.checker:10}  "
-        lines += [f"{head if not number else ' ' * len(head)}{text}" for number, text in enumerate(verdict.told)]
+        lines += [f"{' ' * len(head) if number else head}{text}" for number, text in enumerate(verdict.messages)]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Starts one run of a series, and what comes before it: the words before main.py, and a cleared page cache."""
+"""Starts one run of a series: the command before main.py, the page cache, signals."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from common.errors import Interrupted, UserError
 from common.messages import logger
@@ -20,43 +19,43 @@ PROJECT = Path(__file__).resolve().parents[1]
 CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
-def launcher(prefix: str | None, processes: int) -> list[str]:
-    """What stands before main.py: python, torchrun for more processes than one, or what `--launch` says."""
-    if prefix is not None:
-        if processes > 1:
-            raise UserError("--launch says itself how many processes there are; drop --nproc_per_node")
-        try:
-            words = shlex.split(prefix)
-        except ValueError as error:
-            raise UserError(f"--launch {prefix!r}: {error}") from None
-        if not words:
-            raise UserError("--launch is empty")
-        return words
+def launch_command(prefix: str | None, processes: int) -> list[str]:
+    """Returns the command before main.py: `--launch`'s words, else torchrun for several processes, else python."""
+    if prefix is None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return [sys.executable, *(torchrun if processes > 1 else [])]
     if processes > 1:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable]
+        raise UserError("--launch sets the number of processes itself; drop --nproc_per_node")
+    try:
+        words = shlex.split(prefix)
+    except ValueError as error:
+        raise UserError(f"--launch {prefix!r}: {error}") from None
+    if not words:
+        raise UserError("--launch is empty")
+    return words
 
 
-def launch_run(before: Sequence[str], arguments: Sequence[str], log_dir: Path, were_cleared: bool) -> int:
-    """Runs main.py to its end, its console in a file; a signal to this program ends it first.
+def launch_run(launch: Sequence[str], arguments: Sequence[str], log_dir: Path, were_cleared: bool) -> int:
+    """Runs main.py and returns its exit status.
 
     Args:
-        before: the words that stand before main.py.
-        arguments: of main.py.
+        launch: the command before main.py.
+        arguments: for main.py.
+        log_dir: is created; the run's output goes to `console.txt` in it.
+        were_cleared: whether the page cache was cleared, which the run's log states.
 
     Raises:
-        UserError: the launcher cannot be started.
-        Interrupted: this program was asked to leave.
+        UserError: the launch command cannot be started.
+        Interrupted: this program received SIGTERM or Ctrl-C; the run has ended.
     """
     log_dir.mkdir()
-    command = [*before, "main.py", *arguments, "--log_dir", str(log_dir), "--seed", "-1"]
-    environment = {**os.environ, CLEARED_VARIABLE: str(int(were_cleared))}
+    command = [*launch, "main.py", *arguments, "--log_dir", str(log_dir), "--seed", "-1"]
     with (log_dir / "console.txt").open("wb") as console:
         try:
             process = subprocess.Popen(
                 command,
                 cwd=PROJECT,
-                env=environment,
+                env={**os.environ, CLEARED_VARIABLE: str(int(were_cleared))},
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -64,42 +63,37 @@ def launch_run(before: Sequence[str], arguments: Sequence[str], log_dir: Path, w
             )
         except OSError as error:
             raise UserError(f"{command[0]}: cannot be started: {error.strerror}") from None
-        with _passing_on(process) as told:
+        with _signals_forwarded(process) as received:
             status = process.wait()
-    if told:
-        raise Interrupted(told[0])
+    if received:
+        raise Interrupted(received[0])
     return status
 
 
-class _passing_on:  # noqa: N801 - used like a function
-    """SIGTERM and Ctrl-C go to the run alone, which ends in its own time."""
+@contextmanager
+def _signals_forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Sends the run SIGTERM on the first SIGTERM or Ctrl-C and SIGKILL on the second; yields the signals received."""
+    received: list[int] = []
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-        self._told: list[int] = []
-        self._before: dict[int, Any] = {}
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        with suppress(OSError):  # the run has just ended
+            os.killpg(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    def __enter__(self) -> list[int]:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on)
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
-
-    def _on(self, number: int, frame: FrameType | None) -> None:
-        self._told.append(number)
-        with suppress(OSError):  # it has just ended
-            os.killpg(self._process.pid, signal.SIGTERM if len(self._told) < 2 else signal.SIGKILL)
 
 
 def clear_caches(command: str | None) -> bool:
-    """Whether the command cleared the page cache; told where it was asked to and could not."""
+    """Runs the command that clears the page cache and returns whether it succeeded; warns if not."""
     if command is None:
         return False
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         reason = done.stderr.strip()[-200:] or done.returncode
-        logger.warning(f"the page cache could not be cleared ({reason}); the log says so")
+        logger.warning(f"the page cache could not be cleared ({reason}); the log states this")
     return done.returncode == 0

@@ -1,4 +1,4 @@
-"""`submission pack`: from the runs to the tree that MLPerf takes; none where anything is wrong with them."""
+"""`submission pack`: turns the runs into the tree that MLPerf accepts; writes none if anything is wrong with them."""
 
 from __future__ import annotations
 
@@ -19,84 +19,92 @@ from common.messages import logger
 from runtime.environment import commit
 from submission import checkers, scripts
 from submission.inspection import (
-    compare,
-    inspect,
+    SCALING_FILE,
+    find_changed_logs,
+    find_problems,
     read_results,
     results_folder,
     runs_folder,
 )
 from submission.logs import BENCHMARK, Log, Problem
-from submission.record import Series, load_series
+from submission.record import NAME, Series, load_series
 from submission.score import print_problems
-from submission.system import describe_system, gaps, read_given
+from submission.system import describe_system, missing_keys, read_user_description
 
 PROJECT = Path(__file__).resolve().parents[1]
 TEMPLATE = "system_description.json"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Packs what the runs left; 1 where something is wrong with them or a checker refuses the tree."""
-    folder = results_folder(options.result_dir, options.system)
-    system = folder.parent.name
-    own = runs_folder(options.result_dir, system)
-    series = load_series(own)
+    """Packs the runs; returns 1 if something is wrong with them or a checker rejects the tree."""
+    results = results_folder(options.result_dir, options.system)
+    system = results.parent.name
+    folder = runs_folder(options.result_dir, system)
+    series = load_series(folder)
     if series is None:
-        raise UserError(f"{own}: no series.json in it; what is packed must be made by `submission run`")
-    given = read_given(options.system_description)
-    logs, strange = read_results(folder)
-    recorded = {f"result_{number}.txt": done.sha256 for number, done in enumerate(series.runs)}
-    originals = {f"result_{number}.txt": own / done.folder / "unet3d.log" for number, done in enumerate(series.runs)}
-    changed = compare(logs, recorded, originals)
-    if problems := [*strange, *inspect(logs, options.ruleset), *changed, *_other_ruleset(series, own, options.ruleset)]:
+        raise UserError(f"{folder}: no {NAME} in it; only runs made by `submission run` can be packed")
+    user = read_user_description(options.system_description)
+    logs, problems = read_results(results)
+    problems += find_problems(logs, options.ruleset)
+    problems += _changed_logs(logs, series, folder)
+    if (logged := series.configuration.get("ruleset")) != options.ruleset:
+        problems.append(Problem(folder / NAME, 0, f"the runs were made for ruleset {logged}, not {options.ruleset}"))
+    if problems:
         print_problems(problems)
         return 1
-    nodes = options.nodes or ("1" if options.nodes is None and not _is_launched(series) else "")
-    description = describe_system(logs[0].values, system, series.environment, nodes, given)
+    values, name = logs[0].values, options.implementation
+    nodes = options.nodes or ("1" if options.nodes is None and _runs_locally(series) else "")
+    description = describe_system(values, system=system, environment=series.environment, nodes=nodes) | user
     with tempfile.TemporaryDirectory(prefix=".pack.", dir=options.result_dir.resolve().parent) as staged:
         tree = Path(staged) / options.result_dir.resolve().name
-        _stage(tree, folder, system, options.implementation, description, series, logs[0])
-        verdicts = checkers.ask_all(tree, system, options.ruleset, logs[0].is_closed)
+        code = Path("benchmarks") / BENCHMARK / "implementations" / name
+        files = {Path("systems") / f"{system}.json": json.dumps(description, indent=2) + "\n"}
+        for file, text in scripts.implementation_files(system, name, series, values).items():
+            files[code / system / file] = text
+        _stage(tree, results, code, files)
+        verdicts = checkers.check_all(tree, system, options.ruleset, logs[0].is_closed)
         print(checkers.format_verdicts(verdicts), flush=True)
-        if refused := [verdict.checker for verdict in verdicts if not verdict.accepted]:
-            logger.info(f"not packed: refused by MLPerf's checker of {', '.join(refused)}")
+        if rejected := [verdict.checker for verdict in verdicts if not verdict.accepted]:
+            logger.info(f"not packed: rejected by MLPerf's checker: {', '.join(rejected)}")
             return 1
-        _move(tree, options.result_dir, [Path("systems") / f"{system}.json", implementation(options.implementation)])
-    _tell(options.result_dir, own, series, logs, description, given)
+        _move(tree, options.result_dir, [Path("systems") / f"{system}.json", code])
+    for warning in _warnings(series, logs):
+        print(f"warning: {warning}")
+    if missing := missing_keys(description):
+        _request_missing(missing, user, folder / TEMPLATE)
+    else:
+        logger.info(f"packed: {options.result_dir}")
     return 0
 
 
-def implementation(name: str) -> Path:
-    return Path("benchmarks") / BENCHMARK / "implementations" / name
+def _runs_locally(series: Series) -> bool:
+    """Whether python or torchrun on this machine started the runs, not a `--launch` command."""
+    return series.launch[1:3] in ([], ["-m", "torch.distributed.run"])
 
 
-def _is_launched(series: Series) -> bool:
-    """Whether something else than this machine's python or its torchrun started the runs."""
-    return series.launch[1:3] not in ([], ["-m", "torch.distributed.run"])
+def _changed_logs(logs: Sequence[Log], series: Series, folder: Path) -> list[Problem]:
+    names = {f"result_{number}.txt": done for number, done in enumerate(series.runs)}
+    recorded = {name: done.sha256 for name, done in names.items()}
+    originals = {name: folder / done.folder / "unet3d.log" for name, done in names.items()}
+    return find_changed_logs(logs, recorded, originals)
 
 
-def _other_ruleset(series: Series, own: Path, ruleset: str) -> list[Problem]:
-    logged = series.configuration.get("ruleset")
-    if logged == ruleset:
-        return []
-    return [Problem(own / "series.json", 0, f"the runs were made for ruleset {logged}, not {ruleset}")]
+def _stage(tree: Path, results: Path, code: Path, files: Mapping[Path, str]) -> None:
+    """Writes the whole tree, results included, into an empty folder.
 
-
-def _stage(
-    tree: Path, folder: Path, system: str, name: str, description: Mapping[str, Any], series: Series, log: Log
-) -> None:
-    """Writes the whole tree, results included, where nothing else is."""
+    Args:
+        tree: the folder.
+        results: the logs.
+        code: path in the tree for the files of the project.
+        files: texts by path in the tree.
+    """
     try:
-        shutil.copytree(folder, tree / "results" / system / BENCHMARK, ignore=shutil.ignore_patterns("scaling.json"))
-        (tree / "systems").mkdir()
-        (tree / "systems" / f"{system}.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        code = tree / implementation(name)
-        copy_code(PROJECT, code)
-        (code / system).mkdir()
-        hyperparameters = {key: log.values[key] for key in sorted(log.values) if key.startswith(("opt_", "global_"))}
-        content = scripts.implementation_json(system, name, series, hyperparameters)
-        (code / system / f"{system}_{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for file, text in scripts.texts(system, series).items():
-            path = code / system / file
+        logs = tree / "results" / results.parent.name / BENCHMARK
+        shutil.copytree(results, logs, ignore=shutil.ignore_patterns(SCALING_FILE))
+        copy_code(PROJECT, tree / code)
+        for name, text in files.items():
+            path = tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             path.chmod(0o755 if path.suffix == ".sh" else 0o644)
     except OSError as error:
@@ -107,22 +115,22 @@ def copy_code(project: Path, target: Path) -> None:
     """Copies the files that git tracks, as they are now.
 
     Raises:
-        UserError: the project is no git checkout: nobody could tell code from data.
+        UserError: the project is not a git checkout, so code and data cannot be distinguished.
         OSError: a file cannot be read or written.
     """
     command = ["git", "-C", str(project), "ls-files", "-z"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
-        raise UserError(f"{project}: no git checkout; pack from one, since what git tracks is the code") from None
+        raise UserError(f"{project}: not a git checkout; only files tracked by git are packed") from None
     for name in filter(None, os.fsdecode(listed).split("\0")):
-        if (project / name).is_file():  # else deleted and not yet committed
+        if (project / name).is_file():  # otherwise deleted, but not committed yet
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(project / name, target / name)
 
 
 def _move(tree: Path, result_dir: Path, parts: Sequence[Path]) -> None:
-    """Puts what was staged in place of what an earlier packing left."""
+    """Moves parts of the staged tree into the result folder, replacing those of an earlier packing."""
     try:
         for part in parts:
             target = result_dir / part
@@ -134,39 +142,28 @@ def _move(tree: Path, result_dir: Path, parts: Sequence[Path]) -> None:
         raise UserError(f"--result_dir {result_dir}: cannot be written: {error.strerror or error}") from None
 
 
-def _tell(
-    result_dir: Path,
-    own: Path,
-    series: Series,
-    logs: Sequence[Log],
-    description: Mapping[str, Any],
-    given: Mapping[str, Any],
-) -> None:
-    """What was packed, what a reviewer would ask, and what is still to be filled in."""
-    uncleared = sum(not log.values["cache_clear"] for log in logs)
-    notes = [f"the page cache was not cleared before {uncleared} of {len(logs)} runs; the rules ask for it"] * bool(
-        uncleared
-    )
+def _warnings(series: Series, logs: Sequence[Log]) -> list[str]:
+    """Returns what a reviewer would ask about."""
+    warnings = []
+    if uncleared := sum(not log.values["cache_clear"] for log in logs):
+        warnings.append(f"the page cache was not cleared before {uncleared} of {len(logs)} runs; the rules require it")
     if series.broken:
-        notes.append(
-            f"{len(series.broken)} run(s) were broken off and made again: {series.broken[0].why}"
-            + (", …" if len(series.broken) > 1 else "")
-        )
+        more = ", …" if len(series.broken) > 1 else ""
+        warnings.append(f"{len(series.broken)} run(s) failed and were repeated: {series.broken[0].why}{more}")
     ran, now = series.configuration.get("commit"), commit()
     if ran != now or "+changes" in str(now):
-        notes.append(f"the runs were made by commit {ran}, the packed code is {now}")
-    for note in notes:
-        print(f"warning: {note}")
-    if empty := gaps(description):
-        template = own / TEMPLATE
-        form = dict.fromkeys(empty, "") | dict(given)  # what a person has filled in there stays
-        with replacing(template) as temporary:
-            temporary.write_text(json.dumps(form, indent=2) + "\n", encoding="utf-8")
-        print("only a person knows:\n" + "\n".join(f"      {key}" for key in empty))
-        print(
-            f"packed, but for these {len(empty)}: fill in {template} and pack again with --system_description "
-            f"{shlex.quote(str(template))}",
-            flush=True,
-        )
-    else:
-        logger.info(f"packed: {result_dir}")
+        warnings.append(f"the runs were made with commit {ran}, the packed code is {now}")
+    return warnings
+
+
+def _request_missing(missing: Sequence[str], user: Mapping[str, Any], template: Path) -> None:
+    """Lists the properties that could not be detected, and writes a file to fill in."""
+    content = dict.fromkeys(missing, "") | dict(user)  # keeps the values already filled in
+    with replacing(template) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print("could not be detected:\n" + "\n".join(f"      {key}" for key in missing))
+    print(
+        f"packed, except for these {len(missing)}: fill in {template} and pack again with --system_description "
+        f"{shlex.quote(str(template))}",
+        flush=True,
+    )

@@ -1,4 +1,4 @@
-"""What a series of runs knows of itself, in ORG_DIR.runs/SYSTEM/series.json: enough to go on, and to notice changes."""
+"""The record of a series of runs, ORG.runs/SYSTEM/series.json: enough to continue it and to detect changes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from data_loading.index import write_json
 
 NAME = "series.json"
 FORMAT = 1
-# Of a run's flags: what may differ from one start of the series to the next.
-INCIDENTAL = ("log_dir", "seed", "verbose", "no_report", "local_rank")
+# Flags of a run that may differ between the starts of a series.
+INCIDENTAL_FLAGS = ("log_dir", "seed", "verbose", "no_report", "local_rank")
 
 
-@dataclass
-class Done:
-    """A run that ended by itself, converged or not; `sha256` is of its log as it ended."""
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A run that ended by itself, converged or not; `sha256` is the digest of its log at that time."""
 
     folder: str
     seed: int
@@ -29,25 +29,26 @@ class Done:
     sha256: str
 
 
-@dataclass
-class Broken:
-    """A run that was broken off; its seed is not used again."""
+@dataclass(frozen=True, kw_only=True)
+class FailedRun:
+    """A run that did not end by itself or left no valid log; its seed is not used again."""
 
     folder: str
     seed: int | None
     why: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Series:
-    """A result's runs so far.
+    """The runs of a result so far. The field names are the keys of the file.
 
     Attributes:
         system: name in results/SYSTEM.
-        arguments: of main.py, as given.
-        launch: the words that stand before main.py.
-        configuration: of every run, by flag; with "commit", "torch" and "launch".
-        environment: of the first run, as its run.json has it.
+        arguments: for main.py, as given.
+        launch: the command before main.py.
+        configuration: shared by all runs, by flag; with "commit", "torch" and "launch".
+        environment: of the first run, from its run.json.
+        broken: the failed runs.
     """
 
     system: str
@@ -55,46 +56,50 @@ class Series:
     launch: list[str]
     configuration: dict[str, Any]
     environment: dict[str, Any] = field(default_factory=dict)
-    runs: list[Done] = field(default_factory=list)
-    broken: list[Broken] = field(default_factory=list)
+    runs: list[FinishedRun] = field(default_factory=list)
+    broken: list[FailedRun] = field(default_factory=list)
 
     @property
     def seeds(self) -> set[int]:
-        """All that were ever drawn."""
-        return {run.seed for run in self.runs} | {run.seed for run in self.broken if run.seed is not None}
+        """All seeds used so far."""
+        runs: list[FinishedRun | FailedRun] = [*self.runs, *self.broken]
+        return {run.seed for run in runs if run.seed is not None}
 
     def save(self, folder: Path) -> None:
-        """Raises UserError where the folder cannot be written."""
+        """Writes the record. Raises UserError if the folder cannot be written."""
         try:
             write_json(folder / NAME, {"format": FORMAT, **asdict(self)})
         except OSError as error:
             raise UserError(f"{folder / NAME}: cannot be written: {error.strerror or error}") from None
 
     def check_same(self, configuration: Mapping[str, Any]) -> None:
-        """Raises UserError where the next runs would be of another configuration, naming what differs."""
-        now: dict[str, Any] = json.loads(json.dumps(configuration))
-        names = sorted(name for name in {*now, *self.configuration} if now.get(name) != self.configuration.get(name))
-        if names:
-            told = "; ".join(f"{name} {now.get(name)!s}, was {self.configuration.get(name)!s}" for name in names)
+        """Raises UserError naming the differences if the next runs would have another configuration."""
+        before = self.configuration
+        changes = "; ".join(
+            f"{name} {configuration.get(name)!s}, was {before.get(name)!s}"
+            for name in sorted({*configuration, *before})
+            if configuration.get(name) != before.get(name)
+        )
+        if changes:
             raise UserError(
-                f"the series of {self.system} was begun otherwise: {told}; start it as it was, or a new one in another "
-                "--result_dir or of another --system"
+                f"the series of {self.system} was started with another configuration: {changes}; restore it, or start "
+                "a new series with another --result_dir or --system"
             )
 
 
 def load_series(folder: Path) -> Series | None:
-    """The series of a folder, None where none was begun. Raises UserError where its record is damaged."""
+    """Returns the series of a folder, or None if there is none. Raises UserError if its record is damaged."""
     path = folder / NAME
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT or set(content) != {one.name for one in fields(Series)}:
-            raise ValueError("of another version")
-        content["runs"] = [Done(**run) for run in content["runs"]]
-        content["broken"] = [Broken(**run) for run in content["broken"]]
+            raise ValueError("written by another version")
+        content["runs"] = [FinishedRun(**run) for run in content["runs"]]
+        content["broken"] = [FailedRun(**run) for run in content["broken"]]
         return Series(**content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); a series cannot go on without it") from None
+        raise UserError(f"{path}: damaged ({error}); the series cannot be continued") from None

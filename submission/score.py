@@ -1,7 +1,7 @@
-"""`submission score`: the rules' arithmetic on 40 runs, and how the result stands.
+"""`submission score`: computes the score of 40 runs by MLPerf's rules and compares it with published results.
 
-The 4 fastest and the 4 slowest runs are dropped, those that did not converge among the slowest; the score is the mean
-of the others' run_stop - run_start, times the reference's convergence over one's own where that was faster.
+The 4 fastest and the 4 slowest runs are dropped, where a run that did not converge counts as slow. The score is the
+mean run_stop - run_start of the others, scaled by the reference's convergence / own convergence if that is above 1.
 """
 
 from __future__ import annotations
@@ -16,35 +16,42 @@ from dataclasses import dataclass
 from common.errors import UserError
 from common.messages import logger
 from runtime.mlperf.convergence import Reference, find_reference
-from submission.inspection import inspect, read_results, results_folder, runs_folder
+from submission.inspection import find_problems, read_results, results_folder, runs_folder
 from submission.logs import Log, Problem
-from submission.published_results import PUBLISHED_RESULTS
+from submission.published_results import PUBLISHED_RESULTS, PublishedResult
 
 DROPPED = 4
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One run: its time on the clock, and how long it took to converge (in the ruleset's unit); None: it did not."""
+class RunOutcome:
+    """The outcome of one run.
+
+    Attributes:
+        name: of its log file.
+        clock_ms: from run_start to run_stop.
+        converged_at: samples or epochs to the target, as the ruleset counts; None if it did not converge.
+    """
 
     name: str
     clock_ms: int
     converged_at: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """What the rules make of the runs.
+    """The result of the rules' arithmetic.
 
     Attributes:
-        mean_ms: of the runs that count, unscaled.
-        converged_mean: their convergence's mean; the checker drops 4 and 4 of it by itself, not by time.
-        scaling: what the mean is multiplied with; None: they converged too fast, it is no result.
-        kept: the names of the runs that count.
+        mean_ms, std_ms: of the runs that count, unscaled.
+        converged_mean: mean samples or epochs to the target; as in MLPerf's checker, without the 4 smallest and the 4
+            largest values, whatever the runs' times.
+        scaling: factor for the mean; None if there is no valid result.
+        kept: names of the runs that count.
     """
 
     mean_ms: float
-    deviation_ms: float
+    std_ms: float
     converged_mean: float
     scaling: float | None
     kept: tuple[str, ...]
@@ -54,14 +61,14 @@ class Score:
         return self.mean_ms * (self.scaling or math.nan)
 
 
-def compute(runs: Sequence[Timed], reference: Reference | None, is_closed: bool = True) -> Score:
-    """The score of a result's runs; the open division is held to no reference, and its times count as they are.
+def compute(runs: Sequence[RunOutcome], reference: Reference | None, is_closed: bool = True) -> Score:
+    """Computes the score of a result; in the open division it is not scaled.
 
     Args:
-        reference: None where there is none for the batch size: no result of the closed division.
+        reference: None if there is none for the batch size; then there is no valid closed result.
 
     Raises:
-        UserError: more runs did not converge than may be dropped, or none is left.
+        UserError: more runs did not converge than may be dropped, or no run remains.
     """
     failed = [run for run in runs if run.converged_at is None]
     if len(failed) > DROPPED or len(runs) <= 2 * DROPPED:
@@ -70,56 +77,61 @@ def compute(runs: Sequence[Timed], reference: Reference | None, is_closed: bool 
     kept = by_time[DROPPED:-DROPPED]
     lengths = sorted(math.inf if run.converged_at is None else run.converged_at for run in runs)[DROPPED:-DROPPED]
     times = [run.clock_ms for run in kept]
-    mean = sum(lengths) / len(lengths)
-    scaling = (reference.scaling(mean) if reference else None) if is_closed else 1.0
-    return Score(sum(times) / len(times), statistics.stdev(times), mean, scaling, tuple(run.name for run in kept))
+    converged_mean = sum(lengths) / len(lengths)
+    scaling = 1.0 if not is_closed else reference.scaling(converged_mean) if reference else None
+    return Score(
+        mean_ms=sum(times) / len(times),
+        std_ms=statistics.stdev(times),
+        converged_mean=converged_mean,
+        scaling=scaling,
+        kept=tuple(run.name for run in kept),
+    )
 
 
-def timed(logs: Sequence[Log]) -> list[Timed]:
-    """The logs' times; each must be whole."""
-    return [Timed(log.path.name, log.clock_ms, float(log.epochs * log.unit) if log.converged else None) for log in logs]
-
-
-def reference_of(logs: Sequence[Log], ruleset: str) -> Reference | None:
-    """What these runs' batch size is held to."""
-    return find_reference(int(logs[0].values["global_batch_size"]), ruleset)
+def outcomes(logs: Sequence[Log]) -> list[RunOutcome]:
+    """Returns the outcomes of the runs; the logs must be complete."""
+    return [
+        RunOutcome(log.path.name, log.clock_ms, float(log.epochs * log.unit) if log.converged else None) for log in logs
+    ]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the score, its table and its place, and draws its picture; 1 where something is wrong with the runs."""
+    """Prints the runs, the score and the comparison and draws the plot; returns 1 if there is no valid result."""
     folder = results_folder(options.result_dir, options.system)
-    logs, strange = read_results(folder)
-    if problems := [*strange, *inspect(logs, options.ruleset)]:
+    logs, problems = read_results(folder)
+    problems += find_problems(logs, options.ruleset)
+    if problems:
         print_problems(problems)
         return 1
-    reference = reference_of(logs, options.ruleset)
-    found = compute(timed(logs), reference, logs[0].is_closed)
-    print("\n".join([*run_table(logs, found), "", *summary(logs, found, reference), "", *standing(logs, found)]))
-    picture = options.picture or runs_folder(options.result_dir, folder.parent.name) / "convergence.png"
+    reference = find_reference(int(logs[0].values["global_batch_size"]), options.ruleset)
+    runs = outcomes(logs)
+    score = compute(runs, reference, logs[0].is_closed)
+    print("\n".join([*run_table(logs, score), "", *summary(logs, score, reference), "", *comparison(logs, score)]))
+    path = options.plot or runs_folder(options.result_dir, folder.parent.name) / "convergence.png"
     try:
         from submission.plot import draw
 
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw([one.converged_at for one in timed(logs)], reference, picture)
-        print(f"\npicture {picture}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw([run.converged_at for run in runs], reference, path)
+        print(f"\nplot: {path}")
     except ModuleNotFoundError as error:
-        logger.warning(f"no picture: it needs {error.name}, which is not installed: pip install '.[report]'")
+        logger.warning(f"no plot: {error.name} is not installed; pip install '.[report]'")
     except OSError as error:
-        logger.warning(f"no picture: {picture} cannot be written: {error.strerror or error}")
-    return 0 if found.scaling else 1
+        logger.warning(f"no plot: {path} cannot be written: {error.strerror or error}")
+    return 0 if score.scaling else 1
 
 
 def print_problems(problems: Sequence[Problem]) -> None:
-    """Each in a line, with its file and line, and how many."""
+    """Prints each problem with its file and line, and their number."""
     print("\n".join(map(str, problems)))
     print(f"{len(problems)} problem{'s' * (len(problems) != 1)}: no result", flush=True)
 
 
-def run_table(logs: Sequence[Log], found: Score) -> list[str]:
-    """A line a run: time, convergence, seed, and whether it counts."""
+def run_table(logs: Sequence[Log], score: Score) -> list[str]:
+    """Formats one line per run: time, convergence, seed, and whether it counts."""
     lines = [f"{'run':14}  {'minutes':>10}  {'epochs':>6}  {'samples':>9}  {'Dice':>6}  {'seed':>10}"]
     for log in logs:
-        note = "" if log.path.name in found.kept else "dropped" if log.converged else "dropped: not converged"
+        note = "" if log.path.name in score.kept else "dropped" if log.converged else "dropped: not converged"
         dice = log.evaluations[-1][1] if log.evaluations else math.nan
         samples = log.epochs * log.values["samples_per_epoch"]
         lines.append(
@@ -129,55 +141,56 @@ def run_table(logs: Sequence[Log], found: Score) -> list[str]:
     return lines
 
 
-def summary(logs: Sequence[Log], found: Score, reference: Reference | None) -> list[str]:
-    """The score, its spread, and its convergence against the reference's."""
-    counted = len(found.kept)
+def summary(logs: Sequence[Log], score: Score, reference: Reference | None) -> list[str]:
+    """Formats the score, its spread, and the convergence against the reference's."""
     lines = [
-        f"mean of {counted} runs: {found.mean_ms:,.3f} ms, deviation {found.deviation_ms:,.0f} ms "
-        f"({found.deviation_ms / max(found.mean_ms, 1):.1%})"
+        f"mean of {len(score.kept)} runs: {score.mean_ms:,.3f} ms, standard deviation {score.std_ms:,.0f} ms "
+        f"({score.std_ms / max(score.mean_ms, 1):.1%})"
     ]
-    batch, is_closed = logs[0].values["global_batch_size"], logs[0].is_closed
     if reference:
-        theirs = f"{reference.how}, ruleset {reference.ruleset}: mean {reference.mean:,.1f}"
-        theirs += f", least accepted {reference.least:,.1f}"
-        lines.append(f"convergence: {found.converged_mean:,.1f} {reference.unit}; {theirs}")
-    if found.scaling is None:
-        if reference is None:
-            return [*lines, f"FAILED: there is no RCP for a batch as large as {batch}: submit one first"]
-        shorter = 1 - found.converged_mean / reference.least
-        return [*lines, f"FAILED: {shorter:.1%} fewer than the least accepted: no result of the closed division"]
-    how = f"scaled by {found.scaling:.5f}" if is_closed else "open division: not scaled"
-    return [*lines, f"score: {found.result_ms:,.3f} ms = {found.result_ms / 60_000:.4f} minutes ({how})"]
-
-
-def standing(logs: Sequence[Log], found: Score) -> list[str]:
-    """This result beside the published ones; a rate or time that is unknown is a dash."""
-    match = re.match(r"(\d+)x", str(logs[0].values["submission_platform"]))
-    devices = int(match[1]) if match else 1
-    samples = (
-        sum(record.key == "epoch_stop" for log in logs for record in log.records) * logs[0].values["samples_per_epoch"]
-    )
-    training_s = sum(log.seconds_in("epoch") for log in logs)
-    rate = samples / training_s / devices if training_s else None
-    evaluations = sum(len(log.evaluations) for log in logs)
-    evaluation_s = sum(log.seconds_in("eval") for log in logs) / max(evaluations, 1)
-    minutes = None if found.scaling is None else found.result_ms / 60_000
-    own = f"this {logs[0].values['submission_division']} result, {logs[0].values['submission_platform']}"
-    rows: list[tuple[str, int, float | None, float | None, float | None]] = [
-        (own, devices, rate, evaluation_s, minutes)
-    ]
-    rows += [
-        (mark.who, mark.devices, mark.samples_per_s, mark.evaluation_s, mark.minutes) for mark in PUBLISHED_RESULTS
-    ]
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{'published marks':{width}}  samples/s a device  evaluation s     minutes  device-minutes"]
-    for who, count, speed, seconds, time in rows:
-        cost = None if time is None else time * count
         lines.append(
-            f"{who:{width}}  {_plain(speed):>18}  {_plain(seconds):>12}  {_plain(time):>10}  {_plain(cost):>14}"
+            f"convergence: {score.converged_mean:,.1f} {reference.unit}; {reference.how}, ruleset {reference.ruleset}: "
+            f"mean {reference.mean:,.1f}, least accepted {reference.least:,.1f}"
+        )
+    if score.scaling:
+        how = f"scaled by {score.scaling:.5f}" if logs[0].is_closed else "open division: not scaled"
+        lines.append(f"score: {score.result_ms:,.3f} ms = {score.result_ms / 60_000:.4f} minutes ({how})")
+    elif reference:
+        shorter = 1 - score.converged_mean / reference.least
+        lines.append(f"FAILED: {shorter:.1%} below the least accepted: no result of the closed division")
+    else:
+        batch = logs[0].values["global_batch_size"]
+        lines.append(f"FAILED: there is no RCP for a batch size as large as {batch}: submit one first")
+    return lines
+
+
+def comparison(logs: Sequence[Log], score: Score) -> list[str]:
+    """Formats this result beside the published ones; unknown values are dashes."""
+    values = logs[0].values
+    match = re.match(r"(\d+)x", str(values["submission_platform"]))
+    devices = int(match[1]) if match else 1
+    samples = sum(record.key == "epoch_stop" for log in logs for record in log.records) * values["samples_per_epoch"]
+    training_s = sum(log.seconds_in("epoch") for log in logs)
+    own = PublishedResult(
+        name=f"this {values['submission_division']} result, {values['submission_platform']}",
+        devices=devices,
+        samples_per_s=samples / training_s / devices if training_s else None,
+        evaluation_s=sum(log.seconds_in("eval") for log in logs) / max(sum(len(log.evaluations) for log in logs), 1),
+        minutes=None if score.scaling is None else score.result_ms / 60_000,
+    )
+    results = [own, *PUBLISHED_RESULTS]
+    width = max(len(one.name) for one in results)
+    lines = [f"{'published results':{width}}  samples/s/device  evaluation s     minutes  device-minutes"]
+    for one in results:
+        cost = None if one.minutes is None else one.minutes * one.devices
+        lines.append(
+            f"{one.name:{width}}  {_plain(one.samples_per_s):>16}  {_plain(one.evaluation_s):>12}  "
+            f"{_plain(one.minutes):>10}  {_plain(cost):>14}"
         )
     if not logs[0].is_closed:
-        lines.append("the marks are of the closed division: an open result may be of other work, and not comparable")
+        lines.append(
+            "the published results are from the closed division: an open result may do other work and not be comparable"
+        )
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`submission run`: a result's runs one after another, each from scratch, with a seed and a log folder of its own."""
+"""`submission run`: makes the runs of a result one after another, each from scratch with its own seed and folder."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from common.messages import logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
 from runtime.io_flags import PLACEHOLDER_ORG
-from submission.inspection import digest_of, runs_folder
-from submission.launching import clear_caches, launch_run, launcher
+from submission.inspection import runs_folder, sha256_of
+from submission.launching import clear_caches, launch_command, launch_run
 from submission.logs import BENCHMARK, Log, read_log
-from submission.record import INCIDENTAL, Broken, Done, Series, load_series
-from submission.system import nvidia
+from submission.record import INCIDENTAL_FLAGS, FailedRun, FinishedRun, Series, load_series
+from submission.system import nvidia_smi
 
-# What the series gives each run itself, or what makes one no run from scratch.
+# Flags that the series sets for each run, or with which a run is not a complete one from scratch.
 OWN_FLAGS = ("log_dir", "seed", "save_ckpt_path", "load_ckpt_path", "resume", "exec_mode", "benchmark")
-# A run that was broken off is done again; one that breaks off again has a cause that a person must find.
+# A run that fails is repeated once; after that the user has to find the cause.
 ATTEMPTS = 2
 
 
 def run(options: argparse.Namespace) -> int:
-    """Makes the runs that are still to be made, and puts each log in its place."""
+    """Makes the runs that are still missing and copies their logs into the result folder."""
     config = check_arguments(options.arguments)
-    launch = launcher(options.launch, options.nproc_per_node)
+    launch = launch_command(options.launch, options.nproc_per_node)
     system = options.system or default_system(options)
     if not re.fullmatch(r"\w[\w.+-]*", system):
-        raise UserError(f"--system {system!r} becomes a folder's name: use letters, digits and . _ + -")
+        raise UserError(f"--system {system!r} is used as a folder name: use letters, digits and . _ + -")
     folder = runs_folder(options.result_dir, system)
     results = options.result_dir / "results" / system / BENCHMARK
     try:
@@ -48,126 +48,140 @@ def run(options: argparse.Namespace) -> int:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--result_dir {options.result_dir}: cannot be written: {error.strerror}") from None
-    with _alone(folder):
-        series = begin(folder, system, options.arguments, launch, configuration_of(config, launch))
+    with _locked(folder):
+        configuration = configuration_of(config, launch)
+        series = load_series(folder) or Series(
+            system=system, arguments=list(options.arguments), launch=launch, configuration=configuration
+        )
+        series.check_same(configuration)
         if series.runs:
             logger.info(f"{len(series.runs)} of {options.runs} runs are done, in {folder}")
-        began, before = time.monotonic(), len(series.runs)
+        started, done_before = time.monotonic(), len(series.runs)
         while len(series.runs) < options.runs:
             done = _make_run(series, folder, options.clear_caches, options.runs)
-            _put_in_place(folder / done.folder, results / f"result_{len(series.runs)}.txt")
+            _copy_log(folder / done.folder, results / f"result_{len(series.runs)}.txt")
             series.runs.append(done)
             series.save(folder)
-            seconds_a_run = (time.monotonic() - began) / (len(series.runs) - before)
-            logger.info(_progress(series, options.runs, seconds_a_run))
-        _mend_places(series, folder, results)
+            seconds_per_run = (time.monotonic() - started) / (len(series.runs) - done_before)
+            logger.info(_progress(series, options.runs, seconds_per_run))
+        for number, done in enumerate(series.runs):
+            if not (results / f"result_{number}.txt").exists():
+                _copy_log(folder / done.folder, results / f"result_{number}.txt")
     return 0
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two series in one folder would take each other's runs for broken ones; a full disk is told in one line."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Excludes a second series in the folder, which would take this one's run for a failed one.
+
+    Raises:
+        UserError: the folder is locked, or a file in it cannot be written, for example because the disk is full.
+    """
     try:
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{folder}: another `submission run` is at work there") from None
+                raise UserError(f"{folder}: in use by another `submission run`") from None
             yield
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
-def begin(
-    folder: Path, system: str, arguments: Sequence[str], launch: list[str], configuration: dict[str, Any]
-) -> Series:
-    """The folder's series, or a new one. Raises UserError where it was begun with another configuration."""
-    series = load_series(folder)
-    if series is None:
-        series = Series(system, list(arguments), launch, json.loads(json.dumps(configuration)))
-    series.check_same(configuration)
-    return series
-
-
 def check_arguments(arguments: Sequence[str]) -> RunConfig:
-    """The runs' configuration. Raises UserError for flags that a series cannot have, or that main.py would refuse."""
-    config, own = parse_arguments(arguments)
-    if refused := sorted(own & set(OWN_FLAGS)):
-        raise UserError(f"--{refused[0]} does not go with a series: each run has its own folder and seed, and is whole")
+    """Parses main.py's arguments. Raises UserError for flags that a series does not allow or main.py would refuse."""
+    config, given = parse_arguments(arguments)
+    if refused := sorted(given & set(OWN_FLAGS)):
+        raise UserError(
+            f"--{refused[0]} is not allowed in a series: each run is a complete one, with its own folder and seed"
+        )
     if config.submission_org == PLACEHOLDER_ORG:
-        raise UserError("the runs' --submission_org is missing: who submits; 40 runs with a placeholder are no result")
+        raise UserError("set --submission_org; a placeholder is not accepted")
     return config
 
 
 def default_system(options: argparse.Namespace) -> str:
-    """The system's name from its devices, such as 8xNVIDIA_H200. Raises UserError where only a person knows."""
+    """Returns the system's name from its devices, such as 8xNVIDIA_H200. Raises UserError with `--launch`."""
     if options.launch is not None:
-        raise UserError("--launch needs --system, the name of what it launches on, such as 4xDGX-H200")
-    # Not by torch: it would keep a piece of the GPU's memory as long as the series lasts.
-    name = f"{options.nproc_per_node}x{nvidia('name') or cpu_name()}"
+        raise UserError("--launch requires --system, the name of the system it launches on, such as 4xDGX-H200")
+    # Not through torch, which would keep some GPU memory allocated as long as the series runs.
+    name = f"{options.nproc_per_node}x{nvidia_smi('name') or cpu_name()}"
     return re.sub(r"[^\w.-]+", "_", name).strip("_.")
 
 
 def configuration_of(config: RunConfig, launch: Sequence[str]) -> dict[str, Any]:
-    """What all runs of a result must share: flags, code, library and launch."""
-    flags = {name: value for name, value in config.to_json().items() if name not in INCIDENTAL}
-    return flags | {"commit": commit(), "torch": torch.__version__, "launch": list(launch)}
+    """Returns everything that the runs of a result must share, as JSON values: flags, code, PyTorch and launch."""
+    flags = {name: value for name, value in config.to_json().items() if name not in INCIDENTAL_FLAGS}
+    values = flags | {"commit": commit(), "torch": torch.__version__, "launch": list(launch)}
+    return dict(json.loads(json.dumps(values)))
 
 
-def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Done:
-    """One run to its end; one that is broken off is noted and done again from scratch."""
+def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> FinishedRun:
+    """Makes one run; if it fails, records that and starts again from scratch.
+
+    Args:
+        clear: the command that clears the page cache, if any.
+
+    Raises:
+        UserError: main.py refused the arguments, or the run failed repeatedly.
+    """
     name = f"run_{len(series.runs)}"
-    if (folder / name).exists():  # this program was ended while the run was going
-        _set_aside(series, folder, name, "the series was ended in it")
+    if (folder / name).exists():  # this program ended during the run
+        _set_aside(series, folder, name, "the series ended during this run")
     for _ in range(ATTEMPTS):
         logger.info(f"run {len(series.runs) + 1} of {total}: {folder / name / 'console.txt'}")
         status = launch_run(series.launch, series.arguments, folder / name, clear_caches(clear))
-        log = _read(folder / name / "unet3d.log")
-        why = _why_broken(status, log, series.seeds)
+        log = _read_log(folder / name)
+        why = _why_failed(status, log, series.seeds)
         if why is None and log is not None:
-            if not series.environment:
-                series.environment = _environment(folder / name)
-            verdict = "success" if log.converged else "aborted"
-            seed = int(log.values["seed"])
-            return Done(name, seed, verdict, log.epochs, log.clock_ms, digest_of(log.path))
+            series.environment = series.environment or _environment(folder / name)
+            return FinishedRun(
+                folder=name,
+                seed=int(log.values["seed"]),
+                status="success" if log.converged else "aborted",
+                epochs=log.epochs,
+                clock_ms=log.clock_ms,
+                sha256=sha256_of(log.path),
+            )
         aside = _set_aside(series, folder, name, str(why))
         if status == USER_ERROR_EXIT:
-            raise UserError(f"the run was refused: {_last_line(aside / 'console.txt')}")
-        logger.warning(f"{name} {why}; see {aside / 'console.txt'}")
+            raise UserError(f"main.py refused to run: {_last_line(aside / 'console.txt')}")
+        logger.warning(f"{name} failed: {why}; see {aside / 'console.txt'}")
     raise UserError(
-        f"{name} was broken off {ATTEMPTS} times, the last one: {series.broken[-1].why}; "
-        "mend the cause and start the series again: it goes on from here"
+        f"{name} failed {ATTEMPTS} times; the last cause: {series.broken[-1].why}; "
+        "fix the cause and start the series again: it continues from here"
     )
 
 
-def _read(path: Path) -> Log | None:
+def _read_log(log_dir: Path) -> Log | None:
+    path = log_dir / "unet3d.log"
     return read_log(path) if path.is_file() else None
 
 
-def _why_broken(status: int, log: Log | None, used: set[int]) -> str | None:
-    """Why this was no run of a result; None: it was one, converged or not."""
+def _why_failed(status: int, log: Log | None, used_seeds: set[int]) -> str | None:
+    """Returns why the run cannot be part of a result; None if it can, converged or not."""
     if status not in (0, DIVERGED_EXIT):
-        return f"ended with the exit status {status}"
+        return f"exit status {status}"
     if log is None:
-        return "left no unet3d.log"
+        return "no unet3d.log"
     if log.problems:
-        return f"left a log that is not whole: line {log.problems[0].line}: {log.problems[0].what}"
-    if log.values["seed"] in used:
-        return f"drew the seed {log.values['seed']}, which another run of this series had"
+        return f"an invalid log: line {log.problems[0].line}: {log.problems[0].message}"
+    if log.values["seed"] in used_seeds:
+        return f"the same seed {log.values['seed']} as another run of this series"
     return None
 
 
 def _set_aside(series: Series, folder: Path, name: str, why: str) -> Path:
-    """Keeps a broken run's folder under another name, and its seed in mind."""
+    """Renames a failed run's folder and records the run with its seed."""
     seed = None
     with suppress(OSError, UserError):
-        log = _read(folder / name / "unet3d.log")
+        log = _read_log(folder / name)
         seed = log.values.get("seed") if log else None
     number = 1 + len(series.broken)
     while (aside := folder / f"{name}.broken_{number}").exists():
         number += 1
     (folder / name).rename(aside)
-    series.broken.append(Broken(aside.name, seed if isinstance(seed, int) else None, why))
+    series.broken.append(FailedRun(folder=aside.name, seed=seed if isinstance(seed, int) else None, why=why))
     series.save(folder)
     return aside
 
@@ -178,7 +192,7 @@ def _environment(log_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _put_in_place(log_dir: Path, result: Path) -> None:
+def _copy_log(log_dir: Path, result: Path) -> None:
     try:
         with replacing(result) as temporary:
             shutil.copyfile(log_dir / "unet3d.log", temporary)
@@ -186,25 +200,17 @@ def _put_in_place(log_dir: Path, result: Path) -> None:
         raise UserError(f"{result}: cannot be written: {error.strerror or error}") from None
 
 
-def _mend_places(series: Series, folder: Path, results: Path) -> None:
-    """Puts logs in place that are not: a series may have been ended between a run and its copy."""
-    for number, done in enumerate(series.runs):
-        if not (results / f"result_{number}.txt").exists():
-            _put_in_place(folder / done.folder, results / f"result_{number}.txt")
-
-
-def _progress(series: Series, total: int, seconds_a_run: float) -> str:
+def _progress(series: Series, total: int, seconds_per_run: float) -> str:
     done = series.runs[-1]
-    left = total - len(series.runs)
-    told = (
-        f"run {len(series.runs)} of {total}: {done.status} after {done.epochs} epochs, {done.clock_ms / 60_000:.2f} min"
-    )
-    return f"{told}, seed {done.seed}" + (
-        f"; about {timedelta(seconds=round(left * seconds_a_run))} left" if left else ""
+    remaining = timedelta(seconds=round((total - len(series.runs)) * seconds_per_run))
+    return (
+        f"run {len(series.runs)} of {total}: {done.status} after {done.epochs} epochs, "
+        f"{done.clock_ms / 60_000:.2f} min, seed {done.seed}"
+        + (f"; about {remaining} left" if len(series.runs) < total else "")
     )
 
 
 def _last_line(console: Path) -> str:
     with suppress(OSError, IndexError):
         return console.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-    return "its console is empty"
+    return "its console output is empty"

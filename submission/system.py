@@ -1,4 +1,4 @@
-"""systems/SYSTEM.json: what the machine tells of itself, and the gaps that only a person can fill."""
+"""systems/SYSTEM.json: detected hardware and software, and the properties that the user has to fill in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from common.errors import UserError
 from runtime.environment import cpu_name
 
-# MLPerf's keys, in its order.
+# MLPerf's keys, in MLPerf's order.
 KEYS = (
     "submitter",
     "division",
@@ -52,7 +52,7 @@ KEYS = (
     "operating_system",
     "sw_notes",
 )
-# They may be empty.
+# These may stay empty.
 NOTES = ("hw_notes", "sw_notes")
 STATUS = {
     "onprem": "Available on-premise",
@@ -61,22 +61,20 @@ STATUS = {
     "research": "Research, Development, or Internal (RDI)",
 }
 NONE = "N/A"
-Text = dict[str, str]
 
 
 def describe_system(
-    values: Mapping[str, Any], system: str, environment: Mapping[str, Any], nodes: str, given: Mapping[str, Any]
+    values: Mapping[str, Any], *, system: str, environment: Mapping[str, Any], nodes: str
 ) -> dict[str, Any]:
-    """The description; a gap is "".
+    """Returns the description, with "" for what is unknown.
 
     Args:
-        values: of the runs' logs.
-        environment: of the runs, as their run.json has it. This machine speaks for them only where it is alike.
-        nodes: "" where nobody said.
-        given: what a person says; it counts before what the machine tells.
+        values: from the log of a run, by key.
+        environment: of the runs, from their run.json; hardware detected here is used only if it is the same.
+        nodes: number of machines; "" if unknown.
     """
-    told: dict[str, Any] = dict.fromkeys(KEYS, "")
-    told |= {
+    description: dict[str, Any] = dict.fromkeys(KEYS, "")
+    description |= {
         "submitter": str(values["submission_org"]),
         "division": str(values["submission_division"]),
         "status": STATUS.get(str(values["submission_status"]), ""),
@@ -89,26 +87,25 @@ def describe_system(
             name: str(environment[name]) for name in ("python", "cuda", "cudnn", "numpy") if environment.get(name)
         },
     }
-    on_cpu = environment.get("device") == "cpu"
     if environment.get("cpu") == cpu_name():
-        told |= _host()
-    if on_cpu:
-        told |= dict.fromkeys((key for key in KEYS if key.startswith("accelerator")), NONE)
-        told["accelerators_per_node"] = "0"
+        description |= _host()
+    if environment.get("device") == "cpu":
+        description |= dict.fromkeys((key for key in KEYS if key.startswith("accelerator")), NONE)
+        description["accelerators_per_node"] = "0"
     else:
-        told |= _accelerators(str(environment.get("device", "")), environment, nodes)
-        if driver := nvidia("driver_version"):
-            told["other_software_stack"]["driver"] = driver
-    return told | dict(given)
+        description |= _accelerators(environment, nodes)
+        if driver := nvidia_smi("driver_version"):
+            description["other_software_stack"]["driver"] = driver
+    return description
 
 
-def gaps(description: Mapping[str, Any]) -> list[str]:
-    """The keys that nobody has filled."""
+def missing_keys(description: Mapping[str, Any]) -> list[str]:
+    """Returns the keys that are still to be filled in."""
     return [key for key in KEYS if not description.get(key) and key not in NOTES]
 
 
-def read_given(path: Path | None) -> dict[str, Any]:
-    """What `--system_description` says. Raises UserError where it is no JSON object of MLPerf's keys with texts."""
+def read_user_description(path: Path | None) -> dict[str, Any]:
+    """Reads `--system_description`. Raises UserError unless it is a JSON object with MLPerf's keys and text values."""
     if path is None:
         return {}
     try:
@@ -116,61 +113,63 @@ def read_given(path: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--system_description {path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"--system_description {path}: no JSON object ({error})") from None
+        raise UserError(f"--system_description {path}: not a JSON object ({error})") from None
     if unknown := sorted(set(content) - set(KEYS)):
-        raise UserError(f"--system_description {path}: MLPerf has no key {unknown[0]!r}")
+        raise UserError(f"--system_description {path}: unknown key {unknown[0]!r}; MLPerf does not define it")
     for key, value in content.items():
         if not isinstance(value, str) and not (key == "other_software_stack" and isinstance(value, dict)):
-            raise UserError(f'--system_description {path}: {key} must be a text, such as "{value}"')
+            raise UserError(f'--system_description {path}: {key} must be a string, such as "{value}"')
     return {key: value for key, value in content.items() if value}
 
 
-def _host() -> Text:
-    """Of this machine's processors, memory and network, from /proc and /sys; what they do not tell is left out."""
-    cores = _cpuinfo("core id")
+def _host() -> dict[str, str]:
+    """Returns this machine's processors, memory and network, as far as /proc and /sys list them."""
+    cores = re.findall(r"physical id\s*:\s*(\d+).*?core id\s*:\s*(\d+)", _read("/proc/cpuinfo"), re.DOTALL)
     sockets = len({socket for socket, _ in cores}) or 1
-    told = {
+    threads = os.cpu_count() or 1
+    system = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read("/etc/os-release"), re.MULTILINE)
+    found = {
         "host_processors_per_node": str(sockets),
-        "host_processor_core_count": str(len(set(cores)) // sockets or (os.cpu_count() or 1)),
-        "host_processor_vcpu_count": str((os.cpu_count() or 1) // sockets),
-        "operating_system": _os_name(),
+        "host_processor_core_count": str(len(set(cores)) // sockets or threads),
+        "host_processor_vcpu_count": str(threads // sockets),
+        "operating_system": system[1] if system else platform.platform(),
     }
-    if frequency := _number("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"):
-        told["host_processor_frequency"] = f"{frequency / 1e6:.2f} GHz"
+    if frequency := _read_number("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"):
+        found["host_processor_frequency"] = f"{frequency / 1e6:.2f} GHz"
     if caches := _caches():
-        told["host_processor_caches"] = caches
-    if match := re.search(r"MemTotal:\s+(\d+) kB", _text("/proc/meminfo")):
-        told["host_memory_capacity"] = f"{int(match[1]) / 2**20:.0f} GiB"
-    speeds = sorted(speed for path in Path("/sys/class/net").glob("*/speed") if (speed := _number(str(path))) > 0)
+        found["host_processor_caches"] = caches
+    if match := re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):
+        found["host_memory_capacity"] = f"{int(match[1]) / 2**20:.0f} GiB"
+    speeds = [speed for path in Path("/sys/class/net").glob("*/speed") if (speed := _read_number(path)) > 0]
     if speeds:
-        told["host_networking"] = f"{len(speeds)} interface(s), up to {speeds[-1] / 1000:g} Gbit/s"
-    return told
+        found["host_networking"] = f"{len(speeds)} interface(s), up to {max(speeds) / 1000:g} Gbit/s"
+    return found
 
 
-def _accelerators(device: str, environment: Mapping[str, Any], nodes: str) -> Text:
-    """Of the GPUs that the runs had; figures of this machine's where it has the same."""
-    ranks = int(environment.get("ranks", 0))
-    told = {"accelerator_model_name": device}
+def _accelerators(environment: Mapping[str, Any], nodes: str) -> dict[str, str]:
+    """Returns the GPUs of the runs, with details if this machine has the same."""
+    device, ranks = str(environment.get("device", "")), int(environment.get("ranks", 0))
+    found = {"accelerator_model_name": device}
     if nodes.isdecimal() and int(nodes):
-        told["accelerators_per_node"] = str(ranks // int(nodes))
+        found["accelerators_per_node"] = str(ranks // int(nodes))
     if torch.cuda.is_available() and torch.cuda.get_device_name(0) == device:
         size = torch.cuda.get_device_properties(0).total_memory
-        told["accelerator_memory_capacity"] = f"{size / 2**30:.0f} GiB"
-        if frequency := nvidia("clocks.max.sm"):
-            told["accelerator_frequency"] = frequency
-        generation, width = nvidia("pcie.link.gen.max"), nvidia("pcie.link.width.max")
+        found["accelerator_memory_capacity"] = f"{size / 2**30:.0f} GiB"
+        if frequency := nvidia_smi("clocks.max.sm"):
+            found["accelerator_frequency"] = frequency
+        generation, width = nvidia_smi("pcie.link.gen.max"), nvidia_smi("pcie.link.width.max")
         if generation and width:
-            told["accelerator_host_interconnect"] = f"PCIe Gen{generation} x{width}"
+            found["accelerator_host_interconnect"] = f"PCIe Gen{generation} x{width}"
         if ranks == 1:
-            told |= {"accelerator_interconnect": NONE, "accelerator_interconnect_topology": NONE}
+            found |= {"accelerator_interconnect": NONE, "accelerator_interconnect_topology": NONE}
         elif "NV" in _output(["nvidia-smi", "topo", "-m"]):
-            told["accelerator_interconnect"] = "NVLink"
-    return told
+            found["accelerator_interconnect"] = "NVLink"
+    return found
 
 
-def nvidia(what: str) -> str:
-    """What nvidia-smi says of the first GPU, "" where it says nothing."""
-    lines = _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]).splitlines()
+def nvidia_smi(field: str) -> str:
+    """Returns a field of `nvidia-smi --query-gpu` for the first GPU, or "" if it is not available."""
+    lines = _output(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
     return lines[0].strip() if lines and "[" not in lines[0] else ""
 
 
@@ -181,38 +180,22 @@ def _output(command: Sequence[str]) -> str:
         return ""
 
 
-def _cpuinfo(name: str) -> list[tuple[str, str]]:
-    """(socket, the field) of every logical processor."""
-    found, socket = [], "0"
-    for line in _text("/proc/cpuinfo").splitlines():
-        key, _, value = (part.strip() for part in line.partition(":"))
-        if key == "physical id":
-            socket = value
-        elif key == name:
-            found.append((socket, value))
-    return found
-
-
 def _caches() -> str:
     sizes = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (_text(str(index / name)).strip() for name in ("level", "type", "size"))
+        level, kind, size = (_read(index / name).strip() for name in ("level", "type", "size"))
         if size:
-            sizes[f"L{level}{'d' if kind == 'Data' else 'i' if kind == 'Instruction' else ''}"] = size
+            suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
+            sizes[f"L{level}{suffix}"] = size
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def _os_name() -> str:
-    match = re.search(r'^PRETTY_NAME="?([^"\n]*)', _text("/etc/os-release"), re.MULTILINE)
-    return match[1] if match else platform.platform()
-
-
-def _number(path: str) -> int:
-    text = _text(path).strip()
+def _read_number(path: str | Path) -> int:
+    text = _read(path).strip()
     return int(text) if text.isdecimal() else 0
 
 
-def _text(path: str) -> str:
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common.errors import run_program
 from submission.__main__ import main as submission
-from submission.inspection import RUNS, digest_of
-from submission.record import Done, Series
+from submission.inspection import RUNS, sha256_of
+from submission.record import FinishedRun, Series
 from tests.submission.synthetic_runs import TINY_RUN, TRAINING, SyntheticRun, write_blocks
 
 EVALUATION_CASES = Path(__file__).resolve().parents[2] / "evaluation_cases.txt"
@@ -61,7 +61,7 @@ def make_closed(result_dir: Path, ruleset: str) -> None:
     own = result_dir.with_name(f"{ORG}.runs") / SYSTEM
     results.mkdir(parents=True)
     own.mkdir(parents=True)
-    series = Series(SYSTEM, arguments, ["python3"], {"ruleset": ruleset})
+    series = Series(system=SYSTEM, arguments=arguments, launch=["python3"], configuration={"ruleset": ruleset})
     rng = random.Random(0)
     for number in range(RUNS):
         epochs = mean_epochs + 20 * rng.randint(-20, 20)
@@ -69,13 +69,13 @@ def make_closed(result_dir: Path, ruleset: str) -> None:
         run = SyntheticRun(seed=rng.randrange(2**31), epochs=epochs, clock_ms=clock_ms, arguments=arguments)
         path = run.write_log(results / f"result_{number}.txt")
         series.runs.append(
-            Done(
+            FinishedRun(
                 folder=f"run_{number}",
                 seed=0,
                 status="success",
                 epochs=epochs,
                 clock_ms=clock_ms,
-                sha256=digest_of(path),
+                sha256=sha256_of(path),
             )
         )
         print(f"log {number + 1} of {RUNS}", end="\r", flush=True)

@@ -19,14 +19,14 @@ from tests.submission.synthetic_runs import SyntheticRun
 
 ORG = "ACME"
 STUB = Path(__file__).with_name("stub.py")
-# An open run: its evaluations come after every second epoch.
+# An open run; it evaluates after every second epoch.
 OPEN = ["--overlap", "0.25", "--submission_org", ORG, "--data_dir", "data", "--batch_size", "28"]
 WriteRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def write_open() -> WriteRun:
-    """`write_open(path, seed=1, epochs=4, clock_ms=1000, …)`: the log of a short run of the open division."""
+    """Returns `write_open(path, seed=1, epochs=4, …)`, which writes the log of a short run of the open division."""
 
     def write(
         path: Path,
@@ -54,7 +54,7 @@ def write_open() -> WriteRun:
 
 @pytest.fixture(scope="session")
 def write_closed() -> WriteRun:
-    """The log of a run by the closed division's rules: some 2,000 epochs."""
+    """Returns a function that writes the log of a closed-division run, of about 2,000 epochs."""
 
     def write(
         path: Path,
@@ -73,7 +73,7 @@ def write_closed() -> WriteRun:
 
 @pytest.fixture(scope="session")
 def forty(write_open: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """{result_0.txt: text} of 40 good runs: seeds 100 …, 4 or 6 epochs, one minute and some milliseconds."""
+    """{result_0.txt: text} of 40 valid runs: seeds 100 …, 4 or 6 epochs, one minute and some milliseconds."""
     folder = tmp_path_factory.mktemp("forty")
     for number in range(40):
         write_open(folder / f"result_{number}.txt", 100 + number, 4 + 2 * (number % 2), 60_000 + 7 * number)
@@ -82,7 +82,7 @@ def forty(write_open: WriteRun, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture
 def result_dir(forty: dict[str, str], tmp_path: Path) -> Path:
-    """An organisation's folder with these 40 logs, of the system `abacus`."""
+    """A submitter's folder with these 40 logs, of the system `abacus`."""
     folder = tmp_path / ORG / "results" / "abacus" / "unet3d"
     folder.mkdir(parents=True)
     for name, text in forty.items():
@@ -91,7 +91,7 @@ def result_dir(forty: dict[str, str], tmp_path: Path) -> Path:
 
 
 def edit(path: Path, key: str, change: Callable[[str], str], which: int = 0) -> int:
-    """Changes the text of a log's `which`-th line of that key; returns the line's number."""
+    """Changes the text of a log's `which`-th line with that key; returns the line number."""
     lines = path.read_text(encoding="utf-8").splitlines()
     number = [index for index, line in enumerate(lines) if f'"key": "{key}"' in line][which]
     lines[number] = change(lines[number])
@@ -100,12 +100,12 @@ def edit(path: Path, key: str, change: Callable[[str], str], which: int = 0) -> 
 
 
 def set_value(value: Any) -> Callable[[str], str]:
-    """For `edit`: another value in the line, as JSON text."""
+    """Returns a change for `edit` that sets the line's value, given as JSON text."""
     return lambda line: re.sub(r'"value": [^,\]]+(?=, "metadata")|"value": \[[^\]]*\]', f'"value": {value}', line)
 
 
 class Bench:
-    """A result folder, and what the runs in it are ordered to do."""
+    """A result folder, and the orders for the runs in it."""
 
     def __init__(self, folder: Path, template: Path) -> None:
         self.result_dir = folder / ORG
@@ -136,7 +136,7 @@ def bench(tmp_path: Path, template: Path) -> Bench:
 
 @pytest.fixture(scope="session")
 def made(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """40 runs, made by `submission run`; not to be changed."""
+    """40 runs made by `submission run`; read only."""
     bench = Bench(tmp_path_factory.mktemp("made"), template)
     assert bench.start() == 0
     return bench
@@ -144,6 +144,6 @@ def made(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture
 def copied(made: Bench, tmp_path: Path, template: Path) -> Bench:
-    """The same 40 runs, to be changed."""
+    """A copy of these 40 runs that a test may change."""
     shutil.copytree(made.result_dir.parent, tmp_path / "work")
     return Bench(tmp_path / "work", template)

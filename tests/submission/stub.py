@@ -1,4 +1,4 @@
-"""Stands for `python3` in `--launch`: instead of training it leaves the log of a made-up run, with a seed of its own.
+"""Replaces `python3` in `--launch`: instead of training it writes the log of a synthetic run, with its own seed.
 
     python3 stub.py ORDERS main.py ARGUMENTS
 

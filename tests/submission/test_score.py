@@ -1,4 +1,4 @@
-"""The score is the rules' arithmetic, to the millisecond; what it is compared with; its picture."""
+"""The score, exact to the millisecond; its comparison with published results; its plot."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import pytest
 from common.errors import UserError
 from runtime.mlperf.convergence import Reference, find_reference
 from submission import score
+from submission.inspection import read_results, results_folder
 from submission.logs import Log
 from submission.published_results import PUBLISHED_RESULTS
-from submission.score import Timed, compute
+from submission.score import RunOutcome, compute
 from tests.submission.conftest import WriteRun, edit, set_value
 
-# 40 made-up runs. By hand: the 4 fastest (1, 2, 3, 4 ms) and the 4 slowest (9, 8, 7, 6 million ms) go; of the other 32,
-# 16 take 1,000,000 and 16 take 2,000,001 ms: mean 1,500,000.5 ms.
+# 40 synthetic runs. By hand: the 4 fastest (1, 2, 3, 4 ms) and the 4 slowest (9, 8, 7, 6 million ms) are dropped. Of
+# the other 32, 16 take 1,000,000 and 16 take 2,000,001 ms: mean 1,500,000.5 ms.
 TIMES_MS = [1, 2, 3, 4, *[1_000_000, 2_000_001] * 16, 6_000_000, 7_000_000, 8_000_000, 9_000_000]
-# The 4 shortest and longest go; the other 32 have the mean (16 x 355,840 + 16 x 355,850) / 32 = 355,845.
+# The 4 smallest and largest are dropped; the other 32 have the mean (16 x 355,840 + 16 x 355,850) / 32 = 355,845.
 SAMPLES = [*[100_000] * 4, *[355_840, 355_850] * 16, *[900_000] * 4]
 
 
-def runs(times: list[int] = TIMES_MS, samples: list[float | None] = SAMPLES) -> list[Timed]:  # type: ignore[assignment]
-    return [Timed(f"result_{n}.txt", time, at) for n, (time, at) in enumerate(zip(times, samples, strict=True))]
+def runs(times: list[int] = TIMES_MS, samples: list[float | None] = SAMPLES) -> list[RunOutcome]:  # type: ignore[assignment]
+    return [RunOutcome(f"result_{n}.txt", time, at) for n, (time, at) in enumerate(zip(times, samples, strict=True))]
 
 
 def test_the_score_is_the_hand_computed_one() -> None:
@@ -40,21 +41,21 @@ def test_the_score_is_the_hand_computed_one() -> None:
     assert len(found.kept) == 32
     assert not set(found.kept) & {f"result_{number}.txt" for number in (0, 1, 2, 3, 36, 37, 38, 39)}
     kept = [time for time in TIMES_MS if 1_000_000 <= time <= 2_000_001]
-    assert found.deviation_ms == pytest.approx(statistics.stdev(kept))
+    assert found.std_ms == pytest.approx(statistics.stdev(kept))
 
 
-def test_the_order_of_the_runs_is_nothing_to_it() -> None:
+def test_the_order_of_the_runs_does_not_matter() -> None:
     assert compute(runs()[::-1], None, False).mean_ms == 1_500_000.5
 
 
-def test_time_and_convergence_are_dropped_each_by_itself() -> None:
-    """As MLPerf's two programs do: the fastest runs by the clock may have needed the most samples."""
+def test_times_and_convergence_are_dropped_independently() -> None:
+    """As in MLPerf's two programs: the fastest runs may have needed the most samples."""
     found = compute(runs(samples=SAMPLES[::-1]), find_reference(56))
     assert (found.mean_ms, found.converged_mean) == (1_500_000.5, 355_845)
 
 
-def test_runs_that_did_not_converge_take_the_places_of_the_slowest() -> None:
-    """Two that did not: they go with the two slowest that did, however short they were."""
+def test_runs_that_did_not_converge_count_as_the_slowest() -> None:
+    """Two of them are dropped with the two slowest that converged, however short they were."""
     times, samples = list(TIMES_MS), list(SAMPLES)
     times[38] = times[39] = 5
     found = compute(runs(times, [*samples[:38], None, None]), None, False)
@@ -80,20 +81,20 @@ def test_scaling_by_the_reference(own: float, scaling: float | None) -> None:
     assert math.isnan(found.result_ms) is (scaling is None)
 
 
-def options(result_dir: Path, picture: Path | None = None) -> argparse.Namespace:
-    return argparse.Namespace(result_dir=result_dir, system=None, ruleset="4.0.0", picture=picture)
+def options(result_dir: Path, plot: Path | None = None) -> argparse.Namespace:
+    return argparse.Namespace(result_dir=result_dir, system=None, ruleset="4.0.0", plot=plot)
 
 
-def call_it_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closed runs take a thousand epochs before their first evaluation: these are short, and called so."""
+def pretend_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats short runs as closed ones, whose first evaluation would come after a thousand epochs."""
     monkeypatch.setattr(Log, "is_closed", True)
-    monkeypatch.setattr(score, "inspect", lambda logs, ruleset: [])
+    monkeypatch.setattr(score, "find_problems", lambda logs, ruleset: [])
 
 
-def test_the_command_prints_runs_score_and_place(
+def test_the_command_prints_runs_score_and_comparison(
     result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The runs took 60,000 + 7 n ms; batch 28; they converged in 4 or 6 epochs, held to a reference of 4.5 and 4."""
+    """The runs took 60,000 + 7 n ms; batch 28; 4 or 6 epochs to the target; the reference: mean 5.5, least 4."""
     near = Reference(
         batch_size=28,
         ruleset="4.0.0",
@@ -103,9 +104,9 @@ def test_the_command_prints_runs_score_and_place(
         published=(168 * 4.0, 168 * 7.0),
     )
     monkeypatch.setattr(score, "find_reference", lambda batch, ruleset: near)
-    call_it_closed(monkeypatch)
-    picture = tmp_path / "deep" / "picture.png"
-    assert score.run(options(result_dir, picture)) == 0
+    pretend_closed(monkeypatch)
+    plot = tmp_path / "deep" / "picture.png"
+    assert score.run(options(result_dir, plot)) == 0
     lines = capsys.readouterr().out.splitlines()
     table = lines[1:41]
     assert table[0].split() == ["result_0.txt", "1.0000", "4", "672", "0.9100", "100", "dropped"]
@@ -113,49 +114,50 @@ def test_the_command_prints_runs_score_and_place(
     assert [line.split()[0] for line in table if line.endswith("dropped")] == [
         f"result_{number}.txt" for number in (0, 1, 2, 3, 36, 37, 38, 39)
     ]
-    # Numbers 4 to 35 stay: 60,000 + 7 x 19.5. Of 20 convergences each in 4 and 6 epochs, 16 of each stay: 5 epochs.
-    assert "mean of 32 runs: 60,136.500 ms, deviation 66 ms (0.1%)" in lines
+    # Runs 4 to 35 count: 60,000 + 7 x 19.5. Of the 20 runs each with 4 and 6 epochs, 16 of each count: mean 5 epochs.
+    assert "mean of 32 runs: 60,136.500 ms, standard deviation 66 ms (0.1%)" in lines
     assert "score: 66,150.150 ms = 1.1025 minutes (scaled by 1.10000)" in lines
     assert any("mean 924.0, least accepted 672.0" in line for line in lines)
     (own,) = [line for line in lines if line.startswith("this open result, 1xABACUS")]
     assert own.split()[-2:] == ["1.103", "1.103"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 5_000
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plot.stat().st_size > 5_000
 
 
-def test_too_fast_a_convergence_is_no_closed_result(
+def test_a_closed_result_may_not_converge_too_fast(
     result_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert score.run(options(result_dir, tmp_path / "picture.png")) == 0
     assert "score: 60,136.500 ms = 1.0023 minutes (open division: not scaled)" in capsys.readouterr().out
-    call_it_closed(monkeypatch)
+    pretend_closed(monkeypatch)
     assert score.run(options(result_dir, tmp_path / "picture.png")) == 1
     out = capsys.readouterr().out
-    assert "FAILED: 99.7% fewer than the least accepted" in out
+    assert "FAILED: 99.7% below the least accepted" in out
     assert "score:" not in out
     monkeypatch.setattr(score, "find_reference", lambda batch, ruleset: None)
     assert score.run(options(result_dir, tmp_path / "picture.png")) == 1
-    assert "FAILED: there is no RCP for a batch as large as 28" in capsys.readouterr().out
+    assert "FAILED: there is no RCP for a batch size as large as 28" in capsys.readouterr().out
 
 
-def test_nothing_is_scored_where_a_run_is_wrong(result_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_scored_if_a_run_is_wrong(result_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(result_dir / "results" / "abacus" / "unet3d" / "result_9.txt", "seed", set_value(105))
     assert score.run(options(result_dir)) == 1
     out = capsys.readouterr().out
-    assert "result_9.txt:3: seed 105" in out
+    assert "result_9.txt:3: the same seed 105" in out
     assert out.endswith("1 problem: no result\n")
 
 
-def test_published_marks_are_those_of_the_rounds() -> None:
+def test_published_results_are_those_of_the_rounds() -> None:
     best = PUBLISHED_RESULTS[0]
     assert (best.samples_per_s, best.evaluation_s, best.minutes) == (76.05, 1.67, 11.5)
-    assert [mark.minutes for mark in PUBLISHED_RESULTS] == [11.5, 12.1, 23.8, 20.5, 0.773]
+    assert [result.minutes for result in PUBLISHED_RESULTS] == [11.5, 12.1, 23.8, 20.5, 0.773]
     assert best.devices * (best.minutes or 0) == 92
 
 
-def test_rates_are_those_of_the_log(write_open: WriteRun, result_dir: Path) -> None:
-    """Of the made-up log an epoch of 168 samples takes a millisecond, an evaluation two."""
-    logs, _ = score.read_results(score.results_folder(result_dir, None))
-    own = score.standing(logs, compute(score.timed(logs), None, False))[1].split()
+def test_rates_are_computed_from_the_logs(write_open: WriteRun, result_dir: Path) -> None:
+    """In the synthetic logs an epoch of 168 samples takes a millisecond, an evaluation two."""
+    logs, _ = read_results(results_folder(result_dir, None))
+    lines = score.comparison(logs, compute(score.outcomes(logs), None, False))
+    own = lines[1].split()
     assert own[-4:-2] == ["1.68e+05", "0.002"]
-    assert score.standing(logs, compute(score.timed(logs), None, False))[-1].endswith("and not comparable")
+    assert lines[-1].endswith("may do other work and not be comparable")
