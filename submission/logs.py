@@ -81,7 +81,7 @@ class Record:
     metadata: dict[str, Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Log:
     """One run as described by its MLPerf log; if there are `problems`, the rest may be incomplete.
 
@@ -144,7 +144,7 @@ def read_log(path: Path) -> Log:
     Raises:
         UserError: the file cannot be read.
     """
-    log = Log(path)
+    log = Log(path=path)
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -254,7 +254,6 @@ UNDOCUMENTED: set[str] = {
     "benchmarks/preprocess.py",
     "benchmarks/scaling.py",
     "benchmarks/step.py",
-    "submission/checkers.py",
 }
 
 
@@ -331,22 +330,11 @@ def crowded_dataclasses(tree: ast.Module) -> Iterator[str]:
 # Files with such calls, such functions, such dataclasses.
 CROWDED_CALLS: set[str] = {
     "data_loading/phantom.py",
-    "submission/logs.py",
-    "submission/package.py",
-    "submission/plot.py",
-    "submission/published_results.py",
-    "submission/score.py",
-    "submission/series.py",
 }
 CROWDED_FUNCTIONS: set[str] = {
     "runtime/logging/wandb.py",
 }
-CROWDED_DATACLASSES: set[str] = {
-    "submission/logs.py",
-    "submission/published_results.py",
-    "submission/record.py",
-    "submission/score.py",
-}
+CROWDED_DATACLASSES: set[str] = set()
 
 
 def test_no_call_passes_more_than_four_positional_values() -> None:
@@ -380,13 +368,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "docs/submission.md",
     "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
-    "submission/__main__.py",
-    "submission/checkers.py",
-    "submission/launching.py",
-    "submission/logs.py",
-    "submission/record.py",
-    "submission/series.py",
-    "submission/system.py",
     "tests/conftest.py",
     "tests/faults/groups.py",
     "tests/faults/hosts.py",
@@ -400,11 +381,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "tests/integration/test_trackers.py",
     "tests/integration/test_tutorial.py",
     "tests/runtime/test_training.py",
-    "tests/submission/stub.py",
-    "tests/submission/test_logs.py",
-    "tests/submission/test_package.py",
-    "tests/submission/test_score.py",
-    "tests/submission/test_series.py",
 }
 
 
