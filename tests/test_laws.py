@@ -365,7 +365,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "benchmarks/preprocess.py",
     "benchmarks/step.py",
     "benchmarks/tables/amd_epyc_avx2_2_cores.md",
-    "docs/submission.md",
     "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
     "tests/conftest.py",

@@ -1,7 +1,7 @@
-"""A submission from the command line to the packed tree, on a data set of the closed division's size in tiny.
+"""A submission from the command line to the packed tree, on a tiny data set with as many cases as KiTS19.
 
-Two of the runs are real, and train to 0.908 through main.py; the others take a real one's log and a seed of their own,
-since a run takes longer to start than to train. `python3 -m tests.submission.acceptance` makes all forty.
+One run per ruleset is real and trains to 0.908 with main.py; the others reuse its log with another seed, because a run
+takes longer to start than to train. `python3 -m tests.submission.acceptance` makes all 40.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("ruleset", "unit"), [("3.0.0", 1), ("4.0.0", 168)])
-def test_forty_runs_become_a_tree_that_mlperfs_checkers_take(
+def test_mlperfs_checkers_accept_forty_packed_runs(
     ruleset: str, unit: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     orders = tmp_path / "orders.json"
@@ -46,7 +46,7 @@ def test_forty_runs_become_a_tree_that_mlperfs_checkers_take(
     assert first.evaluations[-1][1] >= 0.908
     assert (first.values["train_samples"], first.values["eval_samples"]) == (168, 42)
     assert first.unit == unit
-    assert "not MLPerf's" not in " ".join(first.rule_violations), "168 and 42 cases, with KiTS19's numbers"
+    assert "not MLPerf's" not in " ".join(first.rule_violations), "168 and 42 cases with KiTS19's numbers"
     capsys.readouterr()
 
     assert main(["pack", *options, "--ruleset", ruleset]) == 0
