@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from common.cli import Parser, number
-from common.errors import Interrupted, run_program
+from common.errors import Interrupted, UserError, run_program
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 from submission import package, score, series
 from submission.inspection import RUNS
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return stop.exit_status
+    except OSError as error:  # an unreadable log, a folder without write permission, a full disk
+        raise UserError(f"{error.filename or options.result_dir}: {error.strerror or error}") from None
 
 
 def make_parser() -> argparse.ArgumentParser:

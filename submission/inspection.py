@@ -147,20 +147,19 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def find_changed_logs(logs: Sequence[Log], recorded: Mapping[str, str], originals: Mapping[str, Path]) -> list[Problem]:
+def find_changed_logs(logs: Sequence[Log], written: Mapping[str, tuple[Path, str]]) -> list[Problem]:
     """Finds logs that differ from what their runs wrote.
 
     Args:
-        recorded: {result_0.txt: SHA-256}, recorded by the series when each run ended.
-        originals: the logs in the runs' own folders, by the same names.
+        written: {result_0.txt: (log in the run's own folder, SHA-256 recorded when the run ended)}.
     """
     problems = []
     for log in logs:
         name = log.path.name
-        if name not in recorded:
+        if name not in written:
             problems.append(Problem(log.path, 0, "not written by a run of this series: a foreign log"))
-        elif sha256_of(log.path) != recorded[name]:
-            line = _first_difference(log.path, originals[name])
+        elif sha256_of(log.path) != written[name][1]:
+            line = _first_difference(log.path, written[name][0])
             problems.append(Problem(log.path, line, "differs from what the run wrote: the log was changed afterwards"))
     return problems
 

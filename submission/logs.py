@@ -9,7 +9,6 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from runtime.mlperf.closed_division import RESUMED
 
 TOKEN = ":::MLLOG "
@@ -142,13 +141,10 @@ def read_log(path: Path) -> Log:
     """Reads and checks a log; faults in its content are listed in `problems`.
 
     Raises:
-        UserError: the file cannot be read.
+        OSError: the file cannot be read.
     """
     log = Log(path=path)
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if not lines:
         log.problems.append(Problem(path, 0, "empty"))
         return log

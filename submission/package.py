@@ -46,7 +46,11 @@ def run(options: argparse.Namespace) -> int:
     user = read_user_description(options.system_description)
     logs, problems = read_results(results)
     problems += find_problems(logs, options.ruleset)
-    problems += _changed_logs(logs, series, folder)
+    written = {
+        f"result_{number}.txt": (folder / done.folder / "unet3d.log", done.sha256)
+        for number, done in enumerate(series.runs)
+    }
+    problems += find_changed_logs(logs, written)
     if (logged := series.configuration.get("ruleset")) != options.ruleset:
         problems.append(Problem(folder / NAME, 0, f"the runs were made for ruleset {logged}, not {options.ruleset}"))
     if problems:
@@ -82,13 +86,6 @@ def _runs_locally(series: Series) -> bool:
     return series.launch[1:3] in ([], ["-m", "torch.distributed.run"])
 
 
-def _changed_logs(logs: Sequence[Log], series: Series, folder: Path) -> list[Problem]:
-    names = {f"result_{number}.txt": done for number, done in enumerate(series.runs)}
-    recorded = {name: done.sha256 for name, done in names.items()}
-    originals = {name: folder / done.folder / "unet3d.log" for name, done in names.items()}
-    return find_changed_logs(logs, recorded, originals)
-
-
 def _stage(tree: Path, results: Path, code: Path, files: Mapping[Path, str]) -> None:
     """Writes the whole tree, results included, into an empty folder.
 
@@ -98,17 +95,14 @@ def _stage(tree: Path, results: Path, code: Path, files: Mapping[Path, str]) -> 
         code: path in the tree for the files of the project.
         files: texts by path in the tree.
     """
-    try:
-        logs = tree / "results" / results.parent.name / BENCHMARK
-        shutil.copytree(results, logs, ignore=shutil.ignore_patterns(SCALING_FILE))
-        copy_code(PROJECT, tree / code)
-        for name, text in files.items():
-            path = tree / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            path.chmod(0o755 if path.suffix == ".sh" else 0o644)
-    except OSError as error:
-        raise UserError(f"{tree.parent}: cannot be written: {error.strerror or error}") from None
+    logs = tree / "results" / results.parent.name / BENCHMARK
+    shutil.copytree(results, logs, ignore=shutil.ignore_patterns(SCALING_FILE))
+    copy_code(PROJECT, tree / code)
+    for name, text in files.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755 if path.suffix == ".sh" else 0o644)
 
 
 def copy_code(project: Path, target: Path) -> None:
@@ -131,15 +125,12 @@ def copy_code(project: Path, target: Path) -> None:
 
 def _move(tree: Path, result_dir: Path, parts: Sequence[Path]) -> None:
     """Moves parts of the staged tree into the result folder, replacing those of an earlier packing."""
-    try:
-        for part in parts:
-            target = result_dir / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(tree / part, target)
-    except OSError as error:
-        raise UserError(f"--result_dir {result_dir}: cannot be written: {error.strerror or error}") from None
+    for part in parts:
+        target = result_dir / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(tree / part, target)
 
 
 def _warnings(series: Series, logs: Sequence[Log]) -> list[str]:

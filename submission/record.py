@@ -66,11 +66,7 @@ class Series:
         return {run.seed for run in runs if run.seed is not None}
 
     def save(self, folder: Path) -> None:
-        """Writes the record. Raises UserError if the folder cannot be written."""
-        try:
-            write_json(folder / NAME, {"format": FORMAT, **asdict(self)})
-        except OSError as error:
-            raise UserError(f"{folder / NAME}: cannot be written: {error.strerror or error}") from None
+        write_json(folder / NAME, {"format": FORMAT, **asdict(self)})
 
     def check_same(self, configuration: Mapping[str, Any]) -> None:
         """Raises UserError naming the differences if the next runs would have another configuration."""
@@ -99,7 +95,5 @@ def load_series(folder: Path) -> Series | None:
         content["runs"] = [FinishedRun(**run) for run in content["runs"]]
         content["broken"] = [FailedRun(**run) for run in content["broken"]]
         return Series(**content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); the series cannot be continued") from None

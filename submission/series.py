@@ -43,11 +43,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--system {system!r} is used as a folder name: use letters, digits and . _ + -")
     folder = runs_folder(options.result_dir, system)
     results = options.result_dir / "results" / system / BENCHMARK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--result_dir {options.result_dir}: cannot be written: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         configuration = configuration_of(config, launch)
         series = load_series(folder) or Series(
@@ -75,17 +72,14 @@ def _locked(folder: Path) -> Iterator[None]:
     """Excludes a second series in the folder, which would take this one's run for a failed one.
 
     Raises:
-        UserError: the folder is locked, or a file in it cannot be written, for example because the disk is full.
+        UserError: the folder is in use by another series.
     """
-    try:
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: in use by another `submission run`") from None
-            yield
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: in use by another `submission run`") from None
+        yield
 
 
 def check_arguments(arguments: Sequence[str]) -> RunConfig:
@@ -193,11 +187,8 @@ def _environment(log_dir: Path) -> dict[str, Any]:
 
 
 def _copy_log(log_dir: Path, result: Path) -> None:
-    try:
-        with replacing(result) as temporary:
-            shutil.copyfile(log_dir / "unet3d.log", temporary)
-    except OSError as error:
-        raise UserError(f"{result}: cannot be written: {error.strerror or error}") from None
+    with replacing(result) as temporary:
+        shutil.copyfile(log_dir / "unet3d.log", temporary)
 
 
 def _progress(series: Series, total: int, seconds_per_run: float) -> str:

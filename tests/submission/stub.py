@@ -2,9 +2,9 @@
 
     python3 stub.py ORDERS main.py ARGUMENTS
 
-ORDERS is a JSON file: the log to begin with (null: that of the series' first run) and a list of what the next runs do,
-{"seed": 5}, {"exit": 137}, {"real": true}, …; each run takes the first off. Without orders a run converges, and with
-"real" main.py runs after all. The stub writes no log line of its own: to import the tracker takes seconds.
+ORDERS is a JSON file: the template log (null: that of the series' first run) and a list of orders for the next runs,
+{"seed": 5}, {"exit": 137}, {"real": true}, …; each run removes the first. Without an order a run converges; with
+"real" main.py runs. The stub copies the template's lines because importing the tracker would take seconds.
 """
 
 from __future__ import annotations

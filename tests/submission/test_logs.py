@@ -150,18 +150,18 @@ def test_a_plausible_change_is_detected_by_the_series(result_dir: Path, tmp_path
     originals = {name: tmp_path / name for name in names}
     for name, path in originals.items():
         path.write_bytes((folder / name).read_bytes())
-    recorded = {name: sha256_of(folder / name) for name in names if name != "result_8.txt"}
+    written = {name: (path, sha256_of(path)) for name, path in originals.items() if name != "result_8.txt"}
     logs, _ = read_results(folder)
-    assert [str(problem) for problem in find_changed_logs(logs, recorded, originals)] == [
+    assert [str(problem) for problem in find_changed_logs(logs, written)] == [
         f"{folder / 'result_8.txt'}: not written by a run of this series: a foreign log"
     ]
     line = edit(folder / "result_7.txt", "eval_accuracy", set_value(0.92), which=-1)
     assert problems_of(result_dir) == []
-    changed, _ = find_changed_logs(read_results(folder)[0], recorded, originals)
+    changed, _ = find_changed_logs(read_results(folder)[0], written)
     assert (changed.path.name, changed.line) == ("result_7.txt", line)
     assert "differs from what the run wrote" in changed.message
     originals["result_7.txt"].unlink()
-    assert find_changed_logs(read_results(folder)[0], recorded, originals)[0].line == 0
+    assert find_changed_logs(read_results(folder)[0], written)[0].line == 0
 
 
 def test_five_runs_that_did_not_converge(result_dir: Path, write_open: WriteRun) -> None:
