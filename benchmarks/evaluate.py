@@ -54,6 +54,7 @@ class Scale:
 
 
 def run(options: Options) -> list[Table]:
+    """Runs the suite: windows in batches at each scale, and the assignment of cases to ranks."""
     tables = []
     for title, scale in scales_of(options).items():
         folder = options.work_dir / title

@@ -16,11 +16,11 @@ from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches,
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
 from common.messages import notes_held, take_notes
-from data_loading.base_loader import LoaderConfig, TrainingLoader, draw_sample
+from data_loading.base_loader import LoaderConfig, TrainingLoader
 from data_loading.data_loader import make_training_loader
 from data_loading.dataset import load_boxes
 from data_loading.preprocessing import Shape
-from data_loading.pytorch_loader import CropDataset
+from data_loading.pytorch_loader import CropDataset, draw_sample
 from data_loading.spec import KITS19
 
 SHAPE, PATCH = (160, 400, 400), (128, 128, 128)
@@ -37,6 +37,7 @@ COUNTED_CROPS, COLD_SAMPLES = 200, 8
 
 
 def run(options: Options) -> list[Table]:
+    """Runs the suite: samples/s of the loaders, and the bytes that a sample reads."""
     shape, patch = (QUICK_SHAPE, QUICK_PATCH) if options.quick else (SHAPE, PATCH)
     folder = options.work_dir / "loader"
     cases = write_patients(folder, VOLUMES, shape)

@@ -60,6 +60,7 @@ class Measured:
 
 
 def run(options: Options) -> list[Table]:
+    """Runs the suite: cases/s and peak memory of preprocessing."""
     shape, cases, distinct, pairs = (
         (QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS) if options.quick else (SHAPE, CASES, DISTINCT, PAIRS)
     )

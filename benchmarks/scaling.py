@@ -49,6 +49,7 @@ def run(options: Options) -> list[Table]:
 
 
 def scale_of(options: Options) -> Scale:
+    """The work of each process that suits the device."""
     if options.quick:
         return Scale(filters=(4, 8), window=16, batch_size=2, epochs=1, warmup_steps=2, rounds=1)
     if options.device.type == "cuda":

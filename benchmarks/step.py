@@ -89,6 +89,7 @@ CHOICES = (
 
 
 def run(options: Options) -> list[Table]:
+    """Runs the suite: the share of the device's peak, and the gain of each choice."""
     device = options.device
     scale = scale_of(options)
     seed_process(0, deterministic=False, autotune=device.type == "cuda")
@@ -97,6 +98,7 @@ def run(options: Options) -> list[Table]:
 
 
 def scale_of(options: Options) -> Scale:
+    """The network, window and batch that suit the device."""
     if options.quick:
         return Scale((4, 8), (16, 16, 16), 2, 1)
     if options.device.type == "cuda":
@@ -157,6 +159,7 @@ def gains(device: torch.device, scale: Scale) -> Table:
 
 
 def measure(choice: Choice, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
+    """Times a step with and without a choice."""
     without = make_step(replace(Way(), **choice.off), device, scale, batch_size)
     step = make_step(replace(Way(), **choice.on), device, scale, batch_size)
     return compare(without, step, pairs=scale.pairs, device=device, warm_up=WARM_UP)
@@ -228,6 +231,7 @@ def fit(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
 
 
 def describe(scale: Scale, precision: Precision, batch_size: int) -> str:
+    """The network, window, batch and number format, for a table's notes."""
     window = " x ".join(map(str, scale.shape))
     numbers = str(precision.dtype or torch.float32).removeprefix("torch.")
     return f"unet3d with filters {scale.filters}, windows of {window}, batches of {batch_size}, {numbers}."

@@ -1,9 +1,9 @@
-"""From files on disk to batches of images and labels.
+"""From files on disk to (image, label) batches.
 
-`readers/` finds the cases of a raw data set, `io/` reads and writes volumes, `preprocessing.py` and `writer.py` make
-the preprocessed folder (`dataset.py`, `index.py`), and the loaders (`data_loader.py`) make batches of it with
-`transforms.py` and `sampler.py`. `phantom.py` writes synthetic patients.
-May import: torch, numpy, scipy, nibabel and `common`; never `model`, `runtime` or torch.distributed.
-To add a data set: see `readers/__init__.py`.
-To add a loader: a class that follows `base_loader.TrainingLoader`, and its line in `LOADERS` of `data_loader.py`.
+`readers/` find the cases of a raw data set, `io/` reads scans; `preprocessing` and `writer` make the preprocessed
+folder, which `dataset` and `index` open; `sampler`, `transforms` and the loaders turn it into batches; `phantom` makes
+synthetic patients.
+May import: `common`, torch, numpy, scipy, nibabel; never `model`, `runtime` or `torch.distributed`.
+To add a data set: a reader and its line in `READERS` of `readers/__init__.py`. To add a loader: a class with the
+methods of `TrainingLoader` and its line in `LOADERS` of `data_loader.py`.
 """

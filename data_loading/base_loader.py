@@ -1,4 +1,4 @@
-"""What the training loaders share: their interface, their configuration, and how a sample is drawn."""
+"""What the training loaders share: their interface and their configuration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from data_loading.preprocessing import Boxes, Shape
-from data_loading.sampler import EpochSampler, PseudoLabelCap, sample_rng
-from data_loading.transforms import RandomTransform, Transform, draw_augmentation, draw_crop
+from data_loading.preprocessing import Shape
+from data_loading.sampler import EpochSampler, PseudoLabelCap
+from data_loading.transforms import RandomTransform, Transform, draw_augmentation
 
 # {"image": (N, C, D, H, W) float32, "label": (N, 1, D, H, W) uint8}
 Batch = dict[str, Tensor]
@@ -75,22 +75,6 @@ class LoaderConfig:
         )
         len(sampler)
         return sampler
-
-
-def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: LoaderConfig) -> tuple[Shape, Transform]:
-    """Draws a sample's crop and augmentation, a pure function of its arguments.
-
-    Args:
-        key: (permutation, case index) of `EpochSampler`.
-        shape: (D, H, W) of the volume, at least the patch along each axis.
-        boxes: the volume's foreground boxes.
-
-    Returns:
-        The crop's first voxel (D, H, W), and the augmentation.
-    """
-    rng = sample_rng(config.sample_seed, *key)
-    start = draw_crop(rng, shape=shape, patch=config.patch, boxes=boxes, oversampling=config.oversampling)
-    return start, config.augment(rng)
 
 
 def describe_sample(case: str, start: Shape, transform: Transform) -> str:

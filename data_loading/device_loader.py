@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loading.base_loader import Batch, LoaderConfig, describe_sample, draw_sample
+from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import map_case
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
+from data_loading.pytorch_loader import draw_sample
 from data_loading.transforms import MLPerfAugmentation, Transform
 
 # The rest is for weights, activations and evaluation volumes.

@@ -135,7 +135,7 @@ def paint(mask: Volume, seed: int, case: int) -> Volume:
     for slices, limit in _slabs(rng, labels.shape):
         hu = np.full(limit.shape, -1000, dtype=np.float32)  # air
         for organ, organ_hu in organs:
-            _fill(hu, organ_hu, organ, body, slices, limit)
+            _fill(hu, organ_hu, organ, body, slices=slices, limit=limit)
         hu[labels[slices] == 1] = kidney_hu
         hu[labels[slices] == 2] = tumour_hu
         hu = ndimage.gaussian_filter(hu, (0, BLUR_VOXELS, BLUR_VOXELS))
@@ -206,7 +206,7 @@ def _draw_labels(rng: np.random.Generator, body: Body, shape: tuple[int, int, in
     labels = np.zeros(shape, dtype=np.uint8)
     for slices, limit in _slabs(rng, shape):
         for label, organ in kidneys + tumours:
-            _fill(labels[slices], label, organ, body, slices, limit)
+            _fill(labels[slices], label, organ, body, slices=slices, limit=limit)
     return labels
 
 
@@ -217,7 +217,7 @@ def _varied(organ: Organ, rng: np.random.Generator) -> Organ:
     return Organ((d, h, w), (rd, rh, rw), organ.hu)
 
 
-def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, slices: slice, limit: Floats) -> None:
+def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, *, slices: slice, limit: Floats) -> None:
     """Writes `value` where the slab (S, H, W) is inside the organ, whose squared radius is `limit` instead of 1."""
     along, rows, columns = ((x - c) / r for x, c, r in zip(body, organ.centre, organ.radii, strict=True))
     along, across = along[slices, None, None] ** 2, rows**2 + columns**2

@@ -15,16 +15,32 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.compat import dataloader_worker_message, is_dataloader_timeout, is_dataloader_worker_error
 from common.errors import UserError, one_line
-from data_loading.base_loader import Batch, LoaderConfig, describe_sample, draw_sample
+from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import case_files, map_case
 from data_loading.integrity import FileWatch, check_files
 from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
-from data_loading.sampler import EpochSampler
-from data_loading.transforms import Transform
+from data_loading.sampler import EpochSampler, sample_rng
+from data_loading.transforms import Transform, draw_crop
 
 # A worker that hangs (dead disk, deadlock) ends the run instead of blocking the cluster; no crop takes this long.
 WORKER_TIMEOUT_S = 40
+
+
+def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: LoaderConfig) -> tuple[Shape, Transform]:
+    """Draws a sample's crop and augmentation, a pure function of its arguments.
+
+    Args:
+        key: (permutation, case index) of `EpochSampler`.
+        shape: (D, H, W) of the volume, at least the patch along each axis.
+        boxes: the volume's foreground boxes.
+
+    Returns:
+        The crop's first voxel (D, H, W), and the augmentation.
+    """
+    rng = sample_rng(config.sample_seed, *key)
+    start = draw_crop(rng, shape=shape, patch=config.patch, boxes=boxes, oversampling=config.oversampling)
+    return start, config.augment(rng)
 
 
 class CropDataset(Dataset[dict[str, NDArray[Any]]]):
