@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from submission.inspection import MAX_NOT_CONVERGED, SCALING_FILE
+from submission.logs import BENCHMARK
 
 USAGE = "training"
 MAX_MESSAGES = 6
@@ -28,7 +29,7 @@ class Verdict:
 
 def check_all(tree: Path, system: str, ruleset: str, is_closed: bool) -> list[Verdict]:
     """Runs all four checkers on a packed tree; for an open result the RCP checker's verdict is only reported."""
-    results = tree / "results" / system / "unet3d"
+    results = tree / "results" / system / BENCHMARK
     checks: dict[str, Callable[[], Verdict]] = {
         "compliance": lambda: check_compliance(results, ruleset),
         "RCP": lambda: check_convergence(results, ruleset),

@@ -134,8 +134,8 @@ def _rule_violations(log: Log) -> Iterator[Problem]:
         yield Problem(log.path, log.lines["submission_division"], f"closed, but: {'; '.join(log.rule_violations)}")
     schedule = make_schedule(1, log.values["samples_per_epoch"], None, None)
     first, interval = schedule.first_evaluation, schedule.interval
-    scores = [record for record in log.records if record.key == "eval_accuracy"]
-    for index, ((epoch, _), record) in enumerate(zip(log.evaluations, scores, strict=True)):
+    for index, record in enumerate(record for record in log.records if record.key == "eval_accuracy"):
+        epoch = record.metadata["epoch"]
         if first is None or epoch != first + index * interval:
             message = f"an evaluation after epoch {epoch}; required: from {first} on, every {interval}"
             yield Problem(log.path, record.line, message)

@@ -88,14 +88,12 @@ class Log:
         records: by line.
         values: value of each key, where it first occurs.
         lines: line number of each key, where it first occurs.
-        evaluations: (epoch, mean Dice) in order.
     """
 
     path: Path
     records: list[Record] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def first(self, key: str) -> Record:
@@ -119,6 +117,11 @@ class Log:
     @property
     def is_closed(self) -> bool:
         return bool(self.values.get("submission_division") == "closed")
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(epoch, mean Dice) in order."""
+        return [(record.metadata["epoch"], record.value) for record in self.records if record.key == "eval_accuracy"]
 
     @property
     def epochs(self) -> int:
@@ -209,7 +212,7 @@ def _check(log: Log) -> Iterator[tuple[int, str]]:
 
 
 def _check_blocks(log: Log) -> Iterator[tuple[int, str]]:
-    """Checks that epochs count from 1 without a gap, each with the records it needs, and collects the evaluations."""
+    """Checks that epochs count from 1 without a gap, each with the records it needs."""
     if "epoch_start" not in log.lines:
         yield log.records[-1].line, "the run ended before its first epoch"
         return
@@ -237,7 +240,6 @@ def _check_blocks(log: Log) -> Iterator[tuple[int, str]]:
                 yield record.line, f"mean Dice is {record.value!r}"
                 return
             scores.append(record)
-            log.evaluations.append((epoch, float(record.value)))
     yield from _check_end(log, scores, ends_with_evaluation=before == "block_stop" and log.epochs == epoch)
 
 
