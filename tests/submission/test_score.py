@@ -12,6 +12,7 @@ import pytest
 from common.errors import UserError
 from runtime.mlperf.convergence import Reference, find_reference
 from submission import score
+from submission.__main__ import make_parser
 from submission.inspection import read_results, results_folder
 from submission.logs import Log
 from submission.published_results import PUBLISHED_RESULTS
@@ -161,3 +162,7 @@ def test_rates_are_computed_from_the_logs(write_open: WriteRun, result_dir: Path
     own = lines[1].split()
     assert own[-4:-2] == ["1.68e+05", "0.002"]
     assert lines[-1].endswith("may do other work and not be comparable")
+
+
+def test_the_old_spelling_of_plot_is_accepted() -> None:
+    assert make_parser().parse_args(["score", "--result_dir", "x", "--picture", "y.png"]).plot == Path("y.png")
