@@ -1,7 +1,7 @@
-"""Injects every fault and writes what came of it.
+"""Injects faults into the real program and prints or writes a table of the results.
 
-make faults                                                    # all of it, into docs/reliability.md
-python3 -m tests.faults --only lost_rank --work_dir DIR   # one fault, printed
+make faults                                              # every fault, into docs/reliability.md
+python3 -m tests.faults --only lost_rank --work_dir DIR  # one fault, printed
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.faults import Row, disks, groups, hosts, inputs, kills
 
 FAULTS: tuple[Callable[..., Row], ...] = (
     kills.killed_at_random,
-    kills.asked_to_leave,
+    kills.interrupted,
     groups.second_signal,
     groups.lost_rank,
     groups.stopped_rank,
@@ -41,11 +41,11 @@ FAULTS: tuple[Callable[..., Row], ...] = (
     disks.full_disk,
     disks.full_disk_for_logs,
     disks.lost_volumes,
-    disks.numbers_gone_wrong,
+    disks.non_finite_values,
     inputs.damaged_inputs,
 )
-# What lies between them in the document is written by this program.
 HEADER = ("| fault | promise | test | runs: tried, kept | longest, s | work lost |", "|---|---|---|---|---|---|")
+# The program replaces the text between these two lines of the document.
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.faults", description=__doc__)
     names = [fault.__name__ for fault in FAULTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=" ".join(names))
-    parser.add_argument("--document", type=Path, help="whose table is replaced; with --only, those faults' rows")
-    parser.add_argument("--work_dir", type=Path, help="where the runs stay (default: a folder that is deleted)")
+    parser.add_argument("--document", type=Path, help="document with the table; with --only, only those rows change")
+    parser.add_argument("--work_dir", type=Path, help="folder that keeps the runs (default: a temporary folder)")
     arguments = parser.parse_args(argv)
     work_dir = arguments.work_dir or Path(tempfile.mkdtemp(prefix="faults_"))
     started = time.monotonic()
@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         minutes = 0.0 if arguments.only != names else (time.monotonic() - started) / 60
         write(arguments.document, rows, minutes)
     broken = [failure for row in rows for failure in row.failures]
-    print("\n".join(broken) or f"every promise was kept, in {time.monotonic() - started:.0f} s", flush=True)
+    print("\n".join(broken) or f"all promises held, in {time.monotonic() - started:.0f} s", flush=True)
     return 1 if broken else 0
 
 
 def inject(fault: Callable[..., Row], folder: Path) -> Row:
-    """The fault's row; a fault that cannot be injected here says so in it."""
+    """Returns the row of a fault; if the fault cannot be injected on this machine, the row gives the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return fault(folder)
@@ -90,21 +90,24 @@ def _line(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """The row as Markdown."""
+    """Returns a row as a line of Markdown."""
     seconds = "" if row.seconds is None else f"{row.seconds:.2g}" if row.seconds < 1 else f"{row.seconds:.0f}"
     return f"| {row.fault} | {row.promise} | `{row.test}` | {row.tried}, {row.kept} | {seconds} | {row.lost} |"
 
 
 def write(document: Path, rows: Sequence[Row], minutes: float) -> None:
-    """Puts the table where the last one was; of some faults alone (`minutes` is 0), their rows.
+    """Replaces the table in a document.
+
+    Args:
+        minutes: duration of a complete run; 0 replaces only the given rows of the existing table.
 
     Raises:
-        UserError: the document has no place for it.
+        UserError: the document does not contain the two marker lines.
     """
     text = document.read_text(encoding="utf-8")
     measured = re.search(re.escape(BEGIN) + "(.*)" + re.escape(END), text, re.DOTALL)
     if not measured:
-        raise UserError(f"{document}: holds no {BEGIN.strip()} … {END.strip()}")
+        raise UserError(f"{document}: {BEGIN.strip()} … {END.strip()} not found")
     new = {row.fault: line(row) for row in rows}
     if minutes:
         head = (

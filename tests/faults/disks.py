@@ -1,4 +1,4 @@
-"""Checkpoints cut short or damaged, disks that are full, volumes that vanish under way, and numbers gone wrong."""
+"""Truncated or damaged checkpoints, full disks, volumes that disappear during a run, and non-finite values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume, writer
 from runtime.optimizer import make_optimizer
 from runtime.train_state import TrainState
-from tests.faults import Row
+from tests.faults import Row, failed_tries
 from tests.faults.runs import Run, differences, history, is_same, write_balls
 
 ARGUMENTS = ("--num_workers", 1, "--start_eval_at", 8, "--evaluate_every", 4, "--ckpt_every", "0.01m")
@@ -38,8 +39,10 @@ def _state() -> TrainState:
 
 
 def damaged_checkpoints(work_dir: Path, tries: int = 1000, seed: int = 0) -> Row:
-    """A checkpoint cut at a random byte or with one to three bits flipped; each must be refused, and the one before it
-    be found."""
+    """A checkpoint is cut at a random byte or one to three of its bits are flipped.
+
+    It must be refused, and the previous checkpoint must be found.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / "checkpoint.pth"
     state = _state()
@@ -67,39 +70,39 @@ def damaged_checkpoints(work_dir: Path, tries: int = 1000, seed: int = 0) -> Row
             failures.append(f"try {number} ({what}): loaded as good")
         except UserError:
             pass
-        # The warning names the damaged file; a thousand of them would hide everything else.
+        # Suppresses a warning about the damaged file per try.
         with _quiet():
             found = resume.newest_good(path)
         slowest = max(slowest, time.monotonic() - began)
         if found is None or found.path != older or not is_same(found.last, dict(state.network.state_dict())):
-            failures.append(f"try {number} ({what}): the one before it was not taken")
+            failures.append(f"try {number} ({what}): the previous checkpoint was not found")
     return Row(
         fault="a checkpoint cut or flipped at random",
-        promise="refused by its checksum; --resume names it and takes the one before",
+        promise="refused because of its checksum; --resume names it and uses the previous one",
         test="test_faults.py::test_damaged_checkpoints",
         tried=tries,
-        kept=tries - len({f.split(" ")[1] for f in failures}),
+        kept=tries - failed_tries(failures),
         seconds=slowest,
-        lost="since the one before it",
+        lost="since the previous checkpoint",
         failures=tuple(failures),
     )
 
 
-class _quiet:  # noqa: N801 - reads as a word of the `with`
-    """Nothing on stderr; the descriptor, so that it holds for every library."""
-
-    def __enter__(self) -> None:
-        self._kept = os.dup(2)
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 2)
-
-    def __exit__(self, *_: object) -> None:
-        os.dup2(self._kept, 2)
-        os.close(self._kept)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Redirects the file descriptor of stderr to /dev/null, for the messages of every library."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
-    """A process that saves without a pause is killed at a random moment; a whole checkpoint must be left."""
+    """A process that saves continuously is killed at a random moment; an intact checkpoint must remain."""
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / "checkpoint.pth"
     state = _state()
@@ -121,7 +124,7 @@ def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
         os.waitpid(child, 0)
         with _quiet():
             found = resume.newest_good(path)
-        newest = writer.find_checkpoints(path)[0]  # by its name; `path`, unless the kill came between two renames
+        newest = writer.find_checkpoints(path)[0]  # `path`, unless the kill came between two renames
         if before is None or found is None or found.last_epoch < before.last_epoch or found.path != newest:
             failures.append(f"try {number}: {found and found.path} after {before and before.last_epoch} epochs")
         writer.prepare(path)
@@ -129,18 +132,17 @@ def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
     failures += [f"left behind: {left}"] if left else []
     return Row(
         fault="SIGKILL while saving",
-        promise="the newest checkpoint file is whole: the last one or the one before",
+        promise="the newest checkpoint file is intact: the last one or the previous one",
         test="test_faults.py::test_killed_while_saving",
         tried=tries,
         kept=tries - len(failures),
-        seconds=None,
-        lost="none that was saved",
+        lost="nothing that was saved",
         failures=tuple(failures),
     )
 
 
 def full_disk(work_dir: Path, tries: int = 2) -> Row:
-    """No file may grow to a checkpoint's length any more, as on a disk that has filled up since the last one."""
+    """The file size limit is below the size of a checkpoint, as on a disk that has filled up since the last save."""
     data = write_balls(work_dir / "data")
     failures = []
     slowest = 0.0
@@ -155,15 +157,15 @@ def full_disk(work_dir: Path, tries: int = 2) -> Row:
         if statuses != [USER_ERROR_EXIT] or "the end of this run is lost" not in run.last_line():
             failures.append(f"try {number}: exit statuses {statuses}: {run.last_line()}")
         if "training goes on" not in run.output() or len(run.events("EpochStopped")) != 10:
-            failures.append(f"try {number}: training did not go on:\n{run.output()}")
+            failures.append(f"try {number}: training did not continue:\n{run.output()}")
         if (log_dir / "checkpoint.pth").read_bytes() != before or list(log_dir.glob(".*.tmp")):
-            failures.append(f"try {number}: the last good checkpoint was touched, or a temporary file stayed")
+            failures.append(f"try {number}: the last good checkpoint was changed, or a temporary file was left")
     return Row(
         fault="disk full while saving",
-        promise="a warning, training goes on, the last good one untouched; exit status 2 at the end",
+        promise="a warning; training continues; the last good checkpoint is unchanged; exit status 2 at the end",
         test="test_faults.py::test_full_disk",
         tried=tries,
-        kept=tries - len({f.split(":")[0] for f in failures}),
+        kept=tries - failed_tries(failures),
         seconds=slowest,
         lost="since the last checkpoint",
         failures=tuple(failures),
@@ -171,38 +173,33 @@ def full_disk(work_dir: Path, tries: int = 2) -> Row:
 
 
 def full_disk_for_logs(work_dir: Path, tries: int = 2) -> Row:
-    """The logs may grow no more; the run must reach its end all the same."""
+    """The logs cannot grow any more; the run must still reach its end."""
     data = write_balls(work_dir / "data")
-    # No worker: its batches pass through shared memory, which the limit on files would hit as well.
+    # No workers: their batches pass through shared memory, to which the file size limit applies as well.
     arguments = (*ARGUMENTS, "--epochs", 12, "--ckpt_every", "never", "--num_workers", 0)
     failures = []
     for number in range(tries):
         whole, full = work_dir / f"whole_{number}", work_dir / f"full_{number}"
         Run(data, whole, *arguments, "--save_ckpt_path", whole / "checkpoint.pth").wait()
-        # Room for the head of the logs, not for the epochs.
+        # Enough for the beginning of the logs, but not for the epochs.
         limit = (whole / "log.jsonl").stat().st_size * (number + 2) // (tries + 2)
         run = Run(data, full, *arguments, limit_bytes=limit)
         statuses = run.wait()
         if statuses != [0] or "aborted after 12 epochs" not in run.output():
             failures.append(f"try {number}: exit statuses {statuses}: {run.last_line()}")
         if run.output().count("JsonLinesTracker failed") != 1 or "Traceback" in run.output():
-            failures.append(f"try {number}: not warned of once:\n{run.output()}")
+            failures.append(f"try {number}: expected exactly one warning:\n{run.output()}")
         if not history(full).items() <= history(whole).items():
-            failures.append(f"try {number}: what was logged is wrong")
+            failures.append(f"try {number}: logged values differ")
     return Row(
         fault="disk full while logging",
-        promise="one warning a log, training goes on",
+        promise="one warning per log; training continues",
         test="test_faults.py::test_full_disk_for_logs",
         tried=tries,
-        kept=tries - len({f.split(":")[0] for f in failures}),
-        seconds=None,
+        kept=tries - failed_tries(failures),
         lost="the rest of that log",
         failures=tuple(failures),
     )
-
-
-def _vanish(path: Path) -> None:
-    path.unlink()
 
 
 def _cut(path: Path) -> None:
@@ -210,29 +207,28 @@ def _cut(path: Path) -> None:
 
 
 def _change(path: Path) -> None:
-    array = np.load(path)
-    np.save(path, array[:, ::-1])
+    np.save(path, np.load(path)[:, ::-1])
 
 
 def lost_volumes(work_dir: Path, tries: int = 6) -> Row:
-    """A volume is deleted, cut short or overwritten while the run reads it."""
+    """A volume is deleted, truncated or overwritten while the run reads it."""
     data = write_balls(work_dir / "data")
     whole = work_dir / "whole"
     arguments = (*ARGUMENTS, "--epochs", 30)
     Run(data, whole, *arguments).wait()
     failures = []
     slowest = 0.0
-    harms: list[Callable[[Path], None]] = [_vanish, _cut, _change]
+    damages: list[Callable[[Path], None]] = [Path.unlink, _cut, _change]
     for number in range(tries):
         log_dir, copy = work_dir / f"try_{number}", work_dir / f"data_{number}"
         shutil.copytree(data, copy)
         run = Run(copy, log_dir, *arguments, "--num_workers", number % 2)
         run.wait_for("EpochStopped", 4)
         victim = copy / f"ball_{5 + number:02}_{'xy'[number // 3 % 2]}.npy"
-        struck = time.monotonic()
-        harms[number % 3](victim)
+        injected_at = time.monotonic()
+        damages[number % 3](victim)
         statuses = run.wait(60)
-        slowest = max(slowest, time.monotonic() - struck)
+        slowest = max(slowest, time.monotonic() - injected_at)
         if statuses != [USER_ERROR_EXIT] or victim.name not in run.last_line() or "Traceback" in run.output():
             failures.append(f"try {number}: exit statuses {statuses}: {run.output()}")
         if [event["status"] for event in run.events("RunStopped")] != ["aborted"]:
@@ -242,18 +238,18 @@ def lost_volumes(work_dir: Path, tries: int = 6) -> Row:
         failures += [f"try {number}: {problem}" for problem in problems]
     return Row(
         fault="a volume vanishes, is cut or changes during the run",
-        promise="the run ends with its name on the last line; once it is back, --resume is exact",
+        promise="the run ends with the volume's name on the last line; once it is restored, --resume is exact",
         test="test_faults.py::test_lost_volumes",
         tried=tries,
-        kept=tries - len({f.split(":")[0] for f in failures}),
+        kept=tries - failed_tries(failures),
         seconds=slowest,
         lost="since the last checkpoint",
         failures=tuple(failures),
     )
 
 
-def numbers_gone_wrong(work_dir: Path, tries: int = 4) -> Row:
-    """A volume of NaN or infinity comes in after good epochs, on one rank or two."""
+def non_finite_values(work_dir: Path, tries: int = 4) -> Row:
+    """A volume becomes NaN or infinity after good epochs, on one rank or two."""
     data = write_balls(work_dir / "data")
     failures = []
     slowest = 0.0
@@ -272,23 +268,23 @@ def numbers_gone_wrong(work_dir: Path, tries: int = 4) -> Row:
         statuses = run.wait(90)
         slowest = max(slowest, time.monotonic() - began)
         stopped = run.events("RunStopped")
-        said = r"diverged: epoch 13, batch \d+: gradient norm \S+, loss scale 1, rank \d: loss \S+ on "
+        reason = r"diverged: epoch 13, batch \d+: gradient norm \S+, loss scale 1, rank \d: loss \S+ on "
         if set(statuses) != {DIVERGED_EXIT}:
             failures.append(f"try {number}: exit statuses {statuses}: {run.output()}")
         elif [event["status"] for event in stopped] != ["aborted"] or not re.match(
-            rf"{said}{victim} at \(\d+, ", stopped[0]["reason"]
+            rf"{reason}{victim} at \(\d+, ", stopped[0]["reason"]
         ):
-            failures.append(f"try {number}: the log is not closed with the report: {stopped}")
+            failures.append(f"try {number}: the log does not end with the report: {stopped}")
         kept = checkpoints.load(log_dir / "checkpoint.pth")
         if not is_same(kept.best, best.best) or not all(bool(value.isfinite().all()) for value in kept.last.values()):
-            failures.append(f"try {number}: the best or the last state is not what it was")
+            failures.append(f"try {number}: the best or the last state has changed")
     return Row(
         fault="NaN or infinity in loss or gradients",
-        promise="all ranks stop at that step, exit status 3, with epoch, batch, rank, "
-        "case, crop, loss scale and gradient norm; the best and the last good state stay",
-        test="test_faults.py::test_numbers_gone_wrong",
+        promise="all ranks stop at that step with exit status 3 and report epoch, batch, rank, case, crop, loss scale "
+        "and gradient norm; the best and the last good state are kept",
+        test="test_faults.py::test_non_finite_values",
         tried=tries,
-        kept=tries - len({f.split(":")[0] for f in failures}),
+        kept=tries - failed_tries(failures),
         seconds=slowest,
         lost="since the last checkpoint",
         failures=tuple(failures),

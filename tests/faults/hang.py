@@ -1,4 +1,4 @@
-"""`main.py`, but one rank's main thread hangs in a training step, as it would in a dead driver or a deadlock.
+"""`main.py` with one rank whose main thread hangs in a training step, as with a dead driver or a deadlock.
 
 HANG_RANK=1 HANG_AT=100 python3 -m tests.faults.hang ARGUMENTS
 """
@@ -18,14 +18,14 @@ _step = training.forward_backward
 _steps = 0
 
 
-def _hang(*arguments: Any, **named: Any) -> Any:
+def _hang(*args: Any, **kwargs: Any) -> Any:
     global _steps
     _steps += 1
     if _steps == int(os.environ["HANG_AT"]) and os.environ.get("RANK", "0") == os.environ["HANG_RANK"]:
         print("hangs now", flush=True)
         while True:
             time.sleep(3600)
-    return _step(*arguments, **named)
+    return _step(*args, **kwargs)
 
 
 if __name__ == "__main__":

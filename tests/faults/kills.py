@@ -1,4 +1,4 @@
-"""Killed, asked to leave, started again: what comes back, and what it cost."""
+"""Runs that are killed or interrupted and resumed: their results and the lost work."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import interrupted_exit
-from tests.faults import Row
+from tests.faults import Row, failed_tries
 from tests.faults.runs import Run, differences, write_balls
 
 EPOCHS = 24
-# Ranks, loader workers, what else: each way to run is killed several times on its way to the end.
-WAYS: dict[str, tuple[int, tuple[object, ...]]] = {
+# Number of ranks and arguments of the runs that are killed several times before they end.
+VARIANTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "1 rank, no worker": (1, ("--num_workers", 0)),
     "1 rank, 3 workers": (1, ("--num_workers", 3, "--layout", "NDHWC")),
     "1 rank, device loader, accumulation": (1, ("--loader", "device", "--ga_steps", 2)),
     "2 ranks, 1 worker": (2, ("--num_workers", 1)),
 }
-# Every half second, in the middle of epochs too; evaluations often enough to be hit.
-OFTEN = ("--epochs", EPOCHS, "--start_eval_at", 8, "--evaluate_every", 2, "--ckpt_every", "0.008m")
+# Saves every half second, also within epochs; evaluates often enough for kills to hit evaluations.
+FREQUENT = ("--epochs", EPOCHS, "--start_eval_at", 8, "--evaluate_every", 2, "--ckpt_every", "0.008m")
 RESUMED = re.compile(r"resumed from \S+ after (?:batch (\d+) of )?epoch (\d+)")
 
 
-def killed_at_random(work_dir: Path, tries: int = 20, seed: int = 0, ways: Sequence[str] = tuple(WAYS)) -> Row:
-    """SIGKILL at random moments and `--resume`, again and again, until the run ends as the one without a kill did."""
+def killed_at_random(work_dir: Path, tries: int = 20, seed: int = 0, variants: Sequence[str] = tuple(VARIANTS)) -> Row:
+    """Kills a run at random moments and resumes it until it ends; compares it with a run that was not killed."""
     data = write_balls(work_dir / "data")
     rng = random.Random(seed)
     failures: list[str] = []
     slowest = lost_s = 0.0
     done = 0
-    for number, way in enumerate(ways):
-        ranks, arguments = WAYS[way]
+    for number, variant in enumerate(variants):
+        ranks, arguments = VARIANTS[variant]
         whole, broken = work_dir / f"whole_{number}", work_dir / f"broken_{number}"
-        reference = Run(data, whole, *arguments, *OFTEN, ranks=ranks)
+        reference = Run(data, whole, *arguments, *FREQUENT, ranks=ranks)
         if any(reference.wait()):
             raise RuntimeError(f"the run without a fault failed:\n{reference.output()}")
-        length = whole_length(reference)
-        kills = tries // len(ways) + (number < tries % len(ways))
+        duration_s = run_duration(reference)
+        kills = tries // len(variants) + (number < tries % len(variants))
         for _ in range(kills):
-            run = Run(data, broken, *arguments, *OFTEN, "--resume", ranks=ranks)
+            run = Run(data, broken, *arguments, *FREQUENT, "--resume", ranks=ranks)
             run.wait_for("DataOpened")
-            time.sleep(rng.uniform(0.0, length / max(kills - 1, 1)))
+            time.sleep(rng.uniform(0.0, duration_s / max(kills - 1, 1)))
             saved = broken / "checkpoint.pth"
-            if saved.exists():  # until the first one, the work since the start is lost
+            if saved.exists():  # before the first checkpoint, all work is lost
                 lost_s = max(lost_s, time.time() - max(saved.stat().st_mtime, run.started_at))
             run.kill()
             done += 1
-        last = Run(data, broken, *arguments, *OFTEN, "--resume", ranks=ranks)
+        last = Run(data, broken, *arguments, *FREQUENT, "--resume", ranks=ranks)
         began = time.monotonic()
         last.wait_for("EpochStarted")
         slowest = max(slowest, time.monotonic() - began)
         statuses = last.wait()
         problems = [f"ended with {statuses}: {last.last_line()}"] if any(statuses) else differences(whole, broken)
-        failures += [f"{way}: {problem}" for problem in problems]
+        failures += [f"{variant}: {problem}" for problem in problems]
     return Row(
         fault="SIGKILL at a random moment",
-        promise="--resume ends bit for bit as without the kill; lost is what was not yet saved",
+        promise="--resume ends bit for bit as without the kill; only unsaved work is lost",
         test="test_faults.py::test_killed_and_resumed",
         tried=done,
         kept=done if not failures else 0,
@@ -69,32 +69,20 @@ def killed_at_random(work_dir: Path, tries: int = 20, seed: int = 0, ways: Seque
     )
 
 
-def whole_length(run: Run) -> float:
-    """Seconds from the first look at the data to the end."""
+def run_duration(run: Run) -> float:
+    """Returns the seconds from opening the data to the end of the run."""
     (opened,), (stopped,) = run.events("DataOpened"), run.events("RunStopped")
     return float(stopped["time_s"] - opened["time_s"])
 
 
-def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
-    """SIGTERM or SIGINT, in training or in an evaluation, to one rank or to all: saved, left, and gone on with."""
+def interrupted(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
+    """SIGTERM or SIGINT in training or in an evaluation, to one rank or to all: the run saves, stops and is resumed."""
     data = write_balls(work_dir / "data")
     rng = random.Random(seed)
-    # Windows that overlap so much make an evaluation long enough to be hit.
+    # The large overlap makes evaluations long enough for a signal to arrive during one.
     arguments = (
-        "--num_workers",
-        1,
-        "--epochs",
-        16,
-        "--start_eval_at",
-        8,
-        "--evaluate_every",
-        4,
-        "--ckpt_every",
-        "60m",
-        "--overlap",
-        0.9,
-        "--val_batch_size",
-        1,
+        *("--num_workers", 1, "--epochs", 16, "--start_eval_at", 8, "--evaluate_every", 4),
+        *("--ckpt_every", "60m", "--overlap", 0.9, "--val_batch_size", 1),
     )
     failures: list[str] = []
     slowest = 0.0
@@ -105,14 +93,14 @@ def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
     for number in range(tries):
         ranks = 1 + number % 2
         sent = (signal.SIGTERM, signal.SIGINT)[number // 2 % 2]
-        log_dir = work_dir / f"left_{number}"
+        log_dir = work_dir / f"interrupted_{number}"
         run = Run(data, log_dir, *arguments, ranks=ranks)
         run.wait_for(*(("EvaluationStarted", 2) if number % 3 == 2 else ("EpochStopped", 9)))
         time.sleep(rng.uniform(0, 0.1))
-        asked = time.monotonic()
+        sent_at = time.monotonic()
         run.signal(sent, *([ranks - 1] if number % 4 > 1 else []))
         statuses = run.wait(60)
-        slowest = max(slowest, time.monotonic() - asked)
+        slowest = max(slowest, time.monotonic() - sent_at)
         what = f"{sent.name} on {ranks} rank(s), try {number}"
         if set(statuses) != {interrupted_exit(sent)}:
             failures.append(f"{what}: exit statuses {statuses}: {run.last_line()}")
@@ -121,14 +109,14 @@ def asked_to_leave(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
         else:
             back = Run(data, log_dir, *arguments, "--resume", ranks=ranks)
             if any(back.wait()):
-                failures.append(f"{what}: did not come back: {back.last_line()}")
+                failures.append(f"{what}: did not resume: {back.last_line()}")
             failures += [f"{what}: {problem}" for problem in differences(wholes[ranks], log_dir)]
     return Row(
         fault="SIGTERM, SIGINT",
         promise="saves and stops within 10 s, exit status 143 or 130 on every rank; --resume is exact",
-        test="test_faults.py::test_asked_to_leave",
+        test="test_faults.py::test_interrupted",
         tried=tries,
-        kept=tries - len({failure.split(":")[0] for failure in failures}),
+        kept=tries - failed_tries(failures),
         seconds=slowest,
         lost="none",
         failures=tuple(failures),

@@ -1,4 +1,4 @@
-"""The real program as processes that faults are injected into, and what is compared afterwards."""
+"""Runs of the real program as processes to inject faults into, and comparison of their results."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from runtime.checkpoint import format as checkpoints
 
 PROJECT = Path(__file__).resolve().parents[2]
 SPEC = DatasetSpec(name="balls", classes=("background", "bright", "brighter"))
-# Two resolutions and small windows: a step takes milliseconds, so that many faults fit into minutes.
+# Two resolutions and small windows: a step takes milliseconds, so that many runs take only minutes.
 TINY = (
     *("--model", "unet3d(filters=(4,8))"),
     *("--input_shape", "16", "16", "16", "--val_input_shape", "16", "16", "16"),
     *("--seed", "7", "--learning_rate", "0.3", "--quality_threshold", "1", "--batch_size", "1"),
 )
-# A process has to import torch first, on a machine with other work to do.
+# Includes the import of torch on a busy machine.
 START_S = 120.0
 
 
 def write_balls(folder: Path, train: int = 12, evaluation: int = 3) -> Path:
-    """A preprocessed folder: noisy volumes with a bright ball (1) and a brighter one (2)."""
+    """Writes a preprocessed folder of noisy volumes with a bright ball (1) and a brighter one (2)."""
     rng = np.random.default_rng(0)
     records = {}
     for number in range(train + evaluation):
@@ -56,13 +56,13 @@ def write_balls(folder: Path, train: int = 12, evaluation: int = 3) -> Path:
 
 
 class Run:
-    """`main.py` on one rank or several, each a process of this one, without a launcher.
+    """`main.py` on one or several ranks, each a child process, without a launcher.
 
     Args:
-        log_dir: of the run; what the ranks say goes to files beside it.
-        program: what is started instead of `main.py`, to inject a fault from inside.
-        limit_bytes: the length at which the system lets no file grow any more.
-        settings: environment variables.
+        log_dir: log folder of the run; the output of each rank is written to `rank_N.txt` in it.
+        program: replacement for `main.py` that injects a fault from inside the process.
+        limit_bytes: largest permitted size of a file.
+        environment: additional environment variables.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Run:
         ranks: int = 1,
         program: Sequence[str] = ("main.py",),
         limit_bytes: int | None = None,
-        settings: Mapping[str, str] = MappingProxyType({}),
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         self.log_dir = log_dir
@@ -83,12 +83,12 @@ class Run:
         port = free_port()
         self.started_at = time.time()
         self.ranks: list[subprocess.Popen[bytes]] = []
-        self._told: list[subprocess.Popen[bytes]] = []
+        self._writers: list[subprocess.Popen[bytes]] = []
         for rank, output in enumerate(self._output):
-            # One thread a process: ranks that spin for each other's cores take minutes for seconds' work.
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # One thread per process: ranks that compete for cores take minutes instead of seconds.
+            variables = {**os.environ, "OMP_NUM_THREADS": "1"}
             if ranks > 1:
-                environment |= {
+                variables |= {
                     "RANK": str(rank),
                     "WORLD_SIZE": str(ranks),
                     "LOCAL_RANK": str(rank),
@@ -96,30 +96,30 @@ class Run:
                     "MASTER_PORT": str(port),
                 }
             with output.open("w") as stream:
-                # What it says passes through another process, for which the limit on files does not hold.
-                told = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
+                # The output passes through another process, to which the file size limit does not apply.
+                writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
             limits = ["prlimit", f"--fsize={limit_bytes}"] if limit_bytes else []
             self.ranks.append(
                 subprocess.Popen(
                     [*limits, *command],
                     cwd=PROJECT,
-                    env=environment | dict(settings),
-                    stdout=told.stdin,
+                    env=variables | dict(environment),
+                    stdout=writer.stdin,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=_take_ctrl_c,
+                    preexec_fn=_restore_sigint,
                 )
             )
-            assert told.stdin is not None
-            told.stdin.close()
-            self._told.append(told)
+            assert writer.stdin is not None
+            writer.stdin.close()
+            self._writers.append(writer)
 
     def output(self, rank: int = 0) -> str:
         return self._output[rank].read_text(encoding="utf-8", errors="replace")
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What the run's JSON lines hold of that kind so far; a line that is still being written is left out."""
+        """Returns the events of a kind that the run has logged so far; ignores a line that is still being written."""
         path = self.log_dir / "log.jsonl"
-        # Another run's file until this one has opened its own.
+        # Until this run opens its log, the file is that of an earlier run.
         if not path.exists() or path.stat().st_mtime < self.started_at:
             return []
         found = []
@@ -133,7 +133,7 @@ class Run:
         return found
 
     def wait_for(self, kind: str, count: int = 1, timeout_s: float = START_S) -> None:
-        """Until so many events of a kind are logged, or a rank has ended."""
+        """Waits until `count` events of a kind are logged or a rank has ended."""
         deadline = time.monotonic() + timeout_s
         while len(self.events(kind)) < count and all(rank.poll() is None for rank in self.ranks):
             if time.monotonic() > deadline:
@@ -141,13 +141,13 @@ class Run:
             time.sleep(0.02)
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Sends a signal to some ranks, or to all."""
+        """Sends a signal to the given ranks, by default to all."""
         for rank in ranks or range(len(self.ranks)):
             if self.ranks[rank].poll() is None:
                 self.ranks[rank].send_signal(number)
 
     def wait(self, timeout_s: float = START_S) -> list[int]:
-        """The ranks' exit statuses (-n after signal n); those that do not end in time are killed, with status 999."""
+        """Returns the ranks' exit statuses: -n after signal n, 999 for a rank that was killed after the timeout."""
         deadline = time.monotonic() + timeout_s
         statuses = []
         for rank in self.ranks:
@@ -157,12 +157,12 @@ class Run:
                 rank.kill()
                 rank.wait()
                 statuses.append(999)
-        for told in self._told:
-            told.wait(10)
+        for writer in self._writers:
+            writer.wait(10)
         return statuses
 
     def kill(self) -> list[int]:
-        """Ends every rank at once, as a power cut would."""
+        """Ends every rank at once, as a power failure does."""
         self.signal(signal.SIGKILL)
         return self.wait()
 
@@ -170,8 +170,8 @@ class Run:
         return next((line for line in reversed(self.output(rank).splitlines()) if line.strip()), "")
 
 
-def _take_ctrl_c() -> None:
-    """A shell in the background has its programs ignore Ctrl-C."""
+def _restore_sigint() -> None:
+    """Restores Ctrl-C, which programs started by a background shell ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -183,10 +183,10 @@ def free_port() -> int:
 
 
 def history(log_dir: Path) -> dict[str, Any]:
-    """Every loss and score that the run's processes logged, by epoch.
+    """Returns every loss and score that all processes of a run logged, by epoch.
 
     Raises:
-        AssertionError: two processes logged different numbers for one epoch.
+        AssertionError: two processes logged different values for one epoch.
     """
     found: dict[str, Any] = {}
     for path in sorted(log_dir.glob("log*.jsonl")):
@@ -196,44 +196,33 @@ def history(log_dir: Path) -> dict[str, Any]:
             except ValueError:  # cut by a kill
                 continue
             if event["event"] == "EpochStopped":
-                told = {f"loss {event['epoch']}": [event["loss"], event["learning_rate"]]}
+                values = {f"loss {event['epoch']}": [event["loss"], event["learning_rate"]]}
             elif event["event"] == "EvaluationStopped":
-                told = {f"dice {event['epoch']}": [event["mean_dice"], event["loss"], event["per_case"]]}
+                values = {f"dice {event['epoch']}": [event["mean_dice"], event["loss"], event["per_case"]]}
             else:
                 continue
-            for key, value in told.items():
+            for key, value in values.items():
                 assert found.setdefault(key, value) == value, f"{key}: {found[key]} and then {value}"
     return found
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two runs that should have ended alike: logged numbers, the last checkpoint; [] if equal."""
+    """Lists the differences between the logged values and last checkpoints of two runs; empty if they are equal."""
     try:
         logs = history(one), history(other)
     except AssertionError as error:
         return [f"logged twice: {error}"]
     found = [f"logged {key}" for key in sorted(set(logs[0]) | set(logs[1])) if logs[0].get(key) != logs[1].get(key)]
     states = [vars(checkpoints.load(folder / "checkpoint.pth")) for folder in (one, other)]
-    for name in (
-        "seed",
-        "data",
-        "best",
-        "last",
-        "best_epoch",
-        "last_epoch",
-        "best_dice",
-        "batch",
-        "evaluated",
-        "optimizer",
-        "scaler",
-    ):
+    names = ("seed", "data", "best", "last", "best_epoch", "last_epoch", "best_dice", "batch", "evaluated")
+    for name in (*names, "optimizer", "scaler"):
         if not is_same(states[0][name], states[1][name]):
             found.append(f"checkpoint's {name}")
     return found
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Bit for bit, tensors in dicts and lists included."""
+    """Whether two values are equal bit for bit, including tensors in dicts and lists."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""Good inputs and the programs that read them: what the harness damages, and how it tells two results apart."""
+"""Good inputs that the harness damages, the programs that read them, and digests of their results."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from runtime.checkpoint import format as checkpoint
 Program = Callable[[Path, Path], int | None]
 Result = Callable[[Path], str]
 
-# Two resolutions, crops around the foreground of volumes that are larger: boxes, voxels and labels all count.
+# Two resolutions; crops around the foreground of larger volumes, so that boxes, voxels and labels affect the result.
 TINY = (
     *("--model", "unet3d(filters=(2,4))", "--input_shape", "8", "8", "8", "--val_input_shape", "8", "8", "8"),
     *("--num_workers", "0", "--seed", "7", "--batch_size", "1", "--oversampling", "0.7", "--prewarm_steps", "0"),
-    # Enough for a Dice above 0: a run that predicts nothing ends as diverged.
+    # Enough for a Dice above 0: a run that predicts no foreground ends as diverged.
     *("--epochs", "8", "--start_eval_at", "8", "--learning_rate", "0.3"),
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A program with a good folder for it.
+    """A program and a good input folder for it.
 
     Attributes:
         good: the undamaged folder.
-        program: reads the folder given first, writes to the one given second, which it makes; returns the exit status.
-        result: a digest of what it wrote there.
-        expected: that digest where the folder is undamaged.
-        share: of all tries.
-        has_checksum: suffixes of the files whose every byte a checksum covers.
+        program: reads its first argument, creates its second, an output folder, and returns the exit status.
+        result: returns a digest of the output folder.
+        expected: digest of the output for the undamaged folder.
+        share: share of all tries.
+        has_checksum: suffixes of the files of which every byte is covered by a checksum.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Subject:
 
 
 def make_subjects(work_dir: Path) -> list[Subject]:
-    """The raw layouts and a preprocessed folder, written to `work_dir` beside what the programs make of them.
+    """Writes two raw data sets and a preprocessed folder to `work_dir`, and the results of the programs next to them.
 
-    Files that dataset.json keeps the times of have a fixed one: a try is to damage the same bytes every time.
+    Files whose modification times are in dataset.json get a fixed one, so that a try always damages the same bytes.
     """
     msd, kits19, preprocessed = (work_dir / name for name in ("msd", "kits19", "preprocessed"))
     _write_msd(msd, 4)
@@ -66,7 +66,7 @@ def make_subjects(work_dir: Path) -> list[Subject]:
         _preprocess("msd", msd, preprocessed)
         for path in preprocessed.glob("*.npy"):
             os.utime(path, (0, 0))
-        _preprocess("msd", msd, preprocessed)  # notes these times
+        _preprocess("msd", msd, preprocessed)  # records these times in dataset.json
         return [
             make_subject(
                 msd, partial(_preprocess, "msd"), result=preprocessing_result, share=0.4, has_checksum=(".gz",)
@@ -81,10 +81,10 @@ def make_subjects(work_dir: Path) -> list[Subject]:
 def make_subject(
     good: Path, program: Program, result: Result, share: float = 1.0, has_checksum: tuple[str, ...] = ()
 ) -> Subject:
-    """A subject that is named like its folder; what the program makes of the undamaged folder is found out here."""
+    """Returns a subject with the name of its folder; runs the program on the undamaged folder."""
     out = good.with_name(f"{good.name} result")
     if status := program(good, out):
-        raise RuntimeError(f"{good}: exit status {status}, and it is undamaged")
+        raise RuntimeError(f"{good}: exit status {status} for the undamaged folder")
     return Subject(
         name=good.name,
         good=good,
@@ -107,7 +107,7 @@ def _train(data: Path, out: Path) -> int:
 
 
 def preprocessing_result(out: Path) -> str:
-    """A digest of a preprocessed folder, but for the times at which its files were made."""
+    """Returns a digest of a preprocessed folder without the modification times of its files."""
     index = read_index(out / INDEX_NAME)
     records = {case: record.to_json() for case, record in index.cases.items()}
     timeless = [
@@ -120,7 +120,7 @@ def preprocessing_result(out: Path) -> str:
 
 
 def training_result(out: Path) -> str:
-    """A digest of a trained network and of its losses and scores."""
+    """Returns a digest of a trained network, its losses and its scores."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     digest = hashlib.sha256(repr([(line.get("loss"), line.get("per_case")) for line in lines]).encode())
     for name, tensor in checkpoint.load(out / "checkpoint.pth").last.items():
@@ -129,7 +129,7 @@ def training_result(out: Path) -> str:
 
 
 def _write_msd(folder: Path, cases: int) -> None:
-    """The Decathlon's layout; every other scan is a plain .nii, all masks are packed."""
+    """Writes the Decathlon's layout; every other scan is a plain .nii, all masks are gzipped."""
     pairs = []
     for number in range(cases):
         names = [f"imagesTr/scan_{number}{'.nii' if number % 2 else '.nii.gz'}", f"labelsTr/scan_{number}.nii.gz"]
@@ -146,13 +146,13 @@ def _write_kits19(folder: Path, cases: int) -> None:
     for number in range(cases):
         case = folder / f"case_{number:05d}"
         names = (case / "imaging.nii.gz", case / "segmentation.nii.gz")
-        _write_pair(*names, number, (12, 14, 16), (3.0, 1.5, 2.0))
+        _write_pair(*names, seed=number, shape=(12, 14, 16), spacing_mm=(3.0, 1.5, 2.0))
 
 
 def _write_pair(
     image: Path, label: Path, seed: int, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
 ) -> None:
-    """A noisy scan and its mask, a block of each class; what preprocessing does with them is the same every time."""
+    """Writes a noisy scan and its mask with a block of each class; identical for the same arguments."""
     geometry = Geometry(np.diag([*spacing_mm, 1.0]), shape, spacing_mm)
     mask = np.zeros((1, *shape), np.uint8)
     mask[:, 2:6, 2:7, 2:6] = 1

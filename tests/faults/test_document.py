@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md as `make faults` writes it."""
+"""The table that `make faults` writes into docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def document(folder: Path) -> Path:
     return path
 
 
-def test_the_table_takes_the_old_ones_place(tmp_path: Path) -> None:
+def test_the_table_replaces_the_old_one(tmp_path: Path) -> None:
     path = document(tmp_path)
     write(path, ROWS, 12.4)
     text = path.read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def test_the_table_takes_the_old_ones_place(tmp_path: Path) -> None:
     assert "an old table" not in text
 
 
-def test_a_fault_that_is_measured_again_changes_its_row_alone(tmp_path: Path) -> None:
+def test_a_fault_that_is_measured_again_changes_only_its_row(tmp_path: Path) -> None:
     path = document(tmp_path)
     write(path, ROWS, 12.4)
     before = path.read_text(encoding="utf-8")
@@ -45,14 +45,14 @@ def test_a_fault_that_is_measured_again_changes_its_row_alone(tmp_path: Path) ->
     assert path.read_text(encoding="utf-8") == before.replace(old, new) != before
 
 
-def test_a_document_without_a_place_is_refused(tmp_path: Path) -> None:
+def test_a_document_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.md").write_text("no table\n", encoding="utf-8")
     with pytest.raises(UserError, match="measured: begin"):
         write(tmp_path / "plain.md", ROWS, 1.0)
 
 
 @pytest.mark.parametrize(("failures", "status"), [((), 0), (("try 0: lost",), 1)])
-def test_a_promise_that_was_not_kept_is_told_and_fails(
+def test_a_broken_promise_is_printed_and_fails(
     failures: tuple[str, ...],
     status: int,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""Damaged inputs: the real programs keep the promise, and the harness can tell when a program does not."""
+"""Damaged inputs: the real programs keep the promise, and the harness detects programs that do not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_damaged_inputs(tmp_path: Path) -> None:
 
 
 def copy(data: Path, out: Path) -> int:
-    """A program that takes whatever it finds."""
+    """A program that accepts every input."""
     shutil.copytree(data, out)
     return 0
 
@@ -47,7 +47,7 @@ def good(tmp_path: Path) -> Path:
 
 
 def outcome_of(good: Path, program: Program, content: bytes | None = None, limit_s: float = 5.0) -> str:
-    """What `judge` says of a program whose file has this content, None: the good one."""
+    """Returns the outcome of a program for a file with this content; None: the undamaged one."""
     subject = Subject(
         name="good", good=good, program=program, result=digest, expected=digest(good), share=1.0, has_checksum=()
     )
@@ -93,7 +93,7 @@ def warn(data: Path, out: Path) -> int:
 
 
 def unpickle(data: Path, out: Path) -> int:
-    (data / MARKER).touch()  # as the pickle that takes a file's place would
+    (data / MARKER).touch()  # as a hostile pickle does
     raise UserError("scan_1.npy: damaged")
 
 
@@ -118,12 +118,12 @@ def leave_the_folder(data: Path, out: Path) -> int:
         (leave_the_folder, STRAY),
     ],
 )
-def test_the_judge_knows_every_way_to_take_a_damaged_file(good: Path, program: Program, outcome: str) -> None:
+def test_every_reaction_to_a_damaged_file_is_classified(good: Path, program: Program, outcome: str) -> None:
     assert outcome_of(good, program, b"damaged") == outcome
 
 
 @pytest.mark.parametrize("program", [sleep, swallow])
-def test_the_judge_does_not_wait_for_ever(good: Path, program: Program) -> None:
+def test_a_program_that_does_not_end_is_a_hang(good: Path, program: Program) -> None:
     assert outcome_of(good, program, b"damaged", limit_s=0.1) == HANG
 
 
@@ -134,7 +134,7 @@ def test_the_same_result_is_harmless(good: Path) -> None:
     assert outcome_of(good, ignore_damage, b"damaged") == HARMLESS
 
 
-def test_a_program_that_takes_everything_fails_every_try_by_its_seed(
+def test_a_program_that_accepts_everything_fails_every_try(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def take(data: Path, out: Path) -> int:
@@ -156,7 +156,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
     return make_subjects(tmp_path_factory.mktemp("subjects"))
 
 
-def test_the_subjects_results_can_be_had_again(subjects: list[Subject], tmp_path: Path) -> None:
+def test_the_subjects_results_are_reproducible(subjects: list[Subject], tmp_path: Path) -> None:
     for subject in subjects:
         subject.program(subject.good, tmp_path / subject.name)
         assert subject.result(tmp_path / subject.name) == subject.expected
@@ -171,22 +171,22 @@ def state(path: Path) -> tuple[str, bytes]:
     return oct(path.lstat().st_mode), path.read_bytes() if is_plain else b""
 
 
-def test_every_kind_of_damage_changes_the_file_by_its_seed_alone(subjects: list[Subject], tmp_path: Path) -> None:
-    met = set()
+def test_every_kind_of_damage_changes_the_file_and_is_seeded(subjects: list[Subject], tmp_path: Path) -> None:
+    seen = set()
     for subject, path in every_file(subjects):
         for kind, apply in kinds_for(path, path.suffix in subject.has_checksum).items():
             states = []
             for _ in range(2):
-                folder = tmp_path / "folder"  # the same one: a pickle and a link hold its name
+                folder = tmp_path / "folder"  # the same name, which a pickle and a link contain
                 folder.mkdir()
                 shutil.copy(path, folder)
                 apply(folder / path.name, np.random.default_rng(0))
                 states.append(state(folder / path.name))
                 shutil.rmtree(folder)
             assert states[0] == states[1]
-            assert states[0] != state(path), f"{kind} left {path} as it was"
-            met.add(kind)
-    assert met == set(WEIGHTS)
+            assert states[0] != state(path), f"{kind} did not change {path}"
+            seen.add(kind)
+    assert seen == set(WEIGHTS)
 
 
 def test_one_to_three_bits_flip(subjects: list[Subject], tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_one_to_three_bits_flip(subjects: list[Subject], tmp_path: Path) -> None
     assert counts == {1, 2, 3}
 
 
-def test_what_has_no_checksum_gets_no_flipped_bits(subjects: list[Subject]) -> None:
+def test_bits_are_flipped_only_in_files_with_a_checksum(subjects: list[Subject]) -> None:
     flipped = {
         (subject.name, path.suffix)
         for subject, path in every_file(subjects)
@@ -218,20 +218,20 @@ def test_every_hostile_header_is_drawn(
     subjects: list[Subject], tmp_path: Path, suffix: str, names: dict[str, object]
 ) -> None:
     path = next(path for _, path in every_file(subjects) if path.name.endswith(suffix))
-    met = set()
+    seen = set()
     for seed in range(400):
         shutil.copy(path, tmp_path)
         hostile: Callable[[Path, np.random.Generator], str] = kinds_for(path, False)["hostile header"]
-        met.add(hostile(tmp_path / path.name, np.random.default_rng(seed)).removeprefix("header with "))
-    assert set(names) < met
+        seen.add(hostile(tmp_path / path.name, np.random.default_rng(seed)).removeprefix("header with "))
+    assert set(names) < seen
 
 
-def test_a_damage_is_drawn_among_those_that_suit(good: Path) -> None:
+def test_only_applicable_kinds_of_damage_are_drawn(good: Path) -> None:
     content = (good / FILE).read_bytes()
-    met = set()
+    seen = set()
     for seed in range(100):
         shutil.rmtree(good)
         good.mkdir()
         (good / FILE).write_bytes(content)
-        met.add(damage(good / FILE, True, np.random.default_rng(seed))[0])
-    assert met == set(WEIGHTS) - {"gzip bomb"}
+        seen.add(damage(good / FILE, True, np.random.default_rng(seed))[0])
+    assert seen == set(WEIGHTS) - {"gzip bomb"}
