@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import grad as torch_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
 # torch 2.13: no public name for these; `torch.utils._pytree` and `_python_dispatch` have not moved since 2.1.
 __all__ = [
     "TorchDispatchMode",
+    "bf16_gradients_are_sound",
     "cpu_computes_bf16",
     "dataloader_worker_message",
     "gloo_cause",
@@ -53,6 +55,28 @@ def without_torch_function() -> AbstractContextManager[None]:
 def cpu_computes_bf16() -> bool:
     """Returns whether this CPU has bfloat16 instructions that oneDNN uses. torch 2.13."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def bf16_gradients_are_sound() -> bool:
+    """Returns whether this CPU's bf16 convolutions compute the weight gradient of a small feature map.
+
+    With AVX-512, oneDNN reads memory that was never written for a 3x3x3 kernel on a map of 2 x 2 x 2 or 2 x 2 x 4
+    voxels, as in the bottleneck of a 64^3 window, and the gradient is anything up to 1e38. Tried several times, with
+    large values in freed memory, since the content of that memory is a matter of chance. torch 2.13.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image, gradient = (torch.randn(3, 8, 2, 2, 2, generator=generator).bfloat16() for _ in range(2))
+    weight_shape, tries = [8, 8, 3, 3, 3], 8
+    expected = torch_grad.conv3d_weight(image.float(), weight_shape, gradient.float(), padding=1)
+    channels_last = torch.channels_last_3d
+    image, gradient = (tensor.contiguous(memory_format=channels_last) for tensor in (image, gradient))
+    for _ in range(tries):
+        freed = [torch.full((size,), 1e30, dtype=torch.bfloat16) for size in (64, 256, 1024, 4096, 16384, 65536) * 8]
+        del freed
+        found = torch_grad.conv3d_weight(image, weight_shape, gradient, padding=1)
+        if not torch.allclose(found.float(), expected, rtol=0.05, atol=0.1):
+            return False
+    return True
 
 
 def is_meta_device_problem(message: str) -> bool:

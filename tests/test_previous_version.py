@@ -112,7 +112,7 @@ def trained(logs: Path) -> Facts:
         "classes": run.classes,
         "seed": run.seeds["master"],
         "division": run.division,
-        "parts": run.parts,
+        "parts": run.log_files,
         "end": run.reason,
         "loss": {str(epoch): found.loss for epoch, found in run.epochs.items()},
         "learning rate": {str(epoch): found.learning_rate for epoch, found in run.epochs.items()},

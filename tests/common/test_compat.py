@@ -135,6 +135,20 @@ def test_trees() -> None:
     assert compat.tree_map(lambda value: value + 1, tree) == {"a": [2, (3,)], "b": 4}
 
 
+@pytest.mark.parametrize(("error", "is_sound"), [(0.0, True), (1e-3, True), (1.0, False), (1e30, False)])
+def test_bf16_gradients_are_compared_with_those_of_fp32(
+    error: float, is_sound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = torch.nn.grad.conv3d_weight
+
+    def with_error(image: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        gradient = exact(image.float(), arguments[0], arguments[1].float(), **named)
+        return gradient + error if image.dtype == torch.bfloat16 else gradient
+
+    monkeypatch.setattr(torch.nn.grad, "conv3d_weight", with_error)
+    assert compat.bf16_gradients_are_sound() is is_sound
+
+
 def test_whether_the_cpu_computes_bf16() -> None:
     assert compat.cpu_computes_bf16() in (True, False)
 

@@ -18,7 +18,10 @@ def test_without_amp_it_is_fp32_everywhere() -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_a_named_format_is_taken_as_asked(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_a_named_format_is_taken_as_asked(
+    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.precision.bf16_gradients_are_sound", lambda: True)
     assert choose_precision(True, name, device) == Precision(device, dtype)
 
 
@@ -38,17 +41,30 @@ def test_auto_on_a_gpu_is_bf16_where_it_computes_in_it(
 
 
 @pytest.mark.parametrize(
-    ("has_onednn", "native", "dtype"),
-    [(True, True, torch.bfloat16), (True, False, None), (False, True, None)],
+    ("has_onednn", "native", "is_sound", "dtype"),
+    [
+        (True, True, True, torch.bfloat16),
+        (True, True, False, None),
+        (True, False, True, None),
+        (False, True, True, None),
+    ],
 )
-def test_auto_on_a_cpu_is_bf16_or_fp32_and_says_so(
-    has_onednn: bool, native: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+def test_auto_on_a_cpu_is_bf16_or_fp32_with_a_note(
+    has_onednn: bool, native: bool, is_sound: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr("runtime.precision.bf16_gradients_are_sound", lambda: is_sound)
     chosen = choose_precision(True, "auto", CPU)
     assert (chosen.device, chosen.dtype) == (CPU, dtype)
     assert ("computing in fp32" in chosen.note) is (dtype is None)
+    assert ("wrong gradients" in chosen.note) is not is_sound
+
+
+def test_bf16_by_name_warns_of_wrong_gradients_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.precision.bf16_gradients_are_sound", lambda: False)
+    assert "wrong gradients" in choose_precision(True, "bf16", CPU).note
+    assert choose_precision(True, "bf16", GPU).note == ""
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
