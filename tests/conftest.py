@@ -1,7 +1,7 @@
-"""What the tests of several rooms share: made-up scans, small data sets, programs as processes, the real scans.
+"""Fixtures shared by the tests of several packages: synthetic scans, small data sets, child processes, real scans.
 
-Real scans lie in $REAL_DATA, or in a folder `data` of one of the project's neighbours. A test that needs them is marked
-`real_data`, asks the fixture of that name for a folder, and skips where it is missing.
+Real scans are in $REAL_DATA, or in a folder `data` of a project next to this one. Tests that need them are marked
+`real_data`, request a folder from the fixture of that name, and are skipped if it is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start as well.
+# Restores Ctrl-C for the tests and their child processes: a shell makes programs in the background ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ CLASSES = ("background", "kidney", "tumour")
 
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
-    """A folder of the real data by its name; the test that asks for a missing one skips."""
+    """`real_data(name)`: a folder of the real data; skips the test if it is missing."""
 
     def folder(name: str) -> Path:
         path = REAL_DATA / name
@@ -50,7 +50,7 @@ def real_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_python("main.py", "train", …)`: a program of the project as a process, from the project's folder."""
+    """`run_python("main.py", "train", …)`: runs a program of the project as a process, in the project's folder."""
 
     def run(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -68,7 +68,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def write_scan() -> Callable[..., None]:
-    """`write_scan(path, array, spacing_mm)`: any array as NIfTI, by nibabel alone; its folder is made."""
+    """`write_scan(path, array, spacing_mm)`: writes any array as NIfTI with nibabel; creates the folder."""
 
     def write(path: Path, array: NDArray[Any], spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def write_scan() -> Callable[..., None]:
 
 
 def two_kidneys(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Two blocks of class 1, and class 2 inside the first."""
+    """Returns a mask with two blocks of class 1, and class 2 inside the first."""
     d, h, w = shape
     mask = np.zeros(shape, np.uint8)
     mask[d // 4 : d // 2, h // 4 : h // 2, 1 : w // 3] = 1
@@ -89,7 +89,7 @@ def two_kidneys(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def write_kits19(write_scan: Callable[..., None]) -> Callable[..., Path]:
-    """`write_kits19(folder, [0, 1])`: tiny patients in KiTS19's raw layout."""
+    """`write_kits19(folder, [0, 1])`: writes tiny cases in KiTS19's raw layout."""
 
     def write(folder: Path, ids: Sequence[int], shape: tuple[int, int, int] = (10, 12, 14)) -> Path:
         for number in ids:
@@ -104,7 +104,7 @@ def write_kits19(write_scan: Callable[..., None]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def write_msd(write_scan: Callable[..., None]) -> Callable[..., Path]:
-    """`write_msd(folder, 5)`: tiny patients `scan_0` … in the Decathlon's layout; `modalities` above 1 makes 4-D."""
+    """`write_msd(folder, 5)`: writes tiny cases `scan_0` … in the Decathlon's layout; 4-D for several `modalities`."""
 
     def write(folder: Path, cases: int, modalities: int = 1) -> Path:
         pairs = []
@@ -129,10 +129,10 @@ def write_msd(write_scan: Callable[..., None]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def write_preprocessed() -> Callable[..., Path]:
-    """`write_preprocessed(folder, {"case_00001": (image, label)})`: a folder to train from.
+    """`write_preprocessed(folder, {"case_00001": (image, label)})`: writes a preprocessed folder.
 
-    Arrays are (C, D, H, W) and (1, D, H, W). With `index=False` it looks as the MLPerf reference leaves it, without
-    `dataset.json`; else the first case is for evaluation when there are several.
+    Arrays are (C, D, H, W) and (1, D, H, W). `index=False` omits `dataset.json`, as the MLPerf reference does;
+    otherwise, the first of several cases is for evaluation.
     """
 
     def write(folder: Path, cases: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], index: bool = True) -> Path:
@@ -155,7 +155,7 @@ def write_preprocessed() -> Callable[..., Path]:
             split = {"train": [name for name in names if name not in held_out], "evaluation": held_out}
             write_json(
                 folder / INDEX_NAME,
-                DatasetIndex(spec=DatasetSpec(name="made_up", classes=CLASSES), split=split, cases=records).to_json(),
+                DatasetIndex(spec=DatasetSpec(name="synthetic", classes=CLASSES), split=split, cases=records).to_json(),
             )
         return folder
 

@@ -340,13 +340,6 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "benchmarks/tables/amd_epyc_avx2_2_cores.md",
     "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
-    "tests/conftest.py",
-    "tests/integration/test_extending.py",
-    "tests/integration/test_launch.py",
-    "tests/integration/test_open_division.py",
-    "tests/integration/test_phantom_run.py",
-    "tests/integration/test_trackers.py",
-    "tests/integration/test_tutorial.py",
     "tests/runtime/test_training.py",
 }
 

@@ -1,4 +1,4 @@
-"""The evaluation suite: the naive way scores as the project does, and the dealing's arithmetic is right."""
+"""The evaluation suite: the naive method has the project's scores, and cases are assigned to ranks correctly."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from runtime.precision import Precision
 CPU = torch.device("cpu")
 FP32 = Precision(CPU, None)
 WINDOW = (8, 12, 4)
-# In strides of (4, 6, 2): remainders to cut, to pad, none; and one volume that is smaller than the window.
+# With strides of (4, 6, 2): remainders to crop, to pad, none; the last volume is smaller than the window.
 SHAPES = ((13, 25, 8), (11, 17, 5), (6, 12, 4))
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
-    """Of the quick suite, by title."""
+    """Tables of the quick suite by title."""
     options = Options(device=CPU, quick=True, work_dir=tmp_path_factory.mktemp("evaluate"))
     return {table.title: table for table in evaluate.run(options)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_naive_way_scores_as_the_project_does(batch_size: int, tmp_path: Path) -> None:
+def test_the_naive_method_has_the_projects_scores(batch_size: int, tmp_path: Path) -> None:
     cases = write_cases(tmp_path, SHAPES)
     torch.manual_seed(5)
-    # A bare network: its scores follow from every window and weight.
+    # Without `Decided`: the scores depend on every window and weight.
     network = Unet3d(1, 3, filters=(4, 8)).eval()
     naive = naive_scores(tmp_path, cases, network, WINDOW, FP32)
     ours = batched_scores(tmp_path, cases, network, scoring(WINDOW, batch_size), FP32)
@@ -67,7 +67,7 @@ def test_the_suite_scores_as_kits19_is_scored() -> None:
     )
 
 
-def test_a_decided_network_leaves_no_voxel_near_a_tie_and_keeps_the_networks_part() -> None:
+def test_a_decided_network_has_no_ties_and_contains_the_networks_logits() -> None:
     torch.manual_seed(6)
     network = Unet3d(1, 3, filters=(4, 8)).eval()
     image = torch.randn(2, 1, 8, 8, 8)
@@ -90,7 +90,7 @@ def test_scores_that_differ_stop_the_suite(column: int, off: float) -> None:
         check_same(naive, ours, FP32)
 
 
-def test_a_row_a_batch_size_with_positive_figures(tables: dict[str, Table]) -> None:
+def test_one_row_per_batch_size_with_positive_values(tables: dict[str, Table]) -> None:
     table = tables["Evaluation in batches of windows"]
     assert [row[0] for row in table.rows] == list(BATCH_SIZES)
     for row in table.rows:
@@ -98,12 +98,12 @@ def test_a_row_a_batch_size_with_positive_figures(tables: dict[str, Table]) -> N
         assert all(math.isfinite(figure) and figure > 0 for figure in row)
 
 
-def test_the_made_up_counts_have_mlperfs_totals() -> None:
+def test_the_synthetic_window_counts_have_mlperfs_totals() -> None:
     windows = window_counts()
     assert (len(windows), min(windows), max(windows), sum(windows)) == (42, 8, 144, 2636)
 
 
-def test_a_row_a_number_of_ranks_and_longest_first_is_never_worse(tables: dict[str, Table]) -> None:
+def test_one_row_per_number_of_ranks_and_longest_first_is_never_worse(tables: dict[str, Table]) -> None:
     rows = tables["Windows of the busiest rank"].rows
     assert [row[0] for row in rows] == list(RANKS)
     for ranks, share, naive, ours, ratio in rows:
@@ -113,9 +113,9 @@ def test_a_row_a_number_of_ranks_and_longest_first_is_never_worse(tables: dict[s
 
 
 def test_the_busiest_rank_by_hand() -> None:
-    # Longest first: 7 | 5 + 2, 3 + 3 (+ 1) in some order: 7 is the most of any of three ranks.
+    # Longest first: 7 | 5 + 2 | 3 + 3 + 1: no rank has more than 7.
     assert busiest([3, 7, 2, 5, 3, 1], 3) == 7
-    # Two spare ranks help the longest: 9 in three parts, 4 stays whole.
+    # Two more ranks share the longest case: 9 in three parts, 4 on one rank.
     assert busiest([9, 4], 4) == 4
     assert busiest([9, 3], 5) == 3
     assert busiest([1, 1], 8) == 1
@@ -127,7 +127,7 @@ def test_round_robin_by_hand() -> None:
     assert round_robin([6, 3], 64) == 6  # ranks without a case
 
 
-def test_the_gpus_windows_and_volumes_need_cutting_and_padding() -> None:
+def test_the_gpu_volumes_need_cropping_and_padding() -> None:
     options = Options(device=torch.device("cuda", 0), quick=False, work_dir=Path())
     scale, _ = evaluate.scales_of(options).values()
     remainders = [size % 64 for shape in scale.volumes for size in shape]

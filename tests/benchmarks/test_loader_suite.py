@@ -1,4 +1,4 @@
-"""The loader suite: the naive way makes our very samples, what a crop touches is counted right, and the suite runs."""
+"""The loader suite: the naive method makes the same samples, the bytes of a crop are counted, and the suite runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = [f"case_{number:05d}" for number in range(len(SHAPES))]
 
 
 def blobs(shape: Shape, seed: int) -> NDArray[np.uint8]:
-    """Many components of classes 1 and 2, smaller and larger than the patch; seed 0: no foreground."""
+    """Returns a label with components of classes 1 and 2, smaller and larger than the patch; seed 0: no foreground."""
     field = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 1.5)
     label = np.digitize(field, np.quantile(field, (0.7, 0.9))).astype(np.uint8)
     return label if seed else np.zeros_like(label)
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_preprocessed: Callabl
 
 
 @pytest.mark.parametrize("oversampling", [0.0, 0.4, 1.0])
-def test_the_naive_way_makes_the_same_samples(folder: Path, oversampling: float) -> None:
+def test_the_naive_method_makes_the_same_samples(folder: Path, oversampling: float) -> None:
     settings = LoaderConfig(
         patch=PATCH,
         oversampling=oversampling,
@@ -67,8 +67,8 @@ def test_the_naive_way_makes_the_same_samples(folder: Path, oversampling: float)
             assert theirs["label"].dtype == np.uint8
 
 
-def test_the_naive_way_draws_from_the_same_distribution() -> None:
-    # Other random numbers on either side: what agrees here is the distribution alone.
+def test_the_naive_method_draws_from_the_same_distribution() -> None:
+    # The random numbers differ: only the distributions agree.
     draws = 3000
     label = blobs((14, 16, 12), 3)
     boxes, patch = foreground_boxes(label, 3), (5, 5, 5)
@@ -81,11 +81,11 @@ def test_the_naive_way_draws_from_the_same_distribution() -> None:
         counts = [Counter(starts[:, axis].tolist()) for starts in (naive, ours)]
         for start in counts[0] | counts[1]:
             one, other = counts[0][start], counts[1][start]
-            # Two counts of the same expectation differ by less than 5 deviations, save once in 10^6.
+            # Two counts with the same mean differ by more than 5 standard deviations once in 10^6 cases.
             assert abs(one - other) <= 5 * math.sqrt(one + other), (axis, start, one, other)
 
 
-def test_a_crop_s_pages_are_counted_as_the_bytes_that_it_touches() -> None:
+def test_the_pages_of_a_crop_are_those_of_its_bytes() -> None:
     rng = np.random.default_rng(5)
     for _ in range(50):
         shape = tuple(int(n) for n in rng.integers(4, 12, 3))
@@ -94,12 +94,12 @@ def test_a_crop_s_pages_are_counted_as_the_bytes_that_it_touches() -> None:
         itemsize, page = int(rng.choice([1, 4])), int(rng.choice([16, 64]))
         voxels = np.zeros(shape, bool)
         voxels[tuple(slice(n, n + length) for n, length in zip(start, patch, strict=True))] = True
-        places = 128 + itemsize * np.flatnonzero(voxels)[:, None] + np.arange(itemsize)
-        expected = page * len(np.unique(places // page))
+        offsets = 128 + itemsize * np.flatnonzero(voxels)[:, None] + np.arange(itemsize)
+        expected = page * len(np.unique(offsets // page))
         assert page_bytes(128, shape, start, patch, itemsize, page) == expected  # type: ignore[arg-type]
 
 
-def test_epochs_go_on_from_call_to_call() -> None:
+def test_every_call_runs_the_next_epoch() -> None:
     seen: list[int] = []
     step = next_epochs(seen.append)
     for _ in range(3):

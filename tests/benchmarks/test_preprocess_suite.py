@@ -1,4 +1,4 @@
-"""The preprocess suite: the scans that it makes up, the run that it measures, and its tables."""
+"""The preprocess suite: its synthetic scans, the measured run, and its tables."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_suite_measures_one_core_all_cores_and_memory(tmp_path: Path) -> Non
         assert row[1] * row[2] == pytest.approx(2)  # of 2 cases
     assert [row[0] for row in memory.rows] == ["1 process, 1 case", "1 process, 2 cases", "1 process(es), 2 cases"]
     for _, base, peak, share in memory.rows:
-        # Every volume is padded to 128 x 128 x 128: that much more than Python and torch is surely held.
+        # Every volume is padded to 128 x 128 x 128, which is a lower bound of the memory beyond Python and torch.
         assert peak > base + 5 * 128**3 / 1e6
         assert share == pytest.approx((peak - base) * 1e6 / largest_case_bytes((16, 24, 24)))
     assert not (tmp_path / "results").exists(), "the next run must start in a fresh folder"
 
 
-def test_a_failed_run_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_run_is_one_line_and_leaves_no_files(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import sys\nprint('on the way', file=sys.stderr)\nsys.exit('no space left')")
     (tmp_path / "results").mkdir()

@@ -1,4 +1,4 @@
-"""`python3 -m benchmarks` as a process: tables on stdout, the same in a file, mistakes in one line."""
+"""`python3 -m benchmarks` as a process: tables on stdout and in a file, user errors in one line."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def test_a_suite_prints_its_tables_and_writes_them(run_python: Program, tmp_path
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--suite", "speed"), "invalid choice: 'speed'"),
         (("--suite", "evaluate", "--json", "/nowhere/tables.json"), "its folder does not exist"),
     ],
 )
-def test_a_mistake_is_one_line(run_python: Program, arguments: tuple[str, ...], said: str) -> None:
+def test_a_user_error_is_one_line(run_python: Program, arguments: tuple[str, ...], message: str) -> None:
     done = run_python("-m", "benchmarks", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("benchmarks: error: ")
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--json", "."), "is a folder"),
         (("--work_dir", "/nowhere"), "no such folder"),
@@ -65,12 +65,12 @@ def test_a_mistake_is_one_line(run_python: Program, arguments: tuple[str, ...], 
         (("--num_workers", "-1"), "--num_workers must be at least 0"),
     ],
 )
-def test_what_would_fail_after_the_measuring_is_refused_before(arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_bad_arguments_are_refused_before_measuring(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse(["--suite", "evaluate", *arguments])
 
 
-def test_a_suite_that_fails_takes_no_others_tables_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_suite_keeps_the_tables_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(options: Options) -> list[Table]:
         raise UserError("out of luck")
 

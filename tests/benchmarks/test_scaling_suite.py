@@ -1,4 +1,4 @@
-"""The model on paper against published runs and its own logic; the measured rows from real processes."""
+"""The performance model against published runs and its own logic; measured rows from real processes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def test_the_model_is_near_the_published_runs(run: paper.Published) -> None:
     assert minutes == pytest.approx(run.minutes, rel=0.15)
 
 
-def test_the_floor_of_a_step_is_the_largest_runs() -> None:
+def test_the_minimum_step_time_is_that_of_the_largest_run() -> None:
     run = paper.LARGEST
     assert run.layout.samples_per_gpu == 1 / 8
     assert forecast(run.device, run.layout, Links()).total / 60 == pytest.approx(run.minutes, rel=0.02)
 
 
-def test_the_published_rate_comes_out_again() -> None:
+def test_the_published_rate_is_reproduced() -> None:
     instant = Links(overlap=1.0)
     assert 56 / 8 / forecast(H200, Layout(56, 8), instant).step == pytest.approx(76.05)
-    # Fewer samples a GPU: the floor weighs more.
+    # With fewer samples per GPU, the minimum step time has more weight.
     assert 28 / 28 / forecast(H200, Layout(28, 28), instant).step < 60
 
 
@@ -54,7 +54,7 @@ def test_evaluations_share_of_the_work_is_the_known_one() -> None:
 def test_samples_to_converge_pass_through_the_reference_points() -> None:
     assert [samples_to_converge(batch) for batch in (7, 28, 56, 84)] == [345_167, 345_167, 357_404, 416_640]
     assert samples_to_converge(42) == pytest.approx((345_167 + 357_404) / 2)
-    assert samples_to_converge(112) == pytest.approx(416_640 + 59_236)  # the assumption: the last line goes on
+    assert samples_to_converge(112) == pytest.approx(416_640 + 59_236)  # assumed: linear extrapolation
     figures = [samples_to_converge(batch) for batch in range(1, 200)]
     assert figures == sorted(figures)
 
@@ -67,7 +67,8 @@ def test_an_all_reduce_by_hand() -> None:
 
 
 def test_a_forecast_by_hand() -> None:
-    device = paper.Device("", samples_per_s=10, batch=1, windows_per_s=100)  # 100 ms a sample, 7.5 of them the floor
+    # 100 ms per sample, of which 7.5 ms are the minimum step time.
+    device = paper.Device("", samples_per_s=10, batch=1, windows_per_s=100)
     given = forecast(device, Layout(28, 1), Links())
     assert given.step == pytest.approx(0.0075 + 28 * 0.0925)
     assert given.evaluation == pytest.approx(26.36)
@@ -76,11 +77,12 @@ def test_a_forecast_by_hand() -> None:
     assert given.share == pytest.approx(26.36 / (26.36 + 120 * given.step))
 
 
-def test_evaluation_aside_costs_the_last_one_and_what_outlasts_the_interval() -> None:
+def test_concurrent_evaluation_costs_the_last_one_and_the_excess_over_the_interval() -> None:
     beside, pausing = (forecast(H200, Layout(56, 56, aside), Links()) for aside in (56, 0))
     assert beside.share == 0
     assert pausing.total - beside.total == pytest.approx((pausing.evaluations - 1) * pausing.evaluation)
-    slow = forecast(H200, Layout(56, 56, 1), Links())  # one GPU evaluates: 13 s, where 60 steps take 1.2 s
+    # One GPU evaluates in 13 s, while 60 steps take 1.2 s.
+    slow = forecast(H200, Layout(56, 56, 1), Links())
     assert slow.total > pausing.total
 
 
@@ -117,7 +119,7 @@ def test_layouts_can_be_launched(gpus: int) -> None:
         assert layout.training // nodes <= 8
 
 
-def test_beyond_main_shares_samples_and_evaluates_aside() -> None:
+def test_beyond_main_splits_samples_and_evaluates_concurrently() -> None:
     found = list(layouts(768, beyond_main=True))
     assert Layout(84, 672, 96) in found
     assert set(layouts(768)) < set(found)
@@ -125,7 +127,7 @@ def test_beyond_main_shares_samples_and_evaluates_aside() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "a_node"), [(8, 1, 8), (16, 2, 7), (128, 12, 7)])
-def test_main_py_takes_the_suggested_settings(gpus: int, nodes: int, a_node: int) -> None:
+def test_main_py_accepts_the_suggested_settings(gpus: int, nodes: int, a_node: int) -> None:
     layout, _ = best(H200, gpus, Links())
     words = launch(layout, gpus).split()
     assert words[0] == "torchrun"
@@ -146,7 +148,7 @@ def test_the_nearest_reference_point(batch: int, point: int) -> None:
     assert paper.nearest_reference(batch).batch == point
 
 
-def test_the_paper_tables_are_whole_and_mark_what_is_extrapolated() -> None:
+def test_the_modelled_tables_are_complete_and_mark_extrapolations() -> None:
     for table in (scaling.checked(), scaling.on_paper(), scaling.launches(), scaling.beyond_main()):
         for row in table.rows:
             assert len(row) == len(table.columns)
@@ -159,7 +161,8 @@ def test_the_paper_tables_are_whole_and_mark_what_is_extrapolated() -> None:
 
 @pytest.mark.integration
 def test_the_measured_rows_come_from_one_and_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # a core: one process with all threads is the first
+    # With one core, the row of a process with all threads is the same as the first.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     table = scaling.processes(Options(device=CPU, quick=True, work_dir=tmp_path))
     assert [row[:2] for row in table.rows] == [[1, 1], [2, 1]]
     for row in table.rows:
@@ -172,7 +175,7 @@ def test_the_measured_rows_come_from_one_and_two_processes(monkeypatch: pytest.M
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, returncode: int = 0, stderr: str = "") -> list[dict[str, Any]]:
-    """Lists the processes that would be started; each writes 7 samples/s."""
+    """Replaces `subprocess.run`: records the started processes, each of which reports 7 samples/s."""
     started: list[dict[str, Any]] = []
 
     def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -186,7 +189,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch, returncode: int = 0, stderr: str =
     return started
 
 
-def test_processes_share_the_cores_and_no_launchers_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_processes_share_the_cores_and_hide_a_launchers_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     started = recorded(monkeypatch)
@@ -199,7 +204,7 @@ def test_processes_share_the_cores_and_no_launchers_variables(monkeypatch: pytes
     assert len({run["command"][run["command"].index("--log_dir") + 1] for run in started}) == 3
 
 
-def test_a_process_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_process_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorded(monkeypatch, returncode=2, stderr="first\nmain.py: error: why\nof the launcher")
     with pytest.raises(UserError, match=r"exited with 2: main.py: error: why"):
         scaling.processes(Options(device=CPU, quick=True, work_dir=tmp_path))

@@ -1,4 +1,4 @@
-"""The step suite: the naive loss is the project's, each choice is really switched, and the tables are whole."""
+"""The step suite: the naive loss equals the project's, each optimization is switched off, and tables are complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = Scale((4, 8), (8, 8, 8), 2, 1)
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
-    """Of the quick suite, by title."""
+    """Tables of the quick suite by title."""
     options = Options(device=CPU, quick=True, work_dir=tmp_path_factory.mktemp("step"))
     return {table.title: table for table in step.run(options)}
 
@@ -44,7 +44,7 @@ def test_the_naive_loss_is_the_projects_loss_and_gradient(absent: int | None) ->
     torch.testing.assert_close(naive_gradient, our_gradient, atol=1e-7, rtol=1e-4)
 
 
-def test_a_row_a_choice_with_figures_or_a_reason(tables: dict[str, Table]) -> None:
+def test_one_row_per_choice_with_values_or_a_reason(tables: dict[str, Table]) -> None:
     table = tables["A training step"]
     assert [row[0] for row in table.rows] == [choice.name for choice in CHOICES]
     missing = {"Triton kernels", "torch.compile (--compile)"} | (
@@ -59,22 +59,22 @@ def test_a_row_a_choice_with_figures_or_a_reason(tables: dict[str, Table]) -> No
             assert all(math.isfinite(figure) and figure > 0 for figure in row[2:])
 
 
-def test_the_figures_of_the_peak_fit_together(tables: dict[str, Table]) -> None:
+def test_the_peak_performance_values_are_consistent(tables: dict[str, Table]) -> None:
     figures = {row[0]: row[1] for row in tables["Share of the peak"].rows}
     assert all(math.isfinite(figure) and figure > 0 for figure in figures.values())
     assert figures["samples/s"] * figures["ms per step"] / 1e3 == pytest.approx(2)  # the quick suite's batch
     assert figures["TFLOP/s"] / figures["GEMM peak, TFLOP/s"] == pytest.approx(figures["share of the GEMM peak"])
-    assert all(mark == "" for *_, mark in tables["Share of the peak"].rows)  # they are a GPU's
+    assert all(mark == "" for *_, mark in tables["Share of the peak"].rows)  # marks are for GPUs
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.name)
 def test_a_step_without_a_choice_has_the_same_loss(choice: step.Choice) -> None:
     full, without = (make_step(Way(**off), CPU, SMALL, 2) for off in ({}, choice.off))
-    for _ in range(2):  # the second follows from the first's update
+    for _ in range(2):  # the second depends on the first update
         assert without().item() == pytest.approx(full().item(), abs=2e-3 if "amp" in choice.off else 1e-4)
 
 
-def test_switching_off_reaches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_choice_switches_off_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
     def spy(state: Any, batch: Any, settings: Any, *, communicate: bool) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_switching_off_reaches_what_it_names(monkeypatch: pytest.MonkeyPatch) ->
         assert seen.pop() == full | {name: value for name, value in choice.off.items() if name in full}
 
 
-def test_triton_is_back_on_after_a_step_that_failed() -> None:
+def test_triton_is_restored_after_a_failed_step() -> None:
     def fail() -> None:
         with triton_used(False):
             raise ValueError(f"Triton: {kernels.USE_TRITON}")
@@ -120,7 +120,7 @@ def test_the_batch_is_halved_until_it_fits() -> None:
     assert tried == [28, 14, 7]
 
 
-def test_a_gpu_that_holds_no_sample_is_a_clear_line() -> None:
+def test_a_gpu_too_small_for_one_sample_is_a_user_error() -> None:
     def work(batch_size: int) -> None:
         raise torch.cuda.OutOfMemoryError
 

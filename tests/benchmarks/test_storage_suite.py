@@ -1,4 +1,4 @@
-"""The storage suite: sizes by the law, room on the disk, the arithmetic of utilisation, disjoint shards, its table."""
+"""The storage suite: case sizes, free disk space, utilisation, disjoint shards, and its table."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def options(work_dir: Path, cases: int | None = None) -> Options:
     return Options(device=torch.device("cpu"), quick=True, work_dir=work_dir, cases=cases, num_workers=1)
 
 
-def test_sizes_follow_the_law() -> None:
+def test_sizes_follow_the_distribution() -> None:
     sizes = draw_sizes(np.random.default_rng(3), 20_000, PATCH)
     made = np.array([5 * math.prod(volume_shape(size, PATCH)) for size in sizes])
-    # What is raised to the size of a crop (2.3 % of the normal distribution) moves both by up to 2 %.
+    # The lower bound, the size of a crop, applies to 2.3 % of the cases and changes mean and deviation by up to 2 %.
     for bytes_of_cases in (sizes, made):
         assert bytes_of_cases.mean() == pytest.approx(146_600_628, rel=0.015)
         assert bytes_of_cases.std() == pytest.approx(68_341_808, rel=0.035)
         assert bytes_of_cases.min() >= 5 * 128**3
 
 
-def test_a_smaller_patch_scales_the_law() -> None:
+def test_a_smaller_patch_scales_the_sizes() -> None:
     whole = draw_sizes(np.random.default_rng(3), 100, PATCH)
     np.testing.assert_allclose(draw_sizes(np.random.default_rng(3), 100, SMALL), whole / 8**3)
 
 
 @pytest.mark.parametrize("size", [1.0, 5.0 * 128**3, 80e6, 146_600_628.0, 400e6])
-def test_a_volume_has_its_size_and_room_for_a_crop(size: float) -> None:
+def test_a_volume_has_its_size_and_contains_a_crop(size: float) -> None:
     d, h, w = volume_shape(size, PATCH)
     assert min(d, h, w) >= 128
     assert 5 * d * h * w == pytest.approx(max(size, 5 * 128**3), rel=0.01)
     assert d <= h == w
 
 
-def test_volumes_of_the_issue_are_160_by_400_by_400() -> None:
+def test_a_volume_of_128_mb_is_160_by_400_by_400() -> None:
     assert volume_shape(5 * 160 * 400 * 400, PATCH) == (160, 400, 400)
 
 
@@ -89,7 +89,7 @@ def test_utilisation_by_hand() -> None:
     assert arrivals == [(0, 103.0), (1, 108.0), (2, 112.0)]
     assert seen == Emulated(steps=3, samples=5, compute_s=12.0, total_s=16.0, first_wait_s=3.0)
     assert utilisation([seen]) == 0.75
-    # Of two accelerators: their times together, not the mean of their shares.
+    # With two accelerators, their times are added; their utilisations are not averaged.
     other = Emulated(steps=1, samples=2, compute_s=4.0, total_s=4.0, first_wait_s=0.0)
     assert utilisation([seen, other]) == 0.8
     rate = 5 / 16 + 2 / 4
@@ -125,21 +125,21 @@ def test_accelerators_have_disjoint_shards_and_cold_cases_are_dropped(
     if not is_cold:
         assert dropped == []
         return
-    # 24 cases, 24 samples: before the start all are dropped, and then each once more with its batch of two.
+    # 24 cases and samples: all are dropped before the start, then each again with its batch of two.
     everything = Counter(path.name for path in files_of(tmp_path, cases))
     assert dropped[0] == everything
     assert [files.total() for files in dropped[1:]] == [4] * 12
     assert sum(dropped[1:], Counter()) == everything
 
 
-def test_volumes_are_written_whole_with_boxes_inside(tmp_path: Path) -> None:
+def test_volumes_are_written_with_boxes_inside(tmp_path: Path) -> None:
     shapes = [(16, 40, 40), (130, 128, 128)]
     cases = storage.write_volumes(tmp_path, shapes, SMALL)
     for case, shape, boxes in zip(cases, shapes, load_boxes(tmp_path, cases, 3), strict=True):
         image, label = map_case(tmp_path, case)
         assert image.shape == label.shape == (1, *shape)
         assert set(np.unique(label)) == {0, 1, 2}
-        # No hole in the files: a sparse one would cost the disk nothing.
+        # The files are not sparse, which would read faster.
         assert np.count_nonzero(image) > 0.99 * image.size
         assert len(boxes[1]) == 2
         for box in boxes[1]:
@@ -149,10 +149,10 @@ def test_volumes_are_written_whole_with_boxes_inside(tmp_path: Path) -> None:
 
 
 def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, bool]] = []
+    tried: list[tuple[int, int, bool]] = []
 
     def feed(_: Path, __: object, settings: LoaderConfig, is_cold: bool, **timing: float) -> list[Emulated]:
-        asked.append((settings.ranks, settings.num_workers, is_cold))
+        tried.append((settings.ranks, settings.num_workers, is_cold))
         compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
         return [Emulated(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)] * settings.ranks
 
@@ -160,12 +160,12 @@ def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(storage, "was_dropped", lambda path: True)
     monkeypatch.setattr(storage, "drop_caches", lambda files: True)
     table = storage.run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, cases=9, num_workers=4))[0]
-    assert asked == [(1, 4, False), (2, 2, False), (4, 1, False), (1, 4, True), (2, 2, True)]
+    assert tried == [(1, 4, False), (2, 2, False), (4, 1, False), (1, 4, True), (2, 2, True)]
     assert [row[0] for row in table.rows] == ["warm"] * 3 + ["cold"] * 2
     assert [row[-1] for row in table.rows] == ["yes", "yes", "no", "yes", "no"]
 
 
-def test_what_cannot_be_dropped_is_not_called_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dropped_caches_cold_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         storage, "feed", lambda *_, **__: [Emulated(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)]
     )

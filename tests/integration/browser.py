@@ -39,7 +39,7 @@ class Page:
 
     Attributes:
         requests: every requested address, including the page's own.
-        complaints: console errors and warnings, and exceptions.
+        problems: console errors and warnings, and exceptions.
     """
 
     def __init__(self, to: int, back: int) -> None:
@@ -49,7 +49,7 @@ class Page:
         self._session = ""
         self._loaded = False
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.problems: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
@@ -98,25 +98,25 @@ class Page:
         end_s = time.monotonic() + TIMEOUT_S
         while b"\0" not in self._buffer:
             piece = os.read(self._back, 1 << 20)
-            assert piece, "the browser is gone"
+            assert piece, "the browser has ended"
             assert time.monotonic() < end_s, "the browser does not answer"
             self._buffer += piece
         first, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(first)
-        self._note(message.get("method", ""), message.get("params", {}))
+        self._record(message.get("method", ""), message.get("params", {}))
         return message
 
-    def _note(self, method: str, params: dict[str, Any]) -> None:
+    def _record(self, method: str, params: dict[str, Any]) -> None:
         if method == "Page.loadEventFired":
             self._loaded = True
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(str(params["exceptionDetails"]))
+            self.problems.append(str(params["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.complaints.append(str(params["args"]))
+            self.problems.append(str(params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+            self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
 
 @contextmanager

@@ -22,16 +22,16 @@ TINY = (
     *("--model", "unet3d(filters=(4,8))"),
     *("--input_shape", "16", "16", "16", "--val_input_shape", "16", "16", "16"),
     *("--num_workers", "0", "--seed", "7", "--learning_rate", "0.3"),
-    "--no_report",  # seconds each, as long as the run; test_report.py looks at it
+    "--no_report",  # takes as long as the run; tested in test_report.py
 )
 
 
 def run_module(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """`python3 ARGUMENTS`, under torchrun for more ranks than one."""
+    """Runs `python3 ARGUMENTS`, under torchrun if `ranks` is more than 1."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    # One thread a process: ranks that spin for each other's cores take minutes for seconds' work.
+    # One thread per process: ranks that compete for cores take minutes instead of seconds.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     return subprocess.run(
         [*launcher, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -84,7 +84,7 @@ def balls_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def balls(balls_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`balls_raw`, preprocessed by the program: 12 cases to train, 3 to evaluate."""
+    """`balls_raw` preprocessed by the program: 12 training cases, 3 evaluation cases."""
     results = tmp_path_factory.mktemp("balls_data")
     arguments = ["preprocess_dataset.py", "--dataset", "msd", "--num_workers", "1"]
     done = run_module([*arguments, "--data_dir", str(balls_raw), "--results_dir", str(results)])
@@ -94,17 +94,17 @@ def balls(balls_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The log folder, checkpoint.pth in it, of a run on `balls` that reached its target."""
-    logs = tmp_path_factory.mktemp("trained") / "logs"  # not there yet: the run makes it, for both its flags
+    """The log folder of a run on `balls` that reached its target; contains checkpoint.pth."""
+    logs = tmp_path_factory.mktemp("trained") / "logs"  # the run creates it
     program(
         *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
-        # The first evaluation comes when something is predicted: a mean Dice of nothing ends a run as diverged.
+        # At the first evaluation the network predicts foreground; without it, the run would end as diverged.
         *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.88),
     )
     return logs
 
 
 def events_of(logs: Path, kind: str) -> list[dict[str, object]]:
-    """The events of one kind in a run's JSON lines."""
+    """Returns the events of one kind in a run's log.jsonl."""
     lines = (logs / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == kind]

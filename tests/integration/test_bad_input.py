@@ -13,8 +13,8 @@ from tests.integration.conftest import TINY, Program
 pytestmark = pytest.mark.integration
 
 
-def complaint(program: Program, *arguments: object) -> str:
-    """Runs with bad arguments and returns the one-line error message."""
+def error_line(program: Program, *arguments: object) -> str:
+    """Runs the program with bad arguments and returns its one-line error message."""
     done = program(*arguments, ok=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -31,20 +31,20 @@ def complaint(program: Program, *arguments: object) -> str:
         ((), "--data_dir is required"),
         (("--data_dir", "{data}", "--input_shape", 15, 16, 16), "the nearest is 16 16 16"),
         (("--data_dir", "{data}", "--val_input_shape", 16, 16, 2, "--input_shape", 2, 2, 2), "the nearest is 2 2 4"),
-        (("--data_dir", "{data}", "--batch_size", 13), "12 training cases do not give 1 rank(s)"),
+        (("--data_dir", "{data}", "--batch_size", 13), "too few training cases (12) for 1 rank(s) x batch size 13"),
         (("--data_dir", "{data}", "--ga_steps", 7), "an epoch has 6 batches"),
         (("--data_dir", "{data}", "--division", "closed"), "data set balls, not kits19"),
         (("--data_dir", "{data}", "--model", "unet3"), "--model 'unet3': unknown name; available: slicewise, unet3d"),
         (("--data_dir", "{data}", "--model", "unet3d(filter=3)"), "it takes filters"),
-        (("--data_dir", "{data}", "--loader", "fast"), "there are device, pytorch, synthetic"),
+        (("--data_dir", "{data}", "--loader", "fast"), "unknown loader; available: device, pytorch, synthetic"),
         (("--data_dir", "{data}", "--benchmark"), "leave nothing to time"),
         (("--data_dir", "{data}", "--exec_mode", "evaluate"), "needs --load_ckpt_path"),
         (("--data_dir", "{data}", "--load_ckpt_path", "/nowhere.pth"), "no such file"),
         (("--data_dir", "{data}", "--save_ckpt_path", "{data}/dataset.json/c.pth"), "its folder cannot be written"),
         (("--data_dir", "{data}", "--log_dir", "{data}/dataset.json/logs"), "cannot be written"),
-        (("--data_dir", "{data}", "--amp_dtype", "bf16"), "does nothing without --amp"),
+        (("--data_dir", "{data}", "--amp_dtype", "bf16"), "has no effect without --amp"),
         (("--data_dir", "{data}", "--overlap", 1), "windows must advance"),
-        (("--data_dir", "{data}", "--epochs", "many"), "not a number"),
+        (("--data_dir", "{data}", "--epochs", "many"), "must be an integer, not 'many'"),
         (("@/nowhere.args",), "/nowhere.args"),
     ],
 )
@@ -52,26 +52,28 @@ def test_bad_arguments_are_reported_in_one_line(
     program: Program, balls: Path, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     given = [str(argument).replace("{data}", str(balls)) for argument in arguments]
-    logs = [] if "--log_dir" in given else ["--log_dir", str(tmp_path / "logs")]
-    tiny = [] if "--input_shape" in given else TINY
-    tiny = [*tiny] if tiny else ["--model", "unet3d(filters=(4,8))"]
-    if "--model" in given:
-        del tiny[:2]
-    assert message in complaint(program, *logs, *tiny, *given)
+    logs = [] if "--log_dir" in given else ["--log_dir", tmp_path / "logs"]
+    model, shapes = TINY[:2], TINY[2:]
+    assert message in error_line(
+        program,
+        *(logs + given),
+        *(() if "--model" in given else model),
+        *(() if "--input_shape" in given else shapes),
+    )
 
 
 def test_the_intended_folder_is_suggested(program: Program, balls: Path, tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     shutil.copytree(balls, tmp_path / "outer" / "data")
-    assert f"did you mean {tmp_path}/outer/data" in complaint(program, "--data_dir", tmp_path / "outer")
+    assert f"did you mean {tmp_path}/outer/data" in error_line(program, "--data_dir", tmp_path / "outer")
     (tmp_path / "outer" / "data" / "logs").mkdir()
-    line = complaint(program, "--data_dir", tmp_path / "outer" / "data" / "logs")
+    line = error_line(program, "--data_dir", tmp_path / "outer" / "data" / "logs")
     assert f"did you mean {tmp_path}/outer/data" in line
 
 
 def test_a_checkpoint_of_another_network(program: Program, balls: Path, trained: Path) -> None:
     arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth")
-    line = complaint(program, *arguments, "--model", "unet3d(filters=(4,16))")
+    line = error_line(program, *arguments, "--model", "unet3d(filters=(4,16))")
     assert "of another network" in line
     assert "bottleneck" in line
 
@@ -80,7 +82,7 @@ def test_code_in_a_checkpoint_is_not_run(program: Program, balls: Path, tmp_path
     marker = tmp_path / "ran"
     torch.save({"network": _Touch(marker)}, tmp_path / "hostile.pth")
     arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", tmp_path / "hostile.pth")
-    assert "could run code" in complaint(program, *arguments)
+    assert "could run code" in error_line(program, *arguments)
     assert not marker.exists()
 
 
@@ -97,12 +99,12 @@ def test_a_missing_volume_is_named(program: Program, balls: Path, tmp_path: Path
     shutil.copytree(balls, data)
     for path in data.glob("*_x.npy"):
         path.unlink()
-    line = complaint(program, "--data_dir", data, "--log_dir", tmp_path / "logs", *TINY)
+    line = error_line(program, "--data_dir", data, "--log_dir", tmp_path / "logs", *TINY)
     assert "_x.npy: missing" in line
 
 
-def test_more_ranks_than_batches(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_too_few_cases_for_the_ranks(program: Program, balls: Path, tmp_path: Path) -> None:
     done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--batch_size", 7, ranks=2, ok=False)
     assert done.returncode != 0
-    assert "12 training cases do not give 2 rank(s) one batch of 7 each" in done.stderr
+    assert "too few training cases (12) for 2 rank(s) x batch size 7" in done.stderr
     assert "UserError" not in done.stderr

@@ -1,4 +1,4 @@
-"""`docs/extending.md`, done as it is written: each file and each line, in a copy of the project, and then used."""
+"""Applies every addition of `docs/extending.md` to a copy of the project and uses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE = re.compile(r"^A line in `(\w+)` of `(\S+)`:\n```python\n(.*?)^```$", re.M
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with all that the document adds."""
+    """A copy of the project with everything that the document adds."""
     copy = tmp_path_factory.mktemp("extended") / "project"
     shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("tests", ".*", "__pycache__", "demo", "*.png"))
     text = (PROJECT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert len(line.splitlines()) == 1
         before = (copy / path).read_text(encoding="utf-8")
         after, count = re.subn(rf"^({table}: .* = {{\n)", rf"\1{line}", before, flags=re.MULTILINE)
-        assert count == 1, f"{path} has a table {table}, one entry a line"
+        assert count == 1, f"{path} must have a table {table} with one entry per line"
         (copy / path).write_text(after, encoding="utf-8")
     return copy
 
@@ -54,7 +54,7 @@ def run(project: Path, *arguments: object, ok: bool = True) -> subprocess.Comple
     return done
 
 
-def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
+def test_the_documented_additions_work(extended: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "raw").mkdir()
     for number in range(5):
@@ -62,73 +62,33 @@ def test_what_the_document_adds_works(extended: Path, tmp_path: Path) -> None:
         image = label * 5.0 + rng.normal(size=label.shape)
         np.savez(tmp_path / "raw" / f"patient_{number}.npz", image=image, label=label, spacing_mm=[2.0, 1.0, 1.0])
     data, logs = tmp_path / "data", tmp_path / "logs"
-    told = run(
+    preprocessed = run(
         extended,
-        "preprocess_dataset.py",
-        "--dataset",
-        "archives",
-        "--data_dir",
-        tmp_path / "raw",
-        "--results_dir",
-        data,
-        "--num_workers",
-        1,
-        "--split_ratios",
-        0.6,
-        0.4,
+        *("preprocess_dataset.py", "--dataset", "archives", "--data_dir", tmp_path / "raw", "--results_dir", data),
+        *("--num_workers", 1, "--split_ratios", 0.6, 0.4),
     )
-    assert "3 to train, 2 to evaluate" in told.stdout
+    assert "3 to train, 2 to evaluate" in preprocessed.stdout
     window = ("8", "8", "8")
     run(
         extended,
-        "main.py",
-        "--data_dir",
-        data,
-        "--log_dir",
-        logs,
-        "--model",
-        "pointwise(width=8)",
-        "--input_shape",
-        *window,
-        "--val_input_shape",
-        *window,
-        "--num_workers",
-        0,
-        "--seed",
-        1,
-        "--batch_size",
-        1,
-        "--epochs",
-        30,
-        "--learning_rate",
-        0.3,
-        "--start_eval_at",
-        30,
-        "--no_report",
-        "--trackers",
-        "jsonl",
-        "journal(file='dice.txt')",
+        *("main.py", "--data_dir", data, "--log_dir", logs, "--no_report"),
+        *("--model", "pointwise(width=8)", "--input_shape", *window, "--val_input_shape", *window),
+        *("--num_workers", 0, "--seed", 1, "--batch_size", 1, "--learning_rate", 0.3),
+        *("--epochs", 30, "--start_eval_at", 30, "--trackers", "jsonl", "journal(file='dice.txt')"),
     )
     (line,) = (logs / "dice.txt").read_text().splitlines()
     assert line.startswith("epoch 30: ")
-    assert float(line.split()[-1]) > 0.8, "intensity alone tells"
+    assert float(line.split()[-1]) > 0.8, "the intensity alone identifies the class"
     again = run(
         extended,
-        "main.py",
-        "--exec_mode",
-        "evaluate",
-        "--data_dir",
-        data,
-        "--log_dir",
-        logs,
-        "--load_ckpt_path",
-        logs / "checkpoint.pth",
+        *("main.py", "--exec_mode", "evaluate", "--data_dir", data, "--log_dir", logs),
+        *("--load_ckpt_path", logs / "checkpoint.pth"),
     )
     scored = dict(line.rsplit(" ", 1) for line in again.stdout.splitlines())
     assert float(scored["mean_dice"]) == pytest.approx(float(line.split()[-1]), abs=1e-4)
 
 
-def test_a_wrong_name_lists_the_new_one(extended: Path, tmp_path: Path) -> None:
+def test_an_unknown_name_lists_the_new_one(extended: Path, tmp_path: Path) -> None:
     done = run(extended, "main.py", "--loader", "synthetic", "--log_dir", tmp_path, "--model", "pontwise", ok=False)
     assert done.returncode == 2
     assert "available: pointwise, slicewise, unet3d" in done.stderr

@@ -1,4 +1,4 @@
-"""What the open division lets change, in the real program: epochs, schedules, callbacks, transfer and freezing."""
+"""Options of the open division in the real program: epochs, schedules, callbacks, fine-tuning and freezing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.conftest import TINY, Program, events_of
 
 pytestmark = pytest.mark.integration
 
-# 12 cases to train: 5 steps of 4 a rank take each case at most twice.
+# 12 training cases: 5 steps of 4 samples per rank use each case at most twice.
 OPEN = (
     *TINY,
     *("--batch_size", 4, "--steps_per_epoch", 5, "--start_eval_at", 2, "--evaluate_every", 1),
@@ -26,7 +26,7 @@ OPEN = (
 
 @pytest.fixture(scope="module")
 def opened(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that makes no progress by its own measure: scores must rise by 2."""
+    """A run without progress: `min_delta` requires scores to rise by 2."""
     logs = tmp_path_factory.mktemp("opened")
     program("--data_dir", balls, "--log_dir", logs, *OPEN, "--epochs", 30)
     return logs
@@ -50,34 +50,29 @@ def test_an_epoch_has_the_steps_that_were_asked_for(opened: Path) -> None:
     with (opened / "rates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(int(row["epoch"]), int(row["batch"])) for row in rows] == [(e, b) for e in range(1, 5) for b in range(5)]
-    # Plateau: no progress in the evaluations of epochs 3 and 4 halves it for epoch 5, which never comes.
+    # Plateau: evaluations 3 and 4 without progress halve the rate for epoch 5, which is not reached.
     assert {float(row["learning_rate"]) for row in rows} == {0.3}
 
 
-def test_training_cases_are_scored_beside_the_evaluation(opened: Path) -> None:
+def test_training_cases_are_scored_after_each_evaluation(opened: Path) -> None:
     scored = events_of(opened, "TrainDiceEnd")
     assert [event["epoch"] for event in scored] == [2, 3, 4]
     assert all(0 <= float(event["mean_dice"]) <= 1 for event in scored)  # type: ignore[arg-type]
 
 
-def test_every_departure_is_in_the_log(opened: Path) -> None:
+def test_every_rule_violation_is_in_the_log(opened: Path) -> None:
     run = json.loads((opened / "run.json").read_text())
-    told = "; ".join(run["departures"])
+    violations = "; ".join(run["departures"])
     for flag in ("--steps_per_epoch 5", "--callbacks early_stopping(patience=2", "--lr_schedule plateau("):
-        assert flag in told
+        assert flag in violations
     assert run["division"] == "open"
 
 
 def test_resumed_with_steps_and_a_schedule_equals_never_stopping(program: Program, balls: Path, tmp_path: Path) -> None:
-    """On another split of the same steps over epochs, the schedule's and the callbacks' memory included."""
+    """The state of the schedule and the callbacks is resumed as well."""
     arguments = (
-        "--data_dir",
-        balls,
-        *OPEN[: OPEN.index("--callbacks")],
-        "--callbacks",
-        "early_stopping(patience=9)",
-        "--lr_schedule",
-        "plateau(factor=0.5, patience=1, threshold=9.0)",
+        *("--data_dir", balls, *OPEN[: OPEN.index("--callbacks")], "--callbacks", "early_stopping(patience=9)"),
+        *("--lr_schedule", "plateau(factor=0.5, patience=1, threshold=9.0)"),
     )
     program(*arguments, "--log_dir", tmp_path / "whole", "--epochs", 6)
     program(*arguments, "--log_dir", tmp_path / "parts", "--epochs", 4)
@@ -94,17 +89,8 @@ def test_fine_tuning_the_output_from_another_runs_weights(
     program: Program, balls: Path, trained: Path, tmp_path: Path
 ) -> None:
     done = program(
-        "--data_dir",
-        balls,
-        "--log_dir",
-        tmp_path,
-        *TINY,
-        "--epochs",
-        2,
-        "--init_from",
-        trained / "checkpoint.pth",
-        "--freeze",
-        "all_but_output",
+        *("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", 2),
+        *("--init_from", trained / "checkpoint.pth", "--freeze", "all_but_output"),
         ranks=2,
     )
     assert "the best weights, of epoch" in done.stdout
@@ -116,16 +102,16 @@ def test_fine_tuning_the_output_from_another_runs_weights(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (("--freeze", "decoder.*"), "--freeze 'decoder.*' matches no parameter's whole name"),
+        (("--freeze", "decoder.*"), "--freeze 'decoder.*' does not match any parameter's whole name"),
         (("--division", "closed", "--steps_per_epoch", 3), "--steps_per_epoch 3"),
     ],
 )
-def test_a_mistake_is_one_line(
-    program: Program, balls: Path, tmp_path: Path, arguments: tuple[object, ...], said: str
+def test_a_user_error_is_one_line(
+    program: Program, balls: Path, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
     done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, *arguments, ok=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert said in line
+    assert message in line

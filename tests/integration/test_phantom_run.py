@@ -1,4 +1,4 @@
-"""From made-up raw scans in KiTS19's layout to a log that MLPerf accepts, through the commands of the README."""
+"""From synthetic raw scans in KiTS19's layout to a log that MLPerf accepts, with the commands of the README."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.test_training import check_log, scores
 
 pytestmark = pytest.mark.integration
 
-# Of cases 00000 to 00003, MLPerf's list evaluates 00000 and 00003; the small view becomes 128 voxels cubed.
+# MLPerf evaluates cases 00000 and 00003 of these four. The small field of view is resampled to about 128^3 voxels.
 PHANTOMS = ["--cases", "4", "--shape", "16", "20", "20", "--field_of_view", "205", "154", "154"]
 NETWORK = ("--model", "unet3d(filters=(8,8,16))", "--input_shape", 32, 32, 32, "--layout", "NDHWC")
 RUN = ("--num_workers", 0, "--seed", 3, "--learning_rate", 0.3, "--oversampling", 1)
@@ -56,7 +56,7 @@ def test_the_run_learns_and_mlperf_accepts_the_log(run: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_keys_come_in_the_reference_s_order(run: Path) -> None:
+def test_the_keys_are_in_the_reference_s_order(run: Path) -> None:
     lines = (run / "unet3d.log").read_text().splitlines()
     keys = [json.loads(line.removeprefix(":::MLLOG "))["key"] for line in lines]
     once = list(dict.fromkeys(keys))
@@ -72,17 +72,17 @@ def test_the_keys_come_in_the_reference_s_order(run: Path) -> None:
     ]
 
 
-def test_a_folder_without_an_index_trains_alike(program: Program, kits: Path, tmp_path: Path) -> None:
-    """What the MLPerf reference preprocessed: the volumes alone."""
+def test_a_folder_without_an_index_trains_identically(program: Program, kits: Path, tmp_path: Path) -> None:
+    """The MLPerf reference's preprocessing writes only the volumes."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in kits.glob("*.npy"):
         (bare / path.name).symlink_to(path)
-    lost = []
+    losses = []
     for name, data in (("index", kits), ("bare", bare)):
         program("--data_dir", data, "--log_dir", tmp_path / name, *NETWORK, *RUN, "--epochs", 3, "--batch_size", 1)
-        lost.append([event["loss"] for event in events_of(tmp_path / name, "EpochStopped")])
-    assert lost[0] == lost[1]
+        losses.append([event["loss"] for event in events_of(tmp_path / name, "EpochStopped")])
+    assert losses[0] == losses[1]
 
 
 def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None
     assert '"key": "seed", "value": 11' in log
 
 
-def test_scores_are_those_of_the_logits_written_down_plainly(program: Program, kits: Path, tmp_path: Path) -> None:
-    """`evaluate` agrees with the reference's arithmetic on volumes of one window, for a bare state dict."""
+def test_scores_match_a_direct_computation_from_the_logits(program: Program, kits: Path, tmp_path: Path) -> None:
+    """`evaluate` agrees with the definition of the reference on volumes of one window, for a bare state dict."""
     torch.manual_seed(1)
     network = build_network("unet3d(filters=(8,8,16))", 1, 3).eval()
     torch.save(network.state_dict(), tmp_path / "bare.pth")

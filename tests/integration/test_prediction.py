@@ -66,7 +66,7 @@ def test_the_table_has_the_worst_case_first(scores: list[dict[str, str]]) -> Non
         assert float(row["bright_true_volume_ml"]) > 0
 
 
-def test_masks_of_unseen_scans_score_as_evaluation_says(
+def test_masks_of_unseen_scans_have_the_scores_of_the_evaluation(
     predicted: Path, scores: list[dict[str, str]], unseen: Path, balls_raw: Path
 ) -> None:
     for row in scores:
@@ -125,14 +125,14 @@ def test_a_scan_in_another_orientation_has_the_same_mask(
 def test_dicom_series_give_the_masks_of_their_scans(
     program: Program, trained: Path, unseen: Path, predicted: Path, tmp_path: Path
 ) -> None:
-    """As NIfTI, matched by affine, and as DICOM-SEG, matched by the slices that it refers to."""
+    """NIfTI masks are compared by affine, DICOM-SEG by the slices that they refer to."""
     hd = pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
     from data_loading.io import dicom
     from tests.data_loading.io.series import write_series
 
     for number, scan in enumerate(sorted(unseen.iterdir())[:2], start=1):
         volume = read_nifti(scan, np.float32)
-        # Whole numbers, as a scanner stores them.
+        # Scanners store integers.
         geometry = Geometry(volume.geometry.affine, volume.geometry.shape, volume.geometry.spacing_mm)
         write_series(tmp_path / "in" / scan.name, np.rint(volume.array[0]).astype(np.int16), geometry, number=number)
         nib.save(nib.Nifti1Image(np.rint(volume.array[0]), geometry.affine), tmp_path / f"{number}.nii")
@@ -150,8 +150,8 @@ def test_dicom_series_give_the_masks_of_their_scans(
         mask = nib.load(tmp_path / "out" / f"series_{number}.nii.gz")
         to_mask = np.linalg.inv(mask.affine) @ expected.affine
         index = np.indices(expected.shape).reshape(3, -1)
-        places = np.rint(to_mask[:3, :3] @ index + to_mask[:3, 3:]).astype(int)
-        np.testing.assert_array_equal(np.asarray(mask.dataobj)[tuple(places)], np.asarray(expected.dataobj).ravel())
+        indices = np.rint(to_mask[:3, :3] @ index + to_mask[:3, 3:]).astype(int)
+        np.testing.assert_array_equal(np.asarray(mask.dataobj)[tuple(indices)], np.asarray(expected.dataobj).ravel())
         assert np.count_nonzero(np.asarray(mask.dataobj)) > 50
     predict(program, trained, tmp_path / "in", tmp_path / "seg.dcm", "--series", "2")
     segmentation = hd.seg.segread(tmp_path / "seg.dcm")

@@ -1,4 +1,4 @@
-"""Every recipe: its commands are commands, its names exist, its network takes its windows."""
+"""Every recipe: its commands are valid, its names exist, and its network accepts its windows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from runtime.objective import make_objective, split_specs
 from tests.integration.conftest import PROJECT
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.args"))
-# What a command's folders and files stand for.
-PLACES = re.compile(r"\b[A-Z][A-Z0-9_]{2,}\b")
+# Placeholders for folders and files in a command.
+PLACEHOLDERS = re.compile(r"\b[A-Z][A-Z0-9_]{2,}\b")
 
 
 def commands(recipe: Path) -> list[list[str]]:
-    """The commands in the head, those over several lines whole."""
+    """Returns the commands in the header comment; joins continued lines."""
     head = [line.removeprefix("#").strip() for line in recipe.read_text(encoding="utf-8").splitlines()]
     text = "\n".join(head).replace("\\\n", " ")
     starts = ("python3 ", "torchrun ", "pip ")
@@ -41,7 +41,7 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_the_commands_in_its_head_are_commands(
+def test_the_commands_in_its_header_are_valid(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(PROJECT)
@@ -51,7 +51,7 @@ def test_the_commands_in_its_head_are_commands(
         if "main.py" in arguments:
             given = arguments[arguments.index("main.py") + 1 :]
             parse_arguments(given)
-            assert all(place == place.upper() or "/" in place for place in PLACES.findall(" ".join(given)))
+            assert all(name == name.upper() or "/" in name for name in PLACEHOLDERS.findall(" ".join(given)))
         elif arguments[0] == "preprocess_dataset.py":
             preprocess_dataset.make_parser().parse_args(arguments[1:])
         elif arguments[:2] == ["-m", "prediction.pseudo_labels"]:
@@ -63,7 +63,7 @@ def test_the_commands_in_its_head_are_commands(
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_its_names_exist_and_its_network_takes_its_windows(recipe: Path) -> None:
+def test_its_names_exist_and_its_network_accepts_its_windows(recipe: Path) -> None:
     config = config_of(recipe)
     for package in ("monai", "torchio"):
         if package in " ".join(map(str, [config.model, config.loss, *config.augment])):

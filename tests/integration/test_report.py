@@ -20,9 +20,9 @@ pytestmark = pytest.mark.integration
 REPORTING = tuple(flag for flag in TINY if flag != "--no_report")
 WIDTHS, THEMES = (1280, 390), ("light", "dark")
 HOSTILE = "<script>document.title = 'broken'</script><img src=http://192.0.2.1/x.png onerror=alert(1)>"
-# For every element with text of its own: font size in CSS pixels, left and right edge, and contrast (WCAG). An element
-# in a scrollable box or in closed <details> has no extent.
-LOOK = """(() => {
+# For every element with its own text: font size and left and right edges in CSS pixels, and contrast (WCAG). Elements
+# in scrollable boxes count as inside the page.
+MEASURE = """(() => {
   const channels = colour => colour.match(/[\\d.]+/g).map(Number);
   const light = colour => channels(colour).slice(0, 3).map(v => v / 255)
     .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -62,7 +62,7 @@ def browser() -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def logs(trained: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's logs with the page that `--exec_mode report` wrote."""
+    """The log folder of a run with the page that `--exec_mode report` wrote."""
     copy = tmp_path_factory.mktemp("report") / "balls <run>"
     shutil.copytree(trained, copy)
     done = program("--exec_mode", "report", "--log_dir", copy)
@@ -73,7 +73,7 @@ def logs(trained: Path, program: Program, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def hostile(logs: Path, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run with malicious names of classes and cases."""
+    """The same run with malicious class and case names."""
     copy = tmp_path_factory.mktemp("hostile") / "logs"
     shutil.copytree(logs, copy)
     lines = [json.loads(line) for line in (copy / "log.jsonl").read_text().splitlines()]
@@ -87,26 +87,26 @@ def hostile(logs: Path, program: Program, tmp_path_factory: pytest.TempPathFacto
     return copy
 
 
-def look(browser: Page, path: Path, width: int, theme: str) -> list[dict[str, Any]]:
-    """Opens the page, checks what holds for every page, and returns its texts."""
+def measure(browser: Page, path: Path, width: int, theme: str) -> list[dict[str, Any]]:
+    """Opens a page, makes the checks common to all pages, and returns its texts."""
     browser.requests.clear()
-    browser.complaints.clear()
+    browser.problems.clear()
     browser.show(path.as_uri(), width, theme=theme)
-    looked: list[dict[str, Any]] = browser.evaluate(LOOK)
-    assert len(looked) > 50
-    assert browser.complaints == []
+    found: list[dict[str, Any]] = browser.evaluate(MEASURE)
+    assert len(found) > 50
+    assert browser.problems == []
     assert [address for address in browser.requests if not address.startswith("data:")] == [path.as_uri()]
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert [found for found in looked if found["right"] > width or found["left"] < 0] == []
-    assert [found for found in looked if found["size"] < 10] == []
-    assert [found for found in looked if found["contrast"] < 4.5] == []
-    return looked
+    assert [text for text in found if text["right"] > width or text["left"] < 0] == []
+    assert [text for text in found if text["size"] < 10] == []
+    assert [text for text in found if text["contrast"] < 4.5] == []
+    return found
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("theme", THEMES)
 def test_the_page_is_legible_and_requests_nothing(browser: Page, logs: Path, width: int, theme: str) -> None:
-    texts = {found["text"] for found in look(browser, logs / "report.html", width, theme)}
+    texts = {found["text"] for found in measure(browser, logs / "report.html", width, theme)}
     assert {"Target reached", "balls <run>", "bright", "brighter", "Worst, median, best"} <= texts
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") is (theme == "light")
@@ -114,7 +114,7 @@ def test_the_page_is_legible_and_requests_nothing(browser: Page, logs: Path, wid
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_images_are_shown_and_described(browser: Page, logs: Path, width: int) -> None:
-    look(browser, logs / "report.html", width, "light")
+    measure(browser, logs / "report.html", width, "light")
     images = browser.evaluate(
         "[...document.images].map(i => [i.complete && i.naturalWidth, i.alt, i.getBoundingClientRect().width])"
     )
@@ -128,7 +128,7 @@ def test_images_are_shown_and_described(browser: Page, logs: Path, width: int) -
 
 
 def test_headings_make_an_outline(browser: Page, logs: Path) -> None:
-    look(browser, logs / "report.html", 1280, "light")
+    measure(browser, logs / "report.html", 1280, "light")
     levels = browser.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -137,7 +137,7 @@ def test_headings_make_an_outline(browser: Page, logs: Path) -> None:
 
 
 def test_a_wide_table_scrolls_in_its_own_box(browser: Page, logs: Path) -> None:
-    look(browser, logs / "report.html", 390, "light")
+    measure(browser, logs / "report.html", 390, "light")
     boxes = browser.evaluate(
         "[...document.querySelectorAll('.box')].map(b => [getComputedStyle(b).overflowX, b.tabIndex, "
         "b.getBoundingClientRect().right, b.getAttribute('aria-label')])"
@@ -147,8 +147,8 @@ def test_a_wide_table_scrolls_in_its_own_box(browser: Page, logs: Path) -> None:
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_names_from_files_do_nothing(browser: Page, hostile: Path, theme: str) -> None:
-    look(browser, hostile / "report.html", 390, theme)
+def test_names_from_files_are_escaped(browser: Page, hostile: Path, theme: str) -> None:
+    measure(browser, hostile / "report.html", 390, theme)
     assert browser.evaluate("document.title").startswith("logs: ")
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.evaluate("document.body.textContent").count(HOSTILE) >= 3
@@ -161,11 +161,11 @@ def compared(logs: Path, hostile: Path, program: Program) -> Path:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_runs_are_compared_on_a_page(browser: Page, compared: Path, width: int) -> None:
-    look(browser, compared, width, "dark")
+    measure(browser, compared, width, "dark")
     assert browser.evaluate("document.querySelector('h1').textContent") == "2 runs compared"
 
 
-def test_images_need_the_runs_own_checkpoint_and_data(logs: Path, program: Program, tmp_path: Path) -> None:
+def test_images_need_the_checkpoint_and_data_of_the_run(logs: Path, program: Program, tmp_path: Path) -> None:
     copy = tmp_path / "logs"
     shutil.copytree(logs, copy)
     (copy / "checkpoint.pth").unlink()
@@ -175,7 +175,7 @@ def test_images_need_the_runs_own_checkpoint_and_data(logs: Path, program: Progr
     assert f"No images: --data_dir {tmp_path / 'gone'}: no such folder" in (copy / "report.html").read_text()
 
 
-def test_a_run_leaves_its_page_unless_asked_not_to(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_a_run_writes_its_page_unless_disabled(program: Program, balls: Path, tmp_path: Path) -> None:
     arguments = ("--data_dir", balls, *REPORTING, "--epochs", 2, "--start_eval_at", 9)
     printed = program(*arguments, "--log_dir", tmp_path / "with", ranks=2).stdout
     assert f"report {tmp_path / 'with' / 'report.html'}" in printed.splitlines()

@@ -1,4 +1,4 @@
-"""The real program trains, scores, saves and logs, on one rank and on many."""
+"""The real program trains, evaluates, saves and logs, on one and on several ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.integration
 
 
 def scores(output: str) -> dict[str, str]:
-    """The `name value` lines of an evaluation."""
+    """Returns the `name value` lines of an evaluation as a dict."""
     return dict(line.rsplit(" ", 1) for line in output.splitlines() if line)
 
 
 def check_log(log: Path, ruleset: str = "4.0.0") -> subprocess.CompletedProcess[str]:
-    """MLPerf's own compliance checker."""
+    """Runs MLPerf's compliance checker on a log."""
     command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", ruleset]
     output = str(log.with_suffix(".checked"))
     return subprocess.run([*command, "--log_output", output, str(log)], capture_output=True, text=True, check=False)
@@ -32,15 +32,14 @@ def losses(logs: Path) -> list[float]:
     return [float(event["loss"]) for event in events_of(logs, "EpochStopped")]  # type: ignore[arg-type]
 
 
-def test_a_run_reaches_its_target_and_says_so(trained: Path) -> None:
+def test_a_run_reaches_its_target_and_reports_success(trained: Path) -> None:
     (stopped,) = events_of(trained, "RunStopped")
     evaluations = events_of(trained, "EvaluationStopped")
     assert stopped["status"] == "success"
     assert [event["epoch"] for event in evaluations][:2] == [10, 15]
     assert float(evaluations[-1]["mean_dice"]) >= 0.88  # type: ignore[arg-type]
     assert all(float(event["mean_dice"]) < 0.88 for event in evaluations[:-1])  # type: ignore[arg-type]
-    # It learnt: the loss fell.
-    assert losses(trained)[-1] < 0.6 * losses(trained)[0]
+    assert losses(trained)[-1] < 0.6 * losses(trained)[0], "the network must have learned"
 
 
 def test_mlperf_accepts_the_log(trained: Path) -> None:
@@ -71,8 +70,10 @@ def test_evaluation_of_the_checkpoint_gives_the_scores_of_training(
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_change_no_digit_of_an_evaluation(program: Program, balls: Path, trained: Path, ranks: int) -> None:
-    """Three cases on two ranks (uneven), on three, and on four (one has none)."""
+def test_evaluation_is_the_same_on_any_number_of_ranks(
+    program: Program, balls: Path, trained: Path, ranks: int
+) -> None:
+    """Three cases on two ranks (uneven), on three, and on four (one rank has no case)."""
     arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth")
     assert program(*arguments, ranks=ranks).stdout == program(*arguments).stdout
 
@@ -81,8 +82,8 @@ def test_ranks_change_no_digit_of_an_evaluation(program: Program, balls: Path, t
 def test_ranks_and_accumulation_train_as_one_big_batch(
     program: Program, balls: Path, tmp_path: Path, ranks: int, batch_size: int, ga_steps: int
 ) -> None:
-    """The same global batch of 6, whoever holds its samples, gives the same losses and scores but for rounding."""
-    # Ten times slower than TINY: three of its epochs have unlearnt all foreground, and such a run ends as diverged.
+    """The same global batch of 6, however it is divided, gives the same losses and scores up to rounding."""
+    # A tenth of TINY's learning rate, with which the network predicts no foreground after three epochs and diverges.
     schedule = ("--epochs", 3, "--start_eval_at", 3, "--evaluate_every", 1, "--learning_rate", 0.03)
     one, many = tmp_path / "one", tmp_path / "many"
     program("--data_dir", balls, "--log_dir", one, *TINY, *schedule, "--batch_size", 6)
@@ -101,7 +102,7 @@ def test_ranks_and_accumulation_train_as_one_big_batch(
 
 
 def test_two_ranks_in_channels_last_train_without_a_warning(program: Program, balls: Path, tmp_path: Path) -> None:
-    """DDP warns when a gradient's strides are not its bucket's, and then copies it in each step."""
+    """DDP warns when a gradient's strides differ from its bucket's, and then copies it in every step."""
     done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--layout", "NDHWC", "--epochs", 1, ranks=2)
     assert "Warning" not in done.stderr
 
@@ -111,11 +112,11 @@ def test_loader_workers_and_layout_change_nothing(program: Program, balls: Path,
     for name, extra in {"none": (), "two": ("--num_workers", 2), "last": ("--layout", "NDHWC")}.items():
         program("--data_dir", balls, "--log_dir", tmp_path / name, *TINY, *extra, "--epochs", 2)
         logged[name] = losses(tmp_path / name)
-    assert logged["two"] == logged["none"]  # to the bit: a sample's randomness is of (seed, epoch, case)
+    assert logged["two"] == logged["none"]  # bit for bit: a sample's randomness follows from (seed, epoch, case)
     assert logged["last"] == pytest.approx(logged["none"], rel=1e-4)
 
 
-def test_going_on_from_a_checkpoint_equals_an_uninterrupted_run(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_a_continued_run_equals_an_uninterrupted_one(program: Program, balls: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / f"{name}.pth" for name in ("whole", "first", "second")}
     for name, epochs, extra in (
         ("whole", 4, ()),
@@ -130,7 +131,7 @@ def test_going_on_from_a_checkpoint_equals_an_uninterrupted_run(program: Program
     assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 
-def test_a_second_run_keeps_the_first_one_s_logs(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_a_second_run_keeps_the_logs_of_the_first(program: Program, balls: Path, tmp_path: Path) -> None:
     for epochs in (1, 2):
         program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--epochs", epochs)
     assert len(events_of(tmp_path, "EpochStopped")) == 2
@@ -158,7 +159,7 @@ def test_benchmark_reports_samples_over_time(program: Program, tmp_path: Path) -
     assert not events_of(tmp_path, "EvaluationStarted")
 
 
-def test_recipes_are_read_by_the_command_line(program: Program, balls: Path, tmp_path: Path) -> None:
+def test_arguments_can_be_read_from_a_recipe(program: Program, balls: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.args"
     recipe.write_text("# a comment\n--model 'unet3d(filters=(4,8))'  # two resolutions\n--epochs 1\n--num_workers 0\n")
     shapes = ("--input_shape", 16, 16, 16, "--val_input_shape", 16, 16, 16)

@@ -1,4 +1,4 @@
-"""`docs/tutorial.ipynb`, run from its first cell to its last, on a data set that a tiny network learns in seconds."""
+"""Runs all cells of `docs/tutorial.ipynb` on a data set that a tiny network learns in seconds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def test_the_notebook_runs_to_its_end(balls_raw: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(PROJECT / "docs" / "tutorial.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    # The recipe's own flags but for its network, its windows and its length.
+    # Replaces the recipe's network, windows and length.
     more = [str(flag) for flag in TINY if flag != "--no_report"]
     more += ["--batch_size", "2", "--steps_per_epoch", "6", "--epochs", "10", "--start_eval_at", "8"]
     parameters.source = f"RAW, WORK, MORE = {str(balls_raw)!r}, {str(tmp_path)!r}, {more!r}"
     resources = {"metadata": {"path": str(PROJECT / "docs")}}
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
-    said = notebook.cells[-1].outputs
-    told = "".join(output.get("text", "") for output in said)
-    assert float(told.split()[-1]) > 0.6
-    assert any("image/png" in output.get("data", {}) for output in said), "the overlay is drawn"
+    outputs = notebook.cells[-1].outputs
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert float(printed.split()[-1]) > 0.6
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the overlay is missing"
     with (tmp_path / "tuned" / "evaluation.csv").open() as stream:
         assert len(list(csv.DictReader(stream))) == 3
     assert (tmp_path / "logs" / "top" / "last.pth").is_file()

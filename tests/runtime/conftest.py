@@ -1,4 +1,4 @@
-"""What the tests of this room share: a configuration, worlds of one and of processes, a tiny network, batches."""
+"""Fixtures shared by the tests of `runtime`: a configuration, worlds of processes, a tiny network, batches."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from runtime.training import StepConfig, TrainLoop, forward_backward, optimizer_
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
-# Before the code of each rank of `run_ranks`.
+# Precedes the code of each rank in `run_ranks`.
 JOIN = "from runtime.distributed.world import World\nworld = World.join(0)\n"
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables of a launcher or container around the tests must not reach the code."""
+    """Hides the environment variables of a launcher or container around the tests."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "UNET3D_DATA_DIR", "UNET3D_LOG_DIR"):
         monkeypatch.delenv(name, raising=False)
 
@@ -58,8 +58,8 @@ def fp32() -> Precision:
 
 
 @contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """No file may grow beyond the size; Python has the signal ignored, so that writing fails."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limits file sizes to `size` bytes; writing fails, since Python ignores the signal SIGXFSZ."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -70,14 +70,14 @@ def disk_of(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def run_ranks() -> Callable[..., list[str]]:
-    """`run_ranks("print(world.rank)")`: what each of two processes prints that have joined a world with gloo."""
+    """`run_ranks("print(world.rank)")`: returns what each of two processes of a gloo group prints."""
 
     def run(code: str, ranks: int = 2) -> list[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # Without its GPU a machine has gloo, and two ranks need not share one.
+        # Without GPUs, World.join uses gloo.
         shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         program = JOIN + textwrap.dedent(code) + "\nworld.leave()\n"
         started = [
@@ -104,7 +104,7 @@ def run_ranks() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def make_config() -> Callable[..., RunConfig]:
-    """`make_config(field=value)`: the flags' defaults but for those given."""
+    """`make_config(field=value)`: the default configuration with some fields replaced."""
 
     def make(**changed: Any) -> RunConfig:
         config, _ = parse_arguments(["--data_dir", "DATA"])
@@ -115,7 +115,7 @@ def make_config() -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def make_state() -> Callable[..., TrainState]:
-    """`make_state("sgd", momentum=0.9)`: a tiny network as it stands before the first step, always the same."""
+    """`make_state("sgd", momentum=0.9)`: a tiny network before the first step, always with the same weights."""
 
     def make(optimizer: str = "sgd", rate: float = 0.1, **settings: Any) -> TrainState:
         torch.manual_seed(11)
@@ -128,7 +128,7 @@ def make_state() -> Callable[..., TrainState]:
 
 
 def train_step(state: TrainState, batch: Batch, config: StepConfig, is_last: bool) -> Tensor:
-    """One micro-batch as the training loop computes it: with the last of a step, the optimizer's step."""
+    """Trains on one micro-batch like the training loop; the last one of a step is followed by the optimizer's step."""
     loss = forward_backward(state, batch, config, communicate=is_last)
     if is_last:
         state.gradient_norm = optimizer_step(state)
@@ -136,7 +136,7 @@ def train_step(state: TrainState, batch: Batch, config: StepConfig, is_last: boo
 
 
 class RateOf(LRSchedule):
-    """A schedule that is any function of the epoch."""
+    """A schedule given by a function of the epoch."""
 
     def __init__(self, rate: Callable[[int], float]) -> None:
         self.rate = rate
@@ -149,7 +149,7 @@ class RateOf(LRSchedule):
 
 
 class StopAt(Callback):
-    """Ends the run at the step whose last micro-batch this is."""
+    """Stops the run at the step whose last micro-batch is `batch`."""
 
     def __init__(self, batch: int | None, epoch: int | None = None) -> None:
         self.batch, self.epoch = batch, epoch
@@ -160,7 +160,7 @@ class StopAt(Callback):
 
 
 def make_loop(loader: TrainingLoader, **parts: Any) -> TrainLoop:
-    """A training loop on one CPU rank, without evaluation, checkpoints or callbacks, except for the given parts."""
+    """Returns a training loop on one CPU rank, without evaluation, checkpoints and callbacks unless given."""
     world = parts.get("world", World(0, 1, CPU))
 
     def evaluate(epoch: int) -> EvaluationStopped:
@@ -182,7 +182,7 @@ def make_loop(loader: TrainingLoader, **parts: Any) -> TrainLoop:
 
 
 class Batches:
-    """A training loader of dummy batches; the label follows from the image, so that something can be learnt."""
+    """A training loader of dummy batches; the label follows from the image, so that it can be learned."""
 
     def __init__(self, batches: int, batch_size: int, shape: tuple[int, int, int] = (4, 4, 8)) -> None:
         self.epochs: list[int] = []
@@ -213,7 +213,7 @@ def make_batches() -> Callable[..., Batches]:
 
 @pytest.fixture
 def same_weights() -> Callable[[nn.Module, nn.Module], bool]:
-    """Whether two networks hold the same values, bit for bit."""
+    """`same_weights(a, b)`: whether the states of two networks are equal bit for bit."""
 
     def same(a: nn.Module, b: nn.Module) -> bool:
         ours, theirs = a.state_dict(), b.state_dict()
@@ -227,7 +227,7 @@ READING = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__",
 
 @pytest.fixture
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Once called, lists every way a tensor's value comes to the host, where a GPU would make the host wait."""
+    """Once called, records every transfer of a tensor's value to the host, for which a GPU would make the host wait."""
 
     def start() -> list[str]:
         reads: list[str] = []

@@ -25,7 +25,7 @@ from tests.runtime.checkpoint.conftest import (
     epochs_in,
     keep_state,
 )
-from tests.runtime.conftest import disk_of
+from tests.runtime.conftest import file_size_limit
 
 STEPS_PER_EPOCH = 4
 
@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_is_an_os_error_and_every_older_file_is_untouched(
     for seed in (1, 2, 3):
         save(path, content | {"seed": seed, "last": content["last"] | {"step": seed}}, keep=3)
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    with disk_of(int(share * path.stat().st_size)), pytest.raises(OSError, match="File too large"):
+    with file_size_limit(int(share * path.stat().st_size)), pytest.raises(OSError, match="File too large"):
         save(path, content, keep=3)
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 

@@ -21,7 +21,7 @@ from runtime.arguments import RunConfig
 from runtime.logging import events as ev
 from runtime.logging.jsonl import JsonLinesTracker, RunFileTracker
 from runtime.logging.mlperf import MLPerfTracker, tensor_names
-from tests.runtime.conftest import disk_of
+from tests.runtime.conftest import file_size_limit
 
 MakeConfig = Callable[..., RunConfig]
 SAMPLES_PER_EPOCH = 168
@@ -372,7 +372,7 @@ def test_a_full_disk_is_reported_to_the_dispatcher(
 ) -> None:
     """It warns once; `logging` by itself prints a traceback on stderr for every line."""
     for tracker in (MLPerfTracker(tmp_path), JsonLinesTracker(tmp_path)):
-        with disk_of(100), pytest.raises(OSError, match="File too large"):
+        with file_size_limit(100), pytest.raises(OSError, match="File too large"):
             send(tracker, initialisation(make_config(), ["x"]))
     assert capfd.readouterr() == ("", "")
 
