@@ -338,9 +338,7 @@ WITH_HOMEMADE_WORDS: set[str] = {
     "benchmarks/harness.py",
     "benchmarks/paper.py",
     "benchmarks/tables/amd_epyc_avx2_2_cores.md",
-    "docs/tutorial.ipynb",
     "launch/kubeflow.yaml",
-    "tests/runtime/test_training.py",
 }
 
 

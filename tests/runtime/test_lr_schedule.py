@@ -1,4 +1,4 @@
-"""Schedules against their closed forms; plateau against torch's own, through a resume."""
+"""Schedules against their formulas; the plateau schedule, also after a resume."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_cosine_and_polynomial_are_their_formulas() -> None:
     assert polynomial(24) > 0
 
 
-def test_plateau_halves_after_more_than_its_patience_and_knows_it_after_a_resume(make_state: MakeState) -> None:
+def test_plateau_counts_its_patience_also_after_a_resume(make_state: MakeState) -> None:
     dice = [0.1, 0.5, 0.5, math.nan, 0.4, 0.5, 0.6, 0.6, 0.6, 0.6]
     whole = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=2)
     rates = []
@@ -77,7 +77,7 @@ def test_plateau_halves_after_more_than_its_patience_and_knows_it_after_a_resume
         assert second(99) == pytest.approx(0.2)
 
 
-def test_plateau_takes_no_step_in_the_warm_up(make_state: MakeState) -> None:
+def test_plateau_ignores_evaluations_during_the_warm_up(make_state: MakeState) -> None:
     plateau = Plateau(dataclasses.replace(RUN, callback_state={}), patience=1)
     for epoch in range(1, 5):
         plateau.on_evaluation_end(scored(epoch, 0.5))
@@ -91,7 +91,7 @@ def test_plateau_of_the_loss_goes_down(make_state: MakeState) -> None:
     assert plateau(20) == pytest.approx(0.08)
 
 
-def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> None:
+def test_the_state_of_plateau_loads_with_weights_only(make_state: MakeState, tmp_path: Any) -> None:
     state = make_state()
     Plateau(dataclasses.replace(RUN, callback_state=state.callback_state)).on_evaluation_end(scored(5, 0.5))
     torch.save(state.callback_state, tmp_path / "r")
@@ -99,7 +99,7 @@ def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("cosin", "unknown name; available: cosine, multistep, plateau, polynomial"),
         ("cosine(last=1)", "unknown argument 'last'; it takes final"),
@@ -108,12 +108,12 @@ def test_what_plateau_keeps_is_plain(make_state: MakeState, tmp_path: Any) -> No
         ("plateau(mode='up')", "mode='up'; must be 'max' or 'min'"),
     ],
 )
-def test_a_mistake_is_one_line(spec: str, said: str) -> None:
+def test_a_wrong_spec_is_a_user_error(spec: str, message: str) -> None:
     with pytest.raises(UserError, match="--lr_schedule") as raised:
         build_lr_schedule(spec, RUN)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_decay_epochs_are_of_multistep() -> None:
+def test_decay_epochs_apply_only_to_multistep() -> None:
     with pytest.raises(UserError, match="--lr_decay_epochs applies only to --lr_schedule multistep"):
         build_lr_schedule("cosine", dataclasses.replace(RUN, lr_decay_epochs=(3,)))

@@ -1,4 +1,4 @@
-"""The learning rate's closed forms, and the optimizers against formulas written down independently."""
+"""Learning rates and optimizers against independent implementations of their formulas."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def test_a_constant_rate() -> None:
     ("epoch", "rate"),
     [(1, 0.2 + 1.8 / 5), (2, 0.2 + 1.8 * 2 / 5), (4, 0.2 + 1.8 * 4 / 5), (5, 2.0), (6, 2.0), (100, 2.0)],
 )
-def test_warm_up_is_linear_up_to_and_with_its_last_epoch(epoch: int, rate: float) -> None:
+def test_warm_up_is_linear_including_its_last_epoch(epoch: int, rate: float) -> None:
     assert learning_rate(epoch, base=2.0, initial=0.2, warmup_epochs=5) == pytest.approx(rate, rel=1e-12)
 
 
-def test_warm_up_of_one_epoch_is_the_base_at_once() -> None:
+def test_warm_up_of_one_epoch_starts_at_the_base_rate() -> None:
     assert learning_rate(1, base=2.0, initial=0.2, warmup_epochs=1) == pytest.approx(2.0)
 
 
-def test_warm_up_may_fall() -> None:
+def test_warm_up_may_decrease() -> None:
     assert learning_rate(1, base=1.0, initial=3.0, warmup_epochs=2) == pytest.approx(2.0)
 
 
@@ -46,7 +46,7 @@ def test_decay_begins_after_its_epoch_has_ended(epoch: int, rate: float) -> None
     assert learning_rate(epoch, base=1.0, decay_epochs=(3, 6), decay_factor=0.1) == pytest.approx(rate, rel=1e-12)
 
 
-def test_a_decay_inside_the_warm_up_is_not_lost() -> None:
+def test_a_decay_within_the_warm_up_applies_after_it() -> None:
     rates = [
         learning_rate(e, base=1.0, initial=0.0, warmup_epochs=4, decay_epochs=(2,), decay_factor=0.5)
         for e in range(1, 7)
@@ -54,7 +54,7 @@ def test_a_decay_inside_the_warm_up_is_not_lost() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.5, 0.5])
 
 
-def test_a_decay_at_the_last_warm_up_epoch_counts_right_after_it() -> None:
+def test_a_decay_at_the_last_warm_up_epoch_applies_after_it() -> None:
     rates = [
         learning_rate(e, base=1.0, initial=0.0, warmup_epochs=2, decay_epochs=(2, 3), decay_factor=0.5)
         for e in range(1, 6)
@@ -81,7 +81,7 @@ def test_decay_is_torchs_multi_step_stepped_at_each_epochs_end(base: float, fact
 
 
 def quadratic_steps(optimizer: torch.optim.Optimizer, weights: list[Parameter], steps: int, scale: float) -> None:
-    """Gradients that depend on the weights and the step, set by hand."""
+    """Takes optimizer steps with gradients that depend on the weights and the step."""
     for step in range(steps):
         for index, weight in enumerate(weights):
             weight.grad = scale * gradient_of(weight.detach(), index, step)
@@ -103,8 +103,8 @@ def numpy_gradients(weights: Arrays, step: int, scale: float) -> Arrays:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_sgd_is_nesterovs(momentum: float, weight_decay: float) -> None:
-    """v = mu v + g; w -= lr (g + mu v), with g the gradient plus the L2 penalty; plain SGD without momentum."""
+def test_sgd_uses_nesterov_momentum(momentum: float, weight_decay: float) -> None:
+    """v = mu v + g; w -= lr (g + mu v), where g includes the L2 penalty; plain SGD without momentum."""
     weights = make_weights()
     optimizer = make_optimizer("sgd", weights, 0.05, momentum=momentum, weight_decay=weight_decay)
     ours: Arrays = [w.detach().double().numpy().copy() for w in weights]
@@ -127,12 +127,12 @@ def test_adam_is_torchs_with_the_given_settings() -> None:
     assert type(optimizer) is torch.optim.Adam
     for each, params in ((optimizer, weights), (reference, others)):
         quadratic_steps(each, params, 3, 1.0)
-    for ours, theirs in zip(weights, others, strict=True):  # the fused kernel rounds elsewhere
+    for ours, theirs in zip(weights, others, strict=True):  # the fused kernel rounds differently
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_optimizers_are_fused_where_every_build_has_it(name: str) -> None:
+def test_optimizers_are_fused_where_torch_supports_it(name: str) -> None:
     assert make_optimizer(name, make_weights(), 0.1).defaults["fused"] is True
     meta = [torch.nn.Parameter(w.to("meta")) for w in make_weights()]
     assert not make_optimizer(name, meta, 0.1).defaults["fused"]
@@ -141,7 +141,11 @@ def test_optimizers_are_fused_where_every_build_has_it(name: str) -> None:
 def lamb_by_formula(
     weights: Arrays, steps: int, scale: float, rate: float, betas: tuple[float, float], decay: float
 ) -> tuple[Arrays, list[float]]:
-    """You et al. 2020, algorithm 2, with FusedLAMB's clip, epsilon and skipped ratio; also the gradient norms."""
+    """You et al. 2020, algorithm 2, with FusedLAMB's clipping, epsilon and skipped ratio.
+
+    Returns:
+        The weights after the steps, and the gradient norm of each step.
+    """
     first, second = ([np.zeros_like(w) for w in weights] for _ in range(2))
     norms = []
     for step in range(1, steps + 1):
@@ -175,8 +179,8 @@ def test_lamb_against_the_formula(decay: float, scale: float, clips: bool, betas
         np.testing.assert_allclose(weight.detach().numpy(), wanted, rtol=2e-4, atol=2e-5)
 
 
-def test_lamb_clips_by_the_norm_over_all_groups_and_takes_each_groups_own_settings() -> None:
-    """One step of two groups: m / sqrt(v) = sign(g), whatever the clip, but epsilon 1e-6 shows it."""
+def test_lamb_clips_by_the_norm_over_all_groups_and_uses_each_groups_settings() -> None:
+    """One step of two groups: m / sqrt(v) = sign(g) after any clipping, which is visible only through epsilon, 1e-6."""
     a, b = Parameter(torch.tensor([1.0])), Parameter(torch.tensor([1.0]))
     optimizer = Lamb([{"params": [a], "lr": 0.5}, {"params": [b]}], lr=0.1, weight_decay=0.0)
     a.grad, b.grad = torch.tensor([4e-6]), torch.tensor([3e6])
@@ -187,7 +191,7 @@ def test_lamb_clips_by_the_norm_over_all_groups_and_takes_each_groups_own_settin
 
 
 @pytest.mark.parametrize("start", [0.0, 2.0])
-def test_lamb_takes_a_ratio_of_1_for_a_weight_of_zeros(start: float) -> None:
+def test_lamb_uses_a_ratio_of_1_for_zero_weights(start: float) -> None:
     weight = Parameter(torch.full((4,), start))
     weight.grad = torch.full((4,), 0.25)
     Lamb([weight], lr=0.1, weight_decay=0.5).step()
@@ -200,7 +204,7 @@ def test_lamb_leaves_parameters_without_a_gradient_alone() -> None:
     moved, still = Parameter(torch.ones(2)), Parameter(torch.ones(2))
     optimizer = Lamb([moved, still], lr=0.1)
     optimizer.step()
-    assert torch.equal(moved, torch.ones(2)), "no gradient at all: nothing happens"
+    assert torch.equal(moved, torch.ones(2)), "weights without gradients must not change"
     moved.grad = torch.ones(2)
     optimizer.step()
     assert not torch.equal(moved, torch.ones(2))
@@ -222,7 +226,7 @@ def test_lamb_returns_the_closures_loss() -> None:
     assert (weight < 1).all()
 
 
-def test_lamb_goes_on_from_its_state_dict() -> None:
+def test_lamb_continues_from_its_state_dict() -> None:
     weights, others = make_weights(), make_weights()
     straight = Lamb(weights, lr=0.02)
     quadratic_steps(straight, weights, 4, 1.0)
@@ -238,7 +242,7 @@ def test_lamb_goes_on_from_its_state_dict() -> None:
 
 
 def other_apex(monkeypatch: pytest.MonkeyPatch, **contents: object) -> None:
-    """An `apex` that can be imported, such as PyPI's, with these names in `apex.optimizers`."""
+    """Makes an `apex` importable, such as the unrelated package on PyPI, with `contents` in `apex.optimizers`."""
     apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
     for name, value in contents.items():
         setattr(optimizers, name, value)
@@ -248,7 +252,7 @@ def other_apex(monkeypatch: pytest.MonkeyPatch, **contents: object) -> None:
 
 
 class FakeFused(Lamb):
-    """Stands for apex's FusedLAMB."""
+    """Stand-in for apex's FusedLAMB."""
 
 
 @pytest.fixture
@@ -259,12 +263,12 @@ def cuda_looking() -> list[Parameter]:
     return [OnGpu(torch.ones(2))]
 
 
-def test_another_apex_is_not_nvidias(monkeypatch: pytest.MonkeyPatch, cuda_looking: list[Parameter]) -> None:
+def test_an_unrelated_apex_is_not_used(monkeypatch: pytest.MonkeyPatch, cuda_looking: list[Parameter]) -> None:
     other_apex(monkeypatch)
     assert type(make_optimizer("lamb", cuda_looking, 0.1)) is Lamb
 
 
-def test_an_apex_that_breaks_on_import_is_not_needed(
+def test_an_apex_that_fails_to_import_is_not_used(
     monkeypatch: pytest.MonkeyPatch, cuda_looking: list[Parameter]
 ) -> None:
     class Breaks(types.ModuleType):
@@ -276,7 +280,7 @@ def test_an_apex_that_breaks_on_import_is_not_needed(
     assert type(make_optimizer("lamb", cuda_looking, 0.1)) is Lamb
 
 
-def test_no_apex_at_all(monkeypatch: pytest.MonkeyPatch, cuda_looking: list[Parameter]) -> None:
+def test_without_apex(monkeypatch: pytest.MonkeyPatch, cuda_looking: list[Parameter]) -> None:
     monkeypatch.setitem(sys.modules, "apex", None)
     assert type(make_optimizer("lamb", cuda_looking, 0.1)) is Lamb
 
@@ -294,7 +298,9 @@ def test_nvidias_apex_is_used_on_a_gpu_and_only_there(
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "lamb"])
 def test_settings_reach_the_optimizer(name: str) -> None:
-    group = make_optimizer(name, iter(make_weights()), 0.3, 0.7, (0.6, 0.8), 0.01).param_groups[0]
+    group = make_optimizer(
+        name, iter(make_weights()), 0.3, momentum=0.7, betas=(0.6, 0.8), weight_decay=0.01
+    ).param_groups[0]
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.3, 0.01, 3)
     if name == "sgd":
         assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.7, True, 0)

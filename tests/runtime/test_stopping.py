@@ -1,4 +1,4 @@
-"""Why a run stops, and which weights it keeps: decided from the same numbers on every rank."""
+"""When a run stops and which weights it keeps; every rank decides from the same values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def step_end(loss: float = 0.5, norm: float = 1.0, scale: float = 1.0, **agreed:
 
 @dataclass(frozen=True)
 class Gathering(World):
-    """A rank that knows the losses of all ranks."""
+    """A world whose `gather` knows the losses of all ranks."""
 
     losses: list[float] = field(default_factory=list)
 
@@ -101,7 +101,7 @@ def test_diverged_scores(mean_dice: float) -> None:
     ("dice", "epoch", "best", "ends"),
     [(0.0, 3, -1.0, False), (0.0, 3, 0.0, False), (0.0, 3, 0.2, True), (0.0, 4, -1.0, True), (math.nan, 3, -1.0, True)],
 )
-def test_before_mlperfs_first_evaluation_a_network_may_have_found_nothing_yet(
+def test_before_mlperfs_first_evaluation_a_score_of_zero_is_allowed(
     dice: float, epoch: int, best: float, ends: bool
 ) -> None:
     assert (stop_for_score(scored(dice, epoch), loop_of(), best_before=best) is not None) is ends
@@ -120,7 +120,7 @@ ON = "on case_00004 at (7, 0, 0); case_00099 at (1, 2, 3)"
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_the_ranks_whose_loss_is_not_finite_are_named_with_their_samples(rank: int, make_state: MakeState) -> None:
-    """The same words on every rank, the sound ones too."""
+    """Every rank reports the same reason, including those with a finite loss."""
     losses = [0.5, math.nan, math.inf]
     stop = finish_step(make_state(), loop_of(losses, rank), step_end(losses[rank], fault=True))
     assert stop == Stop("aborted", f"{NUMBERS}rank 1: loss nan {ON} | rank 2: loss inf {ON}", DIVERGED_EXIT)
@@ -139,7 +139,7 @@ def test_if_only_the_gradients_are_at_fault_every_rank_is_named(
 
 
 @pytest.mark.parametrize(("ranks", "more"), [(4, ""), (5, " | and 1 more ranks"), (64, " | and 60 more ranks")])
-def test_a_report_is_one_line_whatever_the_number_of_ranks(ranks: int, more: str, make_state: MakeState) -> None:
+def test_a_report_is_one_line_for_any_number_of_ranks(ranks: int, more: str, make_state: MakeState) -> None:
     stop = finish_step(make_state(), loop_of([math.nan] * ranks), step_end(math.nan, fault=True))
     assert stop is not None
     assert [f"rank {rank}:" in stop.reason for rank in range(6)] == [True] * 4 + [False] * 2
@@ -152,7 +152,7 @@ def test_a_report_is_one_line_whatever_the_number_of_ranks(ranks: int, more: str
     [
         step_end(1e30),
         step_end(0.0),
-        # Whether another rank's numbers are a fault is decided in StepSync, for all ranks at once.
+        # StepSync decides for all ranks whether non-finite values are a fault.
         step_end(math.nan, math.inf),
         step_end(save=True),
     ],
@@ -171,7 +171,7 @@ def test_a_checkpoint_is_saved_when_asked_for_and_never_of_damaged_weights(make_
 @pytest.mark.parametrize(
     ("number", "name", "status"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)]
 )
-def test_stops_at_the_step_at_which_the_ranks_agree_on_a_signal(
+def test_stops_at_the_step_at_which_the_ranks_receive_a_signal(
     number: int, name: str, status: int, make_state: MakeState
 ) -> None:
     stop = finish_step(make_state(), loop_of(), step_end(signal=number, save=True))
@@ -187,8 +187,8 @@ class Stopping(Callback):
         return Stop("aborted", self.reason)
 
 
-def test_a_fault_outweighs_a_callback_and_a_callback_a_signal(make_state: MakeState) -> None:
-    """A restart after a divergence would diverge again: its exit status must say so."""
+def test_a_fault_precedes_a_callback_and_a_callback_a_signal(make_state: MakeState) -> None:
+    """A restart after a divergence would diverge again, so the exit status must be that of divergence."""
     log: list[str] = []
     loop = loop_of(callbacks=[Stopping("first", log), Stopping("second", log)])
     stop = finish_step(make_state(), loop, step_end(signal=signal.SIGTERM))
@@ -222,7 +222,7 @@ def test_the_best_is_kept_as_a_copy_on_the_host(make_state: MakeState) -> None:
     assert {tensor.device.type for tensor in state.best_network.values()} == {"cpu"}
 
 
-def test_the_first_score_is_the_best_yet_even_if_nothing(make_state: MakeState) -> None:
+def test_the_first_score_is_the_best_even_if_zero(make_state: MakeState) -> None:
     state = make_state()
     keep_if_best(state, scored(0.0, 2))
     assert (state.best_epoch, state.best_dice) == (2, 0.0)

@@ -1,4 +1,4 @@
-"""Callbacks of `--callbacks`: what they stop, keep and report, and that a resumed run continues with it."""
+"""Callbacks of `--callbacks`: stopping, kept checkpoints, reports, and their state in a resumed run."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_run_without_progress_ends(
     assert evaluations_until_stop(make(spec), state, values) == at
 
 
-def test_the_loss_can_be_followed(make: Make, make_state: MakeState) -> None:
+def test_early_stopping_can_use_the_loss(make: Make, make_state: MakeState) -> None:
     state, callback = make_state(), make("early_stopping(patience=1, metric='loss')")
     assert callback.on_evaluation_end(scored(1, 0.1, loss=2.0), state) is None
     assert callback.on_evaluation_end(scored(2, 0.1, loss=1.0), state) is None
@@ -97,7 +97,7 @@ def test_the_loss_can_be_followed(make: Make, make_state: MakeState) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_patience_goes_on_counting_after_a_resume(make: Make, make_state: MakeState, cut: int) -> None:
+def test_patience_is_counted_across_a_resume(make: Make, make_state: MakeState, cut: int) -> None:
     values, state = [0.3, 0.2, 0.2, 0.2], make_state()
     first = make("early_stopping(patience=3)")
     for epoch, value in enumerate(values[:cut], 1):
@@ -107,10 +107,10 @@ def test_patience_goes_on_counting_after_a_resume(make: Make, make_state: MakeSt
     assert evaluations_until_stop(make("early_stopping(patience=3)"), resumed, values[cut:]) == 4 - cut
 
 
-def test_a_run_that_had_ended_ends_again_before_its_first_epoch(make: Make, make_state: MakeState) -> None:
+def test_a_stopped_run_stops_again_before_its_first_epoch(make: Make, make_state: MakeState) -> None:
     state = make_state()
     evaluations_until_stop(make("early_stopping(patience=1)"), state, [0.3, 0.2])
-    assert make("early_stopping(patience=2)").on_train_start(state) is None, "with more patience it goes on"
+    assert make("early_stopping(patience=2)").on_train_start(state) is None, "with more patience it continues"
     assert make("early_stopping(patience=1)").on_train_start(state) is not None
 
 
@@ -121,7 +121,7 @@ def kept(folder: Path) -> list[str]:
     return sorted(file.name for file in (folder / "top").iterdir())
 
 
-def test_the_best_are_kept_the_last_beside_them_and_nothing_else_is_touched(
+def test_the_best_and_the_last_are_kept_and_other_files_are_unchanged(
     make: Make, make_state: MakeState, tmp_path: Path
 ) -> None:
     state, callback = make_state(), make("top_k(k=2)")
@@ -152,7 +152,7 @@ def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tm
     first.on_evaluation_end(scored(2, 0.9, loss=2.0), state)
     resumed, second = make_state(), make("top_k(k=2, metric='loss')")
     resumed.callback_state.update(state.callback_state)
-    second.on_evaluation_end(scored(2, 0.9, loss=2.0), resumed)  # done again: its checkpoint was older
+    second.on_evaluation_end(scored(2, 0.9, loss=2.0), resumed)  # repeated after the resume
     second.on_evaluation_end(scored(3, 0.1, loss=1.0), resumed)
     assert kept(tmp_path) == ["epoch_00002_2.0000.pth", "epoch_00003_1.0000.pth", "last.pth"]
 
@@ -165,7 +165,7 @@ def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(
+def test_a_folder_that_cannot_be_written_causes_a_warning(
     make: Make, make_state: MakeState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "top").write_text("a file")
@@ -173,10 +173,10 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     assert "warning: --callbacks top_k:" in capsys.readouterr().err
 
 
-# Rates, and the training cases' Dice
+# Learning rates and the Dice of training cases
 
 
-def test_the_rate_that_was_used_is_written(make: Make, make_state: MakeState, tmp_path: Path) -> None:
+def test_the_learning_rate_in_use_is_written(make: Make, make_state: MakeState, tmp_path: Path) -> None:
     state, callback = make_state(rate=0.25), make("lr_monitor(every=2)")
     for batch in range(5):
         state.optimizer.param_groups[0]["lr"] = 0.1 * batch
@@ -200,7 +200,7 @@ def test_training_cases_are_scored_after_each_evaluation(
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("early_stoping", "unknown name; available: early_stopping, lr_monitor, top_k, train_dice"),
         ("early_stopping(patience=0)", "patience must be a whole number of at least 1"),
@@ -210,7 +210,7 @@ def test_training_cases_are_scored_after_each_evaluation(
         ("train_dice(cases=0)", "cases=0"),
     ],
 )
-def test_a_mistake_is_one_line(make: Make, spec: str, said: str) -> None:
+def test_a_wrong_spec_is_a_user_error(make: Make, spec: str, message: str) -> None:
     with pytest.raises(UserError, match="--callbacks") as raised:
         make(spec)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
