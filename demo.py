@@ -89,7 +89,7 @@ def run(stage: str, command: list[str], seconds: dict[str, float]) -> str:
 
 
 def read_scores(output: str) -> dict[str, float]:
-    """The `name value` lines of `--exec_mode evaluate`."""
+    """Parses the `name value` lines of `--exec_mode evaluate`."""
     return {match[1]: float(match[2]) for match in re.finditer(r"^([\w ]+) ([-\d.e]+)$", output, re.MULTILINE)}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 
-from common.errors import run_program
+from common.errors import one_line, run_program
 from common.messages import logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.distributed.world import World
@@ -22,7 +22,7 @@ from runtime.run import evaluate_checkpoint, train_network
 
 
 def main(argv: list[str] | None = None) -> int:
-    faulthandler.enable()  # shows where, after a crash in native code or if a mapped volume is truncated
+    faulthandler.enable()  # prints a traceback if native code crashes or a mapped volume is truncated
     config, given = parse_arguments(argv)
     world = World.join(config.local_rank)
     try:
@@ -42,13 +42,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(config: RunConfig, world: World) -> None:
-    """Writes the run's page; a failure costs the page, not the run."""
+    """Writes report.html; a failure is a warning, not the end of the run."""
     try:
         from report.write import write_report as write
 
         logger.info(f"report {write(config.log_dir, device=world.device, model=config.model)}")
     except Exception as error:
-        logger.warning(f"no report.html: {' '.join(str(error).split()) or type(error).__name__}")
+        logger.warning(f"no report.html: {one_line(error)}")
 
 
 if __name__ == "__main__":

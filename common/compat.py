@@ -61,8 +61,8 @@ def bf16_gradients_are_sound() -> bool:
     """Returns whether this CPU's bf16 convolutions compute the weight gradient of a small feature map.
 
     With AVX-512, oneDNN reads memory that was never written for a 3x3x3 kernel on a map of 2 x 2 x 2 or 2 x 2 x 4
-    voxels, as in the bottleneck of a 64^3 window, and the gradient is anything up to 1e38. Tried several times, with
-    large values in freed memory, since the content of that memory is a matter of chance. torch 2.13.
+    voxels, as in the bottleneck of a 64^3 window, and the gradient can be anything up to 1e38. Tries several times,
+    with large values in freed memory, since what that memory holds is a matter of chance. torch 2.13.
     """
     generator = torch.Generator().manual_seed(0)
     image, gradient = (torch.randn(3, 8, 2, 2, 2, generator=generator).bfloat16() for _ in range(2))
@@ -73,8 +73,8 @@ def bf16_gradients_are_sound() -> bool:
     for _ in range(tries):
         freed = [torch.full((size,), 1e30, dtype=torch.bfloat16) for size in (64, 256, 1024, 4096, 16384, 65536) * 8]
         del freed
-        found = torch_grad.conv3d_weight(image, weight_shape, gradient, padding=1)
-        if not torch.allclose(found.float(), expected, rtol=0.05, atol=0.1):
+        computed = torch_grad.conv3d_weight(image, weight_shape, gradient, padding=1)
+        if not torch.allclose(computed.float(), expected, rtol=0.05, atol=0.1):
             return False
     return True
 
@@ -155,24 +155,24 @@ def reference_point(benchmark: str, ruleset: str, batch_size: int) -> tuple[dict
     The public entry point of the checker wants a folder of result files. mlperf-logging 4.1.
 
     Returns:
-        The point that counts, as the checker holds it, how it was found, and the convergence of every published run:
-        of this batch size or of the one whose figures count. None where there is none for a batch as large.
+        The point in the checker's own format, a description of its source, and the convergence of every published run
+        of this batch size, or of the one that stands for it. None if no point exists for a batch as large.
     """
     # Here and not above: it imports scipy's statistics, which takes a second.
     from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker
 
     checker: Any = RCP_Checker("training", ruleset, benchmark, False)
     kept = "pruned_rcps"
-    found = checker._find_rcp(batch_size, kept)
+    point = checker._find_rcp(batch_size, kept)
     below, above = checker._find_top_min_rcp(batch_size, kept), checker._find_bottom_max_rcp(batch_size, kept)
     how = f"RCP of batch {batch_size}"
-    if found is None and below and above:
-        _, found = checker._create_interp_rcp(batch_size, below, above)
+    if point is None and below and above:
+        _, point = checker._create_interp_rcp(batch_size, below, above)
         how = f"RCP interpolated between batches {below['BS']} and {above['BS']}"
-    elif found is None and above:
-        found = checker._find_min_rcp(kept)
-        how = f"RCP of batch {found['BS']}, the smallest that counts"
-    if found is None:
+    elif point is None and above:
+        point = checker._find_min_rcp(kept)
+        how = f"RCP of batch {point['BS']}, the smallest that counts"
+    if point is None:
         return None
-    everything = checker._find_rcp(batch_size, "full_rcps") or found
-    return found, how, found["Epochs to converge"] or everything["Epochs to converge"]
+    unpruned = checker._find_rcp(batch_size, "full_rcps") or point
+    return point, how, point["Epochs to converge"] or unpruned["Epochs to converge"]

@@ -29,7 +29,7 @@ def one_line(error: BaseException) -> str:
 
 
 class RankLost(Exception):  # noqa: N818 - not an error of this process
-    """Another rank of the run was killed, hangs or failed; the message names it, if it is known."""
+    """Another rank of the run was killed, hangs or failed; the message names it if it is known."""
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error

@@ -37,15 +37,10 @@ class ConsoleHandler(logging.Handler):
             print(f"{prefix}{record.getMessage()}", file=sys.stdout if is_plain else sys.stderr, flush=True)
 
 
-def _make_logger() -> logging.Logger:
-    made = logging.getLogger("unet3d")
-    made.setLevel(logging.INFO)
-    made.propagate = False  # a tracker's package may configure the root logger, which would print everything twice
-    made.addHandler(ConsoleHandler())
-    return made
-
-
-logger = _make_logger()
+logger = logging.getLogger("unet3d")
+logger.setLevel(logging.INFO)
+logger.propagate = False  # a tracker's package may configure the root logger, which would print everything twice
+logger.addHandler(ConsoleHandler())
 
 
 def note(message: str) -> None:

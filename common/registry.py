@@ -74,7 +74,7 @@ class Allowlist:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def admits(self, target: Any, package: str) -> bool:
-        """Whether an untrusted spec may call what it names in a module of this package."""
+        """Returns whether an untrusted spec may call this target, which it found in a module of `package`."""
         if not (isinstance(target, type) and issubclass(target, self.base)):
             return False
         parameters = set(inspect.signature(target).parameters)
@@ -158,7 +158,7 @@ def parse(spec: Spec | str, flag: str) -> tuple[str, dict[str, Any]]:
     """
     text = spec.text if isinstance(spec, Spec) else spec
     if not isinstance(text, str):  # a damaged file may hold anything
-        raise UserError(f"{flag} {text!r}: expected a text")
+        raise UserError(f"{flag} {text!r}: expected a string")
     if match := SPEC.fullmatch(text):
         try:
             call = ast.parse(f"f{match[2].strip() or '()'}", mode="eval").body
@@ -198,13 +198,13 @@ def resolve(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist =
         raise refusal
     entry: Callable[..., T] | str = name if colon else table[name]
     target = load(entry, f"{flag} {name}", "" if colon else name) if isinstance(entry, str) else entry
-    found = ResolvedSpec[T](spec=spec, flag=flag, name=name, target=target, arguments=arguments)
+    resolved = ResolvedSpec[T](spec=spec, flag=flag, name=name, target=target, arguments=arguments)
     if is_checked:
         if not allowlist.admits(target, module.partition(".")[0]):
             raise refusal
-        present = allowlist.overrides.keys() & {*arguments, *found.parameters}
+        present = allowlist.overrides.keys() & {*arguments, *resolved.parameters}
         arguments.update({name: allowlist.overrides[name] for name in present})
-    return found
+    return resolved
 
 
 def _is_plain(value: Any) -> bool:
@@ -224,7 +224,7 @@ def load(path: str, flag: str, extra: str) -> Any:
     """Imports "package.module:name" on demand.
 
     Args:
-        flag: what asks for it, for messages.
+        flag: what requests the import, for messages.
         extra: the group of optional dependencies in pyproject.toml that it needs; "" for none.
 
     Raises:

@@ -34,13 +34,13 @@ class RunConfig(  # the last base's fields come first
 ):
     """Every flag of `main.py` under its own name.
 
-    A flag is described by its field alone: default, help, values, and what MLPerf's rules, a resume and other modes
-    make of it. `compare` is not a flag: it holds the folders that `--log_dir` names after the first.
+    A flag is described by its field alone: default, help, values, and how MLPerf's rules, a resume and other modes
+    treat it. `compare` is not a flag: it holds the folders that `--log_dir` names after the first.
     """
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain Python values; paths and specs as text."""
-        return {one.name: as_plain(getattr(self, one.name)) for one in fields(self)}
+        return {f.name: as_plain(getattr(self, f.name)) for f in fields(self)}
 
 
 def as_plain(value: Any) -> Any:
@@ -60,9 +60,9 @@ def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: di
 
     Specs among them are untrusted: they may not import whatever they name.
     """
-    taken: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
-    taken |= {name: Spec(taken[name]) for name in ("model", "loss") if name in taken}
-    return replace(config, **taken)
+    kept: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
+    kept |= {name: Spec(kept[name]) for name in ("model", "loss") if name in kept}
+    return replace(config, **kept)
 
 
 def with_current_names(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Modul
 
 
 def make_step_config(run: RunSpec) -> StepConfig:
-    """How a micro-batch becomes a loss."""
+    """Returns how the loss of a micro-batch is computed."""
     config = run.config
     _, specs = split_specs(config.augment)
     return StepConfig(
@@ -78,7 +78,7 @@ def make_step_config(run: RunSpec) -> StepConfig:
 
 
 def build_state(run: RunSpec) -> TrainState:
-    """Network, optimizer and scaler before the first step: new, or restored from the checkpoint."""
+    """Builds network, optimizer and scaler: new, or restored from the checkpoint."""
     config, dataset, world = run.config, run.dataset, run.world
     seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = make_network(config, dataset)
@@ -108,7 +108,7 @@ def build_state(run: RunSpec) -> TrainState:
 
 
 def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
-    """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; notes each."""
+    """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; logs a note on each."""
     config = run.config
     if config.init_from is None and not config.freeze:
         return
@@ -116,8 +116,8 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
     if config.init_from is not None and run.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
-        taken = load_part(network, weights, output, f"--init_from {loaded.path}")
-        note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {taken}")
+        summary = load_part(network, weights, output, f"--init_from {loaded.path}")
+        note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, output)}")
 
@@ -131,7 +131,7 @@ def make_train_loop(
     signals: SignalHandler,
     emit: Emit,
 ) -> TrainLoop:
-    """Opens the data and builds what the training loop drives; the clock runs."""
+    """Opens the data and builds the parts that the training loop drives; called once the clock runs."""
     config = run.config
     loader, data_opened = open_training_data(run)
 
@@ -164,7 +164,7 @@ def make_train_loop(
         epochs=config.epochs,
         callback_state=state.callback_state,
     )
-    rule = make_schedule(config.epochs, run.samples_per_epoch, None, None)
+    rule = make_schedule(config.epochs, run.samples_per_epoch)
     loop = TrainLoop(
         loader=loader,
         schedule=run.schedule,
@@ -184,12 +184,12 @@ def make_train_loop(
 
 
 def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]:
-    """The training loader, which is the first to look at the volumes, and the event that describes the data."""
+    """Returns the training loader, the first to read the volumes, and the event that describes the data."""
     config, world = run.config, run.world
     training, evaluation = run.split["train"], run.split["evaluation"]
     if config.loader != "synthetic" and config.local_rank == 0:
         verify_changed(config.data_dir, check_files(config.data_dir, [*training, *evaluation]).changed)
-    settings = LoaderConfig(
+    loader_config = LoaderConfig(
         patch=config.input_shape,
         oversampling=config.oversampling,
         batch_size=config.batch_size,
@@ -203,7 +203,9 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         fixed_batches=run.fixed_batches,
         pseudo_labels=run.pseudo_labels,
     )
-    loader = make_training_loader(config.loader, config.data_dir, cases=training, spec=run.dataset, config=settings)
+    loader = make_training_loader(
+        config.loader, config.data_dir, cases=training, spec=run.dataset, config=loader_config
+    )
     return loader, events.DataOpened(
         train_samples=len(training),
         eval_samples=len(evaluation),
@@ -229,7 +231,7 @@ def make_sliding_window_config(config: RunConfig, dataset: DatasetSpec) -> Slidi
 def make_evaluator(
     config: RunConfig, scorer: CaseScorer, cases: Sequence[str], *, world: World, emit: Emit
 ) -> Evaluator:
-    """Scores these cases after an epoch. Reads the volumes' headers, so not before the clock runs."""
+    """Returns an evaluator of these cases. Reads the volumes' headers, so it must wait until the clock runs."""
     windows = [scorer.windows.windows(case_shape(config.data_dir, case)) for case in cases]
     return Evaluator(
         scorer=scorer,
@@ -241,7 +243,7 @@ def make_evaluator(
 
 
 def make_snapshot(run: RunSpec) -> Callable[[TrainState, list[float]], dict[str, object]]:
-    """A function that returns a checkpoint's content, given the state and every rank's loss sum."""
+    """Returns a function that makes a checkpoint's content from the state and every rank's loss sum."""
     return partial(
         checkpoints.snapshot,
         config=run.config.to_json(),
@@ -252,7 +254,7 @@ def make_snapshot(run: RunSpec) -> Callable[[TrainState, list[float]], dict[str,
 
 
 def make_checkpoint_writer(run: RunSpec) -> CheckpointWriter:
-    """Saves this run's checkpoints; does nothing in a run that keeps none."""
+    """Returns the writer of this run's checkpoints, which does nothing in a run that keeps none."""
     path = checkpoint_path(run.config)
     minutes, epochs = parse_interval(run.config.ckpt_every)
     return CheckpointWriter(
@@ -265,7 +267,7 @@ def make_checkpoint_writer(run: RunSpec) -> CheckpointWriter:
 
 
 def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
-    """Prepares the log folder; trackers exist on rank 0 only, the watchdog on every rank."""
+    """Prepares the folders of logs and checkpoints; trackers exist on rank 0 only, the watchdog on every rank."""
     config, world = run.config, run.world
     if not world.is_main:
         return EventDispatcher([], watchdog)

@@ -31,7 +31,7 @@ except ImportError:
     HAS_MONAI = False
 
 NAME = "evaluation.csv"
-# Surfaces at most this far apart agree: about the distance between two people's outlines of one organ.
+# Surfaces at most this far apart agree; two people's outlines of one organ differ by about as much.
 TOLERANCE_MM = 1.0
 PERCENTILE = 95
 
@@ -87,7 +87,7 @@ class CaseTable:
         """Writes the table atomically.
 
         Returns:
-            A line with the table's path, and what it lacks.
+            A line with the table's path, and what the table lacks.
 
         Raises:
             UserError: the folder cannot be written.
@@ -121,10 +121,10 @@ def surface_dice(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...])
         spacing_mm: of the voxels, along (D, H, W).
     """
     with warnings.catch_warnings(action="ignore"):  # about empty masks: the result shows them
-        found = compute_surface_dice(
+        score = compute_surface_dice(
             predicted.float().cpu(), true.float().cpu(), [TOLERANCE_MM], include_background=True, spacing=spacing_mm
         )
-    return torch.as_tensor(np.asarray(found), dtype=torch.float64).flatten()[0]
+    return torch.as_tensor(np.asarray(score), dtype=torch.float64).flatten()[0]
 
 
 def hausdorff_mm(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...]) -> Tensor:
@@ -133,11 +133,11 @@ def hausdorff_mm(predicted: Tensor, true: Tensor, spacing_mm: tuple[float, ...])
     Not finite if a mask is empty. The arguments are those of `surface_dice`.
     """
     with warnings.catch_warnings(action="ignore"):  # as above
-        found = compute_hausdorff_distance(
+        distance = compute_hausdorff_distance(
             predicted.float().cpu(),
             true.float().cpu(),
             include_background=True,
             percentile=PERCENTILE,
             spacing=spacing_mm,
         )
-    return torch.as_tensor(np.asarray(found), dtype=torch.float64).flatten()[0]
+    return torch.as_tensor(np.asarray(distance), dtype=torch.float64).flatten()[0]

@@ -16,7 +16,7 @@ RULE_EVALUATION_INTERVAL = 20
 
 @dataclass(frozen=True)
 class EvalSchedule:
-    """Up to `epochs` epochs; an evaluation after epoch `first_evaluation` (None: never) and every `interval` later."""
+    """At most `epochs` epochs; evaluates after `first_evaluation` (None: never), then every `interval` epochs."""
 
     epochs: int
     first_evaluation: int | None
@@ -37,7 +37,7 @@ class EvalSchedule:
             UserError: an epoch without a step, or nothing left to time after the warm-up.
         """
         if batches < ga_steps:
-            raise UserError(f"--ga_steps {ga_steps}, but an epoch has {batches} batches: no step would ever be made")
+            raise UserError(f"--ga_steps {ga_steps}, but an epoch has {batches} batches: no step would ever be taken")
         iterations = batches - batches % ga_steps
         if warmup_steps is not None and self.epochs * iterations <= warmup_steps:
             raise UserError(
@@ -46,14 +46,14 @@ class EvalSchedule:
             )
 
     def note(self) -> str:
-        """A note if no evaluation will take place, which users seldom intend; otherwise ""."""
+        """Returns a note if no evaluation will take place, which users seldom intend; otherwise ""."""
         if self.first_evaluation is not None and self.first_evaluation <= self.epochs:
             return ""
         when = f"the first is due at epoch {self.first_evaluation}" if self.first_evaluation else "there are no cases"
-        return f"no evaluation in these {self.epochs} epochs ({when}); --start_eval_at and --evaluate_every set others"
+        return f"no evaluation in these {self.epochs} epochs ({when}); see --start_eval_at and --evaluate_every"
 
     def blocks(self, start: int) -> Iterator[tuple[int, int]]:
-        """The (first, last) epochs up to and including each evaluation, from epoch `start` on."""
+        """Yields the (first, last) epochs up to and including each evaluation, from epoch `start` on."""
         first = start
         for epoch in range(start, self.epochs + 1):
             if self.evaluates(epoch) or epoch == self.epochs:
@@ -62,9 +62,9 @@ class EvalSchedule:
 
 
 def make_schedule(
-    epochs: int, samples_per_epoch: int, start_eval_at: int | None, evaluate_every: int | None
+    epochs: int, samples_per_epoch: int, start_eval_at: int | None = None, evaluate_every: int | None = None
 ) -> EvalSchedule:
-    """The rule's schedule, scaled to this run's samples an epoch, where the user gave none."""
+    """Returns the user's schedule; a value that is None follows MLPerf's rule, scaled to the samples per epoch."""
     first = start_eval_at or math.ceil(RULE_FIRST_EVALUATION * RULE_SAMPLES / samples_per_epoch)
     interval = evaluate_every or math.ceil(RULE_EVALUATION_INTERVAL * RULE_SAMPLES / samples_per_epoch)
     return EvalSchedule(epochs, first, interval)

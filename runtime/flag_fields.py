@@ -16,7 +16,7 @@ from common.registry import Spec
 # Names of values in `--help` where a flag has none of its own.
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME", Spec: "SPEC"}
 
-# Converters of common kinds of numbers.
+# Converters of common kinds of numbers, for the `type` of a flag.
 POSITIVE = number(int, 1)
 COUNT = number(int, 0)
 SHARE = number(float, 0, 1)
@@ -78,11 +78,11 @@ def flag(default: Any, help: str, **details: Any) -> Any:
 
 
 def flag_names(config_class: type, **wanted: Any) -> tuple[str, ...]:
-    """Names of the fields whose `Flag` has these attributes, in their order."""
+    """Returns the names of the fields whose `Flag` has these attribute values, in their order."""
     return tuple(
-        one.name
-        for one in fields(config_class)
-        if all(getattr(one.metadata["flag"], name) == value for name, value in wanted.items())
+        f.name
+        for f in fields(config_class)
+        if all(getattr(f.metadata["flag"], name) == value for name, value in wanted.items())
     )
 
 
@@ -107,39 +107,39 @@ def make_parser(config_class: type, prog: str, description: str) -> Parser:
     )
     hints = get_type_hints(config_class)
     group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
-    for one in fields(config_class):
-        described: Flag = one.metadata["flag"]
-        group = parser.add_argument_group(described.group) if described.group else group
-        if described.help:
-            action = group.add_argument(f"--{one.name}", *described.aliases, **_argparse_options(one, hints[one.name]))
-            if described.old:
-                parser.add_old_spelling(described.old, action)
+    for f in fields(config_class):
+        meta: Flag = f.metadata["flag"]
+        group = parser.add_argument_group(meta.group) if meta.group else group
+        if meta.help:
+            action = group.add_argument(f"--{f.name}", *meta.aliases, **_argparse_options(f, hints[f.name]))
+            if meta.old:
+                parser.add_old_spelling(meta.old, action)
     return parser
 
 
-def _argparse_options(one: Field[Any], hint: Any) -> dict[str, Any]:
-    """Keyword arguments of `add_argument` for a field with this annotation."""
-    described: Flag = one.metadata["flag"]
-    default = _typed_default(one)
-    text = f"{described.help} (default: {default})" if default else described.help
+def _argparse_options(f: Field[Any], hint: Any) -> dict[str, Any]:
+    """Returns keyword arguments of `add_argument` for a field with this annotation."""
+    meta: Flag = f.metadata["flag"]
+    default = _typed_default(f)
+    text = f"{meta.help} (default: {default})" if default else meta.help
     if hint is bool:
-        return {"action": described.action, "help": text}
-    kind, nargs, members = hint, described.nargs, get_args(hint)
+        return {"action": meta.action, "help": text}
+    kind, nargs, members = hint, meta.nargs, get_args(hint)
     if members:  # tuple[X, ...], tuple[X, X] or X | None
         kind = members[0]
         if get_origin(hint) is tuple:
             nargs = nargs or ("*" if members[-1] is ... else len(members))
     return {
-        "type": described.type or (trusted_spec if kind is Spec else kind),
-        "choices": described.choices,
+        "type": meta.type or (trusted_spec if kind is Spec else kind),
+        "choices": meta.choices,
         "nargs": nargs,
-        "metavar": described.metavar or (None if described.choices else METAVARS[kind]),
+        "metavar": meta.metavar or (None if meta.choices else METAVARS[kind]),
         "help": text,
     }
 
 
-def _typed_default(one: Field[Any]) -> str:
-    """The default as it would be typed; "" where it is the flag's absence."""
-    if isinstance(one.default, tuple):
-        return " ".join(map(str, one.default))
-    return "" if one.default in (MISSING, None) or isinstance(one.default, bool) else str(one.default)
+def _typed_default(f: Field[Any]) -> str:
+    """Returns the default as a user would type it; "" if the default is to leave the flag out."""
+    if isinstance(f.default, tuple):
+        return " ".join(map(str, f.default))
+    return "" if f.default in (MISSING, None) or isinstance(f.default, bool) else str(f.default)

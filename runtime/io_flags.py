@@ -211,7 +211,7 @@ class PredictionFlags:
     series: str | None = flag(None, "DICOM series by number, UID or description, or all", mode="predict")
     checkpoint: str = flag(
         "best",
-        "state to take from a checkpoint: to evaluate, to predict, or for --init_from",
+        "which state of a checkpoint to use for evaluation, prediction or --init_from",
         choices=("best", "last"),
         resume="incidental",
     )
@@ -227,7 +227,7 @@ class PredictionFlags:
     )
     max_memory_gb: float | None = flag(
         None,
-        "most memory to use, on the host and on the GPU each, in GiB (default: what is free)",
+        "maximum memory to use, on the host and on the GPU each, in GiB (default: all that is free)",
         type=number(float, 0.1),
         metavar="GIB",
         mode="predict",

@@ -42,11 +42,11 @@ def learning_rate(
 
 @dataclass(frozen=True, kw_only=True)
 class LRScheduleConfig:
-    """What a schedule is constructed with, as its argument `run`: the flags of the same names.
+    """The argument `run` of every schedule's constructor: the flags of the same names.
 
     Attributes:
         epochs: maximum number of epochs of the run.
-        callback_state: see `TrainState`; where a schedule keeps what it needs again after a resume.
+        callback_state: see `TrainState`; where a schedule keeps what it needs after a resume.
     """
 
     learning_rate: float
@@ -161,9 +161,9 @@ class Plateau(_WithoutDecayEpochs):
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"--lr_schedule plateau: {error}") from None
-        if kept := run.callback_state.get(self.NAME):
-            self._rule.load_state_dict(kept["rule"])
-            self._carrier.param_groups[0]["lr"] = kept["rate"]
+        if saved := run.callback_state.get(self.NAME):
+            self._rule.load_state_dict(saved["rule"])
+            self._carrier.param_groups[0]["lr"] = saved["rate"]
 
     def after_warm_up(self, epoch: int) -> float:
         return float(self._carrier.param_groups[0]["lr"])
@@ -171,10 +171,10 @@ class Plateau(_WithoutDecayEpochs):
     def on_evaluation_end(self, result: EvaluationStopped) -> None:
         if result.epoch <= self.run.lr_warmup_epochs:
             return
-        # torch finds NaN never better than the best, and so counts it as no improvement.
+        # To torch, NaN is never better than the best, so it counts as no improvement.
         self._rule.step(METRICS[self._metric](result))
         state = self._rule.state_dict().items()
-        # Without what a checkpoint cannot hold.
+        # Only the values that a checkpoint can hold.
         rule = {key: value for key, value in state if isinstance(value, bool | int | float | str | list)}
         self.run.callback_state[self.NAME] = {"rule": rule, "rate": self.after_warm_up(result.epoch)}
 
@@ -188,7 +188,7 @@ LR_SCHEDULES: registry.Table[LRSchedule] = {
 
 
 def build_lr_schedule(spec: str, run: LRScheduleConfig) -> LRSchedule:
-    """The schedule that `--lr_schedule` names.
+    """Builds the schedule that `--lr_schedule` names.
 
     Raises:
         UserError: an unknown name or argument, or an object that is not an `LRSchedule`.

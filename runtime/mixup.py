@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.compat import tree_iter, tree_map, without_torch_function
-from common.errors import UserError
+from common.errors import UserError, one_line
 from model.registry import to_meta
 from runtime.objective import Predict, plain
 
@@ -127,16 +127,15 @@ def count_cuts(network: nn.Module, image: Tensor) -> int:
     Raises:
         UserError: the network cannot be traced on the meta device.
     """
-    shadow = to_meta(network).train()
+    traced = to_meta(network).train()
     calls: list[None] = []
-    for module in leaf_modules(shadow):
+    for module in leaf_modules(traced):
         module.register_forward_hook(lambda *_: calls.append(None))
     try:
         with torch.no_grad():
-            shadow(image.to("meta"))
+            traced(image.to("meta"))
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--augment manifold_mixup: cannot trace this network ({reason}); use mixup") from None
+        raise UserError(f"--augment manifold_mixup: cannot trace this network ({one_line(error)}); use mixup") from None
     return max(1, len(calls))
 
 

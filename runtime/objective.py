@@ -1,4 +1,4 @@
-"""How the loss of a micro-batch is formed: plainly, or by an `--augment` that mixes whole samples."""
+"""How the loss of a micro-batch is computed: from its logits alone, or by an `--augment` that mixes samples."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make_objective(specs: Sequence[registry.Spec], batch_size: int, is_compiled:
         raise UserError(f"--augment {' '.join(map(str, specs))}: only one of them may mix samples")
     objective = registry.build(specs[0], OBJECTIVES, "--augment")
     if is_compiled and getattr(objective, "looks_inside", False):
-        raise UserError(f"--augment {specs[0]} reaches into the network, which --compile would not see; drop one")
+        raise UserError(f"--augment {specs[0]} hooks into the network's layers, which --compile would bypass; drop one")
     if batch_size == 1:
         note(f"--augment {specs[0]} does nothing with a --batch_size of 1: there is no sample to mix with")
     return objective

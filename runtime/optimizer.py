@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# Where every PyTorch build has fused optimizers.
+# The devices for which every PyTorch build has fused optimizers.
 FUSED_DEVICES = ("cpu", "cuda")
 # FusedLAMB's defaults.
 LAMB_EPSILON = 1e-6

@@ -34,7 +34,7 @@ BATCHES_AHEAD = 2
 TENSORS_PER_BATCH = 2
 # Pipes and the process handle, in the training process (7 counted in torch 2.13, with tensors in the queue).
 FILES_PER_WORKER = 8
-# Those of Python, torch, CUDA and NCCL.
+# Files that Python, torch, CUDA and NCCL open.
 OTHER_FILES = 256
 
 

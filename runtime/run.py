@@ -22,24 +22,24 @@ from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
 from runtime.precision import choose_precision
-from runtime.run_spec import leave_done, make_run_spec, read_dataset
+from runtime.run_spec import make_run_spec, read_dataset, report_done
 from runtime.seeding import seed_process
 from runtime.training import train
 
 
 @notes_held()
 def train_network(config: RunConfig, world: World, write_report: Callable[[RunConfig, World], None]) -> int:
-    """A whole run, from the command line to the last line of the log.
+    """Executes a training run, from the parsed command line to the last line of the log.
 
     Args:
-        write_report: called on rank 0 once training has ended in order, before the trackers are closed.
+        write_report: called on rank 0 once training has ended normally, before the trackers are closed.
 
     Returns:
         The program's exit status.
     """
     run = make_run_spec(config, world)
     if run.done:
-        return leave_done(run)
+        return report_done(run)
     step = build.make_step_config(run)  # refuses bad specs before an earlier run's files are renamed
     signals = SignalHandler(world.store)
     watchdog = Watchdog(world, signals)
@@ -85,9 +85,9 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     dataset, split = read_dataset(config)
     cases = split.get(config.eval_split)
     if not cases:
-        there = ", ".join(f"{len(found)} of {subset}" for subset, found in split.items() if found)
+        others = ", ".join(f"{len(ids)} of {subset}" for subset, ids in split.items() if ids)
         raise UserError(
-            f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {there or 'none'}"
+            f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {others or 'none'}"
         )
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = build.make_network(config, dataset)

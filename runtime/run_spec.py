@@ -61,7 +61,7 @@ class RunSpec:
 
 
 def make_run_spec(config: RunConfig, world: World) -> RunSpec:
-    """Reads the data set's index and the checkpoint, and settles what follows from them.
+    """Reads the data set's index and the checkpoint, and derives the facts of the run from them.
 
     Raises:
         UserError: the flags, the data set and the checkpoint do not fit together.
@@ -121,14 +121,14 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
 
 
 def read_dataset(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """The data set's constants and its case ids by subset; volumes stay closed until the clock runs."""
+    """Returns the data set's constants and its case ids by subset; volumes stay closed until the clock runs."""
     if config.loader == "synthetic" and config.exec_mode == "train":
         return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
     return read_spec_and_split(config.data_dir, evaluation_ids())
 
 
 def evaluation_ids() -> list[str]:
-    """Numbers of the KiTS19 cases that MLPerf evaluates on."""
+    """Returns the numbers of the KiTS19 cases that MLPerf evaluates on."""
     return EVALUATION_CASES.read_text(encoding="utf-8").split()
 
 
@@ -143,8 +143,8 @@ def find_checkpoint(config: RunConfig, data_digest: str, world: World) -> Checkp
     return loaded
 
 
-def leave_done(run: RunSpec) -> int:
-    """Ends a run that has nothing left to train: fine with `--resume` (launchers restart), a mistake otherwise.
+def report_done(run: RunSpec) -> int:
+    """Reports a run with nothing left to train: success with `--resume` (launchers restart), a user error otherwise.
 
     Raises:
         UserError: the checkpoint was named by `--load_ckpt_path`.

@@ -57,10 +57,10 @@ def seed_step(seed: int, epoch: int, batch: int) -> None:
         seed: this rank's seed.
         epoch, batch: the micro-batch, by its epoch and its index in it.
     """
-    drawn = int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])
-    random.seed(drawn)
-    np.random.seed(drawn)
-    torch.manual_seed(drawn)
+    step_seed = int(np.random.SeedSequence([seed, epoch, batch]).generate_state(1)[0])
+    random.seed(step_seed)
+    np.random.seed(step_seed)
+    torch.manual_seed(step_seed)
 
 
 def seed_process(seed: int, *, deterministic: bool, autotune: bool) -> None:

@@ -20,15 +20,15 @@ from runtime.train_state import TrainState
 from runtime.training import StepConfig
 from runtime.warmup import calibrate, dummy_batch, warm_up
 
-# run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf wants that in the log.
+# run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf requires that in the log.
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
 def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
-    """Checks, on each machine, for what would end the run later.
+    """Checks, on each machine, for conditions that would end the run later.
 
     Raises:
-        UserError: naming everything that failed.
+        UserError: a check failed; the message names all that did.
     """
     config = run.config
     if config.local_rank != 0:
@@ -71,7 +71,7 @@ def describe_start(run: RunSpec) -> events.InitStarted:
 
 
 def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
-    """Everything known about a run before its clock starts."""
+    """Returns everything known about a run before its clock starts."""
     config, world = run.config, run.world
     for text in (run.precision.note, kernels.note(world.device), "" if config.benchmark else run.schedule.note()):
         if text:

@@ -47,7 +47,7 @@ from runtime.train_state import Stop, TrainState
 
 # Below this mean Dice the network predicts nothing at all: MLPerf's reference calls the run diverged.
 DIVERGED_DICE = 1e-6
-# The report of a divergence is one line.
+# Ranks named in the one line that reports a divergence.
 NAMED_RANKS = 4
 
 
@@ -58,7 +58,7 @@ class StepConfig:
     Attributes:
         ga_steps: micro-batches accumulated into one optimizer step.
         layout: "NCDHW" or "NDHWC", the memory order of the images.
-        seed: this rank's, for what the network and the objective draw.
+        seed: this rank's seed, for random numbers of the network (dropout) and the objective (mixup).
     """
 
     loss: nn.Module
@@ -96,7 +96,7 @@ class TrainLoop:
 
 
 def train(state: TrainState, loop: TrainLoop) -> Stop:
-    """Trains on from the state until the schedule ends or something stops the run; the log is closed in any case.
+    """Trains from the given state until the schedule ends or something stops the run; closes the log in any case.
 
     Raises:
         UserError: a worker process of the loader died.
@@ -108,7 +108,7 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         return stop
 
     try:
-        return close_log(train_to_the_end(state, loop))
+        return close_log(run_blocks(state, loop))
     except Interrupted as signalled:  # raised inside an evaluation, which no rank can finish without the others
         return close_log(stop_at_signal(signalled))
     except BaseException as error:
@@ -121,8 +121,8 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         raise
 
 
-def train_to_the_end(state: TrainState, loop: TrainLoop) -> Stop:
-    """The epochs up to each evaluation, and the evaluation, until something stops the run or no epochs are left."""
+def run_blocks(state: TrainState, loop: TrainLoop) -> Stop:
+    """Runs block after block, each with its evaluation, until something stops the run or no epochs are left."""
     stop = evaluate_if_due(state, loop)  # after an epoch that an earlier process completed
     stop = stop or first_stop(callback.on_train_start(state) for callback in loop.callbacks)
     for first_epoch, last_epoch in loop.schedule.blocks(state.epoch + 1):
@@ -139,7 +139,7 @@ def train_to_the_end(state: TrainState, loop: TrainLoop) -> Stop:
 
 
 def train_epoch(state: TrainState, loop: TrainLoop, epoch: int) -> Stop | None:
-    """The rest of one epoch, from `state.batch` on; returns why the run must end, or None.
+    """Trains the rest of one epoch, from `state.batch` on; returns why the run must end, or None.
 
     Micro-batches that no longer fill a step are left out: the MLPerf reference discards their gradients.
     """
@@ -229,7 +229,7 @@ def forward_backward(state: TrainState, batch: Batch, config: StepConfig, *, com
 
 
 def optimizer_step(state: TrainState) -> Tensor:
-    """Updates the weights from the accumulated gradients and clears these.
+    """Updates the weights from the accumulated gradients, then clears the gradients.
 
     Returns:
         The gradients' norm, the loss scale divided out: a scalar that stays on the device.
@@ -246,7 +246,7 @@ def finish_step(state: TrainState, loop: TrainLoop, step: StepEnd) -> Stop | Non
     """Acts on a step's numbers once they have reached the host: on a GPU, one step later. The same on every rank."""
     loop.emit(step)
     stop = first_stop(callback.on_step_end(step, state) for callback in loop.callbacks)
-    if step.fault:  # the weights are spoilt: no checkpoint of them
+    if step.fault:  # the weights are damaged: do not save them
         return Stop("aborted", f"diverged: {describe_fault(loop, step)}", DIVERGED_EXIT)
     if step.save:
         loop.checkpoints.save(state)
@@ -281,15 +281,15 @@ def evaluate_if_due(state: TrainState, loop: TrainLoop) -> Stop | None:
     stop = stop_for_score(result, loop, best_before=state.best_dice)
     is_best = keep_if_best(state, result)
     loop.learning_rate.on_evaluation_end(result)
-    asked = first_stop(callback.on_evaluation_end(result, state) for callback in loop.callbacks)
-    stop = stop or asked
+    requested = first_stop(callback.on_evaluation_end(result, state) for callback in loop.callbacks)
+    stop = stop or requested
     if is_best and not (stop and stop.exit_status == DIVERGED_EXIT):
         loop.checkpoints.save(state)
     return stop
 
 
 def stop_for_score(result: EvaluationStopped, loop: TrainLoop, best_before: float) -> Stop | None:
-    """Success at the target; aborted when the score has fallen to nothing or is not a number."""
+    """Returns success at the target, aborted if the score has fallen to zero or is NaN, otherwise None."""
     dice = result.mean_dice
     if dice >= loop.quality_threshold:
         return Stop("success", f"mean Dice {dice:.4f} reached {loop.quality_threshold}")
@@ -300,7 +300,7 @@ def stop_for_score(result: EvaluationStopped, loop: TrainLoop, best_before: floa
 
 
 def keep_if_best(state: TrainState, result: EvaluationStopped) -> bool:
-    """Copies the weights to the host if their mean Dice is the highest so far; whether it is."""
+    """Copies the weights to the host if their mean Dice is the highest so far; returns whether it is."""
     if not result.mean_dice > state.best_dice:
         return False
     state.best_dice, state.best_epoch = result.mean_dice, result.epoch
@@ -316,5 +316,5 @@ def stop_at_signal(signalled: Interrupted) -> Stop:
 
 
 def first_stop(stops: Iterable[Stop | None]) -> Stop | None:
-    """The first request to stop; every callback is called, whatever those before it returned."""
+    """Returns the first request to stop; every callback is called, whatever those before it returned."""
     return next((stop for stop in list(stops) if stop), None)

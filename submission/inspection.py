@@ -132,7 +132,7 @@ def _rule_violations(log: Log) -> Iterator[Problem]:
             yield Problem(log.path, log.lines[key], message)
     if log.rule_violations:
         yield Problem(log.path, log.lines["submission_division"], f"closed, but: {'; '.join(log.rule_violations)}")
-    schedule = make_schedule(1, log.values["samples_per_epoch"], None, None)
+    schedule = make_schedule(1, log.values["samples_per_epoch"])
     first, interval = schedule.first_evaluation, schedule.interval
     for index, record in enumerate(record for record in log.records if record.key == "eval_accuracy"):
         epoch = record.metadata["epoch"]

@@ -1,4 +1,4 @@
-"""The base class of callbacks, which may stop a run or keep something of it, and the table of `--callbacks`.
+"""The base class of callbacks, which may stop a run or save data of it, and the table of `--callbacks`.
 
 A tracker, in contrast, only watches (see `runtime/logging/`).
 """
@@ -20,9 +20,9 @@ from runtime.train_state import Stop, TrainState
 class Callback:
     """Hooks into the training loop. Every rank calls each hook with the same numbers.
 
-    A hook may change the state, equally on every rank, and returns a `Stop` to end the run: every rank must return the
-    same one. What a callback needs again after a resume it keeps, as plain Python, in `state.callback_state` under a
-    name of its own.
+    A hook may change the state, identically on every rank, and returns a `Stop` to end the run: every rank must return
+    the same one. A callback keeps what it needs after a resume in `state.callback_state`, as plain Python values under
+    a name of its own.
     """
 
     def on_train_start(self, state: TrainState) -> Stop | None:
@@ -40,7 +40,7 @@ class Callback:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """What a callback of `--callbacks` is constructed with, as its argument `run`.
+    """The argument `run` of every callback's constructor.
 
     Attributes:
         training_cases: their ids.
@@ -67,7 +67,7 @@ CALLBACKS: registry.Table[Callback] = {
 
 
 def build_callbacks(specs: Sequence[str], run: RunContext) -> list[Callback]:
-    """The callbacks that `--callbacks` names.
+    """Builds the callbacks that `--callbacks` names.
 
     Raises:
         UserError: an unknown name or argument, a missing package, or an object that is not a `Callback`.

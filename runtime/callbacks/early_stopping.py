@@ -38,7 +38,7 @@ class EarlyStopping(Callback):
         self._metric, self._mode = metric, mode_of(flag, metric, mode)
 
     def on_train_start(self, state: TrainState) -> Stop | None:
-        return self._stop(self._progress(state))  # a run that had ended so, and is resumed, ends again at once
+        return self._stop(self._progress(state))  # a run that stopped early ends at once when it is resumed
 
     def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> Stop | None:
         progress = self._progress(state)

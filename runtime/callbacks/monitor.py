@@ -18,7 +18,7 @@ MODES: dict[str, Mode] = {"mean_dice": "max", "loss": "min"}
 
 
 def mode_of(flag: str, metric: str, mode: str | None) -> Mode:
-    """The mode, "max" or "min"; None selects the metric's natural direction.
+    """Returns the mode, "max" or "min"; None selects the metric's natural direction.
 
     Raises:
         UserError: an unknown metric or mode.
@@ -31,7 +31,7 @@ def mode_of(flag: str, metric: str, mode: str | None) -> Mode:
 
 
 def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """Whether a value beats the best so far (None: there is none) by more than `min_delta`; NaN never does."""
+    """Returns whether a value beats the best so far (None: there is none) by more than `min_delta`; NaN never does."""
     if not math.isfinite(value):
         return False
     if best is None:

@@ -11,7 +11,7 @@ from runtime.train_state import TrainState
 
 
 class TrainDice(Callback):
-    """Scores whole training cases with the evaluation's sliding windows and reports it as `TrainDiceEnd`.
+    """Scores whole training cases with the evaluation's sliding windows and reports the scores as `TrainDiceEnd`.
 
     Args:
         cases: number of cases, the first by name, the same each time; None: all.

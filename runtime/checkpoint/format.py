@@ -71,9 +71,9 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def state(self, which: str) -> tuple[dict[str, Tensor], int]:
+    def state(self, name: str) -> tuple[dict[str, Tensor], int]:
         """Returns the weights of the "best" or the "last" state, and its epoch."""
-        return (self.last, self.last_epoch) if which == "last" else (self.best, self.best_epoch)
+        return (self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)
 
 
 def snapshot(
@@ -160,7 +160,7 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
         UserError: the file is missing, damaged, or holds no network.
     """
     try:
-        is_signed = _check_sums(path)
+        is_signed = _verify_checksum(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
@@ -209,8 +209,8 @@ def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
 
 def _from_foreign(path: Path, content: Any, flag: str) -> Checkpoint:
     networks = [content[key] for key in FOREIGN_KEYS if isinstance(content.get(key), Mapping)] or [content]
-    plain = [{str(name).removeprefix("module."): tensor for name, tensor in found.items()} for found in networks]
-    if not plain[0] or not all(isinstance(tensor, Tensor) for found in plain for tensor in found.values()):
+    plain = [{str(name).removeprefix("module."): tensor for name, tensor in weights.items()} for weights in networks]
+    if not plain[0] or not all(isinstance(tensor, Tensor) for weights in plain for tensor in weights.values()):
         raise UserError(f"{flag} {path}: holds no network ({', '.join(map(str, list(content)[:5]))})")
     best, last = plain[0], plain[1] if len(plain) > 1 else plain[0]
     epoch = int(content.get("epoch") or 0) if not isinstance(content.get("epoch"), Tensor) else 0
@@ -228,11 +228,11 @@ def read_step(path: Path) -> int:
         return 0
 
 
-def _check_sums(path: Path) -> bool:
+def _verify_checksum(path: Path) -> bool:
     """Returns whether the file has a SHA-256; raises BadZipFile if it does not match.
 
-    A file of another program is held to the archive's own checksums, which torch.load ignores; torch's older format,
-    which is no archive, has none.
+    A file of another program is checked against the archive's own checksums, which torch.load ignores; torch's older
+    format, which is no archive, has none.
     """
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -267,7 +267,7 @@ def load_network(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     """
     if details := differences(network, weights):
         raise UserError(
-            f"{path}: of another network than --model, --normalization and the data set give: "
+            f"{path}: does not fit the network that --model, --normalization and the data set describe: "
             f"it {' and '.join(details)}"
         )
     network.load_state_dict(dict(weights))

@@ -28,7 +28,7 @@ INCIDENTAL_FLAGS = flag_names(RunConfig, resume="incidental")
 OPTIMIZER_SETTINGS = {"momentum", "betas", "eps"}
 
 
-def newest_good(path: Path) -> Checkpoint | None:
+def newest_intact(path: Path) -> Checkpoint | None:
     """Returns the newest intact checkpoint of the run that saves to `path`; None if there are no files.
 
     Damaged files are named on stderr.
@@ -55,7 +55,7 @@ def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | No
     """Returns the state to resume from, the same on every rank: rank 0 reads it, as the file may be on its disk alone.
 
     Args:
-        path: where the run saves its checkpoints; None: the run's own are not looked for.
+        path: where the run saves its checkpoints; None: does not look for the run's own.
         start: another checkpoint, to start from if the run has none yet.
         world: all ranks of the run.
 
@@ -65,7 +65,7 @@ def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | No
     found: Checkpoint | UserError | None = None
     if world.is_main:
         try:
-            found = newest_good(path) if path else None
+            found = newest_intact(path) if path else None
             if found is None and start is not None:
                 found = load(start)
         except UserError as error:
@@ -132,7 +132,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
         try:
             _load_optimizer(state.optimizer, checkpoint.optimizer)
         except (ValueError, KeyError) as error:
-            raise UserError(f"{checkpoint.path}: of another --optimizer ({error})") from None
+            raise UserError(f"{checkpoint.path}: saved with another --optimizer ({error})") from None
         if checkpoint.scaler and state.scaler.is_enabled():
             state.scaler.load_state_dict(checkpoint.scaler)
     state.epoch, state.evaluated = checkpoint.last_epoch, checkpoint.evaluated

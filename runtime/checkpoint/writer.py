@@ -23,7 +23,7 @@ from runtime.checkpoint.format import read_step, write_archive
 from runtime.distributed.world import World
 from runtime.train_state import Stop, TrainState
 
-# For rank 0's last checkpoint; launchers kill a job sooner than this.
+# Time that the other ranks wait for rank 0's last checkpoint; launchers kill a job sooner.
 PATIENCE_S = 300.0
 
 
@@ -189,8 +189,8 @@ def save(path: Path, content: dict[str, Any], keep: int = 1) -> None:
         if keep > 1 and path.exists() and (earlier := read_step(path)) < step:
             # From here until `temporary` takes its name, `path` is missing, and `--resume` finds this one.
             os.replace(path, path.with_name(f"{path.stem}_{earlier:06d}{path.suffix}"))
-    for found, file in _files_by_step(path).items():
-        if found >= step:  # damaged, or the run would not have been resumed from an earlier one
+    for other_step, file in _files_by_step(path).items():
+        if other_step >= step:  # damaged, or the run would not have been resumed from an earlier one
             file.unlink(missing_ok=True)
     for file in find_checkpoints(path)[keep:]:
         file.unlink(missing_ok=True)

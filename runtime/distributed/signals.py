@@ -14,14 +14,14 @@ from runtime.distributed.world import KeyValueStore
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A second signal within this time is the same request: a terminal and a launcher both pass Ctrl-C on.
 SAME_REQUEST_S = 1.0
-# Between two looks at the store while waiting.
+# Interval at which a waiting rank polls the store.
 POLL_S = 0.5
 # The store's key: the signal because of which some rank left an evaluation.
 LEFT_EVALUATION = "left an evaluation"
 
 
 class SignalHandler:
-    """While entered, SIGTERM and SIGINT only set `number`; a second one, a second later, has its usual effect.
+    """While entered, SIGTERM and SIGINT only set `number`; another one, at least a second later, has its usual effect.
 
     Args:
         store: shared by the run's ranks; None in a world of one.
@@ -33,7 +33,7 @@ class SignalHandler:
     def __init__(self, store: KeyValueStore | None = None) -> None:
         self.number = 0
         self._store = store
-        self._looked_at = 0.0
+        self._polled_at = 0.0
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -67,10 +67,10 @@ class SignalHandler:
     def check_waiting(self) -> None:
         """Raises Interrupted once another rank has left the evaluation without contributing.
 
-        For a rank that has contributed: were it to leave on its own, the others might have everything and go on.
+        For a rank that has contributed: if it left by itself, the others might have all contributions and go on.
         """
         now = time.monotonic()
-        if self._store is not None and now - self._looked_at > POLL_S:
-            self._looked_at = now
+        if self._store is not None and now - self._polled_at > POLL_S:
+            self._polled_at = now
             if number := self._store.get(LEFT_EVALUATION):
                 raise Interrupted(int(number))

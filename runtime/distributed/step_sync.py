@@ -33,7 +33,7 @@ class StepSync:
     """Called once per optimizer step.
 
     Args:
-        request: asked for this rank's request at each step.
+        request: returns this rank's request; called at each step.
         lag: steps between submitting and reading; None: 1 on a GPU, where the host would otherwise wait for the step to
             finish, and 0 on a CPU, where it has finished.
     """

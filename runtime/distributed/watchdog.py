@@ -35,7 +35,7 @@ STALL_TIMEOUT_S = 40.0
 SLOWEST_FACTOR = 5.0
 # Before the first batch, and in an evaluation, where ranks with small cases wait for one with a large case.
 SLOW_PHASE_TIMEOUT_S = 1800.0
-# A cause must fit in one line.
+# Ranks named in the one line that states a cause.
 NAMED_RANKS = 8
 # For each phase that has ended: the number and name of the next phase in an iteration. Phase 0 is waiting for data.
 NEXT_PHASE = {"data": (1, "forward and backward"), "forward and backward": (2, "the optimizer's step")}
@@ -70,7 +70,7 @@ class Watchdog:
             arguments = (self._world.store,)
             self._thread = threading.Thread(target=self._watch, args=arguments, name="watchdog", daemon=True)
             self._thread.start()
-            self._heartbeat_at = time.monotonic()  # this object may have been made long ago
+            self._heartbeat_at = time.monotonic()  # this object may have been created long ago
             threading.Thread(target=self._watch_store, name="watchdog's watchdog", daemon=True).start()
         return self
 
@@ -127,7 +127,7 @@ class Watchdog:
     def _watch(self, store: KeyValueStore) -> None:
         world = self._world
         watched = (world.rank + 1) % world.size
-        seen, seen_at, heartbeat = None, time.monotonic(), 0
+        last_status, changed_at, heartbeat = None, time.monotonic(), 0
         try:
             while not self._ended.wait(HEARTBEAT_S if heartbeat else 0.0):
                 heartbeat += 1
@@ -137,10 +137,10 @@ class Watchdog:
                     self._end(f"ended with the group: {fault}")
                 self._share_signal(store)
                 latest = store.get(f"rank {watched}")
-                if latest != seen:
-                    seen, seen_at = latest, time.monotonic()
-                elif seen and time.monotonic() - seen_at > HEARTBEAT_TIMEOUT_S:
-                    self._give_up(store, _kill_unresponsive(watched, seen))
+                if latest != last_status:
+                    last_status, changed_at = latest, time.monotonic()
+                elif last_status and time.monotonic() - changed_at > HEARTBEAT_TIMEOUT_S:
+                    self._give_up(store, _kill_unresponsive(watched, last_status))
                 if time.monotonic() - self._progressed_at > self._timeout_s():
                     self._give_up(store, self._stalled(store))
         except RuntimeError as error:
@@ -171,10 +171,10 @@ class Watchdog:
         progress = {rank: tuple(status.get("progress", (0, 0, 0))) for rank, status in statuses.items()}
         behind = [rank for rank, reached in progress.items() if reached == min(progress.values())]
         # If all are equally far, the one that hangs is in another function than those that wait for it.
-        who = f"rank {', '.join(map(str, behind))}" if len(behind) < len(progress) else "every rank"
+        subject = f"rank {', '.join(map(str, behind))}" if len(behind) < len(progress) else "every rank"
         functions = ", ".join(f"rank {rank} in {statuses[rank].get('function')}" for rank in behind[:NAMED_RANKS])
         position = statuses[behind[0]].get("position", "the start")
-        return f"{who} hangs at {position}: no progress for {self._timeout_s():.0f} s ({functions})"
+        return f"{subject} hangs at {position}: no progress for {self._timeout_s():.0f} s ({functions})"
 
     def _give_up(self, store: KeyValueStore, cause: str) -> None:
         published = store.set_default("fault", cause)

@@ -181,7 +181,7 @@ class World:
         if self.is_main:
             self.store.set(name, "done")
         deadline = time.monotonic() + seconds
-        with suppress(RuntimeError):  # the store ended with rank 0's process, which has thus been here
+        with suppress(RuntimeError):  # the store ended with rank 0's process, which has therefore called this too
             while self.store.get(name) is None and time.monotonic() < deadline:
                 time.sleep(POLL_S)
 

@@ -26,15 +26,15 @@ def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
     Raises:
         UserError: an unknown name or argument, a missing package, or an error raised by a tracker's constructor.
     """
-    made: list[ev.Tracker] = []
+    trackers: list[ev.Tracker] = []
     for spec in specs:
         try:
-            made.append(registry.build(registry.Spec(spec, trusted=True), TRACKERS, "--trackers", log_dir=log_dir))
+            trackers.append(registry.build(registry.Spec(spec, trusted=True), TRACKERS, "--trackers", log_dir=log_dir))
         except UserError:
             raise
         except Exception as error:  # a user's own constructor may raise anything
             raise UserError(f"--trackers {spec!r}: {type(error).__name__}: {error}") from error
-    return made
+    return trackers
 
 
 class Recorder(ABC):

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import rotate
 
-LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "rates.csv", "tensorboard")
+LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "rates.csv")
 
 
 def rotate_logs(log_dir: Path) -> None:
@@ -23,18 +23,18 @@ def rotate_logs(log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(log_dir, os.W_OK):
             raise PermissionError(13, "permission denied")
-        rotate([log_dir / name for name in LOG_NAMES])
+        rotate([log_dir / name for name in (*LOG_NAMES, "tensorboard")])
     except OSError as error:
         raise UserError(f"--log_dir {log_dir}: cannot be written: {error.strerror or error}") from None
 
 
 def run_files(log_dir: Path, checkpoint: Path | None) -> list[str]:
     """Returns the files that a run has written, for trackers to upload: checkpoint, logs, report and pictures."""
-    logs = [log_dir / name for name in (*LOG_NAMES[:5], "report.html")]
+    logs = [log_dir / name for name in (*LOG_NAMES, "report.html")]
     files = [*([checkpoint] if checkpoint else []), *logs, *sorted(log_dir.glob("report/*.png"))]
     written_at = {}
     for file in files:
-        with suppress(OSError):  # missing, or a checkpoint that is being replaced as the run breaks off
+        with suppress(OSError):  # missing, or a checkpoint that is being replaced while the run is aborted
             written_at[file] = file.stat().st_mtime
     # An earlier run's report or checkpoint may still be there; run.json is the first file of this run.
     began_at = written_at.get(log_dir / "run.json", math.inf)

@@ -106,58 +106,60 @@ def settle_division(run: RunFacts) -> tuple[str, list[str]]:
 
 def rule_violations(run: RunFacts) -> list[RuleViolation]:
     """Returns everything that makes this run an open one; empty for a closed run."""
-    found = _dataset_violations(run.dataset, run.evaluation_ids)
+    violations = _dataset_violations(run.dataset, run.evaluation_ids)
     if run.config.loader == "synthetic":
-        found.append(RuleViolation("--loader", "synthetic", "one of the data set's volumes"))
+        violations.append(RuleViolation("--loader", "synthetic", "one of the data set's volumes"))
     values = run.config.to_json()
     for flag, required in CLOSED_FLAGS.items():
         if values[flag] != required:
-            found.append(RuleViolation(f"--{flag}", _plain(values[flag]), _plain(required)))
-    schedule, rule = run.schedule, make_schedule(run.schedule.epochs, run.samples_per_epoch, None, None)
+            violations.append(RuleViolation(f"--{flag}", _plain(values[flag]), _plain(required)))
+    schedule, rule = run.schedule, make_schedule(run.schedule.epochs, run.samples_per_epoch)
     if (schedule.first_evaluation, schedule.interval) != (rule.first_evaluation, rule.interval):
         actual = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
-        found.append(RuleViolation("evaluation", actual, f"from {rule.first_evaluation} every {rule.interval}"))
+        violations.append(RuleViolation("evaluation", actual, f"from {rule.first_evaluation} every {rule.interval}"))
     last = math.ceil(RULE_LAST_EPOCH * RULE_SAMPLES / run.samples_per_epoch)
     if schedule.epochs > last:
-        found.append(RuleViolation("--epochs", str(schedule.epochs), f"at most {last}"))
-    return [*found, *run.other_violations]
+        violations.append(RuleViolation("--epochs", str(schedule.epochs), f"at most {last}"))
+    return [*violations, *run.other_violations]
 
 
 def _dataset_violations(dataset: DatasetIdentity, evaluation_ids: Sequence[str]) -> list[RuleViolation]:
-    found = [RuleViolation("data set", dataset.name, "kits19")] if dataset.name != "kits19" else []
+    violations = [RuleViolation("data set", dataset.name, "kits19")] if dataset.name != "kits19" else []
     for subset, count in CLOSED_CASES.items():
         cases = len(dataset.split.get(subset, ()))
         if cases != count:
-            found.append(RuleViolation(f"{subset} cases", str(cases), str(count)))
-    if found:  # the cases and files of another data set need no further report
-        return found
+            violations.append(RuleViolation(f"{subset} cases", str(cases), str(count)))
+    if violations:  # the cases and files of another data set need no further report
+        return violations
     expected = {f"case_{number}" for number in evaluation_ids}
-    every = {f"case_{number:05d}" for number in range(sum(CLOSED_CASES.values()))}
-    for subset, ids in {"train": every - expected, "evaluation": expected}.items():
+    all_ids = {f"case_{number:05d}" for number in range(sum(CLOSED_CASES.values()))}
+    for subset, ids in {"train": all_ids - expected, "evaluation": expected}.items():
         if unexpected := sorted(set(dataset.split[subset]) - ids):
             more = f" and {len(unexpected) - NAMED_CASES} more" if len(unexpected) > NAMED_CASES else ""
             named = f"with {', '.join(unexpected[:NAMED_CASES])}{more}"
-            found.append(RuleViolation(f"{subset} cases", named, "MLPerf's"))
+            violations.append(RuleViolation(f"{subset} cases", named, "MLPerf's"))
     _, fingerprint = MLPERF_FINGERPRINTS["whole set"]
     if not dataset.fingerprint:
         required = "MLPerf's; preprocess_dataset.py records them"
-        found.append(RuleViolation("the files' MD5s", "not recorded", required))
+        violations.append(RuleViolation("the files' MD5s", "not recorded", required))
     elif dataset.fingerprint != fingerprint:
-        found.append(RuleViolation("the files' fingerprint", f"{dataset.fingerprint[:12]}…", f"{fingerprint[:12]}…"))
-    return found
+        violations.append(
+            RuleViolation("the files' fingerprint", f"{dataset.fingerprint[:12]}…", f"{fingerprint[:12]}…")
+        )
+    return violations
 
 
 def closed_division_violations(config: RunConfig) -> list[RuleViolation]:
-    """Returns what does not make a run an open one, but excludes it as a result of the closed division."""
-    found = []
+    """Returns what does not make a run an open one, but keeps it from being a closed-division result."""
+    violations = []
     if config.submission_org == PLACEHOLDER_ORG:
-        found.append(RuleViolation("--submission_org", "a placeholder", "the submitting organization"))
+        violations.append(RuleViolation("--submission_org", "a placeholder", "the submitting organization"))
     if config.seed >= 0:
-        found.append(RuleViolation("--seed", str(config.seed), "-1, drawn from the system's entropy"))
+        violations.append(RuleViolation("--seed", str(config.seed), "-1, drawn from the system's entropy"))
     if "mlperf" not in config.trackers:
         required = "a list with mlperf, which writes the log"
-        found.append(RuleViolation("--trackers", _plain(config.trackers), required))
-    return found
+        violations.append(RuleViolation("--trackers", _plain(config.trackers), required))
+    return violations
 
 
 def _plain(value: object) -> str:
@@ -166,7 +168,7 @@ def _plain(value: object) -> str:
 
 def format_violations(violations: Sequence[RuleViolation]) -> str:
     """Returns a table with the columns item, this run, required."""
-    rows = [("item", "this run", "required"), *((one.item, one.actual, one.required) for one in violations)]
+    rows = [("item", "this run", "required"), *((v.item, v.actual, v.required) for v in violations)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{item:{widths[0]}}  {actual:{widths[1]}}  {required}" for item, actual, required in rows)
 

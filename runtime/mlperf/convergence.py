@@ -63,13 +63,13 @@ def find_reference(batch_size: int, ruleset: str = DEFAULT_RULESET) -> Reference
     point = reference_point(BENCHMARK, ruleset, batch_size)
     if point is None:
         return None
-    found, how, published = point
+    figures, how, published = point
     return Reference(
         batch_size=batch_size,
         ruleset=ruleset,
         how=how,
-        mean=float(found["RCP Mean"]),
-        least=float(found["RCP Mean"] / found["Max Speedup"]),
+        mean=float(figures["RCP Mean"]),
+        least=float(figures["RCP Mean"] / figures["Max Speedup"]),
         published=tuple(map(float, published)),
     )
 

@@ -270,7 +270,7 @@ def test_unmarked_specs_are_untrusted() -> None:
         with pytest.raises(UserError, match="comes from a file"):
             registry.build(spec, LAZY, "--model", allowlist=ALLOWED, channels=1)
     assert not isinstance(trusted, str), "text that is saved and read again has lost its trust"
-    with pytest.raises(UserError, match="expected a text"):
+    with pytest.raises(UserError, match="expected a string"):
         registry.build(["unet3d"], LAZY, "--model", channels=1)  # type: ignore[arg-type]
 
 

@@ -72,7 +72,7 @@ def damaged_checkpoints(work_dir: Path, tries: int = 1000, seed: int = 0) -> Row
             pass
         # Suppresses a warning about the damaged file per try.
         with _quiet():
-            found = resume.newest_good(path)
+            found = resume.newest_intact(path)
         slowest = max(slowest, time.monotonic() - began)
         if found is None or found.path != older or not is_same(found.last, dict(state.network.state_dict())):
             failures.append(f"try {number} ({what}): the previous checkpoint was not found")
@@ -111,7 +111,7 @@ def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
     rng = random.Random(seed)
     failures = []
     for number in range(tries):
-        before = resume.newest_good(path)
+        before = resume.newest_intact(path)
         child = os.fork()
         if child == 0:
             saved = before.last_epoch if before else 0
@@ -123,7 +123,7 @@ def killed_while_saving(work_dir: Path, tries: int = 100, seed: int = 0) -> Row:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with _quiet():
-            found = resume.newest_good(path)
+            found = resume.newest_intact(path)
         newest = writer.find_checkpoints(path)[0]  # `path`, unless the kill came between two renames
         if before is None or found is None or found.last_epoch < before.last_epoch or found.path != newest:
             failures.append(f"try {number}: {found and found.path} after {before and before.last_epoch} epochs")

@@ -74,7 +74,7 @@ def test_the_intended_folder_is_suggested(program: Program, balls: Path, tmp_pat
 def test_a_checkpoint_of_another_network(program: Program, balls: Path, trained: Path) -> None:
     arguments = ("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", trained / "checkpoint.pth")
     line = error_line(program, *arguments, "--model", "unet3d(filters=(4,16))")
-    assert "of another network" in line
+    assert "does not fit the network" in line
     assert "bottleneck" in line
 
 

@@ -132,5 +132,5 @@ def test_a_spec_that_is_not_text_is_one_line(
     config, given = parse_arguments(
         ["--data_dir", str(folder), "--exec_mode", "evaluate", "--load_ckpt_path", str(path)]
     )
-    with pytest.raises(UserError, match="expected a text"):
+    with pytest.raises(UserError, match="expected a string"):
         open_with_evaluate(config, given, world, folder)

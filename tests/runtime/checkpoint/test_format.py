@@ -227,7 +227,7 @@ def test_another_networks_weights_are_refused_with_the_first_difference(
     network: nn.Module, problem: str, weights: Weights
 ) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(UserError, match=rf"^old\.pth: of another network than --model.*{problem}"):
+    with pytest.raises(UserError, match=rf"^old\.pth: does not fit the network that --model.*{problem}"):
         load_network(network, weights, Path("old.pth"))
     assert same(network.state_dict(), before), "half loaded is worse than not"
 

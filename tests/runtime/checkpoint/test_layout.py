@@ -15,7 +15,7 @@ import torch
 from common.errors import UserError
 from common.files import rotate
 from runtime.checkpoint.format import load, snapshot
-from runtime.checkpoint.resume import newest_good
+from runtime.checkpoint.resume import newest_intact
 from runtime.checkpoint.writer import find_checkpoints, prepare, save
 from runtime.train_state import TrainState
 from tests.runtime.checkpoint.conftest import (
@@ -246,7 +246,7 @@ def test_killed_at_any_moment_whole_files_are_left_and_an_older_one_of_them(
         assert found.keys() <= {"c.pth", "c_000002.pth", "c_000001.pth"}
         assert 2 in found.values()
         newest.append(max(found.values()))
-        resumed = newest_good(folder / "c.pth")
+        resumed = newest_intact(folder / "c.pth")
         assert resumed is not None
         assert resumed.last_epoch == newest[-1], "it is what --resume finds"
     assert newest == sorted(newest)

@@ -132,5 +132,5 @@ def test_another_optimizer_is_refused(
         train_epochs(fresh, loader, 2, 2)
         assert fresh.epoch == 2
     else:
-        with pytest.raises(UserError, match="of another --optimizer"):
+        with pytest.raises(UserError, match="saved with another --optimizer"):
             restore(fresh, load(path))

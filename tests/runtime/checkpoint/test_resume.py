@@ -22,7 +22,7 @@ from runtime.checkpoint.resume import (
     describe,
     find,
     is_done,
-    newest_good,
+    newest_intact,
     skip_partial_epoch,
 )
 from runtime.checkpoint.writer import save
@@ -78,7 +78,7 @@ def test_the_newest_intact_file_and_a_warning_for_each_damaged_one(
 ) -> None:
     for file in three[:damaged]:
         file.write_bytes(file.read_bytes()[:-9])
-    found = newest_good(path)
+    found = newest_intact(path)
     assert found is not None
     assert (found.last_epoch, found.path) == (3 - damaged, three[damaged])
     warned = [line.split(": damaged")[0] for line in capsys.readouterr().err.splitlines()]
@@ -87,27 +87,27 @@ def test_the_newest_intact_file_and_a_warning_for_each_damaged_one(
 
 def test_older_files_are_not_read(path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     three[1].write_bytes(b"")
-    assert newest_good(path) is not None
+    assert newest_intact(path) is not None
     assert capsys.readouterr().err == ""
 
 
 def test_the_newest_may_be_missing_altogether(path: Path, three: list[Path]) -> None:
     path.unlink()
-    found = newest_good(path)
+    found = newest_intact(path)
     assert found is not None
     assert found.last_epoch == 2
 
 
 def test_nothing_there_is_a_first_start(path: Path) -> None:
-    assert newest_good(path) is None
-    assert newest_good(path.parent / "no folder" / "c.pth") is None
+    assert newest_intact(path) is None
+    assert newest_intact(path.parent / "no folder" / "c.pth") is None
 
 
 def test_if_every_file_is_damaged_the_user_must_decide_to_start_over(path: Path, three: list[Path]) -> None:
     for file in three:
         file.write_bytes(b"PK")
     with pytest.raises(UserError, match=rf"none of the 3 checkpoint\(s\) of {path} is intact.*without --resume$"):
-        newest_good(path)
+        newest_intact(path)
 
 
 def test_a_runs_own_checkpoint_comes_before_the_one_to_start_from(path: Path, three: list[Path], world: World) -> None:
