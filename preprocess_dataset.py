@@ -1,4 +1,4 @@
-"""Preprocesses raw scans into training volumes, bit for bit as MLPerf's reference does, and verifies them.
+"""Preprocesses raw scans into training volumes, bit for bit like MLPerf's reference, and verifies them.
 
     python3 preprocess_dataset.py --data_dir RAW --results_dir OUT
     python3 preprocess_dataset.py --data_dir RAW --results_dir OUT --dataset msd --split_ratios 0.6 0.2 0.2
@@ -77,7 +77,7 @@ def read_raw(dataset: str, data_dir: Path, seed: int, flags: dict[str, Any]) -> 
 
 
 def find_reader(dataset: str) -> Reader:
-    """Returns the reader of that name. Raises UserError for an unknown name or a missing package."""
+    """Returns the reader called `dataset`. Raises UserError for an unknown name or a missing package."""
     if dataset not in READERS:
         near = difflib.get_close_matches(dataset, READERS, n=3) or sorted(READERS)
         raise UserError(f"--dataset {dataset!r}: unknown data set; available: {', '.join(near)}")
@@ -99,7 +99,7 @@ def make_parser() -> Parser:
     add("--dataset", metavar="NAME", default="kits19", help=f"{', '.join(sorted(READERS))} (default: kits19)")
     add("--num_workers", type=int, metavar="N", default=os.cpu_count() or 1, help="processes (default: all cores)")
     add("--seed", type=int, metavar="N", default=0, help="seed of the split (default: 0)")
-    add("--checksums", type=Path, metavar="PATH", help="verify: JSON {file: MD5} to compare with, as MLPerf's is")
+    add("--checksums", type=Path, metavar="PATH", help="verify: JSON file {name: MD5} to compare with")
     _add_reader_options(parser)
     return parser
 
@@ -133,21 +133,21 @@ def _add_reader_options(parser: Parser) -> None:
     )
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="images: resize to H x W pixels")
     intensity_window = add(
-        "--intensity_window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="clip values to it, for CT in HU"
+        "--intensity_window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="clip values to this range (CT: HU)"
     )
     add(
         "--intensity",
         type=renamed_values("--intensity", RENAMED_INTENSITIES),
         choices=INTENSITIES,
         help="zscore: by mean and standard deviation of each scan; minmax: to [0, 1], by the window or the range of "
-        "each scan; none: unchanged (default: zscore; kits19: MLPerf's mean and deviation)",
+        "each scan; none: unchanged (default: zscore; kits19: MLPerf's mean and standard deviation)",
     )
     add("--spacing", type=float, nargs=3, metavar=("D_MM", "H_MM", "W_MM"), help="resample to this spacing")
     add("--orientation", metavar="CODE", help="reorient the axes of every scan, such as RAS")
     add(
         "--foreground_crop",
         action="store_true",
-        help="crop to the bounding box of all voxels above the window's LOW, without a window above the mean",
+        help="crop to the bounding box of all voxels above the window's LOW (above the mean without a window)",
     )
     parser.add_old_spelling("--split", split_ratios)
     parser.add_old_spelling("--slab", slices_per_case)

@@ -1,4 +1,4 @@
-"""What the training loaders share: their interface and their configuration."""
+"""Interface and configuration of the training loaders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrainingLoader(Protocol):
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `epoch` (from 1), beginning with batch `start` (from 0); earlier ones are not made."""
+        """Yields the batches of `epoch` (from 1), beginning with batch `start` (from 0); earlier ones are skipped."""
         ...
 
     def describe(self, epoch: int, batch: int) -> list[str]:
@@ -44,6 +44,9 @@ class LoaderConfig:
         oversampling: probability that a crop contains foreground.
         batch_size: samples per rank per micro-batch.
         num_workers: worker processes of `--loader pytorch`.
+        rank, ranks: this process's rank (from 0), and the number of ranks.
+        order_seed: seed of the order of the cases.
+        sample_seed: seed of crops and augmentations.
         device: device that runs the network.
         augment: draws the augmentation of a sample.
         fixed_batches, pseudo_labels: see `EpochSampler`.
@@ -63,7 +66,7 @@ class LoaderConfig:
     pseudo_labels: PseudoLabelCap = PseudoLabelCap()  # noqa: RUF009
 
     def sampler(self, cases: int) -> EpochSampler:
-        """Returns this rank's order of that many cases. Raises UserError when an epoch has no batch."""
+        """Returns this rank's sampler of `cases` training cases. Raises UserError if an epoch has no batch."""
         sampler = EpochSampler(
             cases=cases,
             batch_size=self.batch_size,
@@ -73,10 +76,10 @@ class LoaderConfig:
             fixed_batches=self.fixed_batches,
             pseudo_labels=self.pseudo_labels,
         )
-        len(sampler)
+        len(sampler)  # raises if there is no batch
         return sampler
 
 
 def describe_sample(case: str, start: Shape, transform: Transform) -> str:
-    """Returns a sample as one phrase: the case, the crop's first voxel (D, H, W) and its augmentation."""
+    """Describes a sample in one phrase: the case, the crop's first voxel (D, H, W) and its augmentation."""
     return f"{case} at {start}, {transform}"

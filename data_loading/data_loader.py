@@ -20,14 +20,14 @@ from data_loading.spec import DatasetSpec
 from data_loading.synthetic_loader import SyntheticLoader
 from data_loading.transforms import MLPerfAugmentation
 
-# Share of a GPU's free memory for evaluation volumes; KiTS19's are 6.6 GB over all ranks.
+# Share of a GPU's free memory for evaluation volumes; those of KiTS19 are 6.6 GB in total.
 EVALUATION_SHARE = 0.25
 
 
 def make_training_loader(
     name: str, data_dir: Path, cases: Sequence[str], *, spec: DatasetSpec, config: LoaderConfig
 ) -> TrainingLoader:
-    """Makes the loader of that name. Raises UserError for an unknown name, too few cases, or damaged data."""
+    """Returns the loader called `name`. Raises UserError for an unknown name, too few cases, or damaged data."""
     if name not in LOADERS:
         raise UserError(f"--loader {name!r}: unknown loader; available: {', '.join(sorted(LOADERS))}")
     return LOADERS[name](data_dir, cases, spec, config)
@@ -81,16 +81,16 @@ def load_evaluation_case(data_dir: Path, case: str) -> EvaluationCase:
 
 
 class EvaluationCases:
-    """Loads evaluation cases onto the device and keeps those that fit, so that the next evaluation reads nothing.
+    """Loads evaluation cases onto the device and keeps those that fit, so that the next evaluation reads no files.
 
-    On a CPU none is kept: the operating system's page cache already holds them.
+    On a CPU none are kept: the operating system's page cache already holds them.
     """
 
     def __init__(self, data_dir: Path, device: torch.device) -> None:
         self._data_dir = data_dir
         self._device = device
         self._kept: dict[str, EvaluationCase] = {}
-        # Bytes left for cases; on a GPU measured when the first evaluation begins.
+        # Bytes left for cases; None: not measured yet (a GPU is measured when the first evaluation begins).
         self._budget: int | None = None if device.type == "cuda" else 0
 
     def __call__(self, case: str) -> EvaluationCase:

@@ -28,19 +28,19 @@ BOXES_NAME = "foreground_boxes.json"
 
 
 def find_index(data_dir: Path) -> DatasetIndex | None:
-    """Returns a folder's index; None in a folder that the reference wrote. Raises UserError when it is damaged."""
+    """Returns a folder's index; None for a folder that the reference wrote. Raises UserError if it is damaged."""
     return read_index(data_dir / INDEX_NAME) if (data_dir / INDEX_NAME).is_file() else None
 
 
 def read_spec_and_split(data_dir: Path, evaluation_ids: Iterable[str]) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """Returns a preprocessed folder's spec, with the orientation that its cases share, and split; opens no volume.
+    """Returns a preprocessed folder's spec, with the orientation that its cases share, and its split; opens no volume.
 
     Args:
         data_dir: the preprocessed folder.
         evaluation_ids: MLPerf's evaluation ids ("00000", …), for a folder that the reference wrote.
 
     Raises:
-        UserError: not a (completely) preprocessed folder; the message suggests one nearby.
+        UserError: not a preprocessed folder, or an incomplete one; the message suggests one nearby.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir}: no such folder")
@@ -96,10 +96,10 @@ def case_files(data_dir: Path, case: str) -> tuple[Path, Path]:
 
 
 def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
-    """Memory-maps a (C, D, H, W) array, of which only the parts that are read are loaded.
+    """Memory-maps a (C, D, H, W) array, so that only the parts that are used are read.
 
     Raises:
-        UserError: missing, damaged, shorter than its header states, or of another type or number of axes.
+        UserError: missing, damaged, shorter than its header states, or of the wrong type or number of axes.
     """
     try:
         array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
@@ -107,15 +107,15 @@ def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
         raise UserError(f"{path}: missing; run preprocess_dataset.py again") from None
     except OSError as error:  # no permission, too many open files, a failing disk
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # numpy parses the header as Python: a damaged one raises what the tokenizer raises
+    except Exception as error:  # numpy parses the header as Python: a damaged one may raise anything
         raise UserError(f"{path}: damaged ({error}); run preprocess_dataset.py --mode verify, then again") from None
     if array.dtype != dtype or array.ndim != 4:
-        raise UserError(f"{path}: expected 4 axes of {np.dtype(dtype)}, found {array.ndim} of {array.dtype}")
+        raise UserError(f"{path}: expected a 4-D {np.dtype(dtype)} array, found {array.ndim}-D {array.dtype}")
     return array
 
 
 def map_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Memory-maps a case's image (C, D, H, W) and label (1, D, H, W). Raises UserError when their shapes differ."""
+    """Memory-maps a case's image (C, D, H, W) and label (1, D, H, W). Raises UserError if their shapes differ."""
     image = map_array(case_file(data_dir, case, "x"), np.float32)
     label = map_array(case_file(data_dir, case, "y"), np.uint8)
     if image.shape[1:] != label.shape[1:]:
@@ -131,7 +131,7 @@ def case_shape(data_dir: Path, case: str) -> Shape:
 def read_case(data_dir: Path, case: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Reads a case's whole image (C, D, H, W) and label (1, D, H, W) into memory. Raises UserError as `map_case` does.
 
-    Reading takes no longer than copying from a map, where a truncated file or a failing disk would mean SIGBUS.
+    Reading takes no longer than copying from a memory map, which ends in SIGBUS if a file is truncated or a disk fails.
     """
     image, label = map_case(data_dir, case)
     return _read(case_file(data_dir, case, "x"), image), _read(case_file(data_dir, case, "y"), label)
@@ -147,10 +147,10 @@ def _read(path: Path, mapped: NDArray[Any]) -> NDArray[Any]:
 
 
 def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes]:
-    """Returns every case's foreground boxes, from `dataset.json`.
+    """Returns the foreground boxes of each case, from `dataset.json`.
 
-    In a folder that the reference wrote they are computed once (seconds per case) and cached in a file beside the
-    labels; those of a label that has changed since are computed again. In a read-only folder every run computes them.
+    For a folder that the reference wrote they are computed once (seconds per case) and cached in a file beside the
+    labels; those of a label that has changed since are recomputed. In a read-only folder every run recomputes them.
     """
     if index := find_index(data_dir):
         return [index.cases[case].boxes for case in cases]
@@ -167,7 +167,7 @@ def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes
 
 
 def _boxes_stamp(label: Path, classes: int) -> list[int]:
-    """Returns what a label's boxes depend on; no boxes have the stamp of a missing file."""
+    """Returns a stamp that changes with a label's boxes; [-1], which no cached boxes have, for a missing file."""
     try:
         status = label.stat()
     except OSError:
@@ -176,7 +176,7 @@ def _boxes_stamp(label: Path, classes: int) -> list[int]:
 
 
 def _read_cached_boxes(path: Path) -> dict[str, tuple[list[int], Boxes]]:
-    """Returns {case: (stamp, boxes)} as an earlier run cached them, {} where the file is missing or damaged."""
+    """Returns {case: (stamp, boxes)} as cached by an earlier run, {} if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {

@@ -1,6 +1,7 @@
-"""`--loader device`: training volumes kept in device memory, in 16 bits; crops and augmentation are made there.
+"""`--loader device`: training volumes kept in device memory, images in fp16; crops and augmentation are computed there.
 
-The host only draws numbers: no worker, no copy and no synchronisation in a step. On a CPU the "device" is its memory.
+The host only draws numbers: a step needs no worker, no copy and no synchronisation. On a CPU, device memory is host
+memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad
 from data_loading.pytorch_loader import draw_sample
 from data_loading.transforms import MLPerfAugmentation, Transform
 
-# The rest is for weights, activations and evaluation volumes.
+# Share of free memory for training volumes; the rest is for weights, activations and evaluation volumes.
 MEMORY_SHARE = 0.5
 # Reading is limited by the disk: more threads gain nothing.
 READ_THREADS = 8
@@ -29,16 +30,16 @@ READ_THREADS = 8
 class DeviceLoader:
     """Samples the same crops, flips and factors as `PytorchLoader`, from images in fp16 and labels in uint8.
 
-    fp16 represents a normalised intensity (-2.3 to 2.6 for KiTS19) to 1e-3, and `--amp` rounds the network's input as
-    much. Every rank holds all training volumes (KiTS19: 14.5 GB), since each epoch shards them anew. Noise comes from
-    the device's own generator: on a GPU the numbers differ from `PytorchLoader`'s, their distribution does not.
+    fp16 represents a normalised intensity (-2.3 to 2.6 for KiTS19) to 1e-3; `--amp` rounds the network's input no
+    less. Every rank holds all training volumes (KiTS19: 14.5 GB), since each epoch shards them anew. Noise comes from
+    the device's own generator: on a GPU its values differ from those of `PytorchLoader`, its distribution does not.
 
     Args:
         cases: case ids.
         volumes: (image, label) of each case: (C, D, H, W) fp16 and (1, D, H, W) uint8 on the device, at least as large
             as the patch along each axis.
         boxes: foreground boxes of each case.
-        config: `num_workers` is not used.
+        config: shared configuration; `num_workers` is not used.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class DeviceLoader:
         return draw_sample(key, shape, self._boxes[key[1]], self._config)
 
     def _fill(self, image: Tensor, label: Tensor, key: tuple[int, int]) -> None:
-        """Writes the sample of that key into image (C, D, H, W) and label (1, D, H, W)."""
+        """Writes the sample with this key into image (C, D, H, W) and label (1, D, H, W)."""
         volume, mask = self._volumes[key[1]]
         start, transform = self._draw(key)
         d, h, w = (slice(first, first + length) for first, length in zip(start, self._config.patch, strict=True))
-        if not isinstance(transform, MLPerfAugmentation):  # applied on the host, so the device is a CPU (`data_loader`)
+        if not isinstance(transform, MLPerfAugmentation):  # applied on the host; `data_loader` allows it only on a CPU
             crop, cropped_mask = (array[:, d, h, w].cpu().numpy() for array in (volume, mask))
             crop, cropped_mask = transform.apply(crop.astype("float32"), cropped_mask.copy())
             image.copy_(torch.from_numpy(crop))
@@ -99,7 +100,7 @@ class DeviceLoader:
 
 
 def bytes_needed(shapes: Sequence[Sequence[int]]) -> int:
-    """Returns the bytes of images (C, D, H, W) in 16 bits and their labels in 8."""
+    """Returns the bytes of images (C, D, H, W) in fp16 and their labels in uint8."""
     return sum((2 * c + 1) * d * h * w for c, d, h, w in shapes)
 
 

@@ -24,17 +24,17 @@ INDEX_KEYS = {"format", "spec", "split", "split_hash", "provenance", "cases", "p
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRecord:
-    """What `dataset.json` records about a case.
+    """A case's record in `dataset.json`.
 
     Attributes:
-        transform: from the scan's grid to the network's; None in a folder that the reference wrote.
+        transform: from the scan's grid to the network's; None for a folder that the reference wrote.
         boxes: boxes of foreground components per class.
         digests: MD5 of the files "x" and "y" (MLPerf publishes MD5s).
         source_stamp: size and modification time of the raw files; a changed source is preprocessed again.
         statistics: "mean" and "std" of the preprocessed image.
-        stamps: [bytes, modification time in ns] of the files "x" and "y" as preprocessing left them; {} in a folder of
-            an earlier version.
-        patient: patient id, "" where every case is a patient of its own.
+        stamps: [bytes, modification time in ns] of the files "x" and "y" as preprocessing left them; {} in a folder
+            written by an earlier version.
+        patient: patient id, "" if every case is a patient of its own.
     """
 
     transform: GridTransform | None
@@ -71,7 +71,7 @@ class CaseRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels:
-    """The training cases that a network has labelled: the last ones of "train".
+    """The training cases that were labelled by a network: the last ones of "train".
 
     Attributes:
         teacher: SHA-256 of the network's checkpoint.
@@ -85,7 +85,7 @@ class PseudoLabels:
     max_share: float
 
     def check(self, split: dict[str, list[str]]) -> None:
-        """Raises ValueError where it contradicts the split."""
+        """Raises ValueError if it contradicts the split."""
         if self.cases != split["train"][-len(self.cases) :] or not 0 <= self.max_share <= 1:
             raise ValueError("its pseudo-labelled cases are not the last training cases")
 
@@ -134,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_index(path: Path) -> DatasetIndex:
-    """Reads a `dataset.json`. Raises UserError when it is damaged or of another format."""
+    """Reads a `dataset.json`. Raises UserError if it is damaged or has another format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != INDEX_FORMAT:
@@ -143,7 +143,7 @@ def read_index(path: Path) -> DatasetIndex:
         is_intact = digest in (None, _digest(content))
         content = with_current_keys(content)
         if not is_intact or not content.keys() <= INDEX_KEYS:
-            raise UserError(f"{path}: its content is not what preprocess_dataset.py wrote; preprocess again")
+            raise UserError(f"{path}: content differs from what preprocess_dataset.py wrote; preprocess again")
         index = DatasetIndex(
             spec=DatasetSpec.from_json(content["spec"]),
             split={str(subset): [str(case) for case in cases] for subset, cases in content["split"].items()},
@@ -165,13 +165,13 @@ def read_index(path: Path) -> DatasetIndex:
     if unsafe := [case for case in index.cases if not is_safe_case_id(case)]:
         raise UserError(f"{path}: {unsafe[0]!r} is not a case id; preprocess again")
     if content.get("split_hash") not in (None, split_hash(index.split)):
-        raise UserError(f"{path}: its split is not the one that preprocess_dataset.py wrote; preprocess again")
+        raise UserError(f"{path}: the split differs from what preprocess_dataset.py wrote; preprocess again")
     _check_patients(path, index)
     return index
 
 
 def _check_patients(path: Path, index: DatasetIndex) -> None:
-    """Raises UserError for a patient in two subsets: scores would be too good."""
+    """Raises UserError for a patient in two subsets, which would inflate the scores."""
     subset_of: dict[str, str] = {}
     for subset, cases in index.split.items():
         for case in cases:
@@ -184,4 +184,4 @@ def _check_patients(path: Path, index: DatasetIndex) -> None:
 
 def is_safe_case_id(case: str) -> bool:
     """Returns whether a file name made from the case id stays inside the folder."""
-    return bool(case) and not case.startswith(".") and not any(sign in case for sign in "/\\\0")
+    return bool(case) and not case.startswith(".") and not any(character in case for character in "/\\\0")

@@ -1,9 +1,9 @@
 """Checks that a preprocessed folder is still what preprocessing wrote: quickly by file stamps, or by MD5s.
 
-A stamp is [bytes, modification time in ns]. Preprocessing records each file's stamp beside its MD5; a file that still
-has its stamp was not written since and need not be read. A file with another stamp (copied, touched, damaged) is hashed
-once, and its new stamp is kept in a file of the folder. What changes no stamp, such as a bit that flips on the disk, is
-found only by `preprocess_dataset.py --mode verify`.
+A stamp is [bytes, modification time in ns]. Preprocessing records each file's stamp beside its MD5; a file whose stamp
+is unchanged has not been written since and need not be read. A file with another stamp (copied, touched, damaged) is
+hashed once, and its new stamp is recorded in `verified.json`. Damage that leaves the stamp unchanged, such as a flipped
+bit on the disk, is found only by `preprocess_dataset.py --mode verify`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class FileCheck:
 
     Attributes:
         sizes: bytes of each file, by name.
-        changed: files whose stamp does not belong to a known content: their MD5 must be compared.
-        without_digest: number of files without a recorded MD5; all of them in a folder that the MLPerf reference wrote.
+        changed: files with an unknown stamp, whose MD5 must be compared.
+        without_digest: number of files without a recorded MD5: all files of a folder that the MLPerf reference wrote.
         shapes: (D, H, W) of the cases whose shape the index records.
     """
 
@@ -68,7 +68,7 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     It may therefore run before MLPerf's clock starts.
 
     Raises:
-        UserError: files are missing or have an impossible size; it names the first and counts them.
+        UserError: files are missing or have an impossible size; the message names the first and counts the others.
     """
     index = find_index(data_dir)
     stamps = {path.name: file_stamp(path) for case in cases for path in case_files(data_dir, case)}
@@ -77,19 +77,19 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     records = {case: index.cases[case] for case in cases if case in index.cases} if index else {}
     recorded = recorded_stamps(records)
     wrong = [name for name, stamp in recorded.items() if stamp[0] != sizes[name]]
-    _refuse(data_dir, wrong, "cut off or overwritten, its size is not what preprocessing wrote")
+    _refuse(data_dir, wrong, "truncated or overwritten, its size differs from what preprocessing wrote")
     voxel_bytes = 4 * index.spec.channels if index else 4
     for case in cases:
         image, label = (path.name for path in case_files(data_dir, case))
-        # An image has `voxel_bytes` per byte of its label; an interrupted copy leaves one of them too short.
+        # An image has `voxel_bytes` per byte of its label; an interrupted copy leaves one of them too small.
         if not sizes[label] or abs(sizes[image] - voxel_bytes * sizes[label]) > voxel_bytes * MAX_HEADER_BYTES:
             raise UserError(
-                f"{data_dir / image}: its {sizes[image]} bytes and the {sizes[label]} of {label} cannot have the same "
-                "voxels; run preprocess_dataset.py again"
+                f"{data_dir / image}: its {sizes[image]} bytes and the {sizes[label]} of {label} cannot hold the "
+                "same number of voxels; run preprocess_dataset.py again"
             )
     digests = recorded_digests(records)
-    good = _read_verified(data_dir)
-    changed = [name for name in digests if stamps[name] not in (recorded.get(name), good.get(name))]
+    verified = _read_verified(data_dir)
+    changed = [name for name in digests if stamps[name] not in (recorded.get(name), verified.get(name))]
     shapes = {case: record.transform.shape for case, record in records.items() if record.transform}
     return FileCheck(sizes=sizes, changed=changed, without_digest=len(sizes) - len(digests), shapes=shapes)
 
@@ -109,24 +109,25 @@ def verify_changed(data_dir: Path, names: Sequence[str]) -> None:
     It reads the volumes, so it must not run before MLPerf's clock starts. Several processes may do it at once.
 
     Raises:
-        UserError: the content of a file is not what preprocessing wrote; it names the first and counts them.
+        UserError: a file's content differs from what preprocessing wrote; the message names the first and counts the
+            others.
     """
     if not names:
         return
     records = read_index(data_dir / INDEX_NAME).cases
     digests = recorded_digests(records)
-    # Taken before the files are read: a file that changes meanwhile has another stamp than the recorded one.
+    # Taken before the files are read: a file that changes meanwhile no longer has the recorded stamp.
     stamps = {name: file_stamp(data_dir / name) for name in names}
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         hashing = threads.map(lambda name: file_md5(data_dir / name), names)
         found = list(tqdm(hashing, "MD5 of changed files", len(names), unit="file", disable=None))
     damaged = [name for name, md5 in zip(names, found, strict=True) if md5 != digests.get(name)]
     record_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
-    _refuse(data_dir, damaged, "its content is not what preprocessing wrote")
+    _refuse(data_dir, damaged, "content differs from what preprocessing wrote")
 
 
 def record_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: Mapping[str, Stamp]) -> None:
-    """Records stamps under which files had their recorded content, where the index has other stamps."""
+    """Records the stamps of files that were found intact, unless they are recorded already."""
     recorded = recorded_stamps(records)
     known = _read_verified(data_dir)
     new = {name: stamp for name, stamp in stamps.items() if stamp not in (recorded.get(name), known.get(name))}
@@ -136,7 +137,7 @@ def record_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: M
 
 
 def _read_verified(data_dir: Path) -> dict[str, Stamp]:
-    """Returns {file: stamp} as earlier runs recorded them, {} where the file is missing or damaged."""
+    """Returns {file: stamp} as recorded by earlier runs, {} if the file is missing or damaged."""
     try:
         content = json.loads((data_dir / VERIFIED_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -145,7 +146,7 @@ def _read_verified(data_dir: Path) -> dict[str, Stamp]:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """Returns [bytes, modification time in ns], [] for a missing file. Raises UserError when it cannot be read."""
+    """Returns [bytes, modification time in ns], [] for a missing file. Raises UserError if it cannot be read."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -155,9 +156,9 @@ def file_stamp(path: Path) -> Stamp:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _by_file(case: str, of_kinds: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+def _by_file(case: str, by_kind: Mapping[str, T]) -> Iterator[tuple[str, T]]:
     """Yields (file name, value) for the values of "x" and "y"."""
-    return ((case_file(Path(), case, kind).name, of_kinds[kind]) for kind in "xy" if kind in of_kinds)
+    return ((case_file(Path(), case, kind).name, by_kind[kind]) for kind in "xy" if kind in by_kind)
 
 
 class FileWatch:
@@ -172,7 +173,7 @@ class FileWatch:
         self._seen = [(path, _status(path)) for path in map(str, paths)]
 
     def check(self) -> None:
-        """Raises UserError where a file vanished or changed."""
+        """Raises UserError if a file vanished or changed."""
         for path, before in self._seen:
             if (now := _status(path)) != before:
                 what = "changed while training, its data cannot be trusted" if now else "vanished while training"
@@ -180,7 +181,7 @@ class FileWatch:
 
 
 def _status(path: str) -> tuple[int, int, int] | None:
-    """Returns what changes with a file's content or when another file replaces it; None where it cannot be read."""
+    """Returns (bytes, modification time in ns, inode) of a file; None if it cannot be read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -199,9 +200,9 @@ def recorded_stamps(records: Mapping[str, CaseRecord]) -> dict[str, Stamp]:
 
 
 def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
-    """Returns the SHA-256 of a split (subsets of cases, in order) and its files' recorded MD5s: a run's data.
+    """Identifies a run's data: SHA-256 of a split (subsets of cases, in order) and its files' recorded MD5s.
 
-    In a folder that the reference wrote, without recorded MD5s, it is that of the split only.
+    A folder that the reference wrote has no recorded MD5s; there it covers the split only.
     """
     index = find_index(data_dir)
     records = index.cases if index else {}
@@ -211,7 +212,7 @@ def split_digest(data_dir: Path, split: Mapping[str, Sequence[str]]) -> str:
 
 
 def recorded_fingerprint(data_dir: Path, cases: Sequence[str]) -> str:
-    """Returns the fingerprint of these cases' files by their recorded MD5s, none of them read; "" if one lacks it."""
+    """Returns the fingerprint of these cases' files from recorded MD5s, reading none; "" if an MD5 is missing."""
     index = find_index(data_dir)
     records = index.cases if index else {}
     digests = recorded_digests({case: records[case] for case in cases if case in records})
@@ -225,7 +226,7 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 
 def file_md5(path: Path) -> str:
-    """Returns the MD5 of a file, read in pieces of 1 MiB. Raises UserError when it cannot be read."""
+    """Returns the MD5 of a file, read in pieces of 1 MiB. Raises UserError if it cannot be read."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with path.open("rb") as stream:

@@ -3,9 +3,9 @@
     --augment 'torchio:RandomElasticDeformation(p=0.3)' 'torchio:RandomGamma(p=0.2)'
     --augment 'monai.transforms:RandGaussianNoise(prob=0.2)' 'monai.transforms:RandRotated(…)'
 
-Their axes 0, 1 and 2 are our D, H and W; a label is resampled to its nearest voxel. TorchIO sees voxels of 1 mm cubed.
-MONAI's intensity transforms change the image only, all others image and label: of a transform for arrays (RandAffine)
-its counterpart for dictionaries (RandAffined) is used. Each package is imported only where its transforms are used.
+Their axes 0, 1 and 2 are our D, H and W; labels are resampled to the nearest voxel. TorchIO sees voxels of 1 mm cubed.
+MONAI's intensity transforms change the image only, all others image and label: an array transform (RandAffine) is
+replaced by its dictionary version (RandAffined). Each package is imported only when its transforms are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SeededFunction = Callable[[Image, Label, int], tuple[Image, Label]]
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the generators of Python, numpy and torch's CPU, and restores their states afterwards.
 
-    GPU generators are left alone: seeding torch as a whole would reach them, and nothing here computes on a GPU.
+    GPU generators are left alone: `torch.manual_seed` would seed them too, and nothing here computes on a GPU.
     """
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
@@ -55,7 +55,7 @@ class LibraryTransform:
     function: SeededFunction = field(repr=False)
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
-        """Raises UserError where the transform changes the sample's shape, or fails."""
+        """Applies it. Raises UserError if the transform fails or changes the sample's shape."""
         try:
             with seeded(self.seed):
                 changed, mask = self.function(image, label, self.seed)
@@ -84,7 +84,7 @@ class RandomLibraryTransform:
 
 
 def adapt_torchio(found: registry.ResolvedSpec[Any]) -> RandomTransform:
-    """Returns the TorchIO transform of a spec. Raises UserError for wrong arguments, or if it is not a transform."""
+    """Returns the TorchIO transform that a spec names. Raises UserError for wrong arguments or another object."""
     import torchio
 
     transform = found.call({})
@@ -105,7 +105,7 @@ def _apply_torchio(transform: Any, image: Image, label: Label, seed: int) -> tup
 
 
 def adapt_monai(found: registry.ResolvedSpec[Any]) -> RandomTransform:
-    """Returns the MONAI transform of a spec. Raises UserError for wrong arguments, or if it is not a transform."""
+    """Returns the MONAI transform that a spec names. Raises UserError for wrong arguments or another object."""
     import monai.transforms
     from monai.transforms.transform import MapTransform, Transform
 
@@ -134,7 +134,7 @@ def _apply_monai(transform: Any, image: Image, label: Label, seed: int) -> tuple
 
 
 def _seed_monai(transform: Any, seed: int) -> Any:
-    """Each of MONAI's transforms has a generator of its own, which samples must not share."""
+    """Seeds a transform's own generator, whose state samples must not share; returns the transform."""
     if hasattr(transform, "set_random_state"):  # a monai.transforms.Randomizable
         transform.set_random_state(seed)
     return transform

@@ -35,7 +35,7 @@ DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under 
 MIN_AXIS, MAX_AXIS = 16, 32767  # at 16 a tumour is still three voxels wide; NIfTI-1 stores sizes as int16
 MAX_CASES = 100_000  # KiTS19's folder names have five digits
 SLAB = 16  # slices painted at once: 17 MB of float32 at 512 x 512, however long the scan
-PEAK_BYTES_PER_VOXEL = 8  # 7 were measured: the mask's byte, and the image's two thrice while gzip packs it
+PEAK_BYTES_PER_VOXEL = 8  # 7 were measured: 1 for the mask, and 3 copies of the image's 2 during gzip
 
 KIDNEY_HU, TUMOUR_HU = (155, 195), (82, 108)  # the contrast phase of KiTS19; tumours take up less than kidneys
 LOWEST_HU, HIGHEST_HU = -1024, 3071  # 12 bits, as scanners store
@@ -44,7 +44,7 @@ SHADING_HU = 8  # sigma of the slow variation: less than what separates organs
 BLUR_VOXELS = 0.7  # in-plane only: neighbours in a slice mix, slices 1 to 5 mm apart hardly do
 WAVES = 5  # cosines along each axis of a smooth field: its bumps are about a fourth of the view wide
 WOBBLE = 0.1  # sigma of an organ's squared radius: outlines bulge by about 5 %
-LABELS_END = 0.8  # given kidneys and tumours stay this near to the body's axis, inside fat and muscle
+LABELS_END = 0.8  # given kidneys and tumours stay within this radius of the body's axis, inside fat and muscle
 
 Floats = NDArray[np.float32]
 Body = tuple[Floats, Floats, Floats]  # every voxel's position in body units: d (D,), h and w (H, W)
@@ -59,7 +59,7 @@ class Organ(NamedTuple):
     hu: tuple[float, float]
 
 
-# Later ones cover earlier ones. The liver shares the tumours' HU, marrow and vessels the kidneys', so that no
+# Later organs cover earlier ones. The liver shares the tumours' HU, marrow and vessels the kidneys', so that no
 # threshold solves the task.
 ORGANS = (
     Organ((0.0, 0.0, 0.0), (math.inf, 1.00, 1.00), (-110, -90)),  # fat, wall of muscle, fat around the organs
@@ -94,8 +94,8 @@ def make_phantom(
         view_mm: (D, H, W) field of view; None draws 200-350 mm along D, 350-420 mm along H and W. The patient fills it.
 
     Returns:
-        The image, (1, D, H, W) int16 in HU, and its mask, (1, D, H, W) uint8: 0 background, 1 kidney, 2 tumour, each
-        of which occurs. Both have one geometry, oriented as in KiTS19.
+        The image, (1, D, H, W) int16 in HU, and its mask, (1, D, H, W) uint8: 0 background, 1 kidney, 2 tumour, all
+        of which occur. Both have the same geometry, oriented as in KiTS19.
     """
     body_rng, rng, _ = np.random.default_rng([seed, case]).spawn(3)
     depth, width = rng.uniform(200, 350), rng.uniform(350, 420)
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _draw_body(rng: np.random.Generator, geometry: Geometry, labels: NDArray[np.uint8] | None = None) -> Body:
-    """Draws the patient's pose and size; the body is enlarged where given labels would be outside it."""
+    """Draws the patient's pose and size; the body is enlarged if given labels would be outside it."""
     shape, spacing = geometry.shape, geometry.spacing_mm
     # No patient is quite straight (radians) or centred (within 2 % of the view, in mm).
     turn = rng.normal(0, 0.07)
@@ -197,7 +197,7 @@ def _draw_labels(rng: np.random.Generator, body: Body, shape: tuple[int, int, in
         (d, h, w), (rd, rh, rw) = kidney.centre, kidney.radii
         # The hilum: fat enters from the middle of the body.
         kidneys += [(1, kidney), (0, Organ((d, h, w - side * rw), (0.35 * rd, 0.4 * rh, 0.6 * rw), (0, 0)))]
-        # Beneath the surface in any direction, but rather not towards spine or wall.
+        # Beneath the surface in any direction, but preferably not towards spine or wall.
         away = rng.standard_normal(3) * (1, 1, 0.5)
         away *= np.asarray(kidney.radii) * 0.8 / np.linalg.norm(away)
         grown = rng.uniform(0.9, 1.2)
@@ -218,7 +218,7 @@ def _varied(organ: Organ, rng: np.random.Generator) -> Organ:
 
 
 def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, *, slices: slice, limit: Floats) -> None:
-    """Writes `value` where the slab (S, H, W) is inside the organ, whose squared radius is `limit` instead of 1."""
+    """Writes `value` to a slab's voxels (S, H, W) inside the organ, whose squared radius is `limit` instead of 1."""
     along, rows, columns = ((x - c) / r for x, c, r in zip(body, organ.centre, organ.radii, strict=True))
     along, across = along[slices, None, None] ** 2, rows**2 + columns**2
     # Only the organ's bounding box is compared: most organs are small.
@@ -228,7 +228,7 @@ def _fill(values: NDArray[Any], value: float, organ: Organ, body: Body, *, slice
 
 def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...]) -> Callable[[slice], Floats]:
     """Returns a function from slices to a slab of a random field of mean 0 and variance about 1 over the view."""
-    # In float64: what processors sum in different orders is then rounded to the same float32.
+    # In float64: sums that processors compute in different orders then round to the same float32.
     bases = [np.cos(np.pi * np.outer((np.arange(n) + 0.5) / n, np.arange(WAVES))) for n in shape]
     weights = rng.standard_normal((WAVES,) * 3)
     weights[0, 0, 0] = 0
@@ -239,7 +239,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...]) -> Callable[
 
 
 def _slabs(rng: np.random.Generator, shape: tuple[int, ...]) -> Iterator[tuple[slice, Floats]]:
-    """Yields each slab's slices and, (S, H, W), the squared radius at which organs end there."""
+    """Yields each slab's slices, and the squared radius (S, H, W) at which organs end there."""
     wobble = _smooth_field(rng, shape)
     for start in range(0, shape[0], SLAB):
         slices = slice(start, start + SLAB)
@@ -250,7 +250,7 @@ def _run(make: Callable[[Case], None], cases: list[Case], workers: int) -> Itera
     if workers == 1:
         yield from map(make, cases)
         return
-    # Spawned: forking is unsafe beside the threads of tqdm and BLAS. Only the parent reports Ctrl-C.
+    # Spawned: forking is unsafe with the threads of tqdm and BLAS. Only the parent reports Ctrl-C.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
@@ -313,7 +313,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="field of view in mm (default: drawn, 200-350 along D and 350-420 along H and W)",
     )
     parser.add_argument("--segmentations", type=Path, help="paint on the masks DIR/case_*/segmentation.nii.gz instead")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     arguments = parser.parse_args(argv)
     if arguments.segmentations is None and arguments.cases is None:

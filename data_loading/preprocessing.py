@@ -1,11 +1,12 @@
-"""Preprocesses one case from the scanner's grid to the network's, bit for bit as MLPerf's reference; and the inverse.
+"""Preprocesses one case from the scanner's grid to the network's, bit for bit like MLPerf's reference; and the inverse.
 
-reorient -> crop -> resample -> clip -> normalise -> pad, and the foreground boxes that the biased crop draws from.
+reorient -> crop -> resample -> clip -> normalise -> pad, then the foreground boxes for the biased crop.
 KiTS19 is neither reoriented nor cropped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ BOXES_PER_CLASS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class GridTransform:
-    """The mapping from a scan's grid to the network's, as far as its inverse needs it. Shapes are (D, H, W) in voxels.
+    """The mapping from a scan's grid to the network's, as much as its inverse needs. Shapes are (D, H, W) in voxels.
 
     Attributes:
         source: the scan's own geometry.
@@ -140,7 +141,7 @@ def resample_label(label: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
 
 
 def resize_image(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Resizes a (C, D, H, W) image by slice: bilinear and antialiased, so that every pixel counts when it shrinks."""
+    """Resizes a (C, D, H, W) image slice by slice: bilinear, antialiased so that shrinking uses every pixel."""
     resized = F.interpolate(torch.from_numpy(image), size=size, mode="bilinear", align_corners=False, antialias=True)
     return resized.numpy()
 
@@ -183,13 +184,13 @@ def _per_channel(image: NDArray[np.float32], statistic: Callable[..., Any]) -> N
 def foreground_box(image: NDArray[np.float32], spec: DatasetSpec) -> Box | None:
     """Returns the bounding box of the voxels above the window's lower end; without a window, above the channel's mean.
 
-    A voxel counts if it is above in any channel.
+    One channel above is enough.
 
     Args:
         image: (C, D, H, W), not clipped yet.
 
     Returns:
-        None where no voxel is above.
+        The box, or None if no voxel is above.
     """
     floor = (
         spec.intensity_window[0] if spec.intensity_window else _per_channel(image, partial(np.mean, dtype=np.float64))
@@ -208,7 +209,7 @@ def edge_padding(shape: Shape, min_shape: Shape | None) -> list[tuple[int, int]]
 
 
 def pad_with_edges(array: NDArray[Any], padding: list[tuple[int, int]]) -> NDArray[Any]:
-    """Pads a (C, D, H, W) array with its edge values; returns the array itself where there is no padding."""
+    """Pads a (C, D, H, W) array with its edge values; returns the array itself if there is no padding."""
     if not any(before or after for before, after in padding):
         return array
     return np.pad(array, [(0, 0), *padding], mode="edge")
@@ -232,18 +233,14 @@ def foreground_boxes(label: NDArray[np.uint8], classes: int) -> Boxes:
         components, _ = ndimage.label(label[region] == value)
         origin = [axis.start for axis in region]
         found = [_box(component, origin) for component in ndimage.find_objects(components)]
-        boxes[value] = sorted(found, key=_box_volume, reverse=True)[:BOXES_PER_CLASS]
+        boxes[value] = sorted(found, key=lambda box: math.prod(_size_of(box)), reverse=True)[:BOXES_PER_CLASS]
     return boxes
 
 
 def _box(component: tuple[slice, ...], origin: list[int]) -> Box:
-    starts = [int(axis.start) + first for axis, first in zip(component, origin, strict=True)]
-    stops = [int(axis.stop) + first for axis, first in zip(component, origin, strict=True)]
-    return starts[0], starts[1], starts[2], stops[0], stops[1], stops[2]
-
-
-def _box_volume(box: Box) -> int:
-    return (box[3] - box[0]) * (box[4] - box[1]) * (box[5] - box[2])
+    starts = [axis.start + first for axis, first in zip(component, origin, strict=True)]
+    stops = [axis.stop + first for axis, first in zip(component, origin, strict=True)]
+    return as_box([*starts, *stops])
 
 
 def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float32], GridTransform]:
@@ -275,7 +272,7 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
 
 
 def _reorient_and_crop(array: NDArray[Any], transform: GridTransform) -> NDArray[Any]:
-    """Reorients and crops an image or its mask; returns the array itself where there is nothing to do."""
+    """Reorients and crops an image or its mask; returns the array itself if there is nothing to do."""
     array = transform.reorientation.apply(array) if transform.reorientation else array
     return np.ascontiguousarray(array[_slices_of(transform.crop)] if transform.crop else array)
 

@@ -46,8 +46,7 @@ def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: Loader
 class CropDataset(Dataset[dict[str, NDArray[Any]]]):
     """Random crops of memory-mapped volumes; an item's index is a key (permutation, case index) of `EpochSampler`.
 
-    Only the crop's own voxels are read. The crop is a pure function of the seed and the key, whichever process makes
-    it.
+    Only the crop's own voxels are read. A sample is a pure function of the seed and the key, in any process.
     """
 
     def __init__(self, data_dir: Path, cases: Sequence[str], boxes: Sequence[Boxes], config: LoaderConfig) -> None:
@@ -59,11 +58,11 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         self._maps: dict[int, tuple[FileWatch, tuple[NDArray[np.float32], NDArray[np.uint8]]]] = {}
 
     def open_case(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Returns a case's mapped image and label, kept open: mapping them anew takes a fifth of a sample's time.
+        """Returns a case's mapped image and label, kept open: mapping them takes a fifth of a sample's time.
 
         Raises:
-            UserError: a file is damaged, or it vanished or changed since it was mapped. Reading on in the map of a
-                truncated file kills the process with SIGBUS. The check takes 5 us of a sample's 4 ms (128^3, from the
+            UserError: a file is damaged, or it vanished or changed since it was mapped. Reading from the map of
+                a truncated file kills the process with SIGBUS. The check takes 5 us of a sample's 4 ms (128^3, from the
                 page cache).
         """
         if index not in self._maps:
@@ -82,7 +81,7 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         return {"image": crop, "label": mask}
 
     def describe(self, key: tuple[int, int]) -> str:
-        """Returns a sample as one phrase: its case, crop and augmentation."""
+        """Describes a sample in one phrase: its case, crop and augmentation."""
         start, transform = self._draw(key, self.open_case(key[1])[0])
         return describe_sample(self.cases[key[1]], start, transform)
 
@@ -110,18 +109,18 @@ class _BatchSampler:
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
-        self.current = 1
+        self.epoch = 1
         self.start = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        yield from self.sampler.batches(self.current)[self.start :]
+        yield from self.sampler.batches(self.epoch)[self.start :]
 
 
 class PytorchLoader:
-    """Makes the batches of `CropDataset` in `num_workers` processes, in this one for 0."""
+    """Makes batches of `CropDataset` in `num_workers` processes, or in this one if that is 0."""
 
     def __init__(self, dataset: CropDataset, config: LoaderConfig) -> None:
         sampler = config.sampler(len(dataset.cases))
@@ -143,11 +142,11 @@ class PytorchLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """As `TrainingLoader.epoch`. Raises UserError when a file is damaged, or a worker is killed or hangs."""
-        self._sampler.current, self._sampler.start = epoch, start
-        awaited = iter(self._sampler.sampler.batches(epoch)[start:])
+        self._sampler.epoch, self._sampler.start = epoch, start
+        pending = iter(self._sampler.sampler.batches(epoch)[start:])
         try:
             for batch in self._loader:
-                next(awaited)
+                next(pending)
                 yield batch
         except UserError as error:
             raise UserError(dataloader_worker_message(error)) from None
@@ -155,26 +154,26 @@ class PytorchLoader:
             if not is_dataloader_worker_error(error):
                 raise
             if is_dataloader_timeout(error):
-                # A worker that hangs would outlive this process: torch only asks it to exit, and raises when it has.
+                # A hung worker would outlive this process: torch only asks it to exit, and raises once it has.
                 for worker in multiprocessing.active_children():
                     with suppress(RuntimeError):
                         worker.kill()
                         worker.join()
             else:
-                # A file may have been truncated during a read: raises if one was.
+                # Raises if a file was truncated, perhaps while the worker read it.
                 check_files(self._dataset.data_dir, self._dataset.cases)
-            cases = ", ".join(self._dataset.cases[index] for _, index in next(awaited, []))
-            raise UserError(lost_worker_message(error, f"{cases} was awaited")) from error
+            cases = ", ".join(self._dataset.cases[index] for _, index in next(pending, []))
+            raise UserError(lost_worker_message(error, f"waiting for {cases}")) from error
 
     def describe(self, epoch: int, batch: int) -> list[str]:
         return [self._dataset.describe(key) for key in self._sampler.sampler.batches(epoch)[batch]]
 
 
 def lost_worker_message(error: Exception, meanwhile: str) -> str:
-    """Returns the message for a worker that was killed or hangs: torch names its process and signal, but no cause.
+    """Returns the message for a worker that was killed or hangs: torch reports its process and signal, but no cause.
 
     Args:
-        meanwhile: what happened at the time, such as "a step was computed".
+        meanwhile: what the main process was doing, such as "computing a step".
     """
     if isinstance(error, RuntimeError):
         reason = str(error).splitlines()[0]

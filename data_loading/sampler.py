@@ -33,20 +33,23 @@ class PseudoLabelCap:
         return int(self.max_share * batch_size + 1e-9)
 
     def batches(self, cases: int, batch_size: int) -> int:
-        """Returns the batches per epoch of `cases`, these included.
+        """Returns the number of batches per epoch over all ranks.
 
-        Each of the other cases is used once, these as often as the cap allows.
+        Each manually labelled case is used once, pseudo-labelled ones as often as the cap allows.
+
+        Args:
+            cases: number of all cases, pseudo-labelled ones included.
         """
-        most, batches = self.max_per_batch(batch_size), cases // batch_size
-        return batches if most == batch_size else min(batches, (cases - self.count) // (batch_size - most))
+        limit, batches = self.max_per_batch(batch_size), cases // batch_size
+        return batches if limit == batch_size else min(batches, (cases - self.count) // (batch_size - limit))
 
     def mean_per_batch(self, cases: int, batch_size: int) -> Fraction:
-        """Returns their mean number per batch: their share of all cases, or the cap where that is lower."""
+        """Returns their mean number per batch: their share of all cases, or the cap if that is lower."""
         return min(Fraction(self.max_per_batch(batch_size)), Fraction(self.count * batch_size, cases))
 
 
 def batches_per_epoch(cases: int, batch_size: int, ranks: int, pseudo_labels: PseudoLabelCap = PseudoLabelCap()) -> int:
-    """Returns the batches per rank and epoch; the last incomplete round of batches is dropped.
+    """Returns the number of batches per rank and epoch; a last round without a batch for every rank is dropped.
 
     Raises:
         UserError: less than one batch for every rank.
@@ -75,8 +78,8 @@ class EpochSampler:
     All ranks draw the same permutations of the cases. By default an epoch is one permutation without its incomplete
     last batches, and a rank takes every `ranks`-th sample. With `fixed_batches` or pseudo-labelled cases the
     permutations form an endless stream (the pseudo-labelled cases have a stream of their own), an epoch continues
-    where the previous one ended, so that no case is ever used two times more than another, and a rank takes every
-    `ranks`-th batch.
+    where the previous one ended, so that the numbers of uses of two cases in a stream differ by at most one, and a rank
+    takes every `ranks`-th batch.
 
     Attributes:
         cases: number of training cases.
@@ -98,7 +101,7 @@ class EpochSampler:
     def batches(self, epoch: int) -> list[list[tuple[int, int]]]:
         """Returns this rank's batches of `epoch` (from 1): lists of keys (permutation from 1, case index).
 
-        A sample's random draws follow from the whole key, since an epoch may use a case twice.
+        A sample's random draws depend on the whole key, since an epoch may use a case twice.
         """
         if self.fixed_batches or self.pseudo_labels.count:
             numbers = range((epoch - 1) * len(self) * self.ranks, epoch * len(self) * self.ranks)

@@ -9,13 +9,13 @@ from common.errors import UserError
 
 INTENSITIES = ("zscore", "minmax", "none")
 
-# Keys and values of `dataset.json` and of a checkpoint's spec that earlier versions wrote, and their present names.
+# Keys and values of `dataset.json` and of a checkpoint's spec that earlier versions wrote, and their current names.
 RENAMED_KEYS = {"deviation": "std", "made": "provenance", "pseudo": "pseudo_labels", "by_area": "half_pixel"}
 RENAMED_INTENSITIES = {"unit": "minmax"}
 
 
 def with_current_keys(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a record of a file with the keys of earlier versions renamed."""
+    """Returns a record read from a file, with the keys of earlier versions renamed."""
     return {RENAMED_KEYS.get(key, key): value for key, value in record.items()}
 
 
@@ -63,7 +63,7 @@ class DatasetSpec:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> DatasetSpec:
-        """Raises UserError when a field is unknown or missing, as in a folder of a later version."""
+        """Reads a spec. Raises UserError if a field is unknown or missing, as in a folder of a later version."""
         record = with_current_keys(record)
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(record) - known)

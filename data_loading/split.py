@@ -9,7 +9,7 @@ import numpy as np
 from common.errors import UserError
 
 SUBSETS = ("train", "evaluation", "test")
-# Keeps the split's random stream apart from `sampler.py`'s, which have the same seed.
+# Separates the split's random stream from those of `sampler.py`, which use the same seed.
 SPLIT_STREAM = 2
 # Ratios are decimal numbers, which floats represent inexactly.
 TOLERANCE = 1e-9
@@ -32,9 +32,9 @@ def split_cases(cases: Sequence[str], evaluation_ratio: float, seed: int) -> tup
 def split_patients(patients: Mapping[str, str], ratios: Sequence[float], seed: int) -> dict[str, list[str]]:
     """Splits cases by patient into "train", "evaluation" and, with three ratios, "test"; cases are sorted.
 
-    With two ratios the number of evaluation patients is rounded to nearest, at least one on either side, as in
-    `split_cases`. With three, both held-out parts are rounded down and the rest trains: 128 patients at 0.6, 0.2 and
-    0.2 become 78, 25 and 25. A part with ratio 0 has no patients.
+    With two ratios the number of evaluation patients is rounded to nearest, with at least one in each part, as
+    in `split_cases`. With three, both held-out parts are rounded down and all others train: 128 patients at 0.6, 0.2
+    and 0.2 become 78, 25 and 25. A part with ratio 0 has no patients.
 
     Args:
         patients: the patient of each case.
@@ -71,7 +71,7 @@ def split_patients(patients: Mapping[str, str], ratios: Sequence[float], seed: i
 
 
 def _count_held_out(patients: Sequence[str], ratios: Sequence[float], seed: int) -> list[int]:
-    """Returns the number of patients of evaluation, and of test where there are three ratios."""
+    """Returns the number of evaluation patients and, with three ratios, of test patients."""
     if len(ratios) == 2:
         if min(ratios) > 0:
             return [len(split_cases(patients, ratios[1], seed)[1])]

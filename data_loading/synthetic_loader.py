@@ -1,4 +1,4 @@
-"""`--loader synthetic`: random volumes made once in memory, which leaves disk and augmentation out of a measurement."""
+"""`--loader synthetic`: random volumes made once in memory, to measure training without disk and augmentation."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from data_loading.preprocessing import Boxes, Shape
 AXES = "DHW"
 FLIP_PROBABILITY = 1 / 3
 BRIGHTNESS_PROBABILITY = 0.1
-# Yes, a factor of 1.7 to 2.3: MLPerf's target was calibrated with it.
+# Unusually bright, but it is the reference's range, which MLPerf's target was calibrated with.
 BRIGHTNESS_RANGE = (1.7, 2.3)
 NOISE_PROBABILITY = 0.1
 MAX_NOISE_STD = 0.1
@@ -158,8 +158,8 @@ def mlperf(flips: str = AXES) -> RandomTransform:
     """Returns the reference's augmentation; MLPerf's own flips every axis.
 
     Args:
-        flips: axes that may be flipped, of "DHW". A class that is defined by its direction (anterior, left) must not
-            be flipped along it: the network would have to tell the directions apart by shape alone.
+        flips: axes that may be flipped, from "DHW". Classes that differ by direction (anterior, left) must not be
+            flipped along it: the network would have to distinguish them by shape alone.
 
     Raises:
         UserError: `flips` is not a subset of "DHW".
@@ -170,7 +170,7 @@ def mlperf(flips: str = AXES) -> RandomTransform:
 
 @dataclass(frozen=True)
 class Flips:
-    """Flips along the chosen of the axes D, H and W."""
+    """Flips along the selected axes (D, H, W)."""
 
     flips: tuple[bool, bool, bool]
 
@@ -204,7 +204,7 @@ class QuarterTurns:
     plane: tuple[int, int]
 
     def apply(self, image: Image, label: Label) -> tuple[Image, Label]:
-        """Rotates both; by 180 degrees where the patch is not square in the plane."""
+        """Rotates both, by 180 degrees if the patch is not square in the plane."""
         is_square = image.shape[self.plane[0]] == image.shape[self.plane[1]]
         turns = self.turns if is_square or not self.turns else 2
         return self._rotate(image, turns), self._rotate(label, turns)
@@ -219,7 +219,7 @@ class QuarterTurns:
 def rot90(p: float = 0.5, axes: str = "HW") -> RandomTransform:
     """Returns, with probability p, a rotation by 90, 180 or 270 degrees (equally likely) in the plane of two axes.
 
-    A patch that is not square in that plane is rotated by 180 degrees only, since its shape must stay.
+    A patch that is not square in that plane is rotated by 180 degrees only, since its shape must not change.
 
     Raises:
         UserError: p is not a probability, or `axes` not two of "DHW".
@@ -268,12 +268,12 @@ def _make_random_transform(spec: registry.Spec | str) -> RandomTransform:
         return adapted
     made = found.call({})
     if not callable(made):
-        raise UserError(f"--augment {found.name}: returns a {type(made).__name__}, expected a function of a generator")
+        raise UserError(f"--augment {found.name}: returns a {type(made).__name__}, expected a callable")
     return made
 
 
 def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:
-    """Flips a (C, D, H, W) array along the chosen of the axes D, H and W; the result is contiguous."""
-    # An axis of one voxel, as 2-D images have, would get a negative stride, which np.ascontiguousarray leaves.
+    """Flips a (C, D, H, W) array along the selected axes (D, H, W); the result is contiguous."""
+    # An axis of one voxel, as in 2-D images, would keep a negative stride even after np.ascontiguousarray.
     axes = tuple(n for n, is_flipped in enumerate(flips, start=1) if is_flipped and array.shape[n] > 1)
     return np.ascontiguousarray(np.flip(array, axes)) if axes else array

@@ -52,7 +52,7 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
             print(f"MLPerf's {what}: {'identical' if actual == expected else f'DIFFERENT ({actual})'}")
             is_good &= actual == expected
     else:
-        print(f"{len(found)} files: not compared with MLPerf's fingerprints, which are of KiTS19's {2 * MLPERF_CASES}")
+        print(f"{len(found)} files: not compared with MLPerf's fingerprints, which cover KiTS19's {2 * MLPERF_CASES}")
     return 0 if is_good else 1
 
 

@@ -1,7 +1,7 @@
 """Writes the preprocessed folder, in several processes; it may be interrupted anywhere and started again.
 
-A case that is done and intact is not done again, and no partly written file ever has its final name. `dataset.json`
-appears when every case is done.
+Finished, intact cases are skipped, and no partly written file ever has its final name. `dataset.json` appears when
+every case is finished.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from data_loading.spec import DatasetSpec
 
 
 def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
-    """Preprocesses every case that is not done yet, prints a line for each, and writes `dataset.json` last.
+    """Preprocesses every unfinished case, prints a line for each, and writes `dataset.json` last.
 
     Raises:
-        UserError: a bad case (the others stay done), or a folder that cannot be written.
+        UserError: a bad case (finished cases are kept), or a folder that cannot be written.
     """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
         # While cases are missing there must be no dataset.json: training would consider the data set complete.
         if (results_dir / INDEX_NAME).exists():
             os.replace(results_dir / INDEX_NAME, results_dir / PARTIAL_INDEX_NAME)
-        # Intact files get their present stamps in the index; stamps of a file's former content are worthless.
+        # The index gets the current stamps of intact files; earlier stamps no longer count.
         (results_dir / VERIFIED_NAME).unlink(missing_ok=True)
         for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # left by a run that was killed
             stale.unlink(missing_ok=True)
@@ -56,18 +56,18 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
         dropped = []
-        for case, made in tqdm(_run(todo, results_dir, raw, num_workers), total=len(todo), unit="case", disable=None):
-            tqdm.write(_describe_case(case, made))
-            if made is None:
+        for case, record in tqdm(_run(todo, results_dir, raw, num_workers), total=len(todo), unit="case", disable=None):
+            tqdm.write(_describe_case(case, record))
+            if record is None:
                 dropped.append(case)
                 continue
-            records[case] = made
+            records[case] = record
             write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         split = _without(raw.split, dropped)
-        made_of = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
+        provenance = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
         write_json(
             results_dir / INDEX_NAME,
-            DatasetIndex(spec=raw.spec, split=split, cases=records, provenance=made_of).to_json(),
+            DatasetIndex(spec=raw.spec, split=split, cases=records, provenance=provenance).to_json(),
         )
         (results_dir / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
@@ -76,7 +76,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
     _print_summary(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
     if dropped:
         logger.info(f"{len(dropped)} training cases dropped because their masks are empty")
-    for message in _suspicious(raw.spec, split, records):
+    for message in _data_warnings(raw.spec, split, records):
         logger.warning(message)
 
 
@@ -84,7 +84,7 @@ def _without(split: Mapping[str, Sequence[str]], dropped: Collection[str]) -> di
     """Returns the split without the dropped cases. Raises UserError when no training case is left."""
     left = {subset: [case for case in cases if case not in dropped] for subset, cases in split.items()}
     if dropped and not left["train"]:
-        raise UserError("every training case has an empty mask; do --labels name the values that the masks hold?")
+        raise UserError("every training case has an empty mask; do the values in --labels occur in the masks?")
     return left
 
 
@@ -101,7 +101,7 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     if replace(index.spec, name=raw.spec.name) != raw.spec:
         return {}
     intact: dict[str, CaseRecord] = {}
-    for case in tqdm(raw.cases, desc="checking what is done", unit="case", disable=None):
+    for case in tqdm(raw.cases, desc="checking finished cases", unit="case", disable=None):
         record = index.cases.get(case.case)
         if record and record.source_stamp == case.stamp():
             digests, stamps = _hash_files(results_dir, case.case)
@@ -129,7 +129,7 @@ def _run(
     # spawn: a forked copy of a process that has run torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker) as pool:
-        # Only this process reports Ctrl-C: the processes that start here inherit that they ignore it.
+        # Only this process reports Ctrl-C: workers started here inherit that SIGINT is ignored.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = [pool.submit(work, case) for case in todo]
         signal.signal(signal.SIGINT, handler)
@@ -153,7 +153,7 @@ def _start_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when its parent was killed: it would wait for work forever."""
+    """Ends this process if its parent is killed; otherwise it would wait for work forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
@@ -165,7 +165,10 @@ def preprocess_case(
     """Reads, preprocesses and saves one case.
 
     Args:
-        droppable: cases that are dropped, with None as their record, if the mask is empty.
+        droppable: cases that are dropped if their mask is empty.
+
+    Returns:
+        The case id, and its record; None if the case was dropped.
 
     Raises:
         UserError: image and mask do not match, or a file is damaged.
@@ -218,7 +221,7 @@ def _count_cropped_labels(label: Volume, transform: GridTransform) -> int:
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
-    """Saves an array, under its final name only once it is complete."""
+    """Saves an array atomically."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
 
@@ -247,8 +250,8 @@ def _print_summary(split: dict[str, list[str]], records: dict[str, CaseRecord], 
     print(f"{len(records)} cases ({done}): {counts}, in {results_dir}")
 
 
-def _suspicious(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:
-    """Yields warnings about well-formed data that most likely is a mistake."""
+def _data_warnings(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:
+    """Yields warnings about well-formed data that is probably a mistake."""
     seen: dict[str, tuple[str, str]] = {}
     for subset, cases in split.items():
         for case in cases:

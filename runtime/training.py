@@ -117,7 +117,7 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         last_line = " ".join(str(error).splitlines()[-1:])
         close_log(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"))
         if isinstance(error, RuntimeError) and is_dataloader_worker_error(error):
-            raise UserError(lost_worker_message(error, "a step was computed")) from error
+            raise UserError(lost_worker_message(error, "computing a step")) from error
         raise
 
 

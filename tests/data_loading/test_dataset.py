@@ -321,9 +321,9 @@ GOOD = npy_bytes(np.zeros((1, 2, 3, 4), np.float32))
         (GOOD.replace(b"(1, 2, 3, 4)", b"(1, 2, 3, 9)"), "damaged"),
         (GOOD.replace(b"(1, 2, 3, 4)", b"(1, 2, 3, 4 "), "damaged"),
         (GOOD.replace(b"'<f4'", b"'<,4'"), "damaged"),
-        (npy_bytes(np.zeros((1, 2, 3, 4))), "expected 4 axes of float32, found 4 of float64"),
-        (npy_bytes(np.zeros((1, 2, 3, 4), np.uint8)), "expected 4 axes of float32, found 4 of uint8"),
-        (npy_bytes(np.zeros((2, 3, 4), np.float32)), "expected 4 axes of float32, found 3 of float32"),
+        (npy_bytes(np.zeros((1, 2, 3, 4))), "expected a 4-D float32 array, found 4-D float64"),
+        (npy_bytes(np.zeros((1, 2, 3, 4), np.uint8)), "expected a 4-D float32 array, found 4-D uint8"),
+        (npy_bytes(np.zeros((2, 3, 4), np.float32)), "expected a 4-D float32 array, found 3-D float32"),
     ],
 )
 def test_a_damaged_array_is_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:

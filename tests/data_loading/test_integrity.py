@@ -165,7 +165,7 @@ def test_a_folder_that_is_gone_is_one_clear_line(folder: Path) -> None:
 def test_another_size_than_was_written_cannot_be_right(folder: Path, change: int) -> None:
     for name in ("a_y.npy", "b_x.npy"):
         os.truncate(folder / name, (folder / name).stat().st_size + change)
-    with pytest.raises(UserError, match=r"a_y\.npy: cut off or overwritten, .* \(and 1 more\); run "):
+    with pytest.raises(UserError, match=r"a_y\.npy: truncated or overwritten, .* \(and 1 more\); run "):
         check_files(folder, CASES)
 
 
@@ -175,14 +175,14 @@ def test_image_and_label_must_be_of_the_same_voxels(folder: Path, reference: Pat
     for data_dir in (folder, reference):
         for kind, size in sizes.items():
             os.truncate(case_file(data_dir, "b", kind), size)
-        with pytest.raises(UserError, match=r"b_x\.npy: its \d+ bytes and the \d+ of b_y\.npy cannot have the same"):
+        with pytest.raises(UserError, match=r"b_x\.npy: its \d+ bytes and the \d+ of b_y\.npy cannot hold the same"):
             check_files(data_dir, CASES)
 
 
 def test_channels_are_not_taken_for_a_wrong_size(tmp_path: Path, write_preprocessed: WritePreprocessed) -> None:
     cases = {"a": (np.zeros((4, *SHAPE)), np.zeros((1, *SHAPE)))}
     folder = write_preprocessed(tmp_path, cases)
-    with pytest.raises(UserError, match="cannot have the same voxels"):
+    with pytest.raises(UserError, match="cannot hold the same number of voxels"):
         check_files(folder, ["a"])
     index = read_index(folder / INDEX_NAME)
     write_json(folder / INDEX_NAME, replace(index, spec=replace(index.spec, channels=4)).to_json())
@@ -210,14 +210,14 @@ def test_a_damaged_file_is_named_and_the_good_ones_are_kept(folder: Path) -> Non
     for name in ("a_x.npy", "b_x.npy", "b_y.npy"):
         os.utime(folder / name)
     flip_byte(folder / "b_x.npy")
-    with pytest.raises(UserError, match=r"b_x\.npy: its content is not what preprocessing wrote; run ") as caught:
+    with pytest.raises(UserError, match=r"b_x\.npy: content differs from what preprocessing wrote; run ") as caught:
         verify_changed(folder, check_files(folder, CASES).changed)
     assert "--mode verify" in str(caught.value)
     assert check_files(folder, CASES).changed == ["b_x.npy"]
     flip_byte(folder / "c_x.npy")
-    with pytest.raises(UserError, match=r"b_x\.npy: its content .* \(and 1 more\)"):
+    with pytest.raises(UserError, match=r"b_x\.npy: content .* \(and 1 more\)"):
         verify_changed(folder, check_files(folder, CASES).changed)
-    with pytest.raises(UserError, match=r"c_x\.npy: its content is not what preprocessing wrote; "):
+    with pytest.raises(UserError, match=r"c_x\.npy: content differs from what preprocessing wrote; "):
         verify_changed(folder, ["a_y.npy", "c_x.npy"])
 
 

@@ -313,7 +313,7 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
     monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
     settings = replace(SETTINGS, batch_size=1, num_workers=1)
     loader = make_training_loader("pytorch", folder, CASES[3:4], spec=SPEC, config=settings)
-    with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot have the same"):
+    with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot hold the same"):
         list(loader.epoch(1))
 
 
@@ -333,7 +333,7 @@ def test_a_killed_worker_is_told_with_its_case_and_memory(folder: Path, monkeypa
         return map_case(data_dir, case)
 
     monkeypatch.setattr(loader_module, "map_case", killed)
-    with pytest.raises(UserError, match=rf"DataLoader worker .* while {named} was awaited; .* GiB .*/dev/shm"):
+    with pytest.raises(UserError, match=rf"DataLoader worker .* while waiting for {named}; .* GiB .*/dev/shm"):
         batches(folder, [1], num_workers=1)
 
 
@@ -349,7 +349,7 @@ def test_a_worker_killed_with_a_batch_on_its_way_is_told_alike(
         yield
 
     monkeypatch.setattr(loader, "_loader", broken())
-    with pytest.raises(UserError, match=r"a DataLoader worker was killed \(.+\) while case_.* was awaited; .* GiB"):
+    with pytest.raises(UserError, match=r"a DataLoader worker was killed \(.+\) while waiting for case_.*; .* GiB"):
         list(loader.epoch(1))
 
 
@@ -360,7 +360,7 @@ def test_a_hanging_worker_ends_the_epoch(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(loader_module, "map_case", hang)
     monkeypatch.setattr(loader_module, "WORKER_TIMEOUT_S", 1)
-    with pytest.raises(UserError, match=r"DataLoader timed out after 1 seconds while case_.* was awaited"):
+    with pytest.raises(UserError, match=r"DataLoader timed out after 1 seconds while waiting for case_"):
         batches(folder, [1], num_workers=1)
 
 

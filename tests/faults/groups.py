@@ -88,7 +88,7 @@ def hung_worker(work_dir: Path, tries: int = 1) -> Row:
         act=lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGSTOP),
         expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
         # If it was stopped while transferring a batch, the watchdog reports it; torch's timeout does not apply there.
-        message=r"while ball_\d\d was awaited|rank 1 hangs at .*waiting for data",
+        message=r"while waiting for ball_\d\d|rank 1 hangs at .*waiting for data",
     )
 
 

@@ -121,7 +121,7 @@ def test_the_split_and_its_options_are_saved_with_a_hash(tmp_path: Path, write_m
     del content["digest"]
     content["split"]["train"].append(content["split"]["test"].pop())
     (out / INDEX_NAME).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"its split is not the one that preprocess_dataset\.py wrote"):
+    with pytest.raises(UserError, match=r"the split differs from what preprocess_dataset\.py wrote"):
         read_index(out / INDEX_NAME)
 
 

@@ -75,7 +75,7 @@ def test_verify_opens_a_folder_of_the_reference(copy: tuple[Path, Path], capsys:
     (out / INDEX_NAME).unlink()
     assert verify(out) == 0
     assert capsys.readouterr().out.startswith(
-        "6 files: not compared with MLPerf's fingerprints, which are of KiTS19's 420"
+        "6 files: not compared with MLPerf's fingerprints, which cover KiTS19's 420"
     )
 
 
