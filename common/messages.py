@@ -67,6 +67,6 @@ def notes_held() -> Iterator[None]:
 
 def take_notes() -> list[str]:
     """Returns the notes held back since the previous call, in their order, and forgets them."""
-    taken = _held_notes.copy()
+    notes = _held_notes.copy()
     _held_notes.clear()
-    return taken
+    return notes

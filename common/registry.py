@@ -74,7 +74,7 @@ class Allowlist:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def admits(self, target: Any, package: str) -> bool:
-        """Returns whether an untrusted spec may call this target, which it found in a module of `package`."""
+        """Returns whether an untrusted spec may call this target, imported from a module of `package`."""
         if not (isinstance(target, type) and issubclass(target, self.base)):
             return False
         parameters = set(inspect.signature(target).parameters)

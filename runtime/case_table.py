@@ -104,8 +104,10 @@ class CaseTable:
                 writer.writerows([case, self._subset, *map(_number, figures)] for case, *figures in rows)
         except OSError as error:
             raise UserError(f"--log_dir {log_dir}: {NAME} cannot be written: {error.strerror or error}") from None
-        lacks = "" if self._has_distances else " (without surface Dice and Hausdorff distance: pip install '.[monai]')"
-        return f"cases {path}{lacks}"
+        missing = (
+            "" if self._has_distances else " (without surface Dice and Hausdorff distance: pip install '.[monai]')"
+        )
+        return f"cases {path}{missing}"
 
 
 def _number(value: Any) -> str:

@@ -43,13 +43,13 @@ class SlidingWindowConfig:
     crops_remainder: bool
 
     def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
-        """The part of a volume of this shape (D, H, W) that is scored."""
+        """Returns the part of a volume of this shape (D, H, W) that is scored."""
         if self.crops_remainder:
             return remainder_crop(shape, stride_of(self.window, self.overlap))
         return slice(None), slice(None), slice(None)
 
     def windows(self, shape: Sequence[int]) -> int:
-        """Number of windows of a volume of this shape (D, H, W)."""
+        """Returns the number of windows of a volume of this shape (D, H, W)."""
         kept = [len(range(size)[part]) for size, part in zip(shape, self.kept(shape), strict=True)]
         return len(tile(kept, self.window, self.overlap, self.padding_value)[1])
 
@@ -81,12 +81,12 @@ class CaseAssignment:
         return cls(cases=tuple(cases), members=members, subgroup=subgroup)
 
     def of_rank(self, rank: int) -> list[int]:
-        """Indices of the cases of which this rank scores windows."""
+        """Returns the indices of the cases of which this rank scores windows."""
         return [index for index, ranks in enumerate(self.members) if rank in ranks]
 
 
 def assign_cases(windows: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each case: longest case first, to the least loaded rank; spare ranks help with the longest cases.
+    """Returns each case's ranks: longest case first, to the least loaded rank; spare ranks help with the longest cases.
 
     A case never has more ranks than windows.
 
@@ -145,7 +145,7 @@ class CaseScorer:
 
     @torch.inference_mode()
     def score(self, cases: Iterable[EvaluationCase], subgroup: World) -> Iterator[Tensor]:
-        """The loss of each case's logits, its Dice per foreground class, then the metric's figures.
+        """Scores each case: the loss of its logits, its Dice per foreground class, then the metric's figures.
 
         Args:
             subgroup: the ranks that share the windows of these cases; each gets the whole score.

@@ -29,7 +29,7 @@ def learning_rate(
     decay_epochs: Sequence[int] = (),
     decay_factor: float = 1.0,
 ) -> float:
-    """MLPerf's rate of a whole epoch, counted from 1.
+    """Returns MLPerf's rate of a whole epoch, counted from 1.
 
     Warm-up: initial + (base - initial) * epoch / warmup_epochs up to and including epoch `warmup_epochs`. After it
     MultiStepLR, stepped at each epoch's end: base * factor^(decay epochs that have ended before this epoch). A decay
@@ -65,7 +65,7 @@ class LRSchedule(ABC):
         self.run = run
 
     def __call__(self, epoch: int) -> float:
-        """The rate of a whole epoch, counted from 1."""
+        """Returns the rate of a whole epoch, counted from 1."""
         if epoch > self.run.lr_warmup_epochs:
             return self.after_warm_up(epoch)
         return learning_rate(
@@ -82,7 +82,7 @@ class LRSchedule(ABC):
         """Called after each evaluation, on every rank, with the scores of all ranks."""
 
     def progress(self, epoch: int) -> float:
-        """The share of the epochs after the warm-up that is done at the start of this epoch: from 0, always below 1."""
+        """Returns the share of the epochs after the warm-up done when this one starts: from 0, always below 1."""
         return (epoch - 1 - self.run.lr_warmup_epochs) / max(self.run.epochs - self.run.lr_warmup_epochs, 1)
 
 

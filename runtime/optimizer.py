@@ -24,7 +24,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """`sgd` (with Nesterov momentum), `adam`, or `lamb` (NVIDIA apex's FusedLAMB if installed, else `Lamb`).
+    """Returns `sgd` (with Nesterov momentum), `adam`, or `lamb` (NVIDIA apex's FusedLAMB if installed, else `Lamb`).
 
     Args:
         momentum: of sgd.

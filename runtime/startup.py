@@ -66,12 +66,13 @@ def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> No
 
 
 def describe_start(run: RunSpec) -> events.InitStarted:
+    """Returns the configuration and the environment, as the first event of the run."""
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
     return events.InitStarted(run.config, describe_environment(run.world.device, run.world.size), were_cleared)
 
 
 def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
-    """Returns everything known about a run before its clock starts."""
+    """Returns everything known about a run before its clock starts; logs its notes."""
     config, world = run.config, run.world
     for text in (run.precision.note, kernels.note(world.device), "" if config.benchmark else run.schedule.note()):
         if text:

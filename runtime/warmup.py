@@ -51,23 +51,23 @@ def dummy_batch(shape: Sequence[int], classes: int, device: torch.device) -> Bat
     return {"image": image.to(device), "label": label.to(device)}
 
 
-def warm_up(state: TrainState, batch: Batch, window_batch: Batch, settings: StepConfig, *, steps: int) -> None:
+def warm_up(state: TrainState, batch: Batch, window_batch: Batch, config: StepConfig, *, steps: int) -> None:
     """Runs training steps, each followed by the evaluation of a batch of windows; leaves no trace in the state."""
     with preserve_state(state):
         for _ in range(steps):
             state.model.train()
-            for index in range(settings.ga_steps):
-                forward_backward(state, batch, settings, communicate=index == settings.ga_steps - 1)
+            for index in range(config.ga_steps):
+                forward_backward(state, batch, config, communicate=index == config.ga_steps - 1)
             optimizer_step(state)
             state.network.eval()
-            with torch.inference_mode(), settings.precision.autocast():
+            with torch.inference_mode(), config.precision.autocast():
                 state.network(window_batch["image"])
         state.network.train()
-    synchronize(settings.precision.device)
+    synchronize(config.precision.device)
 
 
 def calibrate(
-    state: TrainState, build: Callable[[], nn.Module], batch: Batch, settings: StepConfig, *, world: World
+    state: TrainState, build: Callable[[], nn.Module], batch: Batch, config: StepConfig, *, world: World
 ) -> Calibrated:
     """Measures the figures that `--benchmark` compares with. Every rank must call it.
 
@@ -75,13 +75,13 @@ def calibrate(
         state: the training state, which stays as it is.
         build: makes a new network, for counting on the meta device.
         batch: a micro-batch on the device.
-        settings: how a step is computed.
+        config: how a step is computed.
         world: all ranks of the run.
     """
     return Calibrated(
         flops_per_sample=training_flops(build, batch["image"].shape[1:]),
-        peak_flops=peak_flops(settings.precision),
-        communication_ms=_exposed_communication_ms(state, batch, settings, world),
+        peak_flops=peak_flops(config.precision),
+        communication_ms=_exposed_communication_ms(state, batch, config, world),
     )
 
 
@@ -100,7 +100,7 @@ def peak_flops(precision: Precision) -> float:
     return 2 * size**3 / min(times[1:])
 
 
-def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepConfig, world: World) -> float:
+def _exposed_communication_ms(state: TrainState, batch: Batch, config: StepConfig, world: World) -> float:
     """Measures what gradient averaging adds to a step beyond the backward pass: medians of steps with and without."""
     if world.size == 1:
         return 0.0
@@ -109,7 +109,7 @@ def _exposed_communication_ms(state: TrainState, batch: Batch, settings: StepCon
         for communicate in (True, False):
             times = []
             for _ in range(REPETITIONS + 1):
-                work = partial(forward_backward, state, batch, settings, communicate=communicate)
+                work = partial(forward_backward, state, batch, config, communicate=communicate)
                 times.append(seconds(work, world.device))
                 if communicate:
                     optimizer_step(state)

@@ -62,15 +62,15 @@ def find(path: Path | None, start: Path | None, world: World) -> Checkpoint | No
     Raises:
         UserError: on every rank, if the checkpoint is missing or damaged.
     """
-    found: Checkpoint | UserError | None = None
+    result: Checkpoint | UserError | None = None
     if world.is_main:
         try:
-            found = newest_intact(path) if path else None
-            if found is None and start is not None:
-                found = load(start)
+            result = newest_intact(path) if path else None
+            if result is None and start is not None:
+                result = load(start)
         except UserError as error:
-            found = error
-    received: Checkpoint | UserError | None = world.broadcast(found)
+            result = error
+    received: Checkpoint | UserError | None = world.broadcast(result)
     if isinstance(received, UserError):
         raise received
     return received
