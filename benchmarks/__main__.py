@@ -42,23 +42,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="folder for synthetic data (default: a temporary folder)")
     parser.add_argument("--cases", type=int, help="number of volumes of the storage suite (default: 168)")
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
-    given = parser.parse_args(argv)
-    if given.json and not given.json.parent.is_dir():
-        raise UserError(f"--json {given.json}: its folder does not exist")
-    if given.json and given.json.is_dir():
-        raise UserError(f"--json {given.json} is a folder; give a file, such as {given.json / 'tables.json'}")
-    if given.work_dir and not given.work_dir.is_dir():
-        raise UserError(f"--work_dir {given.work_dir}: no such folder")
-    if given.cases is not None and given.cases < 1:
-        raise UserError(f"--cases must be at least 1, not {given.cases}")
-    if given.num_workers is not None and given.num_workers < 0:
-        raise UserError(f"--num_workers must be at least 0, not {given.num_workers}")
-    return given
+    arguments = parser.parse_args(argv)
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its folder does not exist")
+    if arguments.json and arguments.json.is_dir():
+        raise UserError(f"--json {arguments.json} is a folder; give a file, such as {arguments.json / 'tables.json'}")
+    if arguments.work_dir and not arguments.work_dir.is_dir():
+        raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
+    if arguments.cases is not None and arguments.cases < 1:
+        raise UserError(f"--cases must be at least 1, not {arguments.cases}")
+    if arguments.num_workers is not None and arguments.num_workers < 0:
+        raise UserError(f"--num_workers must be at least 0, not {arguments.num_workers}")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse(argv)
-    name = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = parse(argv)
+    name = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU here")
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
@@ -69,16 +69,20 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     results: dict[str, list[Table]] = {}
-    with tempfile.TemporaryDirectory(dir=given.work_dir) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         options = Options(
-            device=device, quick=given.quick, work_dir=Path(folder), cases=given.cases, num_workers=given.num_workers
+            device=device,
+            quick=arguments.quick,
+            work_dir=Path(folder),
+            cases=arguments.cases,
+            num_workers=arguments.num_workers,
         )
-        for suite in SUITES if given.suite == "all" else (given.suite,):
+        for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
             results[suite] = importlib.import_module(f"benchmarks.{suite}").run(options)
             for table in results[suite]:
                 print(table.to_markdown(), flush=True)
-            if given.json:  # after each suite, so that a suite that fails loses no other tables
-                write_json(given.json, environment, given.quick, results)
+            if arguments.json:  # after each suite, so that a suite that fails loses no other tables
+                write_json(arguments.json, environment, arguments.quick, results)
     return 0
 
 

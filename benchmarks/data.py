@@ -75,7 +75,7 @@ def write_index(folder: Path, records: Mapping[str, CaseRecord]) -> None:
     write_json(folder / INDEX_NAME, DatasetIndex(spec=KITS19, split=split, cases=dict(records)).to_json())
 
 
-class ForgettingDataset(CropDataset):
+class RemappingDataset(CropDataset):
     """Maps its volumes again for each sample: the system cannot drop pages that a process keeps mapped."""
 
     def open_case(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

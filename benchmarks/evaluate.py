@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ PADDING = -2.2
 ORDERS = 200
 # The image is noise with standard deviation 1: these edges give each class about a third of the voxels.
 EDGES = (-0.5, 0.5)
-# How far both ways may differ: in Dice only in the last digits, in the loss by the number format's rounding.
+# Largest difference between both implementations: in Dice only the last digits, in the loss the format's rounding.
 DICE_TOLERANCE = 1e-6
 LOSS_TOLERANCE = {None: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 PUBLISHED = "Published for one H200 (NVIDIA's MXNet code, MLPerf v4.0): 204 windows/s."
@@ -83,7 +82,7 @@ def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Ta
     """
     seed_process(0, deterministic=False, autotune=device.type == "cuda")
     cases = write_cases(folder, scale.volumes)
-    network = to_device(Decided(Unet3d(CHANNELS, CLASSES, filters=scale.filters)), device, "NDHWC").eval()
+    network = to_device(ConfidentNetwork(Unet3d(CHANNELS, CLASSES, filters=scale.filters)), device, "NDHWC").eval()
     precision = choose_precision(True, "auto", device)
     windows = sum(scoring(scale.window, 1).windows(shape) for shape in scale.volumes)
     rows = []
@@ -105,7 +104,7 @@ def batching(title: str, device: torch.device, scale: Scale, folder: Path) -> Ta
     shapes = ", ".join(" x ".join(map(str, shape)) for shape in scale.volumes)
     notes = [
         f"unet3d with filters {scale.filters}, {windows} windows of {' x '.join(map(str, scale.window))} over volumes "
-        f"of {shapes}; both ways give the same scores (Dice within {DICE_TOLERANCE:g}).",
+        f"of {shapes}; both give the same scores (Dice within {DICE_TOLERANCE:g}).",
         "One at a time: the Gaussian map is recomputed for each volume. Both read from disk, as main.py does on a CPU.",
         *([PUBLISHED] if device.type == "cuda" and scale.filters == MLPERF_FILTERS else []),
     ]
@@ -134,14 +133,14 @@ def scoring(window: tuple[int, int, int], batch_size: int) -> SlidingWindowConfi
 def batched_scores(
     folder: Path, cases: Sequence[str], network: nn.Module, how: SlidingWindowConfig, precision: Precision
 ) -> Tensor:
-    """The project's own way, as in evaluation: (cases, K) float64 on the host, the loss first."""
+    """The project's own scores, as in evaluation: (cases, K) float64 on the host, the loss first."""
     loaded = (load_evaluation_case(folder, case) for case in cases)
     alone = World(0, 1, precision.device)
     scorer = CaseScorer(network=network, loss=DiceCELoss(), windows=how, precision=precision)
     return torch.stack(list(scorer.score(loaded, alone))).cpu()
 
 
-class Decided(nn.Module):
+class ConfidentNetwork(nn.Module):
     """A network with a clear largest logit in every voxel, at the cost of the network that it wraps.
 
     An untrained network's logits nearly tie: rounding, which differs with the batch size, would flip single voxels, and
@@ -276,10 +275,5 @@ def busiest(windows: Sequence[int], ranks: int) -> int:
 def round_robin(windows: Sequence[int], ranks: int) -> float:
     """Windows of the busiest rank if rank r takes cases r, r + ranks, …: the median over random orders."""
     rng = np.random.default_rng(0)
-    orders = (rng.permutation(windows) for _ in range(ORDERS))
-    largest: Callable[[NDArray[np.int_]], int] = partial(_largest_shard, ranks=ranks)
-    return statistics.median(map(largest, orders))
-
-
-def _largest_shard(windows: NDArray[np.int_], ranks: int) -> int:
-    return max(int(windows[rank::ranks].sum()) for rank in range(ranks))
+    orders = [rng.permutation(windows) for _ in range(ORDERS)]
+    return statistics.median(max(int(order[rank::ranks].sum()) for rank in range(ranks)) for order in orders)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data import MB, ForgettingDataset, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
+from benchmarks.data import MB, RemappingDataset, disk_bytes_read, drop_caches, files_of, worker_count, write_patients
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from benchmarks.naive import NaiveCropDataset
 from common.messages import notes_held, take_notes
@@ -27,7 +27,7 @@ SHAPE, PATCH = (160, 400, 400), (128, 128, 128)
 QUICK_SHAPE, QUICK_PATCH = (24, 40, 40), (16, 16, 16)
 PAIRS, QUICK_PAIRS = 7, 2
 VOLUMES = 4
-# Samples per timing: the naive way takes about 0.1 s each, twice that if it labels components; a loader's epoch must
+# Samples per timing: the naive loader takes about 0.1 s each, twice that if it labels components; a loader's epoch must
 # last longer than its start.
 NAIVE_SAMPLES, LOADER_SAMPLES = 4 * VOLUMES, 32 * VOLUMES
 # Bytes per voxel of the image and of the label.
@@ -59,7 +59,7 @@ def run(options: Options) -> list[Table]:
 
 
 def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: Shape, settings: LoaderConfig) -> Table:
-    """Samples/s of each loader, and its ratio to the naive way, which it alternates with."""
+    """Samples/s of each loader, and its ratio to the naive loader, which it alternates with."""
     # The cases are repeated: each index of the same file gives another crop.
     few, many = list(cases) * (NAIVE_SAMPLES // len(cases)), list(cases) * (LOADER_SAMPLES // len(cases))
     naive = NaiveCropDataset(folder, few, settings)
@@ -98,16 +98,16 @@ def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: S
     sizes = [" x ".join(map(str, sides)) for sides in (shape, settings.patch)]
     notes = [
         f"Volumes of {sizes[0]} voxels, crops of {sizes[1]}, warm caches, {pairs} pairs, each alternating with the "
-        "naive way in one process; ratios are medians of pairs. Target: pytorch in one process at least 20 times as "
-        "fast as the naive way.",
+        "naive loader in one process; ratios are medians of pairs. Target: pytorch in one process at least 20 times as "
+        "fast as the naive loader.",
         *fallback,
     ]
-    columns = ["loader", "samples/s", "ms per sample", "ratio to the naive way"]
+    columns = ["loader", "samples/s", "ms per sample", "ratio to the naive loader"]
     return Table("Loaders: samples per second", columns, rows, notes)
 
 
 def next_epochs(work: Callable[[int], object]) -> Callable[[], object]:
-    """Calls `work` with epoch 1, 2, 3 …, so that two ways under comparison produce the same samples."""
+    """Calls `work` with epoch 1, 2, 3 …, so that two loaders under comparison produce the same samples."""
     epochs = itertools.count(1)
     return lambda: work(next(epochs))
 
@@ -137,7 +137,7 @@ def count_bytes(folder: Path, cases: Sequence[str], shape: Shape, settings: Load
             for at, n in zip(offsets, ITEMSIZES, strict=True)
         ]
         pages.append(sum(touched))
-    cold = read_cold(ForgettingDataset(folder, cases, boxes, settings), folder, cases)
+    cold = read_cold(RemappingDataset(folder, cases, boxes, settings), folder, cases)
     rows: list[list[str | float]] = [
         ["image voxels of the crop", voxels[0] / MB],
         ["label voxels of the crop", voxels[1] / MB],

@@ -242,7 +242,7 @@ PUBLISHED = (
     _published("8 x Gaudi2, Habana (PyTorch), v3.0", 40.5, 4.35, 20.5),
 )
 H200, H100 = (run.device for run in PUBLISHED[:2])
-# Not a check: STEP_FLOOR_S is taken from it. 8 GPUs to a sample make its batch 84.
+# Not a check: STEP_FLOOR_S is taken from it. 8 GPUs per sample make its batch 84.
 LARGEST = Published("768 x H100, of which 96 evaluate", H100, Layout(84, 672, 96), 0.773)
 
 

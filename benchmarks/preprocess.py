@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 
 @dataclass(frozen=True)
-class Measured:
+class PreprocessingRun:
     """One run: its seconds, and the memory of its largest process in bytes, at its start and at its peak."""
 
     seconds: float
@@ -71,28 +71,32 @@ def run(options: Options) -> list[Table]:
     program = options.work_dir / "preprocess_once.py"
     program.write_text(PROGRAM, encoding="utf-8")
 
-    def measure(raw: Path, processes: int, threads: int | None) -> Measured:
+    def measure(raw: Path, processes: int, threads: int | None) -> PreprocessingRun:
         return preprocess_once(program, raw, results=options.work_dir / "results", processes=processes, threads=threads)
 
-    ways: dict[str, Callable[[], Measured]] = {
+    variants: dict[str, Callable[[], PreprocessingRun]] = {
         "1 process, 1 thread": lambda: measure(all_cases, 1, 1),
         "1 process, torch's own threads": lambda: measure(all_cases, 1, None),
         f"{workers} process(es)": lambda: measure(all_cases, workers, None),
     }
     # Alternating, as `compare` does; the first case alone warms up the file cache and the disk.
     alone = measure(one, 1, 1)
-    taken = [{name: way() for name, way in ways.items()} for _ in range(pairs)]
-    last = list(ways)[-1]
+    rounds = [{name: run_variant() for name, run_variant in variants.items()} for _ in range(pairs)]
+    baseline, *_, parallel = variants
     rates = []
-    for name in ways:
-        seconds = statistics.median(turn[name].seconds for turn in taken)
-        ratio = statistics.median(turn[next(iter(ways))].seconds / turn[name].seconds for turn in taken)
+    for name in variants:
+        seconds = statistics.median(measured[name].seconds for measured in rounds)
+        ratio = statistics.median(measured[baseline].seconds / measured[name].seconds for measured in rounds)
         rates.append([name, cases / seconds, seconds, ratio])
+
+    def highest_peak(name: str) -> PreprocessingRun:
+        return max((measured[name] for measured in rounds), key=lambda run: run.peak)
+
     largest = largest_case_bytes(shape)
     memory = [
         memory_row("1 process, 1 case", alone, largest),
-        memory_row(f"1 process, {cases} cases", max((turn[next(iter(ways))] for turn in taken), key=peak_of), largest),
-        memory_row(f"{workers} process(es), {cases} cases", max((turn[last] for turn in taken), key=peak_of), largest),
+        memory_row(f"1 process, {cases} cases", highest_peak(baseline), largest),
+        memory_row(f"{workers} process(es), {cases} cases", highest_peak(parallel), largest),
     ]
     scans = f"{cases} synthetic scans ({distinct} different ones) of {' x '.join(map(str, shape))} voxels"
     return [
@@ -132,7 +136,7 @@ def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, 
         write_nifti(case / "segmentation.nii.gz", mask)
 
 
-def preprocess_once(program: Path, raw: Path, results: Path, processes: int, threads: int | None) -> Measured:
+def preprocess_once(program: Path, raw: Path, results: Path, processes: int, threads: int | None) -> PreprocessingRun:
     """Preprocesses `raw` into a fresh folder, which is removed again.
 
     Args:
@@ -156,7 +160,7 @@ def preprocess_once(program: Path, raw: Path, results: Path, processes: int, thr
         shutil.rmtree(results, ignore_errors=True)
     if done.returncode != 0:
         raise UserError(f"preprocessing failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return PreprocessingRun(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def largest_case_bytes(shape: tuple[int, int, int]) -> int:
@@ -164,9 +168,5 @@ def largest_case_bytes(shape: tuple[int, int, int]) -> int:
     return math.prod(shape) * (np.dtype(np.float32).itemsize + np.dtype(np.uint8).itemsize)
 
 
-def memory_row(name: str, measured: Measured, largest: int) -> list[str | float]:
+def memory_row(name: str, measured: PreprocessingRun, largest: int) -> list[str | float]:
     return [name, measured.base / MB, measured.peak / MB, (measured.peak - measured.base) / largest]
-
-
-def peak_of(measured: Measured) -> int:
-    return measured.peak

@@ -45,7 +45,7 @@ class Scale:
 
 
 def run(options: Options) -> list[Table]:
-    return [processes(options), checked(), on_paper(), launches(), beyond_main()]
+    return [processes(options), compared_with_published(), on_paper(), launches(), beyond_main()]
 
 
 def scale_of(options: Options) -> Scale:
@@ -126,7 +126,7 @@ def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu:
     return float(json.loads((log_dir / "benchmark.json").read_text(encoding="utf-8"))["samples_per_s"])
 
 
-def checked() -> Table:
+def compared_with_published() -> Table:
     """The model compared with the published runs."""
     rows = []
     for published in (*paper.PUBLISHED, paper.LARGEST):
@@ -153,43 +153,43 @@ def on_paper() -> Table:
     """What `main.py` would reach on growing numbers of GPUs."""
     rows = []
     for gpus in GPUS:
-        layout, given = paper.best(paper.H200, gpus, paper.Links())
+        layout, forecast = paper.best(paper.H200, gpus, paper.Links())
         rows.append(
             [
                 gpus,
                 layout.training,
                 f"{layout.batch}{beyond(layout.batch)}",
                 int(layout.samples_per_gpu),
-                1e3 * given.step,
-                1e3 * given.exposed,
-                given.evaluation,
-                given.share,
-                given.evaluations,
-                given.total / 60,
-                gpus * given.total / 60,
+                1e3 * forecast.step,
+                1e3 * forecast.exposed,
+                forecast.evaluation,
+                forecast.share,
+                forecast.evaluations,
+                forecast.total / 60,
+                gpus * forecast.total / 60,
             ]
         )
     links = paper.Links()
     notes = [
-        f"At the published {paper.H200.samples_per_s:g} samples/s and {paper.H200.windows_per_s:.0f} windows/s a GPU, "
-        "start-up not counted. Batches divide the 168 cases, so that GPUs beyond the ranks stay idle.",
-        f"All-reduce: {paper.GRADIENT_BYTES / 1e6:.0f} MB, rings at {links.within_node / 1e9:g} GB/s a GPU within a "
-        f"node and {links.between_nodes / 1e9:g} GB/s a node between them, {links.overlap:.0%} hidden. Floor of a step "
-        f"{1e3 * paper.STEP_FLOOR_S:g} ms.",
+        f"At the published {paper.H200.samples_per_s:g} samples/s and {paper.H200.windows_per_s:.0f} windows/s per "
+        "GPU, start-up not counted. Batches divide the 168 cases, so that GPUs beyond the ranks stay idle.",
+        f"All-reduce: {paper.GRADIENT_BYTES / 1e6:.0f} MB, rings at {links.within_node / 1e9:g} GB/s per GPU within a "
+        f"node and {links.between_nodes / 1e9:g} GB/s per node between them, {links.overlap:.0%} hidden. Floor of a "
+        f"step {1e3 * paper.STEP_FLOOR_S:g} ms.",
         f"Evaluation is {paper.evaluation_share_of_work():.0%} of the operations once it runs; its share of the time "
         "differs, as windows/s and samples/s do.",
-        "* Samples to converge extrapolated: beyond batch 84 the line through 56 and 84 is taken to go on. No "
-        "published run backs it.",
+        "* Samples to converge extrapolated: beyond batch 84 the line through 56 and 84 is continued. No "
+        "published run supports it.",
     ]
     columns = [
         "GPUs",
         "ranks",
         "global batch",
-        "samples a rank",
-        "ms a step",
-        "of it all-reduce",
-        "s an evaluation",
-        "its share once it runs",
+        "samples per rank",
+        "ms per step",
+        "of which all-reduce",
+        "s per evaluation",
+        "its share once evaluations run",
         "evaluations",
         "minutes to target",
         "GPU-minutes",
@@ -217,16 +217,16 @@ def launches() -> Table:
                 f"`{paper.launch(layout, gpus)}`",
             ]
         )
-    notes = ["Rate and warm-up are the nearest reference point's. HOST is the first of the line's nodes."]
-    columns = ["GPUs", "batch a rank", "global batch", "ga_steps", "rate / warm-up epochs", "on each of its nodes"]
+    notes = ["Rate and warm-up are the nearest reference point's. HOST is the first node."]
+    columns = ["GPUs", "batch per rank", "global batch", "ga_steps", "rate / warm-up epochs", "command on each node"]
     return Table("Launch settings", columns, rows, notes)
 
 
 def beyond_main() -> Table:
-    """What sharing a sample between GPUs, and evaluating beside the training, would add."""
+    """What sharing a sample between GPUs, and evaluating during training, would add."""
     rows = []
     for gpus in GPUS:
-        layout, given = paper.best(paper.H200, gpus, paper.Links(), beyond_main=True)
+        layout, forecast = paper.best(paper.H200, gpus, paper.Links(), beyond_main=True)
         _, plain = paper.best(paper.H200, gpus, paper.Links())
         rows.append(
             [
@@ -235,21 +235,21 @@ def beyond_main() -> Table:
                 layout.training,
                 layout.evaluating,
                 max(1, layout.training // layout.batch),
-                given.total / 60,
-                plain.total / given.total,
+                forecast.total / 60,
+                plain.total / forecast.total,
             ]
         )
     notes = [
         "Not built: main.py gives each rank whole samples, and its ranks stop training to evaluate. The largest "
-        "published run did both, with 8 GPUs to a sample.",
+        "published run did both, with 8 GPUs per sample.",
     ]
     columns = [
         "GPUs",
         "global batch",
         "training",
         "evaluating",
-        "GPUs a sample",
+        "GPUs per sample",
         "minutes to target",
         "times as fast as main.py",
     ]
-    return Table("On paper: several GPUs to a sample, evaluation aside", columns, rows, notes)
+    return Table("On paper: several GPUs per sample, and GPUs that only evaluate", columns, rows, notes)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 CHANNELS, CLASSES = 1, 3
 # Speed does not depend on it; it is so small that weights stay finite on random labels.
-RATE = 1e-3
+LEARNING_RATE = 1e-3
 MOMENTUM = 0.9
 # cuDNN tries its algorithms in the first step, the allocator settles in the second.
 WARM_UP = 2
@@ -46,7 +46,12 @@ PUBLISHED = {"samples/s": "published 76.05, limit 231"}
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of the computation; `fit` begins with `batch_size`, and both ways are timed `pairs` times."""
+    """The size of the computation.
+
+    Attributes:
+        batch_size: tried first; halved until it fits.
+        pairs: number of times that both variants are timed.
+    """
 
     filters: tuple[int, ...]
     shape: tuple[int, int, int]
@@ -55,7 +60,7 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class StepVariant:
     """How a step is computed. The default is the full set of choices."""
 
     layout: str = "NDHWC"
@@ -113,10 +118,10 @@ def share_of_peak(device: torch.device, scale: Scale) -> Table:
     def measure(batch_size: int) -> float:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a batch that did not fit has left its peak
-        step = make_step(Way(), device, scale, batch_size)
+        step = make_step(StepVariant(), device, scale, batch_size)
         return statistics.median([seconds(step, device) for _ in range(WARM_UP + scale.pairs)][WARM_UP:])
 
-    batch_size, step_s = fit(scale.batch_size, measure)
+    batch_size, step_s = largest_fitting_batch(scale.batch_size, measure)
     memory = peak_memory_bytes(device)
     flops = training_flops(lambda: Unet3d(CHANNELS, CLASSES, filters=scale.filters), (CHANNELS, *scale.shape))
     rate, peak = batch_size / step_s, peak_flops(precision)
@@ -146,7 +151,7 @@ def gains(device: torch.device, scale: Scale) -> Table:
         if reason:
             rows.append([choice.name, choice.baseline, "", f"{NOT_MEASURED}: {reason}", "", ""])
             continue
-        batch_size, times = fit(scale.batch_size, partial(measure, choice, device, scale))
+        batch_size, times = largest_fitting_batch(scale.batch_size, partial(measure, choice, device, scale))
         milliseconds = [1e3 * statistics.median(values) for values in (times.ours_s, times.naive_s)]
         rows.append([choice.name, choice.baseline, batch_size, *milliseconds, times.ratio])
     columns = ["choice", "without it", "samples per step", "ms per step with", "ms per step without", "ratio"]
@@ -160,8 +165,8 @@ def gains(device: torch.device, scale: Scale) -> Table:
 
 def measure(choice: Choice, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
     """Times a step with and without a choice."""
-    without = make_step(replace(Way(), **choice.off), device, scale, batch_size)
-    step = make_step(replace(Way(), **choice.on), device, scale, batch_size)
+    without = make_step(replace(StepVariant(), **choice.off), device, scale, batch_size)
+    step = make_step(replace(StepVariant(), **choice.on), device, scale, batch_size)
     return compare(without, step, pairs=scale.pairs, device=device, warm_up=WARM_UP)
 
 
@@ -176,25 +181,27 @@ def unmeasurable(choice: Choice, device: torch.device) -> str:
     return ""
 
 
-def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
+def make_step(variant: StepVariant, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
     """Returns a function that computes one training step on dummy data and returns the loss."""
     torch.manual_seed(0)
-    network = to_device(Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=way.fused_norm), device, way.layout)
-    if way.compiled:
+    network = to_device(
+        Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=variant.fused_norm), device, variant.layout
+    )
+    if variant.compiled:
         network.compile()
-    precision = choose_precision(way.amp, "auto", device)
+    precision = choose_precision(variant.amp, "auto", device)
     optimizer = (
-        make_optimizer("sgd", network.parameters(), RATE, MOMENTUM)
-        if way.fused_optimizer
-        else torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True)
+        make_optimizer("sgd", network.parameters(), LEARNING_RATE, MOMENTUM)
+        if variant.fused_optimizer
+        else torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
     )
     state = TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
-    loss = DiceCELoss() if way.one_pass_loss else NaiveDiceCE()
-    config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=way.layout)
+    loss = DiceCELoss() if variant.one_pass_loss else NaiveDiceCE()
+    config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=variant.layout)
     batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
 
     def step() -> Tensor:
-        with triton_used(way.triton):
+        with triton_enabled(variant.triton):
             loss = forward_backward(state, batch, config, communicate=True)
             optimizer_step(state)
             return loss
@@ -203,17 +210,17 @@ def make_step(way: Way, device: torch.device, scale: Scale, batch_size: int) -> 
 
 
 @contextmanager
-def triton_used(used: bool) -> Iterator[None]:
+def triton_enabled(enabled: bool) -> Iterator[None]:
     """Switches Triton's kernels on or off inside the block."""
     before = kernels.USE_TRITON
-    kernels.USE_TRITON = before and used
+    kernels.USE_TRITON = before and enabled
     try:
         yield
     finally:
         kernels.USE_TRITON = before
 
 
-def fit(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
+def largest_fitting_batch(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
     """The largest batch size, halved from the given one, that fits the device's memory, and the result of `work`.
 
     Raises:

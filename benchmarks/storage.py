@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data import (
     MB,
-    ForgettingDataset,
+    RemappingDataset,
     disk_bytes_read,
     drop_caches,
     files_of,
@@ -58,7 +58,7 @@ BLOCK_VOXELS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emulated:
+class EmulatedEpoch:
     """An epoch as one accelerator experienced it, times in s; `first_wait_s` is the wait for the first batch."""
 
     steps: int
@@ -102,9 +102,9 @@ def run(options: Options, samples_per_s: float | None = None) -> list[Table]:
         for accelerators in ACCELERATORS:
             workers = max(1, settings.num_workers // accelerators)
             ranks = replace(settings, num_workers=workers, ranks=accelerators)
-            seen = feed(folder, cases, settings=ranks, step_s=step_s, steps=steps, is_cold=is_cold)
-            rows.append(["cold" if is_cold else "warm", accelerators, workers, *figures_of(seen, patch)])
-            if utilisation(seen) < PASSING:
+            epochs = feed(folder, cases, settings=ranks, step_s=step_s, steps=steps, is_cold=is_cold)
+            rows.append(["cold" if is_cold else "warm", accelerators, workers, *figures_of(epochs, patch)])
+            if utilisation(epochs) < PASSING:
                 break
     notes += [
         f"{len(cases)} cases, {total / 1e9:.2f} GB (mean {total / len(cases) / MB:.1f} MB per case, image and label), "
@@ -207,7 +207,7 @@ def was_dropped(path: Path) -> bool:
 
 def feed(
     folder: Path, cases: Sequence[str], settings: LoaderConfig, step_s: float, steps: int, is_cold: bool
-) -> list[Emulated]:
+) -> list[EmulatedEpoch]:
     """One epoch of `steps` on each of `settings.ranks` accelerators, each fed by the loader of its own rank.
 
     Each has its own shard. The cases are repeated until an epoch is that long: with only a few steps, as when many
@@ -216,7 +216,7 @@ def feed(
     repeated = list(islice(cycle(cases), settings.ranks * steps * settings.batch_size))
     shards = [replace(settings, rank=rank) for rank in range(settings.ranks)]
     boxes = load_boxes(folder, repeated, len(KITS19.classes))
-    kind = ForgettingDataset if is_cold else CropDataset
+    kind = RemappingDataset if is_cold else CropDataset
     loaders = [PytorchLoader(kind(folder, repeated, boxes, shard), shard) for shard in shards]
     # A run's workers start once. They are forked here, before there are threads, and finish an epoch they began.
     for batches in [loader.epoch(1) for loader in loaders]:
@@ -225,7 +225,7 @@ def feed(
     files = files_of(folder, cases)
     with ThreadPoolExecutor(1) as dropper, ThreadPoolExecutor(len(loaders)) as accelerators:
 
-        def accelerate(loader: TrainingLoader, shard: LoaderConfig) -> Emulated:
+        def accelerate(loader: TrainingLoader, shard: LoaderConfig) -> EmulatedEpoch:
             order = shard.sampler(len(repeated)).batches(2)
 
             def forget(step: int) -> None:
@@ -243,33 +243,33 @@ def feed(
 def emulate(
     batches: Iterable[Batch],
     step_s: float,
-    arrived: Callable[[int], object],
+    on_batch: Callable[[int], object],
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
-) -> Emulated:
-    """An epoch of an accelerator that takes `step_s` per batch, whatever is in it; `arrived` is called at each step."""
+) -> EmulatedEpoch:
+    """An epoch of an accelerator that takes `step_s` per batch, whatever is in it; calls `on_batch` at each step."""
     started, first_wait, steps, samples = clock(), 0.0, 0, 0
     for batch in batches:
         if not steps:
             first_wait = clock() - started
-        arrived(steps)
+        on_batch(steps)
         steps += 1
         samples += len(batch["image"])
         sleep(step_s)
-    return Emulated(
+    return EmulatedEpoch(
         steps=steps, samples=samples, compute_s=steps * step_s, total_s=clock() - started, first_wait_s=first_wait
     )
 
 
-def utilisation(seen: Sequence[Emulated]) -> float:
+def utilisation(epochs: Sequence[EmulatedEpoch]) -> float:
     """The share of the accelerators' time in which they computed."""
-    return sum(one.compute_s for one in seen) / sum(one.total_s for one in seen)
+    return sum(epoch.compute_s for epoch in epochs) / sum(epoch.total_s for epoch in epochs)
 
 
-def figures_of(seen: Sequence[Emulated], patch: Shape) -> list[float | str]:
+def figures_of(epochs: Sequence[EmulatedEpoch], patch: Shape) -> list[float | str]:
     """Samples/s of all accelerators, MB/s of their crops, ms for the first batch, utilisation, yes or no."""
-    rate = sum(one.samples / one.total_s for one in seen)
-    first_ms = 1000 * statistics.median(one.first_wait_s for one in seen)
-    share = utilisation(seen)
+    rate = sum(epoch.samples / epoch.total_s for epoch in epochs)
+    first_ms = 1000 * statistics.median(epoch.first_wait_s for epoch in epochs)
+    share = utilisation(epochs)
     crop = BYTES_PER_VOXEL * math.prod(patch)
     return [rate, rate * crop / MB, first_ms, share, "yes" if share >= PASSING else "no"]

@@ -17,7 +17,7 @@ from data_loading.io.volume import Geometry, Volume
 from data_loading.preprocessing import GridTransform, preprocess_image, to_source_grid
 from data_loading.spec import DatasetSpec
 from prediction.memory import READ_BYTES, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
-from prediction.volumes import Row, measure
+from prediction.volumes import ClassVolume, measure
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
 from runtime.memory_format import to_device
@@ -55,7 +55,7 @@ class Ensemble:
     budget: MemoryBudget
 
 
-def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -> list[Row]:
+def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -> list[ClassVolume]:
     """Predicts one scan and writes its mask, with its probabilities beside it; returns each class's volume.
 
     Raises:
@@ -74,7 +74,7 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
     classes = (values[0] for values in classes_on_source_grid(probabilities, transform))
     if save_probabilities:
         with probabilities_file(path, geometry, len(spec.classes)) as add:
-            mask = arg_max(_pass_to(add, classes), geometry)
+            mask = arg_max(_write_each(add, classes), geometry)
     else:
         mask = arg_max(classes, geometry)
     for line in source.write(Volume(mask[np.newaxis], geometry), spec.classes):
@@ -82,9 +82,10 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
     return measure(source.name, mask, geometry, spec.classes)
 
 
-def _pass_to(
+def _write_each(
     add: Callable[[NDArray[np.float32]], None], classes: Iterator[NDArray[np.float32]]
 ) -> Iterator[NDArray[np.float32]]:
+    """Passes each class's probabilities to `add` before yielding them."""
     for values in classes:
         add(values)
         yield values

@@ -23,7 +23,7 @@ from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from model.registry import build_network, check_window
 from prediction.ensemble import Ensemble, Member, predict_scan
 from prediction.memory import MemoryBudget
-from prediction.volumes import Row, write_table
+from prediction.volumes import ClassVolume, write_table
 from runtime.arguments import RunConfig, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
@@ -57,7 +57,7 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     if world.is_main:
         for line in notes:
             note(line)
-    rows: list[Row] = []
+    rows: list[ClassVolume] = []
     errors: list[str] = []
     for source in world.shard(sources):
         try:

@@ -66,7 +66,13 @@ def make_parser() -> Parser:
     add("--data_dir", type=Path, required=True, metavar="PATH", help="the preprocessed folder that it was trained on")
     add("--results_dir", type=Path, required=True, metavar="PATH", help="the new preprocessed folder")
     add("--threshold", type=number(float, 0, 1), default=0.9, metavar="P", help="lowest probability that is accepted")
-    add("--max_share", type=number(float, 0, 1), default=0.5, metavar="SHARE", help="of pseudo-labels in a batch")
+    add(
+        "--max_share",
+        type=number(float, 0, 1),
+        default=0.5,
+        metavar="SHARE",
+        help="maximum share of pseudo-labels in a batch",
+    )
     add("--unlabelled", type=Path, metavar="PATH", help="scans to label (default: the training cases themselves)")
     add("--model", metavar="SPEC", help="the teacher's network, if the checkpoint's own spec may not be imported")
     return parser
@@ -139,12 +145,12 @@ def copy_cases(index: DatasetIndex, data_dir: Path, results_dir: Path) -> None:
             _link(path, results_dir / path.name)
 
 
-def _link(path: Path, name: Path) -> None:
-    name.unlink(missing_ok=True)
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
     try:
-        name.hardlink_to(path)
+        target.hardlink_to(source)
     except OSError:
-        shutil.copy2(path, name)
+        shutil.copy2(source, target)
 
 
 def distil(index: DatasetIndex, case: str, options: argparse.Namespace, predict: Predict) -> Labelled:
@@ -155,7 +161,9 @@ def distil(index: DatasetIndex, case: str, options: argparse.Namespace, predict:
     label = np.where(is_confident, probabilities.argmax(axis=0)[None], manual).astype(np.uint8)
     name = PREFIX + case
     _link(case_file(options.data_dir, case, "x"), case_file(options.results_dir, name, "x"))
-    print(f"{name}: {is_confident.mean():.1%} of its voxels by the teacher, {np.mean(label != manual):.2%} changed")
+    print(
+        f"{name}: {is_confident.mean():.1%} of voxels labelled by the teacher, {np.mean(label != manual):.2%} changed"
+    )
     return name, _record(options.results_dir, name, label, like=index.cases[case], classes=len(index.spec.classes))
 
 

@@ -17,7 +17,7 @@ from data_loading.io.volume import ML_PER_MM3, Geometry
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
-class Row:
+class ClassVolume:
     """One class of one mask; voxels that share a face belong to the same component."""
 
     scan: str
@@ -32,7 +32,7 @@ class Row:
         return f"{self.scan} {self.name} {self.volume_ml:.3f} ml {self.components} {noun}"
 
 
-def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Sequence[str]) -> list[Row]:
+def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Sequence[str]) -> list[ClassVolume]:
     """Returns a row for each foreground class, absent ones included.
 
     Args:
@@ -47,7 +47,7 @@ def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Seq
         inside = mask[region] == label if region else np.zeros((0, 0, 0), bool)
         voxels = int(np.count_nonzero(inside))
         rows.append(
-            Row(
+            ClassVolume(
                 scan=scan,
                 label=label,
                 name=name,
@@ -59,12 +59,12 @@ def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Seq
     return rows
 
 
-def write_table(path: Path, rows: Sequence[Row]) -> None:
+def write_table(path: Path, rows: Sequence[ClassVolume]) -> None:
     """Writes the rows as CSV, atomically. Raises UserError if the file cannot be written."""
     try:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(field.name for field in fields(Row))
+            writer.writerow(field.name for field in fields(ClassVolume))
             writer.writerows([r.scan, r.label, r.name, r.voxels, f"{r.volume_ml:.6g}", r.components] for r in rows)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror or error}") from None

@@ -22,7 +22,7 @@ def make_parser() -> Parser:
         "--load_ckpt_path",
         type=Path,
         metavar="PATH",
-        help="checkpoint that predicts the cases shown (default: its own)",
+        help="checkpoint that predicts the cases shown (default: the run's own)",
     )
     add("--data_dir", type=Path, metavar="PATH", help="preprocessed data set (default: the one the run used)")
     add("--model", metavar="SPEC", help="network, if the checkpoint's own spec may not be imported")

@@ -43,7 +43,7 @@ KITS19_AXES = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class PlaneImage:
     """One plane as PNG, with a description for the alt text."""
 
     plane: str
@@ -63,7 +63,7 @@ class ShownCase:
     role: str
     case: str
     dice: list[float]
-    pictures: list[Picture]
+    images: list[PlaneImage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +157,11 @@ def draw_cases(
     predictor = _make_predictor(run, spec, loaded, device=device, model=model)
     shown = []
     for role, case in choose_cases(best.per_case).items():
-        pictures = list(draw_planes(_orient(data_dir, case, spec, predictor), f"{role} case {case}"))
-        for picture in pictures:
-            with replacing(folder / f"{role}_{picture.plane}.png") as temporary:
-                temporary.write_bytes(picture.png)
-        shown.append(ShownCase(role=role, case=case, dice=best.per_case[case], pictures=pictures))
+        images = list(draw_planes(_orient(data_dir, case, spec, predictor), f"{role} case {case}"))
+        for image in images:
+            with replacing(folder / f"{role}_{image.plane}.png") as temporary:
+                temporary.write_bytes(image.png)
+        shown.append(ShownCase(role=role, case=case, dice=best.per_case[case], images=images))
     return shown
 
 
@@ -218,13 +218,13 @@ def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: _Predictor)
         record = read_index(data_dir / INDEX_NAME).cases[case]
         if record.transform is not None:
             affine, case_spacing_mm = record.transform.cropped.affine, record.transform.spacing_mm
-    turn = radiological(affine)
+    reorientation = radiological(affine)
     spacing_mm = np.empty(3)
-    spacing_mm[turn[:, 0].astype(int)] = spec.spacing_mm or case_spacing_mm
+    spacing_mm[reorientation[:, 0].astype(int)] = spec.spacing_mm or case_spacing_mm
     return OrientedCase(
-        image=apply_orientation(image[0, 0].numpy(), turn),
-        truth=apply_orientation(label[0, 0].numpy(), turn),
-        prediction=apply_orientation(predictor(image).numpy(), turn),
+        image=apply_orientation(image[0, 0].numpy(), reorientation),
+        truth=apply_orientation(label[0, 0].numpy(), reorientation),
+        prediction=apply_orientation(predictor(image).numpy(), reorientation),
         spacing_mm=tuple(spacing_mm),
     )
 
@@ -244,7 +244,7 @@ def centre_of(mask: NDArray[Any]) -> tuple[int, ...]:
     return tuple(int(index) for index in nearest)
 
 
-def draw_planes(case: OrientedCase, name: str) -> Iterator[Picture]:
+def draw_planes(case: OrientedCase, name: str) -> Iterator[PlaneImage]:
     """Draws the axial, coronal and sagittal plane through the foreground; of a single slice, that slice alone.
 
     Args:
@@ -265,4 +265,4 @@ def draw_planes(case: OrientedCase, name: str) -> Iterator[Picture]:
             window=(float(low), float(high)),
         )
         description = f"{PLANES[axis]} plane of the {name}, truth and prediction outlined"
-        yield Picture(plane=PLANES[axis], description=description, png=draw_plane(plane))
+        yield PlaneImage(plane=PLANES[axis], description=description, png=draw_plane(plane))

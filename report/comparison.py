@@ -12,7 +12,16 @@ from report.records import Run
 
 Points = tuple[list[float], list[float]]
 # Flags that differ between any two runs and do not affect their numbers.
-OWN_FLAGS = ("log_dir", "save_ckpt_path", "load_ckpt_path", "verbose", "local_rank", "compare", "no_report", "resume")
+INCIDENTAL_FLAGS = (
+    "log_dir",
+    "save_ckpt_path",
+    "load_ckpt_path",
+    "verbose",
+    "local_rank",
+    "compare",
+    "no_report",
+    "resume",
+)
 
 
 def comparison_page(runs: Sequence[Run], folder: Path) -> str:
@@ -105,7 +114,7 @@ CHARTS: dict[str, tuple[str, str, Callable[[Run], Points]]] = {
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> Html:
-    flags = dict.fromkeys(flag for run in runs for flag in run.config if flag not in OWN_FLAGS)
+    flags = dict.fromkeys(flag for run in runs for flag in run.config if flag not in INCIDENTAL_FLAGS)
     facts = dict.fromkeys(fact for run in runs for fact in run.environment if fact != "command")
     values = {f"--{flag}": [plain(run.config.get(flag)) for run in runs] for flag in flags}
     values |= {"master seed": [plain(run.seeds.get("master")) for run in runs]}

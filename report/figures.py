@@ -117,7 +117,7 @@ def draw_chart(key: str, title: str, draw: Callable[[Axes], str], folder: Path) 
         draw: draws on the axes and returns the caption; "" if there is nothing to draw.
 
     Returns:
-        The same drawing for the page, None if there is nothing to draw.
+        The chart for the page, None if there is nothing to draw.
     """
     svg = io.StringIO()
     with open_axes() as (figure, axes):

@@ -245,14 +245,14 @@ def _images_of(case: ShownCase) -> Html:
             "figure",
             tag(
                 "img",
-                src=f"data:image/png;base64,{base64.b64encode(picture.png).decode()}",
-                alt=picture.description,
+                src=f"data:image/png;base64,{base64.b64encode(image.png).decode()}",
+                alt=image.description,
                 width="640",
                 height="640",
             ),
-            tag("figcaption", picture.plane),
+            tag("figcaption", image.plane),
         )
-        for picture in case.pictures
+        for image in case.images
     ]
     title = f"{case.role.capitalize()}: {case.case}, mean Dice {score(mean_of(case.dice), 3)}"
     return tag("div", tag("h3", title), tag("div", *figures, class_="planes"), class_="case")

@@ -16,7 +16,7 @@ from runtime.mlperf.closed_division import RESUMED
 from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
 
 Event = Mapping[str, Any]
-# Names in logs of version 0.1 -> names of today.
+# Names in logs of version 0.1 -> current names.
 RENAMED_EVENTS = {"TrainingScored": "TrainDiceEnd"}
 RENAMED_KEYS = {"reasons": "rule_violations"}
 

@@ -1,6 +1,6 @@
 """`submission score`: computes the score of 40 runs by MLPerf's rules and compares it with published results.
 
-The 4 fastest and the 4 slowest runs are dropped, where a run that did not converge counts as slow. The score is the
+The 4 fastest and the 4 slowest runs are dropped; runs that did not converge count as the slowest. The score is the
 mean run_stop - run_start of the others, scaled by the reference's convergence / own convergence if that is above 1.
 """
 
@@ -179,13 +179,13 @@ def comparison(logs: Sequence[Log], score: Score) -> list[str]:
         minutes=None if score.scaling is None else score.result_ms / 60_000,
     )
     results = [own, *PUBLISHED_RESULTS]
-    width = max(len(one.name) for one in results)
+    width = max(len(result.name) for result in results)
     lines = [f"{'published results':{width}}  samples/s/device  evaluation s     minutes  device-minutes"]
-    for one in results:
-        cost = None if one.minutes is None else one.minutes * one.devices
+    for result in results:
+        cost = None if result.minutes is None else result.minutes * result.devices
         lines.append(
-            f"{one.name:{width}}  {_plain(one.samples_per_s):>16}  {_plain(one.evaluation_s):>12}  "
-            f"{_plain(one.minutes):>10}  {_plain(cost):>14}"
+            f"{result.name:{width}}  {_plain(result.samples_per_s):>16}  {_plain(result.evaluation_s):>12}  "
+            f"{_plain(result.minutes):>10}  {_plain(cost):>14}"
         )
     if not logs[0].is_closed:
         lines.append(

@@ -50,10 +50,10 @@ def without_paths(arguments: list[str]) -> list[str]:
     """Returns the arguments without `--data_dir`, which names a folder of the machine that ran."""
     kept, skip = [], False
     for argument in arguments:
-        flag, sign, _ = argument.partition("=")
+        flag, separator, _ = argument.partition("=")
         if not skip and flag != "--data_dir":
             kept.append(argument)
-        skip = not skip and flag == "--data_dir" and not sign
+        skip = not skip and flag == "--data_dir" and not separator
     return kept
 
 

@@ -29,7 +29,7 @@ from submission.record import INCIDENTAL_FLAGS, FailedRun, FinishedRun, Series, 
 from submission.system import nvidia_smi
 
 # Flags that the series sets for each run, or with which a run is not a complete one from scratch.
-OWN_FLAGS = ("log_dir", "seed", "save_ckpt_path", "load_ckpt_path", "resume", "exec_mode", "benchmark")
+REFUSED_FLAGS = ("log_dir", "seed", "save_ckpt_path", "load_ckpt_path", "resume", "exec_mode", "benchmark")
 # A run that fails is repeated once; after that the user has to find the cause.
 ATTEMPTS = 2
 
@@ -85,7 +85,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def check_arguments(arguments: Sequence[str]) -> RunConfig:
     """Parses main.py's arguments. Raises UserError for flags that a series does not allow or main.py would refuse."""
     config, given = parse_arguments(arguments)
-    if refused := sorted(given & set(OWN_FLAGS)):
+    if refused := sorted(given & set(REFUSED_FLAGS)):
         raise UserError(
             f"--{refused[0]} is not allowed in a series: each run is a complete one, with its own folder and seed"
         )

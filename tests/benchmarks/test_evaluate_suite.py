@@ -12,7 +12,7 @@ from benchmarks import evaluate
 from benchmarks.evaluate import (
     BATCH_SIZES,
     RANKS,
-    Decided,
+    ConfidentNetwork,
     batched_scores,
     busiest,
     check_same,
@@ -46,7 +46,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
 def test_the_naive_method_has_the_projects_scores(batch_size: int, tmp_path: Path) -> None:
     cases = write_cases(tmp_path, SHAPES)
     torch.manual_seed(5)
-    # Without `Decided`: the scores depend on every window and weight.
+    # Without `ConfidentNetwork`: the scores depend on every window and weight.
     network = Unet3d(1, 3, filters=(4, 8)).eval()
     naive = naive_scores(tmp_path, cases, network, WINDOW, FP32)
     ours = batched_scores(tmp_path, cases, network, scoring(WINDOW, batch_size), FP32)
@@ -71,7 +71,7 @@ def test_a_decided_network_has_no_ties_and_contains_the_networks_logits() -> Non
     torch.manual_seed(6)
     network = Unet3d(1, 3, filters=(4, 8)).eval()
     image = torch.randn(2, 1, 8, 8, 8)
-    logits = Decided(network)(image)
+    logits = ConfidentNetwork(network)(image)
     first, second = logits.topk(2, dim=1).values.unbind(1)
     assert (first - second).min() > 0.5
     expected = (image > -0.5).int() + (image > 0.5).int()

@@ -149,14 +149,16 @@ def test_the_nearest_reference_point(batch: int, point: int) -> None:
 
 
 def test_the_modelled_tables_are_complete_and_mark_extrapolations() -> None:
-    for table in (scaling.checked(), scaling.on_paper(), scaling.launches(), scaling.beyond_main()):
+    for table in (scaling.compared_with_published(), scaling.on_paper(), scaling.launches(), scaling.beyond_main()):
         for row in table.rows:
             assert len(row) == len(table.columns)
             assert all(math.isfinite(cell) and cell >= 0 for cell in row if isinstance(cell, int | float))
     rows = scaling.on_paper().rows
     assert [row[0] for row in rows] == list(scaling.GPUS)
     assert all(row[2].endswith("*") == (int(row[2].removesuffix(" *")) > 84) for row in rows)
-    assert [row[0] for row in scaling.checked().rows] == [run.name for run in (*paper.PUBLISHED, paper.LARGEST)]
+    assert [row[0] for row in scaling.compared_with_published().rows] == [
+        run.name for run in (*paper.PUBLISHED, paper.LARGEST)
+    ]
 
 
 @pytest.mark.integration

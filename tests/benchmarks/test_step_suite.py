@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.harness import NOT_MEASURED, Options, Table
-from benchmarks.step import CHOICES, NaiveDiceCE, Scale, Way, fit, make_step, triton_used
+from benchmarks.step import CHOICES, NaiveDiceCE, Scale, StepVariant, largest_fitting_batch, make_step, triton_enabled
 from common.errors import UserError
 from model.kernels import dispatch as kernels
 from model.losses import DiceCELoss
@@ -69,7 +69,7 @@ def test_the_peak_performance_values_are_consistent(tables: dict[str, Table]) ->
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.name)
 def test_a_step_without_a_choice_has_the_same_loss(choice: step.Choice) -> None:
-    full, without = (make_step(Way(**off), CPU, SMALL, 2) for off in ({}, choice.off))
+    full, without = (make_step(StepVariant(**off), CPU, SMALL, 2) for off in ({}, choice.off))
     for _ in range(2):  # the second depends on the first update
         assert without().item() == pytest.approx(full().item(), abs=2e-3 if "amp" in choice.off else 1e-4)
 
@@ -93,13 +93,13 @@ def test_each_choice_switches_off_what_it_names(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(step, "optimizer_step", lambda state: None)
     full = {"layout": "NDHWC", "fused_norm": True, "one_pass_loss": True, "fused_optimizer": True, "triton": True}
     for choice in CHOICES:
-        make_step(Way(**choice.off), CPU, SMALL, 1)()
+        make_step(StepVariant(**choice.off), CPU, SMALL, 1)()
         assert seen.pop() == full | {name: value for name, value in choice.off.items() if name in full}
 
 
 def test_triton_is_restored_after_a_failed_step() -> None:
     def fail() -> None:
-        with triton_used(False):
+        with triton_enabled(False):
             raise ValueError(f"Triton: {kernels.USE_TRITON}")
 
     with pytest.raises(ValueError, match="Triton: False"):
@@ -116,7 +116,7 @@ def test_the_batch_is_halved_until_it_fits() -> None:
             raise torch.cuda.OutOfMemoryError
         return "done"
 
-    assert fit(28, work) == (7, "done")
+    assert largest_fitting_batch(28, work) == (7, "done")
     assert tried == [28, 14, 7]
 
 
@@ -125,7 +125,7 @@ def test_a_gpu_too_small_for_one_sample_is_a_user_error() -> None:
         raise torch.cuda.OutOfMemoryError
 
     with pytest.raises(UserError, match="no step of one sample"):
-        fit(2, work)
+        largest_fitting_batch(2, work)
 
 
 def test_the_quick_suite_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from benchmarks import storage
 from benchmarks.data import files_of
 from benchmarks.harness import Options
-from benchmarks.storage import Emulated, draw_sizes, emulate, figures_of, fit_to_disk, utilisation, volume_shape
+from benchmarks.storage import EmulatedEpoch, draw_sizes, emulate, figures_of, fit_to_disk, utilisation, volume_shape
 from common.errors import UserError
 from data_loading.base_loader import Batch, LoaderConfig
 from data_loading.dataset import load_boxes, map_case
@@ -87,10 +87,10 @@ def test_utilisation_by_hand() -> None:
     arrivals: list[tuple[int, float]] = []
     seen = emulate(batches(), 4.0, lambda step: arrivals.append((step, now)), clock=lambda: now, sleep=sleep)
     assert arrivals == [(0, 103.0), (1, 108.0), (2, 112.0)]
-    assert seen == Emulated(steps=3, samples=5, compute_s=12.0, total_s=16.0, first_wait_s=3.0)
+    assert seen == EmulatedEpoch(steps=3, samples=5, compute_s=12.0, total_s=16.0, first_wait_s=3.0)
     assert utilisation([seen]) == 0.75
     # With two accelerators, their times are added; their utilisations are not averaged.
-    other = Emulated(steps=1, samples=2, compute_s=4.0, total_s=4.0, first_wait_s=0.0)
+    other = EmulatedEpoch(steps=1, samples=2, compute_s=4.0, total_s=4.0, first_wait_s=0.0)
     assert utilisation([seen, other]) == 0.8
     rate = 5 / 16 + 2 / 4
     assert figures_of([seen, other], (100, 100, 100)) == [rate, rate * 5, 1500.0, 0.8, "no"]
@@ -151,10 +151,12 @@ def test_volumes_are_written_with_boxes_inside(tmp_path: Path) -> None:
 def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, int, bool]] = []
 
-    def feed(_: Path, __: object, settings: LoaderConfig, is_cold: bool, **timing: float) -> list[Emulated]:
+    def feed(_: Path, __: object, settings: LoaderConfig, is_cold: bool, **timing: float) -> list[EmulatedEpoch]:
         tried.append((settings.ranks, settings.num_workers, is_cold))
         compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
-        return [Emulated(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)] * settings.ranks
+        return [
+            EmulatedEpoch(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)
+        ] * settings.ranks
 
     monkeypatch.setattr(storage, "feed", feed)
     monkeypatch.setattr(storage, "was_dropped", lambda path: True)
@@ -167,7 +169,9 @@ def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: py
 
 def test_without_dropped_caches_cold_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        storage, "feed", lambda *_, **__: [Emulated(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)]
+        storage,
+        "feed",
+        lambda *_, **__: [EmulatedEpoch(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)],
     )
     monkeypatch.setattr(storage, "was_dropped", lambda path: False)
     table = storage.run(options(tmp_path))[0]

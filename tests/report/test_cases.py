@@ -73,17 +73,17 @@ def test_planes_show_truth_and_prediction_in_the_right_places() -> None:
     truth[4:16, 6:18, 8:20] = 1
     prediction[12:30, 12:32, 12:34] = 1
     case = OrientedCase(image=image, truth=truth, prediction=prediction, spacing_mm=(1, 1, 1))
-    pictures = {picture.plane: picture for picture in cases.draw_planes(case, "case")}
-    assert list(pictures) == ["axial", "coronal", "sagittal"]
+    images = {image.plane: image for image in cases.draw_planes(case, "case")}
+    assert list(images) == ["axial", "coronal", "sagittal"]
     # Edges of the truth in each plane (top, bottom, left, right): rows and columns of the remaining two axes.
     edges = {"axial": (6, 18, 4, 16), "coronal": (8, 20, 4, 16), "sagittal": (8, 20, 6, 18)}
     for plane, expected in edges.items():
-        found = coloured(pictures[plane].png, figures.TRUTH) * 40
+        found = coloured(images[plane].png, figures.TRUTH) * 40
         measured = (found[:, 0].min(), found[:, 0].max(), found[:, 1].min(), found[:, 1].max())
         assert measured == pytest.approx(expected, abs=0.7), plane
-        assert plane in pictures[plane].description
-    assert coloured(pictures["sagittal"].png, figures.PREDICTION).size == 0  # it begins behind that plane
-    assert len(coloured(pictures["axial"].png, figures.PREDICTION)) > 50
+        assert plane in images[plane].description
+    assert coloured(images["sagittal"].png, figures.PREDICTION).size == 0  # it begins behind that plane
+    assert len(coloured(images["axial"].png, figures.PREDICTION)) > 50
 
 
 def test_planes_have_the_proportions_of_the_body() -> None:
@@ -107,11 +107,11 @@ def test_a_2d_image_is_drawn_once_and_upright() -> None:
     truth[0, 3:9, 20:36] = 1
     turn = cases.radiological(cases.KITS19_AXES)  # the axes of a 2-D image
     seen, mask = (apply_orientation(array, turn) for array in (image, truth))
-    (picture,) = cases.draw_planes(
+    (image,) = cases.draw_planes(
         OrientedCase(image=seen, truth=mask, prediction=mask * 0, spacing_mm=(1.0, 1.0, 1.0)), "case"
     )
-    assert picture.plane == "axial"
-    rows, columns = coloured(picture.png, figures.TRUTH).T
+    assert image.plane == "axial"
+    rows, columns = coloured(image.png, figures.TRUTH).T
     # Square, with 5 rows of black above and below.
     assert rows.min() * 40 - 5 == pytest.approx(3, abs=1)
     assert (columns.min() * 40, columns.max() * 40) == pytest.approx((20, 36), abs=1)
