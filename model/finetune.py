@@ -1,4 +1,4 @@
-"""Starts from another network's weights, and freezes a part of a network.
+"""Fine-tuning: loads pretrained weights and freezes parts of a network.
 
 A frozen part gets no gradient and no optimizer state, and stays in evaluation mode whenever `train()` is called, so
 that batch norm's statistics and dropout do not change either.
@@ -59,7 +59,7 @@ def _other_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> l
 
 
 def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, source: str) -> str:
-    """Loads weights of the same network. An output layer with another number of classes keeps its new weights.
+    """Loads weights of the same network. An output layer with another number of classes keeps its initial weights.
 
     Args:
         output: name of the output layer.
@@ -78,7 +78,7 @@ def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, so
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
     if not other:
         return "all of the network"
-    return f"all but {output}, which is new: {len(weights[other[0]])} classes there, {len(own[other[0]])} here"
+    return f"all but {output}, which is new: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
 
 
 def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
@@ -130,4 +130,5 @@ def _keep_in_eval(module: nn.Module) -> None:
 
 
 def _unchanged(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replaces `nn.Module.train` in a frozen part."""
     return module

@@ -16,7 +16,7 @@ ACTIVATIONS = {"relu": 0.0, "leaky_relu": 0.01}
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """What all blocks of a network have in common.
+    """Settings shared by all blocks of a network.
 
     Attributes:
         normalization: one of `NORMALIZATIONS`.

@@ -153,7 +153,7 @@ class DiceCELoss(nn.Module):
 class LibraryLoss(nn.Module):
     """Another library's loss behind our arguments.
 
-    It gets fp32 logits, as MONAI's Dice saturates on 16-bit ones. Torch's own losses get class indices
+    It gets fp32 logits, because MONAI's Dice saturates on 16-bit ones. Torch's own losses get class indices
     (N, D, H, W) int64, all others the labels unchanged, (N, 1, D, H, W) uint8.
     """
 
@@ -168,7 +168,7 @@ class LibraryLoss(nn.Module):
 
 
 LOSSES: Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
-# What a checkpoint may name: losses that compare with labels, none that downloads a network to compare features.
+# Losses that a checkpoint may name: those that compare with labels, none that downloads a network.
 ALLOWED = Allowlist(
     modules=("monai.losses", "torch.nn"),
     base=nn.Module,

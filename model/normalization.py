@@ -44,7 +44,7 @@ class InstanceNormActivation(nn.InstanceNorm3d):
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the tensor is channels-last but not also contiguous, as a tensor with one channel is."""
+    """Returns whether the tensor is channels-last only; a tensor with one channel is also contiguous."""
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
 
 
@@ -55,7 +55,7 @@ def instance_norm_activation(x: Tensor, weight: Tensor, bias: Tensor, *, eps: fl
 
 
 class NormState(NamedTuple):
-    """What the backward pass needs from the forward pass.
+    """Tensors that the forward pass saves for the backward pass.
 
     Attributes:
         x: input (N, C, D, H, W).

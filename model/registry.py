@@ -1,4 +1,4 @@
-"""The table of networks, how one is built from a spec, and checks of a network on the meta device."""
+"""The table of networks; builds one from a spec, and checks it on the meta device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NETWORKS: Table[nn.Module] = {
     "slicewise": "model.slicewise:Slicewise",
 }
 
-# Names under which networks take the numbers that the data set determines, the least ambiguous first.
+# Parameter names that networks use for the numbers set by the data set, the least ambiguous first.
 CHANNELS = ("in_channels", "n_channels", "input_channels", "in_chans", "channels")
 CLASSES = ("out_channels", "classes", "num_classes", "n_classes")
 # Parameters that control a download of weights, with the value that prevents it: some networks download by default.
@@ -34,7 +34,7 @@ NO_DOWNLOAD = {
     "pretrained_url": None,
     "use_pretrained": False,
 }
-# What a checkpoint may name; its weights are in the file, so nothing needs a download.
+# Networks that a checkpoint may name; its weights are in the file, so nothing needs a download.
 ALLOWED = Allowlist(
     modules=("monai.networks.nets", "segmentation_models_pytorch"),
     base=nn.Module,
@@ -81,7 +81,7 @@ def build_network(
         "build": lambda text, c, k, dimensions: inner(replace(found.spec, text=text), c, k, dimensions=dimensions),
     }
     for names, value in ((CHANNELS, channels), (CLASSES, classes)):
-        # A network with **kwargs may get them in the spec under any name; `check_window` sees what comes of it.
+        # A network with **kwargs may get them in the spec under any name; `check_window` checks the result.
         if name := next((name for name in names if name in found.parameters), None):
             offered[name] = value
         elif not found.takes_any:
@@ -107,7 +107,7 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channel
         flag: where the shape comes from, for the message.
 
     Raises:
-        UserError: it does not; the message names the nearest window that works, or the network's own error.
+        UserError: it does not; the message gives the nearest window that works, or the network's own error.
     """
     if own := getattr(network, "check_window", None):
         own(shape, flag)
@@ -129,7 +129,7 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channel
 
 
 def _near(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns shapes whose sides are multiples of the same number, the nearest first."""
+    """Returns shapes whose sides are multiples of a common number, the nearest first."""
     candidates = {
         tuple(max(least, round(size / multiple)) * multiple for size in shape)
         for multiple in MULTIPLES

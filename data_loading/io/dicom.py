@@ -51,7 +51,7 @@ class Series:
     """The slices of one series, in no particular order.
 
     Attributes:
-        name: its name for `--series`: the series number, or the UID if the number is missing or not unique.
+        name: value that selects it in `--series`: the series number, or the UID if the number is missing or not unique.
         patient: PatientID, "" if an anonymiser emptied it.
     """
 

@@ -36,14 +36,14 @@ WORKING_BYTES_PER_PIXEL = 2
 
 
 def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, classes: Sequence[str]) -> list[str]:
-    """Writes a mask, atomically.
+    """Writes a mask as DICOM-SEG, atomically.
 
     Args:
         mask: (1, columns, rows, slices), on the grid of `read_series`.
         classes: class names, the background first.
 
     Returns:
-        A message for the user if the source lacks UIDs, else none.
+        One message for the user if the source lacks UIDs, else an empty list.
 
     Raises:
         UserError: the source's headers lack elements that the standard requires for a segmentation.
@@ -74,7 +74,7 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
             f"{path}: series {series.name} lacks elements that DICOM-SEG requires ({error}); "
             "write NIfTI instead, with --output FILE.nii.gz"
         ) from None
-    note = f"{path}: some UIDs of the source are empty, probably due to anonymisation; they are generated instead"
+    note = f"{path}: some UIDs of the source are empty, probably due to anonymisation; new ones were generated"
     return [note] if filled else []
 
 
@@ -178,7 +178,7 @@ def read_header(path: Path) -> SegmentationHeader | None:
 def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
     """Reads a DICOM-SEG file as classes on the grid of its series.
 
-    Where segments overlap the higher class wins. In a fractional segmentation, half of the maximum and above is inside.
+    Where segments overlap, the higher class wins. A fractional value is inside from half of the maximum.
 
     Args:
         class_of: returns the class of a segment label.
@@ -192,7 +192,7 @@ def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], 
     header = read_header(path)
     positions = header.frames_on(geometry) if header else None
     if header is None or positions is None:
-        raise UserError(f"{path}: is not on the grid of its series")
+        raise UserError(f"{path}: not on the grid of its series")
     columns, rows, _ = geometry.shape
     check_memory(f"{path}: {len(positions)} frames", len(positions) * columns * rows * WORKING_BYTES_PER_PIXEL)
     try:

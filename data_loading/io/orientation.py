@@ -26,7 +26,7 @@ class Reorientation:
     """A permutation of the three axes, followed by flips.
 
     Attributes:
-        axes: for each new axis, the old axis that it was.
+        axes: for each new axis, the old axis that it comes from.
         flipped: for each new axis, whether its voxels are in reverse order.
     """
 
@@ -49,7 +49,7 @@ class Reorientation:
 
 
 def is_orientation(text: str) -> bool:
-    """Returns whether a text is an orientation such as "RAS"."""
+    """Returns whether the text is an orientation such as "RAS"."""
     return len(text) == 3 and all(sum(letter in pair for letter in text) == 1 for pair in DIRECTIONS)
 
 
@@ -68,7 +68,7 @@ def reorientation_to(affine: NDArray[np.float64], orientation: str) -> Reorienta
     """Returns the reorientation of a scan with this (4, 4) affine to an orientation.
 
     Raises:
-        UserError: it is not an orientation.
+        UserError: `orientation` is not an orientation.
     """
     if not is_orientation(orientation):
         raise UserError(f"{orientation!r} is not an orientation; use three letters such as RAS: R or L, A or P, S or I")

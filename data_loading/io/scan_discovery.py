@@ -1,4 +1,4 @@
-"""Finds the scans of `--scan` (NIfTI files, 2-D images, DICOM series) and the file under `--output` for each mask."""
+"""Finds the scans of `--scan` (NIfTI files, 2-D images, DICOM series) and the output file of each mask."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _image_io(name: str) -> Callable[..., Any]:
 
 
 def is_image_file(path: Path) -> bool:
-    """Returns whether this is the name of a 2-D image, hidden files excluded."""
+    """Returns whether the file name is that of a 2-D image; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
@@ -172,7 +172,7 @@ def _series_sources(folder: Path, output: Path, wanted: str | None) -> list[Sour
 
 @contextmanager
 def probabilities_file(path: Path, geometry: Geometry, classes: int) -> Iterator[Callable[[NDArray[np.float32]], None]]:
-    """Writes a 4-D NIfTI file (D, H, W, K) float32 class by class, so that only one is in memory; atomic.
+    """Writes a 4-D NIfTI file (D, H, W, K) float32 atomically, class by class, so that only one class is in memory.
 
     Yields:
         A function that writes the next class, (D, H, W).
@@ -187,8 +187,8 @@ def probabilities_file(path: Path, geometry: Geometry, classes: int) -> Iterator
     with replacing(path) as temporary, opener(temporary, "wb") as stream:
         stream.write(header.binaryblock.ljust(FIRST_VOXEL_BYTE, b"\0"))
 
-        def add(values: NDArray[np.float32]) -> None:
+        def write_class(values: NDArray[np.float32]) -> None:
             for plane in np.moveaxis(values, 2, 0):  # in NIfTI the first axis varies fastest
                 stream.write(plane.astype(np.float32).tobytes(order="F"))
 
-        yield add
+        yield write_class

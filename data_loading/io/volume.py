@@ -1,4 +1,4 @@
-"""Volume and Geometry, a scan in memory with its position in space; reading and writing NIfTI.
+"""Volume and Geometry: a scan in memory and its position in space; reads and writes NIfTI.
 
 Files are not trusted: the size in the header is checked before voxels are read, redundant fields of the header must
 agree, and a gzip stream is read to its end so that its checksum is verified (nibabel alone silently loads a flipped
@@ -42,7 +42,7 @@ NIFTI_HEADER_BYTES = 348
 FIRST_VOXEL_BYTE = 352
 # Some programs pad the file to a block after the last voxel; a longer stream may never end.
 MAX_TRAILING_BYTES = 1 << 20
-# nibabel logs oddities of a header on stderr; what matters of them becomes a UserError.
+# nibabel logs header oddities on stderr; those that matter are raised as UserError here.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
 
 
@@ -85,7 +85,7 @@ class Volume:
 
 
 def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
-    """Reads a `.nii` or `.nii.gz` file whole.
+    """Reads a whole `.nii` or `.nii.gz` file.
 
     Args:
         path: a 3-D scan, or a 4-D one with its channels last, as in the Decathlon.
@@ -109,7 +109,7 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Reads only the geometry, with those checks of `read_nifti` that need the header alone."""
+    """Reads only the geometry, with the checks of `read_nifti` that need only the header."""
     return geometry_of(_read_header(path))
 
 
@@ -179,7 +179,7 @@ def free_memory_bytes() -> int:
 
 
 def check_memory(subject: str, needed_bytes: int) -> None:
-    """Raises UserError, opened by `subject`, if more memory is needed than is free."""
+    """Raises UserError if more memory is needed than is free; the message begins with `subject`."""
     if needed_bytes > (free_bytes := free_memory_bytes()):
         raise UserError(
             f"{subject} need {needed_bytes / 2**30:.1f} GiB of memory, but only {free_bytes / 2**30:.1f} GiB are free; "
@@ -208,7 +208,7 @@ def _read_up_to(path: Path, stream: IO[bytes], size: int) -> bytes:
 
 
 def _check_header(path: Path, header: bytes) -> int:
-    """Returns the file size in bytes that the header implies. Raises UserError for bad headers and too large scans."""
+    """Returns the file size in bytes that the header implies. Raises UserError for a bad header or too large a scan."""
     try:
         parsed = nib.Nifti1Header.from_fileobj(io.BytesIO(header))
         shape = [int(n) for n in parsed.get_data_shape()]

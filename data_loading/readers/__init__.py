@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderEntry:
-    """Where a reader is and which options it accepts; it is imported only when it is used.
+    """A reader's location and the options it accepts; it is imported only when used.
 
     Attributes:
         function: "package.module:name".

@@ -62,7 +62,7 @@ class RawCase:
     Attributes:
         case: case id, unique in its data set.
         labels: maps the mask's values to classes; None: the values are the classes.
-        patient: patient id, "" where every case is a patient of its own.
+        patient: patient id, "" if every case is a patient of its own.
     """
 
     case: str
@@ -76,14 +76,14 @@ class RawCase:
         return [[self.image], [self.label]]
 
     def settings(self) -> str:
-        """Returns what changes the case's volumes besides its files and the spec, as text; "" for nothing."""
+        """Returns as text the settings besides the spec that change the case's volumes; "" for none."""
         return repr(self.labels.pairs) if self.labels else ""
 
     def stamp(self) -> list[list[int]]:
         """Returns a stamp that changes with the sources.
 
-        It has [size in bytes, time of last change in ns] of image and mask, of several files the sum of the sizes and
-        the latest time, and then a checksum of `settings` where there are any.
+        It holds [size in bytes, modification time in ns] for the image and for the mask (for several files the total
+        size and the latest time), then a checksum of `settings`, if there are any.
         """
         status = [[path.stat() for path in files] for files in self.files()]
         stamps = [[sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)] for files in status]
@@ -146,7 +146,7 @@ def apply_options(spec: DatasetSpec, options: ReaderOptions) -> DatasetSpec:
         raise UserError(f"--orientation {orientation}: expected three letters such as RAS, one of each pair: {pairs}")
     if size is not None and min(size) < 1:
         raise UserError(f"--size {size[0]} {size[1]}: height and width must be at least 1 pixel")
-    # A padding value is what lies outside the body under the former normalisation.
+    # The padding value is that of air under the previous normalisation.
     if window is not None:
         spec = replace(spec, intensity_window=window, padding_value=None)
     if options.intensity is not None:

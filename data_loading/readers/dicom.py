@@ -4,7 +4,7 @@
 
 Series are searched in all subfolders of SERIES; masks (NIfTI or DICOM-SEG) in MASKS, by default among the series. With
 MASKS given, NIfTI files among the series are further scans. A mask belongs to the scan with the same grid. The patient
-of a scan is its PatientID, or its topmost folder where that is empty.
+of a scan is its PatientID, or its topmost folder if that is empty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from data_loading.readers.nifti import ScanCase, make_scan_dataset
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """A scan found in the data folder.
+    """A scan in the data folder.
 
     Attributes:
         case: its case id.
@@ -171,7 +171,7 @@ def _choose_scan(path: Path, indices: Sequence[int], scans: Sequence[Scan]) -> i
     if len(found) != 1:
         listed = ", ".join(scans[index].case for index in indices)
         raise UserError(
-            f"{path} is on the grid of {len(indices)} scans ({listed}); name it or its folder after its own"
+            f"{path} is on the grid of {len(indices)} scans ({listed}); name it or its folder after its scan"
         )
     return found[0]
 

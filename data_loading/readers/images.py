@@ -30,8 +30,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 # Rows run down and columns to the right, as in an image of an axial slice; a pixel is 1 mm.
 AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
-# RGB of the classes in written masks: black for the background, then colours that are distinct also to colour-blind
-# readers (Okabe and Ito's), repeated after the last.
+# RGB of the classes in written masks: black for the background, then colours that colour-blind readers can also
+# distinguish (Okabe and Ito's), repeated.
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 PALETTE = ((0, 0, 0), *(OKABE_ITO[value % len(OKABE_ITO)] for value in range(MAX_VALUE)))
 
@@ -84,7 +84,7 @@ def read_images(data_dir: Path, options: ReaderOptions) -> RawDataset:
 
 
 def is_colour(path: Path) -> bool:
-    """Returns whether an image is in colour, by its header. Raises UserError if that is damaged."""
+    """Returns whether an image is in colour, from its header. Raises UserError if that is damaged."""
     with _open(path) as image:
         return image.mode not in (*GREY_MODES, "LA")
 

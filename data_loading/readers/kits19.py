@@ -20,7 +20,7 @@ LABELLED_CASES = 210
 def read_kits19(data_dir: Path, options: ReaderOptions, evaluation_ids: Sequence[str] | None = None) -> RawDataset:
     """Finds the labelled cases of KiTS19, split by MLPerf's list unless the options give split ratios.
 
-    With any option that changes the data, its name is no longer "kits19", so that no run on it counts as closed.
+    With any option that changes the data, the spec's name is no longer "kits19", so that no run on it counts as closed.
 
     Args:
         evaluation_ids: five-digit ids of the evaluation cases; None: MLPerf's list.

@@ -14,7 +14,7 @@ from common.errors import UserError
 # A value of the mask, or the name of a structure that has a file or a segment of its own.
 Key = int | str
 MAX_VALUE = 255
-# A file with more distinct values than this is taken for an image, not for a mask.
+# A file with more distinct values than this is considered an image, not a mask.
 MAX_VALUES_FOUND = 64
 ENTRY = re.compile(r"([^=]+)=(\d+)(?::(.+))?")
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -68,7 +68,7 @@ class LabelMap:
 
     @classmethod
     def from_keys(cls, keys: Iterable[Key], source: str) -> LabelMap:
-        """Makes one class of each value or name found in the masks, except 0, in ascending order.
+        """Makes one class from each value or name found in the masks, except 0, in ascending order.
 
         Args:
             source: where the masks come from, for the error message.

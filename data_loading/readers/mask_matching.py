@@ -27,7 +27,7 @@ GRID_TOLERANCE = 0.05
 
 
 def is_nifti(path: Path) -> bool:
-    """Returns whether this is the name of a NIfTI file, hidden files excluded."""
+    """Returns whether the file name is that of a NIfTI file; hidden files are not."""
     return path.name.endswith(NIFTI) and not path.name.startswith(".")
 
 
@@ -37,7 +37,7 @@ def nifti_files(folder: Path) -> list[Path]:
 
 
 def check_labels_dir(labels_dir: Path | None, data_dir: Path, dataset: str) -> Path:
-    """Returns `--labels_dir`. Raises UserError if it is not given, not a folder, or the folder of the scans."""
+    """Returns `--labels_dir`. Raises UserError if it is missing, not a folder, or the folder of the scans."""
     if labels_dir is None:
         raise UserError(f"--dataset {dataset} needs --labels_dir, the folder of the masks")
     if not labels_dir.is_dir():
@@ -98,7 +98,7 @@ def same_grid(one: Geometry, other: Geometry) -> bool:
 
 
 def find_keys(masks: Sequence[Path], by_name: bool) -> set[Key]:
-    """Returns what `--labels` may list of a scan's masks: values, or names of structures.
+    """Returns the keys in a scan's masks that `--labels` may list: values, or names of structures.
 
     Args:
         by_name: each NIfTI file is the mask of the structure that it is named after.
@@ -115,7 +115,7 @@ def find_keys(masks: Sequence[Path], by_name: bool) -> set[Key]:
 
 
 def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, case: str) -> Volume:
-    """Reads the masks of a scan as one, on the scan's grid; where two overlap the higher class wins.
+    """Reads the masks of a scan as one, on the scan's grid; where two overlap, the higher class wins.
 
     A file named after a structure in `labels` is the mask of that structure, wherever it is not 0.
 
@@ -147,7 +147,7 @@ def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, ca
             else:
                 if structure and len(values := np.unique(mask[mask > 0])) > 1:
                     raise UserError(
-                        f"{path}: holds {len(values)} values, but it is taken for the mask of {stem(path)} only, "
+                        f"{path}: holds {len(values)} values, but it is read as the mask of {stem(path)} only, "
                         "because of its name or because other masks are on its scan's grid"
                     )
                 found = np.where(mask > 0, np.uint8(structure), np.uint8(0))
@@ -160,7 +160,7 @@ def _to_grid(mask: Volume, geometry: Geometry, case: str) -> NDArray[Any]:
     if mask.array.shape[0] != 1:
         raise UserError(f"{case}: its mask has {mask.array.shape[0]} channels, expected 1")
     change = reorientation_to(mask.geometry.affine, orientation_of(geometry.affine))
-    # Affines are compared only if the corners differ, for an error message with the numbers of the header.
+    # If the corners differ, comparing the affines gives an error message with the header's numbers.
     if not same_grid(geometry, mask.geometry):
         check_same_geometry(geometry, reorient_geometry(mask.geometry, change), case)
     return reorient(mask, change).array

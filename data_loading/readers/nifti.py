@@ -1,4 +1,4 @@
-"""`--dataset nifti`: two folders of scans and masks with equal stems; and the cases of scans, shared with `dicom`.
+"""`--dataset nifti`: two folders of scans and masks with equal stems. Also the scan cases that `dicom` uses.
 
     preprocess_dataset.py --dataset nifti --data_dir SCANS --labels_dir MASKS --results_dir OUT
 
@@ -80,7 +80,7 @@ _read_scan_once = lru_cache(maxsize=1)(_read_scan)
 
 
 def read_nifti_folders(data_dir: Path, options: ReaderOptions) -> RawDataset:
-    """Finds scans and masks, NIfTI files with equal stems; a 4-D scan has its channels last. Every file is a patient.
+    """Finds scans and masks, NIfTI files with equal stems; a 4-D scan has its channels last. Each scan is a patient.
 
     Raises:
         UserError: a scan without its mask or a mask without its scan, or a bad option.
@@ -116,7 +116,7 @@ def make_scan_dataset(
     channels: int,
     drops_empty: bool,
 ) -> RawDataset:
-    """Makes a data set of scans with their masks: selects classes, divides into slabs, splits.
+    """Makes a data set of scans with their masks: selects classes, divides scans into slabs, splits the cases.
 
     Args:
         drops_empty: the default of `--drop_empty`.
@@ -142,7 +142,7 @@ def make_scan_dataset(
 
 def _select_labels(cases: Sequence[ScanCase], entries: Sequence[str], source: str) -> LabelMap:
     """Returns the classes that `--labels` lists, or else one for each value or name in the masks."""
-    # Several files of one scan can only be one per structure; then a scan with a single file has one structure.
+    # Several files per scan mean one file per structure, also for a scan that has only one.
     by_name = any(len(scan.masks) > 1 for scan in cases)
     labels = LabelMap.parse(entries) if entries else None
     if labels is not None and not labels.has_names():

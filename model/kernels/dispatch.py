@@ -24,7 +24,7 @@ def note(device: torch.device) -> str:
 
 @lru_cache
 def _triton_kernels() -> tuple[ModuleType | None, str]:
-    """Returns the kernels, or None and why. The first launch needs a C compiler, which a slim image may lack."""
+    """Returns the kernels, or None and the reason. The first launch needs a C compiler, which a slim image may lack."""
     try:
         from model.kernels import triton as triton_kernels
 

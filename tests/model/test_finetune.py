@@ -54,7 +54,7 @@ def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ours, theirs = small(2), small(5)
     head = ours.output.conv.weight.clone()
     loaded = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c")
-    assert loaded == "all but output.conv, which is new: 5 classes there, 2 here"
+    assert loaded == "all but output.conv, which is new: 2 classes instead of 5"
     assert torch.equal(ours.output.conv.weight, head)
     for name, value in theirs.state_dict().items():
         if not name.startswith("output.conv."):

@@ -134,7 +134,7 @@ def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, P
         _, geometry = dicom.sorted_headers(series)
         found = read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get)
         np.testing.assert_array_equal(found[0], mask_of(number))
-        with pytest.raises(UserError, match="is not on the grid of its series"):
+        with pytest.raises(UserError, match=": not on the grid of its series"):
             read_segmentation(path, grid(5), lambda _: 1)
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert index.spec.classes == CLASSES
@@ -183,7 +183,7 @@ def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
     data, masks = folders
     write_series(data / "P0" / "venous", image_of(8), grid(0), number=8)
     output = refused(capsys, "dicom", data, masks)
-    assert "mask_9.nii.gz is on the grid of 2 scans (P0_CT, P0_venous); name it or its folder after its own" in output
+    assert "mask_9.nii.gz is on the grid of 2 scans (P0_CT, P0_venous); name it or its folder after its scan" in output
     (masks / "mask_9.nii.gz").rename(masks / "P0_venous.nii.gz")
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
@@ -218,7 +218,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
             and (masks / "mask_8.nii.gz").unlink()
         ),
         "",
-        "holds 2 values, but it is taken for the mask of",
+        "holds 2 values, but it is read as the mask of",
     ),
     ("a flag of images", lambda data, masks: None, "--size 5 5", "--size does not apply to --dataset dicom"),
 ]
