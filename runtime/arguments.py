@@ -50,6 +50,11 @@ def as_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path | Spec) else value
 
 
+def format_value(value: object) -> str:
+    """Returns a flag's value as a user types it; "none" for an empty list."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+
+
 # Evaluation and prediction take these from the checkpoint unless they are given: the network is then scored as training
 # scored it.
 NETWORK_FLAGS = flag_names(RunConfig, network=True)

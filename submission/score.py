@@ -149,8 +149,8 @@ def summary(logs: Sequence[Log], score: Score, reference: Reference | None) -> l
     ]
     if reference:
         lines.append(
-            f"convergence: {score.converged_mean:,.1f} {reference.unit}; {reference.how}, ruleset {reference.ruleset}: "
-            f"mean {reference.mean:,.1f}, least accepted {reference.least:,.1f}"
+            f"convergence: {score.converged_mean:,.1f} {reference.unit}; {reference.source}, "
+            f"ruleset {reference.ruleset}: mean {reference.mean:,.1f}, least accepted {reference.least:,.1f}"
         )
     if score.scaling:
         how = f"scaled by {score.scaling:.5f}" if logs[0].is_closed else "open division: not scaled"

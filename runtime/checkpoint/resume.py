@@ -12,7 +12,7 @@ import torch
 
 from common.errors import UserError
 from common.messages import logger, note
-from runtime.arguments import RunConfig
+from runtime.arguments import RunConfig, format_value
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.checkpoint.writer import find_checkpoints
 from runtime.distributed.world import World
@@ -99,7 +99,7 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
     stored = json.loads(json.dumps(loaded.config))  # makes tuples lists, so that they compare equal
     current = json.loads(json.dumps(config))
     changed = {
-        name: f"--{name} {_plain(current[name])}, was {_plain(stored[name])}"
+        name: f"--{name} {format_value(current[name])}, was {format_value(stored[name])}"
         for name in current
         if name in stored and current[name] != stored[name]
     }
@@ -109,10 +109,6 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
     if loaded.data and data and loaded.data != data:
         raise UserError(f"{loaded.path} was trained on another data set or split than that of --data_dir")
     return [text for name, text in changed.items() if name not in INCIDENTAL_FLAGS]
-
-
-def _plain(value: Any) -> str:
-    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import UserError
 from common.messages import logger
 from data_loading.integrity import MLPERF_FINGERPRINTS, recorded_fingerprint
-from runtime.arguments import RunConfig, as_plain
+from runtime.arguments import RunConfig, as_plain, format_value
 from runtime.eval_schedule import RULE_SAMPLES, EvalSchedule, make_schedule
 from runtime.flag_fields import flag_names
 from runtime.io_flags import PLACEHOLDER_ORG
@@ -112,7 +112,7 @@ def rule_violations(run: RunFacts) -> list[RuleViolation]:
     values = run.config.to_json()
     for flag, required in CLOSED_FLAGS.items():
         if values[flag] != required:
-            violations.append(RuleViolation(f"--{flag}", _plain(values[flag]), _plain(required)))
+            violations.append(RuleViolation(f"--{flag}", format_value(values[flag]), format_value(required)))
     schedule, rule = run.schedule, make_schedule(run.schedule.epochs, run.samples_per_epoch)
     if (schedule.first_evaluation, schedule.interval) != (rule.first_evaluation, rule.interval):
         actual = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
@@ -158,12 +158,8 @@ def closed_division_violations(config: RunConfig) -> list[RuleViolation]:
         violations.append(RuleViolation("--seed", str(config.seed), "-1, drawn from the system's entropy"))
     if "mlperf" not in config.trackers:
         required = "a list with mlperf, which writes the log"
-        violations.append(RuleViolation("--trackers", _plain(config.trackers), required))
+        violations.append(RuleViolation("--trackers", format_value(config.trackers), required))
     return violations
-
-
-def _plain(value: object) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def format_violations(violations: Sequence[RuleViolation]) -> str:

@@ -22,7 +22,7 @@ class Reference:
     """The reference for results of one global batch size; figures in the ruleset's unit, samples or epochs of 168.
 
     Attributes:
-        how: source of the figures: one published batch size, or two.
+        source: where the figures come from: one published batch size, or two.
         mean: convergence of the reference.
         least: the smallest accepted mean; a result below it fails.
         published: convergence of every published run at this batch size, or at the one that stands for it.
@@ -30,7 +30,7 @@ class Reference:
 
     batch_size: int
     ruleset: str
-    how: str
+    source: str
     mean: float
     least: float
     published: tuple[float, ...]
@@ -63,11 +63,11 @@ def find_reference(batch_size: int, ruleset: str = DEFAULT_RULESET) -> Reference
     point = reference_point(BENCHMARK, ruleset, batch_size)
     if point is None:
         return None
-    figures, how, published = point
+    figures, source, published = point
     return Reference(
         batch_size=batch_size,
         ruleset=ruleset,
-        how=how,
+        source=source,
         mean=float(figures["RCP Mean"]),
         least=float(figures["RCP Mean"] / figures["Max Speedup"]),
         published=tuple(map(float, published)),
@@ -80,7 +80,7 @@ def expectation(batch_size: int, ruleset: str, samples_per_s: float | None) -> s
     if reference is None:
         return f"ruleset {ruleset} has no RCP for a batch as large as {batch_size}: such a result cannot be submitted"
     line = f"to converge: {reference.mean_samples:,.0f} samples on average, {reference.least_samples:,.0f} the least "
-    line += f"accepted ({reference.how}, ruleset {ruleset})"
+    line += f"accepted ({reference.source}, ruleset {ruleset})"
     if samples_per_s:
         hours = reference.mean_samples / samples_per_s / 3600
         line += f"; {hours:.2g} h of training at the {samples_per_s:.4g} samples/s of benchmark.json"

@@ -99,7 +99,7 @@ def test_the_command_prints_runs_score_and_comparison(
     near = Reference(
         batch_size=28,
         ruleset="4.0.0",
-        how="RCP of batch 28",
+        source="RCP of batch 28",
         mean=168 * 5.5,
         least=168 * 4.0,
         published=(168 * 4.0, 168 * 7.0),

@@ -19,7 +19,7 @@ from runtime.mlperf.rulesets import RULESETS, counts_samples, epoch_unit
 def test_published_points_of_ruleset_4(batch: int, mean: int, least: int) -> None:
     reference = find_reference(batch)
     assert reference is not None
-    assert reference.how == f"RCP of batch {batch}"
+    assert reference.source == f"RCP of batch {batch}"
     assert reference.unit == "samples"
     assert round(reference.mean) == mean
     assert reference.least == pytest.approx(least, abs=14 if batch == 84 else 1)  # 2319 is an epoch's rounding
@@ -32,7 +32,7 @@ def test_between_published_sizes_the_mean_lies_on_the_line() -> None:
     assert below
     assert between
     assert above
-    assert between.how == "RCP interpolated between batches 56 and 84"
+    assert between.source == "RCP interpolated between batches 56 and 84"
     assert between.mean == pytest.approx(below.mean + (above.mean - below.mean) * 8 / 28)
     assert below.least < between.least < between.mean
     assert len(between.published) == 91
@@ -44,7 +44,7 @@ def test_beyond_the_published_sizes() -> None:
     assert small
     assert smallest
     assert (small.mean, small.least) == (smallest.mean, smallest.least)
-    assert "batch 28, the smallest" in small.how
+    assert "batch 28, the smallest" in small.source
     assert find_reference(112) is None
     assert "cannot be submitted" in expectation(112, "4.0.0", 20.0)
 
