@@ -72,12 +72,12 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     """
     index = find_index(data_dir)
     stamps = {path.name: file_stamp(path) for case in cases for path in case_files(data_dir, case)}
-    _refuse(data_dir, [name for name, stamp in stamps.items() if not stamp], "missing")
+    _raise_if_any(data_dir, [name for name, stamp in stamps.items() if not stamp], "missing")
     sizes = {name: stamp[0] for name, stamp in stamps.items()}
     records = {case: index.cases[case] for case in cases if case in index.cases} if index else {}
     recorded = recorded_stamps(records)
     wrong = [name for name, stamp in recorded.items() if stamp[0] != sizes[name]]
-    _refuse(data_dir, wrong, "truncated or overwritten, its size differs from what preprocessing wrote")
+    _raise_if_any(data_dir, wrong, "truncated or overwritten, its size differs from what preprocessing wrote")
     voxel_bytes = 4 * index.spec.channels if index else 4
     for case in cases:
         image, label = (path.name for path in case_files(data_dir, case))
@@ -94,7 +94,7 @@ def check_files(data_dir: Path, cases: Sequence[str]) -> FileCheck:
     return FileCheck(sizes=sizes, changed=changed, without_digest=len(sizes) - len(digests), shapes=shapes)
 
 
-def _refuse(data_dir: Path, names: Sequence[str], problem: str) -> None:
+def _raise_if_any(data_dir: Path, names: Sequence[str], problem: str) -> None:
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise UserError(
@@ -123,7 +123,7 @@ def verify_changed(data_dir: Path, names: Sequence[str]) -> None:
         found = list(tqdm(hashing, "MD5 of changed files", len(names), unit="file", disable=None))
     damaged = [name for name, md5 in zip(names, found, strict=True) if md5 != digests.get(name)]
     record_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
-    _refuse(data_dir, damaged, "content differs from what preprocessing wrote")
+    _raise_if_any(data_dir, damaged, "content differs from what preprocessing wrote")
 
 
 def record_verified(data_dir: Path, records: Mapping[str, CaseRecord], stamps: Mapping[str, Stamp]) -> None:

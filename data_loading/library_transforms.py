@@ -83,14 +83,14 @@ class RandomLibraryTransform:
         return LibraryTransform(self.name, int(rng.integers(2**32)), self.function)
 
 
-def adapt_torchio(found: registry.ResolvedSpec[Any]) -> RandomTransform:
+def adapt_torchio(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
     """Returns the TorchIO transform that a spec names. Raises UserError for wrong arguments or another object."""
     import torchio
 
-    transform = found.call({})
+    transform = resolved.call({})
     if not isinstance(transform, torchio.Transform):
-        raise UserError(f"--augment {found.name}: not a transform of TorchIO")
-    return RandomLibraryTransform(found.name, partial(_apply_torchio, transform))
+        raise UserError(f"--augment {resolved.name}: not a transform of TorchIO")
+    return RandomLibraryTransform(resolved.name, partial(_apply_torchio, transform))
 
 
 def _apply_torchio(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
@@ -104,24 +104,24 @@ def _apply_torchio(transform: Any, image: Image, label: Label, seed: int) -> tup
     return changed["image"].data.float().numpy(), changed["label"].data.to(torch.uint8).numpy()
 
 
-def adapt_monai(found: registry.ResolvedSpec[Any]) -> RandomTransform:
+def adapt_monai(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
     """Returns the MONAI transform that a spec names. Raises UserError for wrong arguments or another object."""
     import monai.transforms
     from monai.transforms.transform import MapTransform, Transform
 
-    target = found.target
+    target = resolved.target
     if not isinstance(target, type) or not issubclass(target, Transform):
-        raise UserError(f"--augment {found.name}: not a transform of MONAI")
+        raise UserError(f"--augment {resolved.name}: not a transform of MONAI")
     is_intensity = target.__module__.startswith("monai.transforms.intensity")
     if not issubclass(target, MapTransform):
         counterpart = getattr(monai.transforms, f"{target.__name__}d", None)
         if is_intensity or counterpart is None:
-            return RandomLibraryTransform(found.name, partial(_apply_monai_to_image, found.call({})))
-        found = replace(found, target=counterpart)
+            return RandomLibraryTransform(resolved.name, partial(_apply_monai_to_image, resolved.call({})))
+        resolved = replace(resolved, target=counterpart)
     fixed: dict[str, Any] = {"keys": ("image",) if is_intensity else ("image", "label")}
-    if "mode" in found.parameters and not is_intensity and "mode" not in found.arguments:
+    if "mode" in resolved.parameters and not is_intensity and "mode" not in resolved.arguments:
         fixed["mode"] = ("bilinear", "nearest")
-    return RandomLibraryTransform(found.name, partial(_apply_monai, found.call(fixed)))
+    return RandomLibraryTransform(resolved.name, partial(_apply_monai, resolved.call(fixed)))
 
 
 def _apply_monai_to_image(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:

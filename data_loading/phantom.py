@@ -200,9 +200,9 @@ def _draw_labels(rng: np.random.Generator, body: Body, shape: tuple[int, int, in
         # Beneath the surface in any direction, but preferably not towards spine or wall.
         away = rng.standard_normal(3) * (1, 1, 0.5)
         away *= np.asarray(kidney.radii) * 0.8 / np.linalg.norm(away)
-        grown = rng.uniform(0.9, 1.2)
+        scale = rng.uniform(0.9, 1.2)
         if side * tumour_on < 0.2:
-            tumours.append((2, Organ(tuple(kidney.centre + away), (0.26 * grown, 0.27 * grown, 0.22 * grown), (0, 0))))
+            tumours.append((2, Organ(tuple(kidney.centre + away), (0.26 * scale, 0.27 * scale, 0.22 * scale), (0, 0))))
     labels = np.zeros(shape, dtype=np.uint8)
     for slices, limit in _slabs(rng, shape):
         for label, organ in kidneys + tumours:

@@ -261,15 +261,15 @@ def make_augmentation(specs: Sequence[registry.Spec | str]) -> RandomTransform:
 
 
 def _make_random_transform(spec: registry.Spec | str) -> RandomTransform:
-    found = registry.resolve(spec, AUGMENTATIONS, "--augment")
-    package = found.name.partition(":")[0].partition(".")[0]
-    if ":" in found.name and package in ADAPTERS:
-        adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {found.name}", package)(found)
+    resolved = registry.resolve(spec, AUGMENTATIONS, "--augment")
+    package = resolved.name.partition(":")[0].partition(".")[0]
+    if ":" in resolved.name and package in ADAPTERS:
+        adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {resolved.name}", package)(resolved)
         return adapted
-    made = found.call({})
-    if not callable(made):
-        raise UserError(f"--augment {found.name}: returns a {type(made).__name__}, expected a callable")
-    return made
+    transform = resolved.call({})
+    if not callable(transform):
+        raise UserError(f"--augment {resolved.name}: returns a {type(transform).__name__}, expected a callable")
+    return transform
 
 
 def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:

@@ -36,24 +36,24 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
         raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
     stamps = {path.name: file_stamp(path) for path in files}
     found = {path.name: file_md5(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
-    is_good = True
+    is_intact = True
     if (results_dir / INDEX_NAME).exists():
         index = read_index(results_dir / INDEX_NAME)
         recorded = recorded_digests(index.cases)
-        is_good &= _compare(found, recorded, INDEX_NAME)
+        is_intact &= _compare(found, recorded, INDEX_NAME)
         # The next run need not hash these, even if they were copied or touched.
-        good = {name: stamps[name] for name, md5 in found.items() if recorded.get(name) == md5}
-        record_verified(results_dir, index.cases, good)
+        intact = {name: stamps[name] for name, md5 in found.items() if recorded.get(name) == md5}
+        record_verified(results_dir, index.cases, intact)
     if checksums is not None:
-        is_good &= _compare(found, _read_checksums(checksums), checksums.name)
+        is_intact &= _compare(found, _read_checksums(checksums), checksums.name)
     if len(found) == 2 * MLPERF_CASES and all(name.startswith("case_") for name in found):
         for what, (kinds, expected) in MLPERF_FINGERPRINTS.items():
             actual = fingerprint({name: md5 for name, md5 in found.items() if name[-5] in kinds})
             print(f"MLPerf's {what}: {'identical' if actual == expected else f'DIFFERENT ({actual})'}")
-            is_good &= actual == expected
+            is_intact &= actual == expected
     else:
         print(f"{len(found)} files: not compared with MLPerf's fingerprints, which cover KiTS19's {2 * MLPERF_CASES}")
-    return 0 if is_good else 1
+    return 0 if is_intact else 1
 
 
 def _read_checksums(path: Path) -> dict[str, str]:

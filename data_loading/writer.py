@@ -189,14 +189,14 @@ def preprocess_case(
         raise UserError(f"{raw.label}: label {label.array.max()}, but the highest class is {len(spec.classes) - 1}")
     array, transform = preprocess_image(image, spec)
     mask = preprocess_label(label, transform, spec)
-    lost = _count_cropped_labels(label, transform)
+    labels_cut = _count_cropped_labels(label, transform)
     del image, label
     _save(case_file(results_dir, raw.case, "x"), array)
     _save(case_file(results_dir, raw.case, "y"), mask)
     digests, stamps = _hash_files(results_dir, raw.case)
     statistics = {"mean": float(array.mean(dtype=np.float64)), "std": float(array.std(dtype=np.float64))}
-    if lost:
-        statistics["labelled_voxels_cut"] = lost
+    if labels_cut:
+        statistics["labelled_voxels_cut"] = labels_cut
     boxes = foreground_boxes(mask, len(spec.classes))
     return raw.case, CaseRecord(
         transform=transform,
@@ -230,10 +230,10 @@ def _describe_case(case: str, record: CaseRecord | None) -> str:
     if record is None:
         return f"{case}: dropped, its mask is empty"
     shape = record.transform.shape if record.transform else ()
-    lost = record.statistics.get("labelled_voxels_cut")
+    labels_cut = record.statistics.get("labelled_voxels_cut")
     return (
         f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
-        f"{f', {lost:g} labelled voxels outside the foreground crop' if lost else ''}"
+        f"{f', {labels_cut:g} labelled voxels outside the foreground crop' if labels_cut else ''}"
     )
 
 

@@ -191,11 +191,11 @@ def build_loss(spec: Spec | str, include_background: bool, classes: int) -> nn.M
     Raises:
         UserError: unknown name or arguments, a spec that may not import, or not a loss of logits and labels.
     """
-    found = resolve(spec, LOSSES, "--loss", ALLOWED)
+    resolved = resolve(spec, LOSSES, "--loss", ALLOWED)
     defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
-    if not set(PROBABILITIES) & set(found.arguments):
+    if not set(PROBABILITIES) & set(resolved.arguments):
         defaults |= {"softmax": True, "use_softmax": True}
-    loss = found.call({}, defaults)
+    loss = resolved.call({}, defaults)
     if isinstance(loss, DiceLoss | DiceCELoss):
         return loss
     adapted = LibraryLoss(loss)

@@ -71,28 +71,28 @@ def build_network(
     Raises:
         UserError: unknown name or arguments, a spec that may not import, or a network without a channels parameter.
     """
-    found = resolve(spec, NETWORKS, "--model", ALLOWED)
+    resolved = resolve(spec, NETWORKS, "--model", ALLOWED)
     inner = partial(build_network, normalization=normalization, activation=activation)
     offered: dict[str, Any] = {
         "spatial_dims": dimensions,
         "normalization": normalization,
         "activation": activation,
         # For a network inside this one: its spec is part of this spec, and trusted exactly as far.
-        "build": lambda text, c, k, dimensions: inner(replace(found.spec, text=text), c, k, dimensions=dimensions),
+        "build": lambda text, c, k, dimensions: inner(replace(resolved.spec, text=text), c, k, dimensions=dimensions),
     }
     for names, value in ((CHANNELS, channels), (CLASSES, classes)):
         # A network with **kwargs may get them in the spec under any name; `check_window` checks the result.
-        if name := next((name for name in names if name in found.parameters), None):
+        if name := next((name for name in names if name in resolved.parameters), None):
             offered[name] = value
-        elif not found.takes_any:
+        elif not resolved.takes_any:
             raise UserError(
-                f"--model {found.name} has none of the parameters {', '.join(names)}, which the data set determines; "
-                f"it takes {found.signature()}"
+                f"--model {resolved.name} has none of the parameters {', '.join(names)}, which the data set "
+                f"determines; it takes {resolved.signature()}"
             )
-    fixed = {name: value for name, value in offered.items() if name in found.parameters}
-    network = found.call(fixed, NO_DOWNLOAD)
+    fixed = {name: value for name, value in offered.items() if name in resolved.parameters}
+    network = resolved.call(fixed, NO_DOWNLOAD)
     if not isinstance(network, nn.Module):
-        raise UserError(f"--model {found.name} returns a {type(network).__name__}, not a torch.nn.Module")
+        raise UserError(f"--model {resolved.name} returns a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
