@@ -28,6 +28,8 @@ from data_loading.io.volume import Geometry, check_memory
 CATEGORY = CodedConcept("123037004", "SCT", "Anatomical Structure")
 PROPERTY = CodedConcept("85756007", "SCT", "Tissue")
 MANUFACTURER = "unet3d-benchmark"
+# As in pyproject.toml.
+VERSION = "0.2.0"
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 # Largest distance of a frame's origin from that of its slice, in voxels.
 POSITION_TOLERANCE = 0.05
@@ -64,7 +66,7 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
                 instance_number=1,
                 manufacturer=MANUFACTURER,
                 manufacturer_model_name=MANUFACTURER,
-                software_versions="0.1.0",
+                software_versions=VERSION,
                 device_serial_number="0",
             )
             with replacing(path) as temporary:
@@ -86,7 +88,7 @@ def _description(value: int, name: str) -> SegmentDescription:
         segmented_property_type=PROPERTY,
         algorithm_type="AUTOMATIC",
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=MANUFACTURER, family=CodedConcept("123109", "DCM", "Artificial Intelligence"), version="0.1.0"
+            name=MANUFACTURER, family=CodedConcept("123109", "DCM", "Artificial Intelligence"), version=VERSION
         ),
     )
 
