@@ -200,4 +200,4 @@ def test_bad_input_is_one_line(program: Program, tmp_path: Path) -> None:
     assert done.stderr == f"main.py: error: --log_dir {tmp_path}: no log.jsonl in it; give the --log_dir of a run\n"
     done = program("--data_dir", tmp_path, "--log_dir", tmp_path, tmp_path, ok=False)
     assert done.returncode == 2
-    assert "several folders are for --exec_mode report" in done.stderr
+    assert "only --exec_mode report takes several folders" in done.stderr
