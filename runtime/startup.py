@@ -81,7 +81,7 @@ def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
         config=config,
         seeds=dataclasses.asdict(run.seeds),
         division=run.division,
-        reasons=run.violations,
+        rule_violations=run.violations,
         platform=config.submission_platform or platform_name(world.device, world.size),
         tensors=tensor_names(state.network),
         samples_per_epoch=run.samples_per_epoch,

@@ -111,8 +111,10 @@ class Log:
 
     @property
     def rule_violations(self) -> list[str]:
-        known = "submission_division" in self.lines
-        return list(self.first("submission_division").metadata.get("departures") or []) if known else []
+        if "submission_division" not in self.lines:
+            return []
+        metadata = self.first("submission_division").metadata
+        return list(metadata.get("rule_violations") or metadata.get("departures") or [])  # the latter up to 0.1
 
     @property
     def is_closed(self) -> bool:

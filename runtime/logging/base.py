@@ -63,7 +63,7 @@ class Recorder(ABC):
             self._facts["run"] = {
                 "seed": event.seeds["master"],
                 "division": event.division,
-                "departures": event.reasons,
+                "rule_violations": event.rule_violations,
                 "platform": event.platform,
             }
         elif isinstance(event, ev.DataOpened):

@@ -60,7 +60,7 @@ class ConsoleTracker:
             for note in event.notes:
                 self._print(f"note: {note}")
         if isinstance(event, ev.InitStopped):
-            because = f" ({'; '.join(event.reasons)})" if event.reasons else ""
+            because = f" ({'; '.join(event.rule_violations)})" if event.rule_violations else ""
             self._print(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
         elif isinstance(event, ev.EvaluationStopped):
             scores = ", ".join(f"L{value} {dice:.4f}" for value, dice in enumerate(event.dice, start=1))

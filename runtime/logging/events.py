@@ -42,7 +42,7 @@ class InitStopped(Event):
 
     Attributes:
         seeds: by purpose.
-        division: "closed" or "open"; `reasons` are the rule violations that make it open.
+        division: "closed" or "open"; `rule_violations` make it open.
         platform: the system's name.
         tensors: names of the modules with parameters, in the network's order, for `weights_initialization`.
         samples_per_epoch: over all ranks.
@@ -52,7 +52,7 @@ class InitStopped(Event):
     config: RunConfig
     seeds: dict[str, Any]
     division: str
-    reasons: list[str]
+    rule_violations: list[str]
     platform: str
     tensors: list[str]
     samples_per_epoch: int

@@ -48,6 +48,10 @@ class RunFileTracker:
         if isinstance(event, ev.InitStarted):
             self._content |= {"config": event.config.to_json(), "environment": event.environment}
         if isinstance(event, ev.InitStopped):
-            self._content |= {"seeds": event.seeds, "division": event.division, "departures": event.reasons}
+            self._content |= {
+                "seeds": event.seeds,
+                "division": event.division,
+                "rule_violations": event.rule_violations,
+            }
             self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
             self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")

@@ -86,8 +86,12 @@ class MLPerfTracker:
             "validation_overlap": config.overlap,
         }
         for key, value in values.items():
-            reasons = {"departures": event.reasons} if key == "submission_division" and event.reasons else None
-            self._log.event(key, value, metadata=reasons)
+            metadata = (
+                {"rule_violations": event.rule_violations}
+                if key == "submission_division" and event.rule_violations
+                else None
+            )
+            self._log.event(key, value, metadata=metadata)
         for tensor in event.tensors:
             self._log.event("weights_initialization", metadata={"tensor": tensor})
         self._log.end("init_stop")

@@ -62,7 +62,7 @@ def test_training_cases_are_scored_after_each_evaluation(opened: Path) -> None:
 
 def test_every_rule_violation_is_in_the_log(opened: Path) -> None:
     run = json.loads((opened / "run.json").read_text())
-    violations = "; ".join(run["departures"])
+    violations = "; ".join(run["rule_violations"])
     for flag in ("--steps_per_epoch 5", "--callbacks early_stopping(patience=2", "--lr_schedule plateau("):
         assert flag in violations
     assert run["division"] == "open"

@@ -54,7 +54,7 @@ def test_the_run_file_names_configuration_environment_and_seeds(trained: Path) -
     assert run["environment"]["torch"] == torch.__version__
     assert run["seeds"]["master"] == 7
     assert run["division"] == "open"
-    assert any("data set balls" in reason for reason in run["departures"])
+    assert any("data set balls" in reason for reason in run["rule_violations"])
 
 
 def test_evaluation_of_the_checkpoint_gives_the_scores_of_training(

@@ -52,7 +52,7 @@ class SyntheticRun:
             config=config,
             seeds={"master": self.seed, "order": 1, "samples": 2, "ranks": [3]},
             division="open" if self.violations else "closed",
-            reasons=list(self.violations),
+            rule_violations=list(self.violations),
             platform="1xCPU",
             tensors=[],
             samples_per_epoch=8,

@@ -126,7 +126,7 @@ class SyntheticRun:
             config=config,
             seeds=seeds,
             division="open" if self.reasons else "closed",
-            reasons=list(self.reasons),
+            rule_violations=list(self.reasons),
             platform="1xABACUS",
             tensors=["a", "b"],
             samples_per_epoch=TRAINING,

@@ -26,7 +26,7 @@ def init_stopped(config: RunConfig, reasons: list[str], notes: list[str]) -> ev.
         config=config,
         seeds={"master": 1234},
         division=division,
-        reasons=reasons,
+        rule_violations=reasons,
         platform="1xABACUS",
         tensors=["a"],
         samples_per_epoch=168,

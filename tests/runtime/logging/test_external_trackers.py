@@ -70,7 +70,7 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
             config=config,
             seeds={"master": 1234},
             division="open",
-            reasons=["one", "two"],
+            rule_violations=["one", "two"],
             platform="1xABACUS",
             tensors=["a"],
             samples_per_epoch=8,
@@ -244,7 +244,7 @@ def test_wandb_offline_has_the_curves_the_configuration_and_the_artefacts(
     assert config["run"] == {
         "seed": 1234,
         "division": "open",
-        "departures": ["one", "two"],
+        "rule_violations": ["one", "two"],
         "platform": "1xABACUS",
         "classes": CLASSES,
         "train_samples": 8,

@@ -43,7 +43,7 @@ def initialisation(config: RunConfig, tensors: list[str], reasons: list[str] | N
             config=config,
             seeds=seeds,
             division=division,
-            reasons=reasons or [],
+            rule_violations=reasons or [],
             platform="1xABACUS",
             tensors=tensors,
             samples_per_epoch=SAMPLES_PER_EPOCH,
@@ -182,7 +182,7 @@ def test_values_are_the_runs(tmp_path: Path, make_config: MakeConfig) -> None:
         "gradient_accumulation_steps": 2,
     }
     (division,) = [record for record in records if record["key"] == "submission_division"]
-    assert division["metadata"]["departures"] == ["one", "two"]
+    assert division["metadata"]["rule_violations"] == ["one", "two"]
     tensors = [record["metadata"]["tensor"] for record in records if record["key"] == "weights_initialization"]
     assert tensors == ["a", "b"]
 
@@ -206,7 +206,7 @@ def test_epochs_are_counted_in_samples_with_the_plain_number_beside(
     ]
     assert metadata["block_stop"] == [{"first_epoch_num": 168}, {"first_epoch_num": 3 * 168}]
     assert metadata["run_stop"] == [{"status": "success", "reason": "mean Dice reached"} | epochs[2]]
-    assert "departures" not in metadata["submission_division"][0]
+    assert "rule_violations" not in metadata["submission_division"][0]
 
 
 def test_up_to_ruleset_3_0_epochs_are_counted_in_epochs(
@@ -362,7 +362,7 @@ def test_the_run_file_is_complete_before_the_first_step(tmp_path: Path, make_con
     send(tracker, begin[:2])
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["seeds"] == {"master": 1234, "order": 1, "samples": 2, "ranks": [3]}
-    assert (content["division"], content["departures"], content["platform"]) == ("open", ["one"], "1xABACUS")
+    assert (content["division"], content["rule_violations"], content["platform"]) == ("open", ["one"], "1xABACUS")
     assert (content["environment"], content["samples_per_epoch"]) == ({"torch": "2.13"}, 168)
     assert content["config"]["batch_size"] == 2
 
