@@ -20,15 +20,15 @@ from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
 from data_loading.io.scan_discovery import find_sources, is_file_name, stem
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
-from model.registry import build_network, check_window
+from model.registry import check_window
 from prediction.ensemble import Ensemble, Member, predict_scan
 from prediction.memory import MemoryBudget
 from prediction.volumes import ClassVolume, write_table
+from runtime import build
 from runtime.arguments import RunConfig, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
-from runtime.evaluation import SlidingWindowConfig
 from runtime.memory_format import to_device
 from runtime.seeding import seed_process
 
@@ -106,21 +106,12 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
 
 
 def _load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, device: torch.device) -> Member:
-    channels, classes = spec.channels, len(spec.classes)
-    network = build_network(
-        config.model, channels, classes, normalization=config.normalization, activation=config.activation
-    )
-    check_window(network, config.val_input_shape, "--val_input_shape", channels=channels, classes=classes)
+    network = build.make_network(config, spec)
+    window, classes = config.val_input_shape, len(spec.classes)
+    check_window(network, window, "--val_input_shape", channels=spec.channels, classes=classes)
     checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)
     to_device(network.eval(), device, config.layout)
-    windows = SlidingWindowConfig(
-        window=config.val_input_shape,
-        overlap=config.overlap,
-        batch_size=config.val_batch_size,
-        classes=classes,
-        padding_value=spec.padding_value,
-        crops_remainder=False,
-    )
+    windows = replace(build.make_sliding_window_config(config, spec), crops_remainder=False)
     return Member(network=network, windows=windows, amp=config.amp, amp_dtype=config.amp_dtype, layout=config.layout)
 
 

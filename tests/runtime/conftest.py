@@ -145,7 +145,7 @@ class RateOf(LRSchedule):
         return self.rate(epoch)
 
     def after_warm_up(self, epoch: int) -> float:
-        raise NotImplementedError
+        return self.rate(epoch)
 
 
 class StopAt(Callback):
