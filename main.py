@@ -13,22 +13,32 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from typing import TYPE_CHECKING
 
 from common.errors import one_line, run_program
 from common.messages import logger
-from runtime.arguments import RunConfig, parse_arguments
-from runtime.distributed.world import World
-from runtime.run import evaluate_checkpoint, train_network
+from runtime.arguments import RunConfig, check_paths, parse_arguments
+
+if TYPE_CHECKING:
+    from runtime.distributed.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()  # prints a traceback if native code crashes or a mapped volume is truncated
     config, given = parse_arguments(argv)
+    check_paths(config)
+    # Importing torch takes seconds: --help and mistakes on the command line are answered before.
+    from runtime.distributed.world import World
+
     world = World.join(config.local_rank)
     try:
         if config.exec_mode == "train":
+            from runtime.run import train_network
+
             return train_network(config, world, write_report)
         if config.exec_mode == "evaluate":
+            from runtime.run import evaluate_checkpoint
+
             return evaluate_checkpoint(config, given, world)
         if config.exec_mode == "predict":
             from prediction.predict import main as predict

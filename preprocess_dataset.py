@@ -18,17 +18,17 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import registry
 from common.cli import Parser, renamed_values
 from common.errors import UserError, run_program
 from common.messages import logger
 from data_loading.readers import READERS
-from data_loading.readers.base import RawDataset, Reader, ReaderOptions
 from data_loading.spec import INTENSITIES, RENAMED_INTENSITIES
-from data_loading.verification import verify
-from data_loading.writer import preprocess
+
+if TYPE_CHECKING:
+    from data_loading.readers.base import RawDataset, Reader
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,12 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     if num_workers < 1 or seed < 0:
         raise UserError("--num_workers must be at least 1 and --seed at least 0")
     if mode == "verify":
+        from data_loading.verification import verify
+
         return verify(results_dir, checksums)
     if data_dir is None or not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir}: no such folder; give the folder of the raw scans")
     for contents, folder in (("raw scans", data_dir), ("masks", arguments.get("labels_dir"))):
         if folder and folder.exists() and results_dir.exists() and results_dir.samefile(folder):
             raise UserError(f"--results_dir {results_dir} is the folder of the {contents}; choose another folder")
+    # Importing torch takes seconds: --help and mistakes on the command line are answered before.
+    from data_loading.writer import preprocess
+
     raw = read_raw(dataset, data_dir, seed, arguments)
     for note in raw.notes:
         logger.info(note)
@@ -67,6 +72,8 @@ def read_raw(dataset: str, data_dir: Path, seed: int, flags: dict[str, Any]) -> 
     if unknown := [name for name in flags if name not in accepted]:
         listed = ", ".join(f"--{name}" for name in sorted(accepted))
         raise UserError(f"--{unknown[0]} does not apply to --dataset {dataset}, which accepts {listed}")
+    from data_loading.readers.base import ReaderOptions
+
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     try:
         raw = read(data_dir, ReaderOptions(seed=seed, **flags))

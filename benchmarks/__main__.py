@@ -14,14 +14,13 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from benchmarks.harness import Options, Table
 from common.cli import Parser
 from common.errors import UserError, run_program
-from runtime.environment import describe_environment
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Table
 
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
 
@@ -58,6 +57,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    import torch  # takes seconds
+
+    from benchmarks.harness import Options
+    from runtime.environment import describe_environment
+
     name = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU here")

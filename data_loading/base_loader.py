@@ -44,6 +44,7 @@ class LoaderConfig:
         oversampling: probability that a crop contains foreground.
         batch_size: samples per rank per micro-batch.
         num_workers: worker processes of `--loader pytorch`.
+        worker_timeout_s: limit for the wait for a batch from a worker.
         rank, ranks: this process's rank (from 0), and the number of ranks.
         order_seed: seed of the order of the cases.
         sample_seed: seed of crops and augmentations.
@@ -56,6 +57,7 @@ class LoaderConfig:
     oversampling: float
     batch_size: int
     num_workers: int
+    worker_timeout_s: int = 40
     rank: int
     ranks: int
     order_seed: int

@@ -23,9 +23,6 @@ from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad
 from data_loading.sampler import EpochSampler, sample_rng
 from data_loading.transforms import Transform, draw_crop
 
-# A worker that hangs (dead disk, deadlock) ends the run instead of blocking the cluster; no crop takes this long.
-WORKER_TIMEOUT_S = 40
-
 
 def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: LoaderConfig) -> tuple[Shape, Transform]:
     """Draws a sample's crop and augmentation, a pure function of its arguments.
@@ -133,7 +130,8 @@ class PytorchLoader:
             batch_sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            timeout=WORKER_TIMEOUT_S if workers else 0,
+            # A worker that hangs (dead disk, deadlock) ends the run instead of blocking the cluster.
+            timeout=config.worker_timeout_s if workers else 0,
             pin_memory=config.device.type == "cuda",
         )
 
@@ -180,7 +178,8 @@ def lost_worker_message(error: Exception, meanwhile: str) -> str:
     else:
         reason = f"a DataLoader worker was killed ({one_line(error)})"
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    remedy = "raise --worker_timeout" if is_dataloader_timeout(error) else "use a smaller --num_workers"
     return (
         f"{reason} while {meanwhile}; {free_memory_bytes() / 2**30:.1f} GiB of memory "
-        f"and {shared / 2**30:.1f} GiB of /dev/shm are free; use a smaller --num_workers, then --resume"
+        f"and {shared / 2**30:.1f} GiB of /dev/shm are free; {remedy}, then --resume"
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 
 from common.errors import run_program
-from prediction import predict
-from runtime.arguments import parse_arguments
-from runtime.distributed.world import World
+from runtime.arguments import check_paths, parse_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     config, given = parse_arguments(["--exec_mode", "predict", *arguments])
+    check_paths(config)
+    from prediction import predict  # imports torch, which takes seconds
+    from runtime.distributed.world import World
+
     world = World.join(config.local_rank)
     try:
         return predict.main(config, given, world)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from common.cli import Parser
 from common.errors import run_program
 from common.registry import Spec
-from report.write import write_comparison, write_report
 
 
 def make_parser() -> Parser:
@@ -31,6 +28,10 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    import torch  # takes seconds
+
+    from report.write import write_comparison, write_report
+
     if len(options.log_dir) > 1:
         path = write_comparison(options.log_dir)
     else:

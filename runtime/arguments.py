@@ -99,6 +99,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
     return config, given
 
 
+def check_paths(config: RunConfig) -> None:
+    """Refuses input paths that do not exist. The modules that read them import torch, which takes seconds."""
+    reads_data = config.exec_mode == "evaluate" or (config.exec_mode == "train" and config.loader != "synthetic")
+    if reads_data and not config.data_dir.is_dir():
+        raise UserError(f"--data_dir {config.data_dir}: no such folder")
+    if config.exec_mode == "report" or config.resume:
+        return  # a report goes on without its images; a resumed run has its own checkpoint
+    for flag, paths in (("--load_ckpt_path", config.load_ckpt_path), ("--init_from", (config.init_from,))):
+        for path in paths:
+            if path is not None and not path.exists():
+                raise UserError(f"{flag} {path}: no such file")
+
+
 def _check(config: RunConfig, given: frozenset[str]) -> None:
     """Refuses flags that contradict each other."""
     _check_mode(config, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -25,7 +26,7 @@ from runtime.checkpoint import resume
 from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.step_sync import StepRequest, StepSync
-from runtime.distributed.watchdog import Watchdog
+from runtime.distributed.watchdog import Timeouts, Watchdog
 from runtime.distributed.world import World
 from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
@@ -194,6 +195,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         oversampling=config.oversampling,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        worker_timeout_s=config.worker_timeout,
         rank=world.rank,
         ranks=world.size,
         order_seed=run.seeds.order,
@@ -264,6 +266,14 @@ def make_checkpoint_writer(run: RunSpec) -> CheckpointWriter:
         minutes=minutes,
         epochs=epochs,
     )
+
+
+def make_watchdog(config: RunConfig, world: World, signals: SignalHandler) -> Watchdog:
+    """Returns this rank's watchdog, which leaves a rank that waits for its loader the time of `--worker_timeout`."""
+    timeouts = Timeouts()
+    # The loader's own error names the cases, so it comes first.
+    stall_s = max(config.stall_timeout, config.worker_timeout + 2 * timeouts.heartbeat_s)
+    return Watchdog(world, signals, replace(timeouts, stall_s=stall_s))
 
 
 def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:

@@ -14,7 +14,6 @@ from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_networ
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import PATIENCE_S
 from runtime.distributed.signals import SignalHandler
-from runtime.distributed.watchdog import Watchdog
 from runtime.distributed.world import World
 from runtime.evaluation import CaseScorer
 from runtime.logging.console import EvaluationTracker
@@ -42,7 +41,7 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
         return report_done(run)
     step = build.make_step_config(run)  # refuses bad specs before an earlier run's files are renamed
     signals = SignalHandler(world.store)
-    watchdog = Watchdog(world, signals)
+    watchdog = build.make_watchdog(config, world, signals)
     writer = build.make_checkpoint_writer(run)
     emit = build.make_event_dispatcher(run, watchdog)
 

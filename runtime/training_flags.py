@@ -77,6 +77,21 @@ class TrainingFlags:
         resume="incidental",
     )
     num_workers: int = flag(8, "loader processes per rank", type=COUNT, resume="incidental")
+    worker_timeout: int = flag(
+        40,
+        "seconds without a batch from a loader process after which the run ends; raise it for a slow network disk",
+        type=POSITIVE,
+        metavar="SECONDS",
+        resume="incidental",
+    )
+    stall_timeout: int = flag(
+        40,
+        "seconds without progress of a rank in training after which the run ends; at least --worker_timeout and five "
+        "times the slowest step are always allowed",
+        type=POSITIVE,
+        metavar="SECONDS",
+        resume="incidental",
+    )
     benchmark: bool = flag(
         False, "measure training: time each iteration, skip evaluation, report samples/s and latency", closed=True
     )

@@ -8,14 +8,13 @@ python3 -m submission score --result_dir ORG
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 from common.cli import Parser, number
 from common.errors import Interrupted, UserError, run_program
-from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS
-from submission import package, score, series
-from submission.inspection import RUNS
+from runtime.mlperf.rulesets import DEFAULT_RULESET, RULESETS, RUNS
 
 # Needs root and clears this machine only; `--clear_caches COMMAND` covers runs on several machines.
 CLEAR_COMMAND = "sync && echo 3 >/proc/sys/vm/drop_caches"
@@ -26,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = make_parser().parse_args(arguments[:end])
     options.arguments = arguments[end + 1 :]
+    module = importlib.import_module(f"submission.{options.module}")  # imports torch, which takes seconds
     try:
-        return int(options.run_command(options))
+        return int(module.run(options))
     except Interrupted as stop:
         print(
             f"submission: {stop}; the same command continues the series and repeats this run from the beginning",
@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     score_parser = commands.add_parser(
         "score", allow_abbrev=False, help="compute the score and compare it with published ones"
     )
-    for command, function in ((run_parser, series.run), (pack_parser, package.run), (score_parser, score.run)):
-        command.set_defaults(run_command=function)
+    for command, module in ((run_parser, "series"), (pack_parser, "package"), (score_parser, "score")):
+        command.set_defaults(module=module)
         command.add_argument(
             "--result_dir",
             type=Path,

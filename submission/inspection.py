@@ -12,10 +12,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from runtime.eval_schedule import make_schedule
-from runtime.mlperf.rulesets import counts_samples
+from runtime.mlperf.rulesets import RUNS, counts_samples
 from submission.logs import BENCHMARK, HEAD, Log, Problem, read_log
 
-RUNS = 40
 MAX_NOT_CONVERGED = 4
 # The keys whose values all runs of a result share.
 SHARED_KEYS = tuple(

@@ -6,8 +6,10 @@ Real scans are in $REAL_DATA, or in a folder `data` of a project next to this on
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +51,28 @@ def real_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`make_once("balls", write)`: a folder that `write` makes, shared by all parallel test processes; read only."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def make(name: str, write: Callable[[Path], None]) -> Path:
+        made, is_made = folder / f"shared_{name}", folder / f"shared_{name}.made"
+        with (folder / f"shared_{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(made, ignore_errors=True)  # of a process that failed
+                write(made)
+                is_made.touch()
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_python("main.py", "train", …)`: runs a program of the project as a process, in the project's folder."""
+    """`run_python("main.py", …)`: runs a program in a new interpreter, for tests of how it starts and ends."""
 
     def run(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,31 @@ from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 
-HEARTBEAT_S = 2.0
-# A live process sends heartbeats whatever its main thread does, but a machine that swaps may be late.
-HEARTBEAT_TIMEOUT_S = 20.0
-# Between two progress records of the main thread in training: longer than any GPU takes. Where steps take more than a
-# fifth of it, as on a CPU, the limit is five times the slowest one so far.
-STALL_TIMEOUT_S = 40.0
+# Where training steps take more than a fifth of the limit for a stall, as on a CPU, it is five times the slowest.
 SLOWEST_FACTOR = 5.0
-# Before the first batch, and in an evaluation, where ranks with small cases wait for one with a large case.
-SLOW_PHASE_TIMEOUT_S = 1800.0
 # Ranks named in the one line that states a cause.
 NAMED_RANKS = 8
 # For each phase that has ended: the number and name of the next phase in an iteration. Phase 0 is waiting for data.
 NEXT_PHASE = {"data": (1, "forward and backward"), "forward and backward": (2, "the optimizer's step")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """When a rank counts as lost, in seconds.
+
+    Attributes:
+        heartbeat_s: between two heartbeats.
+        silence_s: without a heartbeat. A live process sends them whatever its main thread does, but a machine that
+            swaps may be late.
+        stall_s: between two progress records of the main thread in training: longer than any GPU takes.
+        slow_phase_s: the same before the first batch and in an evaluation, where ranks with small cases wait for one
+            with a large case.
+    """
+
+    heartbeat_s: float = 2.0
+    silence_s: float = 20.0
+    stall_s: float = 40.0
+    slow_phase_s: float = 1800.0
 
 
 class Watchdog:
@@ -50,8 +63,11 @@ class Watchdog:
         name: begins the last line, such as "main.py".
     """
 
-    def __init__(self, world: World, signals: SignalHandler, name: str = "main.py") -> None:
+    def __init__(
+        self, world: World, signals: SignalHandler, timeouts: Timeouts | None = None, name: str = "main.py"
+    ) -> None:
         self._world = world
+        self._timeouts = timeouts or Timeouts()
         self._signals = signals
         self._name = name
         # Epoch, batch and phase; the smallest belongs to the rank that is behind.
@@ -76,18 +92,20 @@ class Watchdog:
 
     def _watch_store(self) -> None:
         """Ends the process if the store does not answer: its client blocks without limit when the network is cut."""
-        while not self._ended.wait(HEARTBEAT_S):
-            if time.monotonic() - self._heartbeat_at > HEARTBEAT_TIMEOUT_S:
-                self._end(f"rank 0's machine gave no answer for {HEARTBEAT_TIMEOUT_S:.0f} s")
+        while not self._ended.wait(self._timeouts.heartbeat_s):
+            if time.monotonic() - self._heartbeat_at > self._timeouts.silence_s:
+                self._end(f"rank 0's machine gave no answer for {self._timeouts.silence_s:.0f} s")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         store = self._world.store
         self._ended.set()
         if store is None or self._thread is None:
             return
-        self._thread.join(HEARTBEAT_S)
+        self._thread.join(self._timeouts.heartbeat_s)
         if isinstance(error, RuntimeError) and self._world.lost_another(error):
-            raise RankLost(f"{_cause(store, self._world, error)}; start again with --resume") from None
+            raise RankLost(
+                f"{_cause(store, self._world, error, 2 * self._timeouts.heartbeat_s)}; start again with --resume"
+            ) from None
         if error is not None:
             with suppress(RuntimeError):  # the store may be gone; what matters is the error
                 store.set_default("fault", f"rank {self._world.rank} failed: {error}")
@@ -96,7 +114,7 @@ class Watchdog:
     def _let_others_read(self) -> None:
         """Waits on rank 0, whose process may hold the store and end it."""
         if self._world.is_main:
-            time.sleep(2 * HEARTBEAT_S)
+            time.sleep(2 * self._timeouts.heartbeat_s)
 
     def on(self, event: ev.Event) -> None:
         """Records progress and the position in the run."""
@@ -121,15 +139,16 @@ class Watchdog:
         self._is_training, self._progress, self._position, self._progressed_at = is_training, progress, position, now
 
     def _timeout_s(self) -> float:
-        knows_steps = self._is_training and self._has_stepped
-        return max(STALL_TIMEOUT_S, SLOWEST_FACTOR * self._slowest_s) if knows_steps else SLOW_PHASE_TIMEOUT_S
+        if self._is_training and self._has_stepped:
+            return max(self._timeouts.stall_s, SLOWEST_FACTOR * self._slowest_s)
+        return self._timeouts.slow_phase_s
 
     def _watch(self, store: KeyValueStore) -> None:
         world = self._world
         watched = (world.rank + 1) % world.size
         last_status, changed_at, heartbeat = None, time.monotonic(), 0
         try:
-            while not self._ended.wait(HEARTBEAT_S if heartbeat else 0.0):
+            while not self._ended.wait(self._timeouts.heartbeat_s if heartbeat else 0.0):
                 heartbeat += 1
                 self._heartbeat_at = time.monotonic()
                 store.set(f"rank {world.rank}", json.dumps(self._status(heartbeat)))
@@ -139,13 +158,13 @@ class Watchdog:
                 latest = store.get(f"rank {watched}")
                 if latest != last_status:
                     last_status, changed_at = latest, time.monotonic()
-                elif last_status and time.monotonic() - changed_at > HEARTBEAT_TIMEOUT_S:
-                    self._give_up(store, _kill_unresponsive(watched, last_status))
+                elif last_status and time.monotonic() - changed_at > self._timeouts.silence_s:
+                    self._give_up(store, _kill_unresponsive(watched, last_status, self._timeouts.silence_s))
                 if time.monotonic() - self._progressed_at > self._timeout_s():
                     self._give_up(store, self._stalled(store))
         except RuntimeError as error:
             # The store is in the process of rank 0 or of the launcher.
-            if not self._ended.wait(HEARTBEAT_S):
+            if not self._ended.wait(self._timeouts.heartbeat_s):
                 self._end(f"the connection to rank 0's machine is lost ({str(error).splitlines()[0]})")
 
     def _status(self, heartbeat: int) -> dict[str, Any]:
@@ -210,7 +229,7 @@ def _statuses(store: KeyValueStore, world: World) -> dict[int, dict[str, Any]]:
     return {rank: json.loads(store.get(f"rank {rank}") or "{}") for rank in range(world.size)}
 
 
-def _kill_unresponsive(rank: int, last_status: str) -> str:
+def _kill_unresponsive(rank: int, last_status: str, silence_s: float) -> str:
     """Returns the error message for an unresponsive rank; kills it if it is local, since launchers wait for it."""
     status = json.loads(last_status)
     if status["machine"] == _machine():
@@ -218,13 +237,13 @@ def _kill_unresponsive(rank: int, last_status: str) -> str:
             os.kill(status["pid"], signal.SIGKILL)
     return (
         f"rank {rank} (process {status['pid']} on {status['machine'][0]}) gave no sign of life for "
-        f"{HEARTBEAT_TIMEOUT_S:.0f} s; it was at {status['position']}"
+        f"{silence_s:.0f} s; it was at {status['position']}"
     )
 
 
-def _cause(store: KeyValueStore, world: World, error: RuntimeError) -> str:
+def _cause(store: KeyValueStore, world: World, error: RuntimeError, wait_s: float) -> str:
     """Returns why a collective failed: a published fault, a process that has ended, or else torch's error."""
-    deadline = time.monotonic() + 2 * HEARTBEAT_S
+    deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         try:
             if fault := store.get("fault"):
@@ -236,7 +255,7 @@ def _cause(store: KeyValueStore, world: World, error: RuntimeError) -> str:
                     )
         except RuntimeError:  # the store was in the process that is lost
             break
-        time.sleep(HEARTBEAT_S / 10)
+        time.sleep(wait_s / 20)
     return f"another rank was lost ({gloo_cause(error)})"
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 RULESETS = ("1.0.0", "1.1.0", "2.0.0", "2.1.0", "3.0.0", "3.1.0", "4.0.0")
 DEFAULT_RULESET = "4.0.0"
 FIRST_IN_SAMPLES = "3.1.0"
+# Runs of a result.
+RUNS = 40
 
 
 def counts_samples(ruleset: str) -> bool:

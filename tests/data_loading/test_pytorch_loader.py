@@ -359,9 +359,9 @@ def test_a_hanging_worker_ends_the_epoch(folder: Path, monkeypatch: pytest.Monke
         raise AssertionError(data_dir, case)
 
     monkeypatch.setattr(loader_module, "map_case", hang)
-    monkeypatch.setattr(loader_module, "WORKER_TIMEOUT_S", 1)
-    with pytest.raises(UserError, match=r"DataLoader timed out after 1 seconds while waiting for case_"):
-        batches(folder, [1], num_workers=1)
+    expected = r"DataLoader timed out after 1 seconds while waiting for case_.*; raise --worker_timeout, then --resume"
+    with pytest.raises(UserError, match=expected):
+        batches(folder, [1], num_workers=1, worker_timeout_s=1)
 
 
 def test_the_synthetic_loader_serves_32_volumes_64_times(tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
-"""The real program as processes, and a small data set that a tiny network learns in seconds."""
+"""The real program, and a small data set that a tiny network learns in seconds."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +11,9 @@ import numpy as np
 import pytest
 
 from data_loading.io.volume import Geometry, Volume, write_nifti
+from tests import programs
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = programs.ROOT
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 # Two resolutions, window 16: a step takes milliseconds.
@@ -26,24 +25,15 @@ TINY = (
 )
 
 
-def run_module(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs `python3 ARGUMENTS`, under torchrun if `ranks` is more than 1."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    # One thread per process: ranks that compete for cores take minutes instead of seconds.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run(
-        [*launcher, *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 @pytest.fixture(scope="session")
 def program() -> Program:
-    """Runs `main.py ARGUMENTS` (on `ranks` ranks) and, unless `ok=False`, asserts that it exits with 0."""
+    """Runs `main.py ARGUMENTS` and, unless `ok=False`, asserts that it exits with 0.
+
+    In this process; with `ranks` in that many forked ones, whose output and worst exit status it returns.
+    """
 
     def run(*arguments: object, ranks: int = 1, ok: bool = True) -> subprocess.CompletedProcess[str]:
-        done = run_module(["main.py", *map(str, arguments)], ranks)
+        done = programs.call("main.py", *arguments) if ranks == 1 else on_ranks(ranks, *arguments)
         if ok:
             assert done.returncode == 0, done.stdout + done.stderr
         return done
@@ -51,11 +41,20 @@ def program() -> Program:
     return run
 
 
+def on_ranks(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = programs.run_ranks("main.py", *arguments, ranks=ranks)
+    out, err = ("".join(texts) for texts in zip(*((rank.stdout, rank.stderr) for rank in done), strict=True))
+    return subprocess.CompletedProcess(done[0].args, max(abs(rank.returncode) for rank in done), out, err)
+
+
 @pytest.fixture(scope="session")
-def balls_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def balls_raw(make_once: Callable[..., Path]) -> Path:
     """A Decathlon-like folder: 15 noisy volumes with a bright ball (1) and a brighter one (2), of varied size."""
-    folder = tmp_path_factory.mktemp("balls")
-    (folder / "imagesTr").mkdir()
+    return make_once("balls", write_balls)
+
+
+def write_balls(folder: Path) -> None:
+    (folder / "imagesTr").mkdir(parents=True)
     (folder / "labelsTr").mkdir()
     rng = np.random.default_rng(0)
     training = []
@@ -79,29 +78,32 @@ def balls_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": training,
     }
     (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture(scope="session")
-def balls(balls_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def balls(balls_raw: Path, make_once: Callable[..., Path]) -> Path:
     """`balls_raw` preprocessed by the program: 12 training cases, 3 evaluation cases."""
-    results = tmp_path_factory.mktemp("balls_data")
-    arguments = ["preprocess_dataset.py", "--dataset", "msd", "--num_workers", "1"]
-    done = run_module([*arguments, "--data_dir", str(balls_raw), "--results_dir", str(results)])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return results
+
+    def preprocess(results: Path) -> None:
+        arguments = ("--dataset", "msd", "--num_workers", 1, "--data_dir", balls_raw, "--results_dir", results)
+        done = programs.call("preprocess_dataset.py", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return make_once("balls_data", preprocess)
 
 
 @pytest.fixture(scope="session")
-def trained(program: Program, balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(program: Program, balls: Path, make_once: Callable[..., Path]) -> Path:
     """The log folder of a run on `balls` that reached its target; contains checkpoint.pth."""
-    logs = tmp_path_factory.mktemp("trained") / "logs"  # the run creates it
-    program(
-        *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
-        # At the first evaluation the network predicts foreground; without it, the run would end as diverged.
-        *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.88),
-    )
-    return logs
+
+    def train(logs: Path) -> None:
+        program(
+            *("--data_dir", balls, "--log_dir", logs, "--save_ckpt_path", logs / "checkpoint.pth", *TINY),
+            # At the first evaluation the network predicts foreground; without it, the run would end as diverged.
+            *("--epochs", 60, "--start_eval_at", 10, "--evaluate_every", 5, "--quality_threshold", 0.88),
+        )
+
+    return make_once("trained", train)
 
 
 def events_of(logs: Path, kind: str) -> list[dict[str, object]]:

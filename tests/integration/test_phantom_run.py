@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from model.registry import build_network
-from tests.integration.conftest import PROJECT, Program, events_of, run_module
+from tests import programs
+from tests.integration.conftest import PROJECT, Program, events_of
 from tests.integration.test_training import check_log, scores
 
 pytestmark = pytest.mark.integration
@@ -29,10 +30,10 @@ RUN = ("--num_workers", 0, "--seed", 3, "--learning_rate", 0.3, "--oversampling"
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Preprocessed phantoms."""
     work = tmp_path_factory.mktemp("kits")
-    made = run_module(["-m", "data_loading.phantom", "--results_dir", str(work / "raw"), *PHANTOMS])
+    made = programs.call("-m", "data_loading.phantom", "--results_dir", work / "raw", *PHANTOMS)
     assert made.returncode == 0, made.stderr
-    arguments = ["--data_dir", str(work / "raw"), "--results_dir", str(work / "data"), "--num_workers", "1"]
-    done = run_module(["preprocess_dataset.py", *arguments])
+    arguments = ("--data_dir", work / "raw", "--results_dir", work / "data", "--num_workers", 1)
+    done = programs.call("preprocess_dataset.py", *arguments)
     assert done.returncode == 0, done.stderr
     return work / "data"
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
-import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,9 +28,9 @@ from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.train_state import Stop, TrainState
 from runtime.training import StepConfig, TrainLoop, forward_backward, optimizer_step
+from tests.programs import run_ranks as run_ranks_of
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 # Precedes the code of each rank in `run_ranks`.
 JOIN = "from runtime.distributed.world import World\nworld = World.join(0)\n"
 
@@ -73,31 +68,11 @@ def run_ranks() -> Callable[..., list[str]]:
     """`run_ranks("print(world.rank)")`: returns what each of two processes of a gloo group prints."""
 
     def run(code: str, ranks: int = 2) -> list[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # Without GPUs, World.join uses gloo.
-        shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         program = JOIN + textwrap.dedent(code) + "\nworld.leave()\n"
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", program],
-                cwd=ROOT,
-                env={**os.environ, **shared, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            outputs = [process.communicate(timeout=120) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        assert [process.returncode for process in started] == [0] * ranks, "\n".join(err for _, err in outputs)
-        return [out for out, _ in outputs]
+        # Without GPUs, World.join uses gloo.
+        done = run_ranks_of("-c", program, ranks=ranks, environment={"CUDA_VISIBLE_DEVICES": ""})
+        assert [rank.returncode for rank in done] == [0] * ranks, "\n".join(rank.stderr for rank in done)
+        return [rank.stdout for rank in done]
 
     return run
 

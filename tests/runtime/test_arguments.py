@@ -52,6 +52,8 @@ DEFAULTS: dict[str, Any] = {
     "val_batch_size": 4,
     "seed": -1,
     "num_workers": 8,
+    "worker_timeout": 40,
+    "stall_timeout": 40,
     "benchmark": False,
     "warmup_steps": 200,
     "prewarm_steps": 1,
@@ -146,7 +148,7 @@ def test_help_shows_defaults_that_can_be_typed() -> None:
 def test_metavars_are_units_or_kinds() -> None:
     values = [action for action in PARSER._actions if action.nargs != 0 and not action.choices]
     kinds = {"D", "H", "W", "N", "X", "LR", "DICE", "SHARE", "FACTOR", "EPOCH", "EPOCHS", "INTERVAL", "BETA1", "BETA2"}
-    kinds |= {"PATH", "DIR", "NAME", "SPEC", "REGEX", "AXES", "GIB"}
+    kinds |= {"PATH", "DIR", "NAME", "SPEC", "REGEX", "AXES", "GIB", "SECONDS"}
     used = {
         one for action in values for one in ([action.metavar] if isinstance(action.metavar, str) else action.metavar)
     }
@@ -178,6 +180,8 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--seed", "0"], "seed", 0),
     (["--seed", str(2**31 - 1)], "seed", 2**31 - 1),
     (["--num_workers", "0"], "num_workers", 0),
+    (["--worker_timeout", "300"], "worker_timeout", 300),
+    (["--stall_timeout", "1"], "stall_timeout", 1),
     (["--benchmark"], "benchmark", True),
     (["--warmup_steps", "0"], "warmup_steps", 0),
     (["--amp"], "amp", True),
@@ -373,6 +377,8 @@ def test_a_missing_argument_file(tmp_path: Path) -> None:
         (["--seed", "-2"], "must be between -1 and 2147483647, not"),
         (["--seed", str(2**31)], "must be between -1 and 2147483647, not"),
         (["--num_workers", "-1"], "must be at least 0, not"),
+        (["--worker_timeout", "0"], "must be at least 1, not"),
+        (["--stall_timeout", "0.5"], "must be an integer, not"),
         (["--warmup_steps", "-1"], "must be at least 0, not"),
         (["--local_rank", "-1"], "must be at least 0, not"),
         (["--amp_dtype", "fp8"], "invalid choice"),
@@ -562,8 +568,9 @@ def test_order_flags() -> None:
 
 INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
-    seed num_workers verbose no_report compare trackers prewarm_steps val_batch_size submission_org submission_platform
-    submission_status division scan output series checkpoint test_time_flips save_probabilities max_memory_gb
+    seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
+    submission_org submission_platform submission_status division scan output series checkpoint test_time_flips
+    save_probabilities max_memory_gb
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import main as program
 from common.errors import UserError
 from data_loading.spec import DatasetSpec
 from model.unet3d import Unet3d
@@ -19,6 +18,7 @@ from runtime.arguments import RunConfig, parse_arguments
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import save
 from runtime.distributed.world import World
+from runtime.run import evaluate_checkpoint
 from runtime.train_state import TrainState
 
 CLASSES = ("background", "kidney", "tumour")
@@ -56,7 +56,7 @@ def write_checkpoint(tmp_path: Path, make_state: Callable[..., TrainState]) -> C
 
 
 def open_with_evaluate(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:
-    program.evaluate_checkpoint(config, given, world)
+    evaluate_checkpoint(config, given, world)
 
 
 def open_with_predict(config: RunConfig, given: frozenset[str], world: World, folder: Path) -> None:

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 from common.errors import run_program
+from runtime.mlperf.rulesets import RUNS
 from submission.__main__ import main as submission
-from submission.inspection import RUNS, sha256_of
+from submission.inspection import sha256_of
 from submission.record import FinishedRun, Series
 from tests.submission.synthetic_runs import TINY_RUN, TRAINING, SyntheticRun, write_blocks
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ import torch
 from torch.distributed import DistBackendError, HashStore
 
 from common.errors import RANK_LOST_EXIT, RankLost, UserError
+from runtime.arguments import RunConfig
+from runtime.build import make_watchdog
 from runtime.distributed import watchdog as module
 from runtime.distributed.signals import SignalHandler
-from runtime.distributed.watchdog import Watchdog
+from runtime.distributed.watchdog import Timeouts, Watchdog
 from runtime.distributed.world import KeyValueStore, World
 from runtime.logging import events as ev
 
@@ -39,10 +42,7 @@ WATCH_STORE = Watchdog._watch_store
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A heartbeat every hundredth of a second, and no timeout, unless a test sets one."""
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
-    for name in ("HEARTBEAT_TIMEOUT_S", "STALL_TIMEOUT_S", "SLOW_PHASE_TIMEOUT_S"):
-        monkeypatch.setattr(module, name, 1000.0)
+    """The store answers, unless a test puts its watcher back."""
     monkeypatch.setattr(Watchdog, "_watch_store", lambda self: None)
 
 
@@ -83,8 +83,18 @@ def wait_until(holds: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def make(store: KeyValueStore | None, rank: int = 0, size: int = 2, signals: SignalHandler | None = None) -> Watchdog:
-    return Watchdog(World(rank, size, CPU, store=store), signals or SignalHandler())
+# A heartbeat every hundredth of a second, and no timeout, unless a test sets one.
+FAST = Timeouts(heartbeat_s=0.01, silence_s=1000.0, stall_s=1000.0, slow_phase_s=1000.0)
+
+
+def make(
+    store: KeyValueStore | None,
+    rank: int = 0,
+    size: int = 2,
+    signals: SignalHandler | None = None,
+    **timeouts: float,
+) -> Watchdog:
+    return Watchdog(World(rank, size, CPU, store=store), signals or SignalHandler(), replace(FAST, **timeouts))
 
 
 def send(watchdog: Watchdog, *events: ev.Event) -> Watchdog:
@@ -190,11 +200,10 @@ def test_progress_grows_with_every_record() -> None:
 
 
 def test_a_silent_neighbour_is_named_with_its_position(
-    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    store: KeyValueStore, ends: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     publish_status(store, 1, [3, 2, 1], "epoch 3, batch 2, forward and backward", process=4711)
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.6)
-    with make(store):
+    with make(store, silence_s=0.6):
         wait_until(lambda: ends)
     cause = (
         "rank 1 (process 4711 on another machine) gave no sign of life for 1 s; "
@@ -212,9 +221,8 @@ def test_a_silent_process_is_killed_where_it_is_on_this_machine(
     """A stopped process would live on, and launchers wait for it. Its id means nothing on another machine."""
     killed: list[tuple[int, int]] = []
     publish_status(store, 1, [3, 2, 1], "epoch 3", 4711, module._machine() if here else ELSEWHERE)
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(module.os, "kill", lambda process, number: killed.append((process, number)))
-    with make(store):
+    with make(store, silence_s=0.05):
         wait_until(lambda: ends)
     assert killed == ([(4711, signal.SIGKILL)] if here else [])
 
@@ -227,29 +235,22 @@ def test_one_that_cannot_be_killed_is_named_all_the_same(
         raise error
 
     publish_status(store, 1, [3, 2, 1], "epoch 3", machine=module._machine())
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
     monkeypatch.setattr(module.os, "kill", refuse)
-    with make(store):
+    with make(store, silence_s=0.05):
         wait_until(lambda: ends)
     assert "it was at epoch 3" in ends[0]
 
 
-def test_the_last_rank_watches_the_first(
-    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_rank_watches_the_first(store: KeyValueStore, ends: list[str]) -> None:
     for rank in (0, 1):
         publish_status(store, rank, [3, 2, 1], "epoch 3")
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.05)
-    with make(store, rank=2, size=3):
+    with make(store, rank=2, size=3, silence_s=0.05):
         wait_until(lambda: ends)
     assert ends[0].startswith("rank 0 ")
 
 
-def test_a_rank_that_has_not_begun_is_not_silent(
-    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.01)
-    with make(store):
+def test_a_rank_that_has_not_begun_is_not_silent(store: KeyValueStore, ends: list[str]) -> None:
+    with make(store, silence_s=0.01):
         wait_heartbeats(store, 20)
     assert ends == []
 
@@ -274,12 +275,10 @@ def test_a_stall_names_the_rank_that_is_behind(
     message: str,
     store: KeyValueStore,
     ends: list[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """This one is at the optimizer's step of batch 1; the other one is at `progress`."""
     publish_status(store, 1, progress, position)
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.1)
-    with send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), *a_step(2, 1)[:2]):
+    with send(make(store, stall_s=0.1), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0), *a_step(2, 1)[:2]):
         wait_until(lambda: ends)
     assert ends[0].startswith(message)
     assert ": no progress for " in ends[0]
@@ -289,33 +288,26 @@ def test_a_stall_names_the_rank_that_is_behind(
     assert store.get("fault") == ends[0]
 
 
-def test_a_rank_without_a_status_is_at_the_start(
-    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.05)
-    with send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+def test_a_rank_without_a_status_is_at_the_start(store: KeyValueStore, ends: list[str]) -> None:
+    with send(make(store, stall_s=0.05), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
         wait_until(lambda: ends)
     assert ends[0].startswith("rank 1 hangs at the start: ")
 
 
-def test_a_cause_is_one_line_whatever_the_number_of_ranks(
-    store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cause_is_one_line_whatever_the_number_of_ranks(store: KeyValueStore, ends: list[str]) -> None:
     for rank in range(1, 64):
         publish_status(store, rank, [2, 1, 0], "epoch 2")
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.05)
-    with send(make(store, size=64), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
+    with send(make(store, size=64, stall_s=0.05), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0)):
         wait_until(lambda: ends)
     assert ends[0].startswith("every rank hangs")
     assert ends[0].count(" in ") == 8
     assert "\n" not in ends[0]
 
 
-def test_only_one_cause_is_published(store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_cause_is_published(store: KeyValueStore, ends: list[str]) -> None:
     """Each rank of a group that hangs detects it by itself; all end with the cause published first."""
     store.set_default("fault", "rank 5 failed: first")
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.0)
-    watchdog = send(make(store), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
+    watchdog = send(make(store, stall_s=0.0), ev.EpochStarted(2, 0.1, 4), *a_step(2, 0))
     watchdog._give_up(store, "rank 1 hangs")
     assert ends == ["rank 5 failed: first"]
 
@@ -323,10 +315,8 @@ def test_only_one_cause_is_published(store: KeyValueStore, ends: list[str], monk
 # What only takes long
 
 
-def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 40.0)
-    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", 1800.0)
-    watchdog = make(None)
+def test_limits(clock: list[float]) -> None:
+    watchdog = make(None, stall_s=40.0, slow_phase_s=1800.0)
 
     def after(seconds: float, *events: ev.Event) -> float:
         clock[0] += seconds
@@ -352,11 +342,10 @@ def test_limits(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
 
 
-def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float]) -> None:
     """It need not be batch 0."""
-    watchdog = send(make(None), ev.EpochStarted(5, 0.1, 8), ev.PhaseEnd("data"))
-    assert watchdog._timeout_s() == module.SLOW_PHASE_TIMEOUT_S
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 40.0)
+    watchdog = send(make(None, stall_s=40.0), ev.EpochStarted(5, 0.1, 8), ev.PhaseEnd("data"))
+    assert watchdog._timeout_s() == FAST.slow_phase_s
     assert send(watchdog, *a_step(5, 6)[1:])._timeout_s() == 40
 
 
@@ -376,18 +365,14 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float], monkeyp
     ],
     ids=["the start", "workers start", "the first batch", "an epoch's end", "an evaluation", "the last checkpoint"],
 )
-def test_what_takes_long_is_no_stall(
-    events: list[ev.Event], store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.02)
-    with send(make(store), *events):
+def test_what_takes_long_is_no_stall(events: list[ev.Event], store: KeyValueStore, ends: list[str]) -> None:
+    with send(make(store, stall_s=0.02), *events):
         wait_heartbeats(store, 20)
     assert ends == []
 
 
-def test_a_slow_phase_has_a_timeout_too(store: KeyValueStore, ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", 0.05)
-    with send(make(store), ev.EvaluationStarted(4, 3)):
+def test_a_slow_phase_has_a_timeout_too(store: KeyValueStore, ends: list[str]) -> None:
+    with send(make(store, slow_phase_s=0.05), ev.EvaluationStarted(4, 3)):
         wait_until(lambda: ends)
     assert "hangs at " in ends[0]
 
@@ -472,8 +457,7 @@ def test_a_rank_whose_store_does_not_answer_ends(ends: list[str], monkeypatch: p
     is_cut = threading.Event()
     store = Silent(is_cut)
     monkeypatch.setattr(Watchdog, "_watch_store", WATCH_STORE)
-    monkeypatch.setattr(module, "HEARTBEAT_TIMEOUT_S", 0.6)
-    with make(store, 1):
+    with make(store, 1, silence_s=0.6):
         wait_heartbeats(store, 5, 1)
         is_cut.set()
         wait_until(lambda: ends)
@@ -486,8 +470,7 @@ def test_a_store_that_answers_does_not_end_the_rank(
 ) -> None:
     """However long the run is, and however long ago the watchdog was made."""
     monkeypatch.setattr(Watchdog, "_watch_store", WATCH_STORE)
-    monkeypatch.setattr(module, "SLOW_PHASE_TIMEOUT_S", math.inf)
-    watchdog = make(store, 1)
+    watchdog = make(store, 1, slow_phase_s=math.inf)
     clock[0] += 5000
     with watchdog:
         for _ in range(3):
@@ -513,7 +496,7 @@ def test_a_rank_whose_store_is_gone_ends(ends: list[str]) -> None:
     assert ends == ["the connection to rank 0's machine is lost (Broken pipe)"]
 
 
-def test_at_the_end_of_a_run_the_store_may_go_first(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_end_of_a_run_the_store_may_go_first(ends: list[str]) -> None:
     """Rank 0's process may end at any time."""
     failed = threading.Event()
 
@@ -522,8 +505,7 @@ def test_at_the_end_of_a_run_the_store_may_go_first(ends: list[str], monkeypatch
             failed.set()
             super().set(key, value)
 
-    monkeypatch.setattr(module, "HEARTBEAT_S", 60.0)
-    with make(Going(), 1):
+    with make(Going(), 1, heartbeat_s=60.0):
         assert failed.wait(60)
     wait_until(lambda: watchers() == [])
     assert ends == []
@@ -614,3 +596,20 @@ def test_rank_0_ends_last_since_the_store_may_be_in_its_process(
     with pytest.raises(ValueError, match="a bug"), make(store, rank):
         raise ValueError("a bug")
     assert waited == slept
+
+
+@pytest.mark.parametrize(
+    ("flags", "stall_s"),
+    [
+        ({}, 44.0),
+        ({"stall_timeout": 100}, 100.0),
+        ({"worker_timeout": 300}, 304.0),
+        ({"worker_timeout": 1, "stall_timeout": 2}, 5.0),
+    ],
+)
+def test_the_flags_set_the_limits_and_the_loader_ends_first(
+    flags: dict[str, int], stall_s: float, make_config: Callable[..., RunConfig]
+) -> None:
+    """The loader's error names the cases that it waited for."""
+    watchdog = make_watchdog(make_config(**flags), World(0, 1, CPU), SignalHandler())
+    assert send(watchdog, ev.EpochStarted(1, 0.1, 4), *a_step(1, 0))._timeout_s() == stall_s

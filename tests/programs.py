@@ -1,0 +1,250 @@
+"""Runs the project's programs: in the test's process, or in processes forked from one that has imported torch.
+
+A new interpreter needs two seconds to import torch, so tests start one only if it is their subject (`run_python`).
+`call` is for what a program prints, writes and returns; `start` for several ranks, signals, and whatever may kill the
+process. Both run the program as the command line would, `if __name__ == "__main__":` included.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+Completed = subprocess.CompletedProcess[str]
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+# Imported by the server once: the slow imports of training, evaluation, prediction and reports.
+PRELOADED = (
+    "tests.programs",
+    "torch._dynamo",
+    "runtime.run",
+    "runtime.case_table",
+    "prediction.predict",
+    "report.write",
+)
+# One thread per process: ranks that compete for cores take minutes instead of seconds.
+THREADS = {"OMP_NUM_THREADS": "1"}
+
+
+def _execute(arguments: Sequence[str]) -> int:
+    """Runs `python3 ARGUMENTS` (a script, `-m module` or `-c code`) in this process; returns the exit status."""
+    sys.argv = list(arguments)
+    try:
+        if arguments[0] == "-m":
+            sys.argv = list(arguments[1:])
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            module = ModuleType("__main__")
+            with mock.patch.dict(sys.modules, {"__main__": module}):
+                exec(compile(arguments[1], "<string>", "exec"), vars(module))
+        else:
+            runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return 0
+
+
+# In this process
+
+
+def call(*arguments: object, environment: Mapping[str, str] = NO_VARIABLES) -> Completed:
+    """Runs `python3 ARGUMENTS` in this process and returns the exit status and what was printed.
+
+    Restores what a program may change: random state, torch's settings, signal handlers, environment and folder.
+
+    Raises:
+        AssertionError: the program left a thread running.
+    """
+    threads = set(threading.enumerate())
+    with tempfile.TemporaryDirectory() as folder, _process_restored(environment):
+        paths = [Path(folder, name) for name in ("out", "err")]
+        with _redirected(*paths):
+            status = _execute(list(map(str, arguments)))
+        out, err = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    deadline = time.monotonic() + 10
+    while (left := set(threading.enumerate()) - threads) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left, f"threads left running: {left}"
+    return subprocess.CompletedProcess(list(map(str, arguments)), status, out, err)
+
+
+@contextmanager
+def _process_restored(environment: Mapping[str, str]) -> Iterator[None]:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    backend = torch.backends.cudnn
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    flags = backend.benchmark, backend.deterministic, torch.are_deterministic_algorithms_enabled()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, folder, threads = sys.argv, os.getcwd(), torch.get_num_threads()
+    try:
+        # Without tqdm's own thread, which would outlive the program.
+        with mock.patch.dict(os.environ, environment), mock.patch.object(tqdm, "monitor_interval", 0):
+            os.chdir(ROOT)
+            yield
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        backend.benchmark, backend.deterministic = flags[:2]
+        torch.use_deterministic_algorithms(flags[2])
+        torch.set_num_threads(threads)
+        faulthandler.enable(sys.__stderr__ or sys.stderr)  # main.py enabled it for a file that is closed now
+
+
+@contextmanager
+def _redirected(out: Path, err: Path) -> Iterator[None]:
+    """Writes stdout and stderr, of libraries too, to files."""
+    with out.open("w", encoding="utf-8") as stdout, err.open("w", encoding="utf-8") as stderr:
+        sys.stdout.flush(), sys.stderr.flush()
+        kept = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            with mock.patch.multiple(sys, stdout=stdout, stderr=stderr):
+                yield
+        finally:
+            stdout.flush(), stderr.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+# In forked processes
+
+
+class Started:
+    """A program that runs in a forked process, with the interface of `subprocess.Popen`."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """Returns the exit status, -n after signal n, or None while the process runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            self._process.kill()
+
+
+def start(
+    *arguments: object, out: Path, err: Path | None = None, environment: Mapping[str, str] = NO_VARIABLES
+) -> Started:
+    """Starts `python3 ARGUMENTS` in a forked process.
+
+    Args:
+        out, err: files that stdout and stderr are appended to; both to `out` by default.
+        environment: variables in addition to this process's.
+    """
+    variables = {**os.environ, **THREADS, **environment}
+    process = _server().Process(target=_run_child, args=(list(map(str, arguments)), out, err or out, variables))
+    process.start()
+    return Started(process)
+
+
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Returns the context whose processes are forked from the server, which is started at the first call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, {**THREADS, "PYTHONPATH": path}):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, str]) -> None:
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, path in ((1, out), (2, err)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(_execute(arguments))
+
+
+def start_ranks(
+    *arguments: object, folder: Path, ranks: int = 2, environment: Mapping[str, str] = NO_VARIABLES
+) -> list[Started]:
+    """Starts a program on several ranks; rank N prints to `out_N` and `err_N` in the folder."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(
+            *arguments,
+            out=folder / f"out_{rank}",
+            err=folder / f"err_{rank}",
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+        )
+        for rank in range(ranks)
+    ]
+
+
+def run_ranks(
+    *arguments: object, ranks: int = 2, timeout_s: float = 120, environment: Mapping[str, str] = NO_VARIABLES
+) -> list[Completed]:
+    """Runs a program on several ranks and returns what each printed. Kills what is left after the timeout."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = start_ranks(*arguments, folder=Path(folder), ranks=ranks, environment=environment)
+        deadline = time.monotonic() + timeout_s
+        try:
+            statuses = [rank.wait(max(0.0, deadline - time.monotonic())) for rank in started]
+        finally:
+            for rank in started:
+                rank.kill()
+        return [
+            subprocess.CompletedProcess(
+                arguments, status, *(Path(folder, f"{name}_{rank}").read_text("utf-8") for name in ("out", "err"))
+            )
+            for rank, status in enumerate(statuses)
+        ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
