@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint faults clean
+.PHONY: demo test test-all lint faults clean
 
 demo: $(VENV)/core
 	$(RUN) demo.py --work_dir demo
 
+# Two test processes; on a machine with more cores, set WORKERS.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/dev
-	$(RUN) -m pytest
+	$(PYTEST) -m "not slow"
+
+# The tests marked slow too: many injected faults, two hosts, Slurm, the tutorial, whole submissions, a browser.
+test-all: $(VENV)/dev
+	$(PYTEST)
 
 # Injects every fault of docs/reliability.md and writes its table.
 faults: $(VENV)/core

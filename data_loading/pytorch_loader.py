@@ -13,7 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from common.compat import dataloader_worker_message, is_dataloader_timeout, is_dataloader_worker_error
+from common.compat import (
+    dataloader_worker_message,
+    end_dataloader_workers,
+    is_dataloader_timeout,
+    is_dataloader_worker_error,
+)
 from common.errors import UserError, one_line
 from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import case_files, map_case
@@ -147,9 +152,11 @@ class PytorchLoader:
                 next(pending)
                 yield batch
         except UserError as error:
+            end_dataloader_workers(self._loader)
             raise UserError(dataloader_worker_message(error)) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not is_dataloader_worker_error(error):
+                end_dataloader_workers(self._loader)
                 raise
             if is_dataloader_timeout(error):
                 # A hung worker would outlive this process: torch only asks it to exit, and raises once it has.
@@ -157,7 +164,8 @@ class PytorchLoader:
                     with suppress(RuntimeError):
                         worker.kill()
                         worker.join()
-            else:
+            end_dataloader_workers(self._loader)
+            if not is_dataloader_timeout(error):
                 # Raises if a file was truncated, perhaps while the worker read it.
                 check_files(self._dataset.data_dir, self._dataset.cases)
             cases = ", ".join(self._dataset.cases[index] for _, index in next(pending, []))

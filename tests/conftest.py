@@ -6,9 +6,13 @@ Real scans are in $REAL_DATA, or in a folder `data` of a project next to this on
 
 from __future__ import annotations
 
+import os
+
+# Before numpy and torch start their threads: each of the parallel test processes has one core.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -35,6 +39,15 @@ NEIGHBOURS = sorted(path.parent for path in ROOT.parent.glob("*/data/kits19_segm
 REAL_DATA = Path(os.environ.get("REAL_DATA") or (NEIGHBOURS or [ROOT.parent / "data"])[0])
 
 CLASSES = ("background", "kidney", "tumour")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each module to one of the parallel test processes, which makes its fixtures once; the long ones first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.parent.name not in ("faults", "integration"))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,12 @@ PRELOADED = (
 )
 # One thread per process: ranks that compete for cores take minutes instead of seconds.
 THREADS = {"OMP_NUM_THREADS": "1"}
+# Not those that a test has changed when it starts the server.
+SERVER_VARIABLES = {
+    **os.environ,
+    **THREADS,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
 
 
 def _execute(arguments: Sequence[str]) -> int:
@@ -119,7 +125,8 @@ def _process_restored(environment: Mapping[str, str]) -> Iterator[None]:
 def _redirected(out: Path, err: Path) -> Iterator[None]:
     """Writes stdout and stderr, of libraries too, to files."""
     with out.open("w", encoding="utf-8") as stdout, err.open("w", encoding="utf-8") as stderr:
-        sys.stdout.flush(), sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         kept = [os.dup(1), os.dup(2)]
         try:
             os.dup2(stdout.fileno(), 1)
@@ -127,7 +134,8 @@ def _redirected(out: Path, err: Path) -> Iterator[None]:
             with mock.patch.multiple(sys, stdout=stdout, stderr=stderr):
                 yield
         finally:
-            stdout.flush(), stderr.flush()
+            for stream in (stdout, stderr):
+                stream.flush()
             for number, descriptor in enumerate(kept, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
@@ -180,7 +188,10 @@ def start(
         environment: variables in addition to this process's.
     """
     variables = {**os.environ, **THREADS, **environment}
-    process = _server().Process(target=_run_child, args=(list(map(str, arguments)), out, err or out, variables))
+    # Otherwise the program would start loader workers from a server of its own.
+    method = multiprocessing.get_start_method()
+    child = (list(map(str, arguments)), out, err or out, variables, method)
+    process = _server().Process(target=_run_child, args=child)
     process.start()
     return Started(process)
 
@@ -189,13 +200,13 @@ def _server() -> multiprocessing.context.ForkServerContext:
     """Returns the context whose processes are forked from the server, which is started at the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with mock.patch.dict(os.environ, {**THREADS, "PYTHONPATH": path}):
+    with mock.patch.dict(os.environ, SERVER_VARIABLES, clear=True):
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, str]) -> None:
+def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, str], start_method: str) -> None:
+    multiprocessing.set_start_method(start_method, force=True)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(variables)
@@ -211,16 +222,21 @@ def start_ranks(
     *arguments: object, folder: Path, ranks: int = 2, environment: Mapping[str, str] = NO_VARIABLES
 ) -> list[Started]:
     """Starts a program on several ranks; rank N prints to `out_N` and `err_N` in the folder."""
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start(
             *arguments,
             out=folder / f"out_{rank}",
             err=folder / f"err_{rank}",
-            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+            environment={**variables, **environment},
         )
-        for rank in range(ranks)
+        for rank, variables in enumerate(rank_variables(ranks))
     ]
+
+
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """Returns the environment variables that torchrun would set for each rank."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def run_ranks(
@@ -235,9 +251,10 @@ def run_ranks(
         finally:
             for rank in started:
                 rank.kill()
+        command = list(map(str, arguments))
         return [
             subprocess.CompletedProcess(
-                arguments, status, *(Path(folder, f"{name}_{rank}").read_text("utf-8") for name in ("out", "err"))
+                command, status, *(Path(folder, f"{name}_{rank}").read_text("utf-8") for name in ("out", "err"))
             )
             for rank, status in enumerate(statuses)
         ]

@@ -17,7 +17,6 @@ from common.errors import UserError
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.integration
 def test_a_suite_prints_its_tables_and_writes_them(run_python: Program, tmp_path: Path) -> None:
     file = tmp_path / "tables.json"
     done = run_python("-m", "benchmarks", "--suite", "evaluate", "--quick", "--device", "cpu", "--json", file)
@@ -39,7 +38,6 @@ def test_a_suite_prints_its_tables_and_writes_them(run_python: Program, tmp_path
         assert printed == [str(row[0]) for row in table["rows"]]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

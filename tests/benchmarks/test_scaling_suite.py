@@ -161,7 +161,7 @@ def test_the_modelled_tables_are_complete_and_mark_extrapolations() -> None:
     ]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_measured_rows_come_from_one_and_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # With one core, the row of a process with all threads is the same as the first.
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})

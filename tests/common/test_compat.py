@@ -6,6 +6,7 @@ A failure after an upgrade means that the function of that name must follow the 
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -42,8 +43,12 @@ class Acting(Dataset[int]):
 
 
 def error_of(act: Callable[[], Any], timeout_s: float = 0) -> Exception:
+    loader = DataLoader(
+        Acting(act), num_workers=1, timeout=timeout_s, multiprocessing_context="fork", persistent_workers=True
+    )
     with pytest.raises((RuntimeError, UserError, OSError, EOFError)) as caught:
-        next(iter(DataLoader(Acting(act), num_workers=1, timeout=timeout_s, multiprocessing_context="fork")))
+        next(iter(loader))
+    compat.end_dataloader_workers(loader)
     return caught.value
 
 
@@ -96,6 +101,17 @@ def test_an_error_that_a_dataloader_worker_raises_keeps_its_type_and_message() -
     error = error_of(refuse)
     assert isinstance(error, UserError)
     assert compat.dataloader_worker_message(error) == "case_00001_x.npy: damaged: restore it"
+
+
+def test_workers_end_by_themselves_after_an_error() -> None:
+    """torch terminates those that have not ended in 5 s."""
+    loader = DataLoader(Acting(refuse), num_workers=2, multiprocessing_context="fork", persistent_workers=True)
+    with pytest.raises(UserError):
+        next(iter(loader))
+    workers = multiprocessing.active_children()
+    compat.end_dataloader_workers(loader)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    compat.end_dataloader_workers(loader)  # once is enough
 
 
 def test_any_other_error_is_not_of_a_dataloader_worker() -> None:

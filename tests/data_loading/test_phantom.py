@@ -191,7 +191,6 @@ def test_links_and_the_masks_themselves_are_left_alone(tmp_path: Path) -> None:
     assert files_of(masks) == before
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

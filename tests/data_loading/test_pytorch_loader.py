@@ -348,7 +348,7 @@ def test_a_worker_killed_with_a_batch_on_its_way_is_told_alike(
         raise error
         yield
 
-    monkeypatch.setattr(loader, "_loader", broken())
+    monkeypatch.setattr(type(loader._loader), "__iter__", lambda self: broken())
     with pytest.raises(UserError, match=r"a DataLoader worker was killed \(.+\) while waiting for case_.*; .* GiB"):
         list(loader.epoch(1))
 

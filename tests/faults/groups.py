@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.errors import RANK_LOST_EXIT, USER_ERROR_EXIT
 from tests.faults import Row, failed_tries
-from tests.faults.runs import PROJECT, TINY, Run, differences, free_port, history, write_balls
+from tests.faults.runs import PROJECT, TINY, Run, differences, history, write_balls
+from tests.programs import free_port
 
+# With the default timeouts; shorter ones end a run sooner.
 PROMISED_S = 60.0
 HANGING = ("-m", "tests.faults.hang")
-ARGUMENTS = ("--epochs", 30, "--start_eval_at", 20, "--evaluate_every", 10, "--ckpt_every", "0.02m")
+ARGUMENTS = ("--epochs", 60, "--start_eval_at", 20, "--evaluate_every", 10, "--ckpt_every", "0.02m")
 # torchrun restarts gloo groups reliably only if each group has its own store.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -42,7 +45,7 @@ def lost_rank(work_dir: Path, tries: int = 2) -> Row:
     )
 
 
-def stopped_rank(work_dir: Path, tries: int = 1) -> Row:
+def stopped_rank(work_dir: Path, tries: int = 1, silence_s: float = 20.0) -> Row:
     """One of two ranks is stopped with all its threads, as on a machine that dies: its heartbeats end."""
     return _inject(
         work_dir,
@@ -51,10 +54,11 @@ def stopped_rank(work_dir: Path, tries: int = 1) -> Row:
         act=lambda run: run.signal(signal.SIGSTOP, 1),
         expected=[RANK_LOST_EXIT, -signal.SIGKILL],
         message=r"rank 1 .*no sign of life",
+        environment={"SILENCE_S": str(silence_s)},
     )
 
 
-def hung_rank(work_dir: Path, tries: int = 1) -> Row:
+def hung_rank(work_dir: Path, tries: int = 1, timeout_s: int = 40) -> Row:
     """The main thread of one of two ranks hangs, while its process lives and its connections stay open."""
     return _inject(
         work_dir,
@@ -63,11 +67,12 @@ def hung_rank(work_dir: Path, tries: int = 1) -> Row:
         act=lambda run: None,
         expected=[RANK_LOST_EXIT] * 2,
         message=r"hangs at epoch .*rank 1 in _hang",
-        hangs=True,
+        environment={"HANG_RANK": "1", "HANG_AT": "100"},
+        timeout_s=timeout_s,
     )
 
 
-def killed_worker(work_dir: Path, tries: int = 2) -> Row:
+def killed_worker(work_dir: Path, tries: int = 2, timeout_s: int = 40) -> Row:
     """A loader worker is killed, as by the kernel when memory runs out."""
     return _inject(
         work_dir,
@@ -76,10 +81,11 @@ def killed_worker(work_dir: Path, tries: int = 2) -> Row:
         act=lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGKILL),
         expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
         message=r"worker .*(killed|exited unexpectedly)",  # torch's messages; which one depends on the timing
+        timeout_s=timeout_s,
     )
 
 
-def hung_worker(work_dir: Path, tries: int = 1) -> Row:
+def hung_worker(work_dir: Path, tries: int = 1, timeout_s: int = 40) -> Row:
     """A loader worker is stopped, like one that waits for a dead disk."""
     return _inject(
         work_dir,
@@ -89,6 +95,7 @@ def hung_worker(work_dir: Path, tries: int = 1) -> Row:
         expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
         # If it was stopped while transferring a batch, the watchdog reports it; torch's timeout does not apply there.
         message=r"while waiting for ball_\d\d|rank 1 hangs at .*waiting for data",
+        timeout_s=timeout_s,
     )
 
 
@@ -109,7 +116,8 @@ def _inject(
     act: Callable[[Run], None],
     expected: list[int],
     message: str,
-    hangs: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    timeout_s: int = 40,
 ) -> Row:
     """Injects a fault into runs of two ranks and resumes them.
 
@@ -117,11 +125,12 @@ def _inject(
         act: injects the fault into a running program.
         expected: exit statuses of the two ranks; that of the watchdog is also accepted.
         message: regular expression for the last line of each rank that reports an error.
-        hangs: rank 1 hangs at step 100.
+        environment: variables of `tests.faults.hang`, with which a rank hangs or silence is noticed sooner.
+        timeout_s: of workers and ranks that hang.
     """
-    program: dict[str, Any] = {"program": HANGING, "environment": {"HANG_RANK": "1", "HANG_AT": "100"}} if hangs else {}
+    program: dict[str, Any] = {"program": HANGING, "environment": environment} if environment else {}
     data, whole = reference(work_dir.parent)
-    arguments = ("--num_workers", 1, *ARGUMENTS)
+    arguments = ("--num_workers", 1, *ARGUMENTS, "--worker_timeout", timeout_s, "--stall_timeout", timeout_s)
     rng = random.Random(0)
     failures: list[str] = []
     slowest = 0.0
@@ -130,7 +139,7 @@ def _inject(
         run = Run(data, log_dir, *arguments, ranks=2, **program)
         run.wait_for("EpochStopped", 4)
         time.sleep(rng.uniform(0, 0.2))
-        while hangs and "hangs now" not in run.output(1):
+        while "HANG_AT" in environment and "hangs now" not in run.output(1):
             time.sleep(0.02)
         injected_at = time.monotonic()
         act(run)

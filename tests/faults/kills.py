@@ -82,7 +82,7 @@ def interrupted(work_dir: Path, tries: int = 6, seed: int = 0) -> Row:
     # The large overlap makes evaluations long enough for a signal to arrive during one.
     arguments = (
         *("--num_workers", 1, "--epochs", 16, "--start_eval_at", 8, "--evaluate_every", 4),
-        *("--ckpt_every", "60m", "--overlap", 0.9, "--val_batch_size", 1),
+        *("--ckpt_every", "60m", "--overlap", 0.8, "--val_batch_size", 1),
     )
     failures: list[str] = []
     slowest = 0.0

@@ -1,11 +1,10 @@
-"""Runs of the real program as processes to inject faults into, and comparison of their results."""
+"""Runs of the real program in processes of its own to inject faults into, and comparison of their results."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,14 +21,15 @@ from data_loading.index import INDEX_NAME, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
 from runtime.checkpoint import format as checkpoints
+from tests import programs
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = programs.ROOT
 SPEC = DatasetSpec(name="balls", classes=("background", "bright", "brighter"))
 # Two resolutions and small windows: a step takes milliseconds, so that many runs take only minutes.
 TINY = (
     *("--model", "unet3d(filters=(4,8))"),
-    *("--input_shape", "16", "16", "16", "--val_input_shape", "16", "16", "16"),
-    *("--seed", "7", "--learning_rate", "0.3", "--quality_threshold", "1", "--batch_size", "1"),
+    *("--input_shape", "8", "8", "8", "--val_input_shape", "16", "16", "16"),
+    *("--seed", "7", "--learning_rate", "0.3", "--quality_threshold", "1", "--batch_size", "1", "--no_report"),
 )
 # Includes the import of torch on a busy machine.
 START_S = 120.0
@@ -78,40 +78,16 @@ class Run:
         log_dir.mkdir(parents=True, exist_ok=True)
         self.log_dir = log_dir
         self._output = [log_dir / f"rank_{rank}.txt" for rank in range(ranks)]
-        command = [sys.executable, *program, "--data_dir", str(data), "--log_dir", str(log_dir), *TINY]
-        command += map(str, arguments)
-        port = free_port()
+        command = [*program, "--data_dir", str(data), "--log_dir", str(log_dir), *TINY, *map(str, arguments)]
+        variables = programs.rank_variables(ranks) if ranks > 1 else [{}]
         self.started_at = time.time()
-        self.ranks: list[subprocess.Popen[bytes]] = []
-        self._writers: list[subprocess.Popen[bytes]] = []
-        for rank, output in enumerate(self._output):
-            # One thread per process: ranks that compete for cores take minutes instead of seconds.
-            variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if ranks > 1:
-                variables |= {
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_RANK": str(rank),
-                    "MASTER_ADDR": "localhost",
-                    "MASTER_PORT": str(port),
-                }
-            with output.open("w") as stream:
-                # The output passes through another process, to which the file size limit does not apply.
-                writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
-            limits = ["prlimit", f"--fsize={limit_bytes}"] if limit_bytes else []
-            self.ranks.append(
-                subprocess.Popen(
-                    [*limits, *command],
-                    cwd=PROJECT,
-                    env=variables | dict(environment),
-                    stdout=writer.stdin,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=_restore_sigint,
-                )
-            )
-            assert writer.stdin is not None
-            writer.stdin.close()
-            self._writers.append(writer)
+        self.ranks: list[programs.Started | subprocess.Popen[bytes]] = []
+        for output, of_rank in zip(self._output, variables, strict=True):
+            output.write_text("")
+            if limit_bytes is None:
+                self.ranks.append(programs.start(*command, out=output, environment={**of_rank, **environment}))
+            else:
+                self.ranks.append(_start_limited(command, output, limit_bytes))
 
     def output(self, rank: int = 0) -> str:
         return self._output[rank].read_text(encoding="utf-8", errors="replace")
@@ -157,8 +133,6 @@ class Run:
                 rank.kill()
                 rank.wait()
                 statuses.append(999)
-        for writer in self._writers:
-            writer.wait(10)
         return statuses
 
     def kill(self) -> list[int]:
@@ -170,16 +144,20 @@ class Run:
         return next((line for line in reversed(self.output(rank).splitlines()) if line.strip()), "")
 
 
-def _restore_sigint() -> None:
-    """Restores Ctrl-C, which programs started by a background shell ignore."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _start_limited(command: Sequence[str], output: Path, limit_bytes: int) -> subprocess.Popen[bytes]:
+    """Starts a new interpreter that can write no file larger than the limit, except its output."""
+    with output.open("w") as stream:
+        # The output passes through another process, to which the limit does not apply.
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
+    assert writer.stdin is not None
+    with writer.stdin:
+        return subprocess.Popen(
+            ["prlimit", f"--fsize={limit_bytes}", sys.executable, *command],
+            cwd=PROJECT,
+            env={**os.environ, **programs.THREADS},
+            stdout=writer.stdin,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def history(log_dir: Path) -> dict[str, Any]:

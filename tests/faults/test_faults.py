@@ -1,15 +1,21 @@
-"""Injects every fault of docs/reliability.md into the real program a few times; `make faults` injects it more often."""
+"""Injects every fault of docs/reliability.md into the real program a few times; `make faults` injects it more often.
+
+`make test` injects each kind once or twice, with timeouts of two seconds; the tests marked slow try more often.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults import Row, disks, groups, kills
 
-pytestmark = pytest.mark.integration
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -23,36 +29,53 @@ def assert_kept(row: Row, tries: int) -> None:
     assert (row.tried, row.kept) == (tries, tries)
 
 
-@pytest.mark.parametrize("variant", ["1 rank, 3 workers", "2 ranks, 1 worker"])
-def test_killed_and_resumed(tmp_path: Path, variant: str) -> None:
-    assert_kept(kills.killed_at_random(tmp_path, 2, variants=[variant]), 2)
+@pytest.mark.parametrize(
+    ("variant", "tries"), [("2 ranks, 1 worker", 1), slow("1 rank, 3 workers", 4), slow("2 ranks, 1 worker", 4)]
+)
+def test_killed_and_resumed(tmp_path: Path, variant: str, tries: int) -> None:
+    assert_kept(kills.killed_at_random(tmp_path, tries, variants=[variant]), tries)
 
 
-def test_interrupted(tmp_path: Path) -> None:
-    assert_kept(kills.interrupted(tmp_path, 3), 3)
+@pytest.mark.parametrize("tries", [2, slow(6)])
+def test_interrupted(tmp_path: Path, tries: int) -> None:
+    assert_kept(kills.interrupted(tmp_path, tries), tries)
 
 
 def test_second_signal(tmp_path: Path) -> None:
     assert_kept(groups.second_signal(tmp_path, 1), 1)
 
 
+# One worker of pytest-xdist: they share a run, and measure how soon both ranks end.
+@pytest.mark.xdist_group("groups of ranks")
 @pytest.mark.parametrize(
-    "fault", [groups.lost_rank, groups.stopped_rank, groups.hung_rank, groups.killed_worker, groups.hung_worker]
+    "fault",
+    [
+        groups.lost_rank,
+        partial(groups.stopped_rank, silence_s=4.0),
+        partial(groups.hung_rank, timeout_s=2),
+        partial(groups.killed_worker, timeout_s=2),
+        partial(groups.hung_worker, timeout_s=2),
+    ],
+    ids=["a rank is killed", "a rank is stopped", "a rank hangs", "a worker is killed", "a worker hangs"],
 )
-def test_lost(groups_dir: Path, fault: Callable[[Path, int], Row]) -> None:
-    assert_kept(fault(groups_dir / fault.__name__, 1), 1)
+def test_lost(groups_dir: Path, fault: Callable[[Path, int], Row], tmp_path: Path) -> None:
+    assert_kept(fault(groups_dir / tmp_path.name, 1), 1)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("groups of ranks")
 def test_restarted(groups_dir: Path) -> None:
     assert_kept(groups.restarted(groups_dir / "restarted", 1), 1)
 
 
-def test_damaged_checkpoints(tmp_path: Path) -> None:
-    assert_kept(disks.damaged_checkpoints(tmp_path / "work", 200), 200)
+@pytest.mark.parametrize("tries", [50, slow(200)])
+def test_damaged_checkpoints(tmp_path: Path, tries: int) -> None:
+    assert_kept(disks.damaged_checkpoints(tmp_path / "work", tries), tries)
 
 
-def test_killed_while_saving(tmp_path: Path) -> None:
-    assert_kept(disks.killed_while_saving(tmp_path / "work", 20), 20)
+@pytest.mark.parametrize("tries", [5, slow(20)])
+def test_killed_while_saving(tmp_path: Path, tries: int) -> None:
+    assert_kept(disks.killed_while_saving(tmp_path / "work", tries), tries)
 
 
 def test_full_disk(tmp_path: Path) -> None:
@@ -63,9 +86,11 @@ def test_full_disk_for_logs(tmp_path: Path) -> None:
     assert_kept(disks.full_disk_for_logs(tmp_path, 1), 1)
 
 
-def test_lost_volumes(tmp_path: Path) -> None:
-    assert_kept(disks.lost_volumes(tmp_path, 3), 3)
+@pytest.mark.parametrize("tries", [3, slow(6)])
+def test_lost_volumes(tmp_path: Path, tries: int) -> None:
+    assert_kept(disks.lost_volumes(tmp_path, tries), tries)
 
 
-def test_non_finite_values(tmp_path: Path) -> None:
-    assert_kept(disks.non_finite_values(tmp_path, 2), 2)
+@pytest.mark.parametrize("tries", [2, slow(4)])
+def test_non_finite_values(tmp_path: Path, tries: int) -> None:
+    assert_kept(disks.non_finite_values(tmp_path, tries), tries)

@@ -10,8 +10,6 @@ import torch
 
 from tests.integration.conftest import TINY, Program
 
-pytestmark = pytest.mark.integration
-
 
 def error_line(program: Program, *arguments: object) -> str:
     """Runs the program with bad arguments and returns its one-line error message."""
@@ -28,7 +26,6 @@ def error_line(program: Program, *arguments: object) -> str:
     ("arguments", "message"),
     [
         (("--data_dir", "/nowhere"), "no such folder"),
-        ((), "--data_dir is required"),
         (("--data_dir", "{data}", "--input_shape", 15, 16, 16), "the nearest is 16 16 16"),
         (("--data_dir", "{data}", "--val_input_shape", 16, 16, 2, "--input_shape", 2, 2, 2), "the nearest is 2 2 4"),
         (("--data_dir", "{data}", "--batch_size", 13), "too few training cases (12) for 1 rank(s) x batch size 13"),
@@ -38,13 +35,9 @@ def error_line(program: Program, *arguments: object) -> str:
         (("--data_dir", "{data}", "--model", "unet3d(filter=3)"), "it takes filters"),
         (("--data_dir", "{data}", "--loader", "fast"), "unknown loader; available: device, pytorch, synthetic"),
         (("--data_dir", "{data}", "--benchmark"), "leave nothing to time"),
-        (("--data_dir", "{data}", "--exec_mode", "evaluate"), "needs --load_ckpt_path"),
         (("--data_dir", "{data}", "--load_ckpt_path", "/nowhere.pth"), "no such file"),
         (("--data_dir", "{data}", "--save_ckpt_path", "{data}/dataset.json/c.pth"), "its folder cannot be written"),
         (("--data_dir", "{data}", "--log_dir", "{data}/dataset.json/logs"), "cannot be written"),
-        (("--data_dir", "{data}", "--amp_dtype", "bf16"), "has no effect without --amp"),
-        (("--data_dir", "{data}", "--overlap", 1), "windows must advance"),
-        (("--data_dir", "{data}", "--epochs", "many"), "must be an integer, not 'many'"),
         (("@/nowhere.args",), "/nowhere.args"),
     ],
 )

@@ -14,8 +14,6 @@ import pytest
 
 from tests.integration.conftest import PROJECT
 
-pytestmark = pytest.mark.integration
-
 FILE = re.compile(r"^A file, `(\S+)`:\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^A line in `(\w+)` of `(\S+)`:\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -24,7 +22,9 @@ LINE = re.compile(r"^A line in `(\w+)` of `(\S+)`:\n```python\n(.*?)^```$", re.M
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with everything that the document adds."""
     copy = tmp_path_factory.mktemp("extended") / "project"
-    shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns("tests", ".*", "__pycache__", "demo", "*.png"))
+    shutil.copytree(
+        PROJECT, copy, ignore=shutil.ignore_patterns("tests", ".*", "__pycache__", "demo", "build", "*.png")
+    )
     text = (PROJECT / "docs" / "extending.md").read_text(encoding="utf-8")
     files, lines = FILE.findall(text), LINE.findall(text)
     assert len(files) == len(lines) == 3
@@ -54,6 +54,7 @@ def run(project: Path, *arguments: object, ok: bool = True) -> subprocess.Comple
     return done
 
 
+@pytest.mark.slow
 def test_the_documented_additions_work(extended: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "raw").mkdir()

@@ -14,8 +14,6 @@ import pytest
 from tests.faults import hosts
 from tests.faults.hosts import ADDRESSES, LIMIT_S, Hosts, cut_off_host, judge
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Iterator[Hosts]:
@@ -25,6 +23,7 @@ def two_hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_run_with_a_disconnected_host_ends_as_without_the_cut(tmp_path: Path) -> None:
     if reason := hosts.unavailable_reason():
         pytest.skip(reason)

@@ -13,8 +13,6 @@ from common.errors import DIVERGED_EXIT, USER_ERROR_EXIT
 from runtime.arguments import parse_arguments
 from tests.integration.conftest import PROJECT
 
-pytestmark = pytest.mark.integration
-
 
 def kubeflow() -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the TrainingRuntime and the TrainJob."""

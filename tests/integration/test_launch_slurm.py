@@ -18,10 +18,8 @@ from torch.distributed.run import parse_args
 
 from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT
 from runtime.arguments import parse_arguments
-from tests.faults.runs import free_port
 from tests.integration.conftest import PROJECT, TINY
-
-pytestmark = pytest.mark.integration
+from tests.programs import free_port
 
 LAUNCH = PROJECT / "launch"
 JOB = "22001"
@@ -142,6 +140,7 @@ def test_the_batch_file_is_valid_bash() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_job_on_two_nodes_stops_before_the_time_limit_and_resumes_when_requeued(
     make_cluster: Callable[[str], Cluster], balls: Path, tmp_path: Path
 ) -> None:

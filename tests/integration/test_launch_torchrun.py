@@ -15,10 +15,8 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from common.errors import RANK_LOST_EXIT, USER_ERROR_EXIT
 from launch import torchrun
-from tests.faults.runs import free_port
 from tests.integration.conftest import PROJECT
-
-pytestmark = pytest.mark.integration
+from tests.programs import free_port
 
 
 def failed(*ranks: tuple[int, int]) -> ChildFailedError:
@@ -55,6 +53,7 @@ def test_torchrun_ends_with_the_ranks_status_and_one_line(
     assert message in line
 
 
+@pytest.mark.slow
 def test_bad_input_on_one_machine_ends_the_others_without_a_restart(tmp_path: Path) -> None:
     """The first machine, which hosts the rendezvous, exits with bad input; the second only loses a rank."""
     script = tmp_path / "script.py"

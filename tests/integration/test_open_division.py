@@ -12,8 +12,6 @@ import torch
 from runtime.checkpoint.format import load
 from tests.integration.conftest import TINY, Program, events_of
 
-pytestmark = pytest.mark.integration
-
 # 12 training cases: 5 steps of 4 samples per rank use each case at most twice.
 OPEN = (
     *TINY,

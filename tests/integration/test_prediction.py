@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from data_loading.io.volume import Geometry, read_nifti
 from tests.integration.conftest import TINY, Program
 
-pytestmark = pytest.mark.integration
-
 
 def dice(one: NDArray[np.uint8], other: NDArray[np.uint8], value: int) -> float:
     both = np.count_nonzero((one == value) & (other == value))

@@ -7,17 +7,21 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.browser import CHROMIUM, Page, open_browser
 from tests.integration.conftest import TINY, Program
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
 pytest.importorskip("matplotlib", reason="the report is drawn by matplotlib, which is not installed")
-pytestmark = pytest.mark.integration
 
 REPORTING = tuple(flag for flag in TINY if flag != "--no_report")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Without a sandbox, which a container may not allow; without the background services, which look for the network.
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--hide-scrollbars")
 WIDTHS, THEMES = (1280, 390), ("light", "dark")
 HOSTILE = "<script>document.title = 'broken'</script><img src=http://192.0.2.1/x.png onerror=alert(1)>"
 # For every element with its own text: font size and left and right edges in CSS pixels, and contrast (WCAG). Elements
@@ -53,11 +57,14 @@ MEASURE = """(() => {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    with open_browser() as opened:
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -87,58 +94,83 @@ def hostile(logs: Path, program: Program, tmp_path_factory: pytest.TempPathFacto
     return copy
 
 
-def measure(browser: Page, path: Path, width: int, theme: str) -> list[dict[str, Any]]:
-    """Opens a page, makes the checks common to all pages, and returns its texts."""
-    browser.requests.clear()
-    browser.problems.clear()
-    browser.show(path.as_uri(), width, theme=theme)
-    found: list[dict[str, Any]] = browser.evaluate(MEASURE)
+def open_page(browser: Browser, path: Path, width: int, theme: str) -> tuple[Page, list[str], list[str]]:
+    """Opens a file at a width in CSS pixels, below 500 as a phone; returns what it requested and complained about."""
+    is_phone = width < 500
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        device_scale_factor=2 if is_phone else 1,
+        is_mobile=is_phone,
+        color_scheme=theme,
+    )
+    page, requests, problems = context.new_page(), [], []
+
+    def listen(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning", "assert"):
+            problems.append(message.text)
+
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", listen)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(path.as_uri())
+    return page, requests, problems
+
+
+def measure(browser: Browser, path: Path, width: int, theme: str) -> tuple[Page, list[dict[str, Any]]]:
+    """Opens a page, makes the checks common to all pages, and returns it with its texts."""
+    page, requests, problems = open_page(browser, path, width, theme)
+    found: list[dict[str, Any]] = page.evaluate(MEASURE)
     assert len(found) > 50
-    assert browser.problems == []
-    assert [address for address in browser.requests if not address.startswith("data:")] == [path.as_uri()]
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert problems == []
+    assert [address for address in requests if not address.startswith("data:")] == [path.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert [text for text in found if text["right"] > width or text["left"] < 0] == []
     assert [text for text in found if text["size"] < 10] == []
     assert [text for text in found if text["contrast"] < 4.5] == []
-    return found
+    return page, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("theme", THEMES)
-def test_the_page_is_legible_and_requests_nothing(browser: Page, logs: Path, width: int, theme: str) -> None:
-    texts = {found["text"] for found in measure(browser, logs / "report.html", width, theme)}
+def test_the_page_is_legible_and_requests_nothing(browser: Browser, logs: Path, width: int, theme: str) -> None:
+    page, found = measure(browser, logs / "report.html", width, theme)
+    texts = {text["text"] for text in found}
     assert {"Target reached", "balls <run>", "bright", "brighter", "Worst, median, best"} <= texts
-    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") is (theme == "light")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
-def test_images_are_shown_and_described(browser: Page, logs: Path, width: int) -> None:
-    measure(browser, logs / "report.html", width, "light")
-    images = browser.evaluate(
+def test_images_are_shown_and_described(browser: Browser, logs: Path, width: int) -> None:
+    page, _ = measure(browser, logs / "report.html", width, "light")
+    images = page.evaluate(
         "[...document.images].map(i => [i.complete && i.naturalWidth, i.alt, i.getBoundingClientRect().width])"
     )
     assert len(images) == 9  # three planes of the worst, the median and the best case
     assert all(natural >= 500 and "plane of the" in alt and wide > 250 for natural, alt, wide in images)
-    charts = browser.evaluate("[...document.querySelectorAll('[role=img]')].map(e => e.getAttribute('aria-label'))")
+    charts = page.evaluate("[...document.querySelectorAll('[role=img]')].map(e => e.getAttribute('aria-label'))")
     assert len(charts) == 6
     assert all(charts)
     pictures = {file.name for file in (logs / "report").iterdir()}
     assert {f"{role}_{plane}.png" for role in ("worst", "median", "best") for plane in ("axial", "coronal")} <= pictures
 
 
-def test_headings_make_an_outline(browser: Page, logs: Path) -> None:
-    measure(browser, logs / "report.html", 1280, "light")
-    levels = browser.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))")
+@pytest.mark.slow
+def test_headings_make_an_outline(browser: Browser, logs: Path) -> None:
+    page, _ = measure(browser, logs / "report.html", 1280, "light")
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(second - first <= 1 for first, second in itertools.pairwise(levels))
-    assert browser.evaluate("document.documentElement.lang") == "en"
+    assert page.evaluate("document.documentElement.lang") == "en"
 
 
-def test_a_wide_table_scrolls_in_its_own_box(browser: Page, logs: Path) -> None:
-    measure(browser, logs / "report.html", 390, "light")
-    boxes = browser.evaluate(
+@pytest.mark.slow
+def test_a_wide_table_scrolls_in_its_own_box(browser: Browser, logs: Path) -> None:
+    page, _ = measure(browser, logs / "report.html", 390, "light")
+    boxes = page.evaluate(
         "[...document.querySelectorAll('.box')].map(b => [getComputedStyle(b).overflowX, b.tabIndex, "
         "b.getBoundingClientRect().right, b.getAttribute('aria-label')])"
     )
@@ -146,12 +178,13 @@ def test_a_wide_table_scrolls_in_its_own_box(browser: Page, logs: Path) -> None:
     assert all(overflow == "auto" and tab == 0 and right <= 390 and label for overflow, tab, right, label in boxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", THEMES)
-def test_names_from_files_are_escaped(browser: Page, hostile: Path, theme: str) -> None:
-    measure(browser, hostile / "report.html", 390, theme)
-    assert browser.evaluate("document.title").startswith("logs: ")
-    assert browser.evaluate("document.scripts.length") == 0
-    assert browser.evaluate("document.body.textContent").count(HOSTILE) >= 3
+def test_names_from_files_are_escaped(browser: Browser, hostile: Path, theme: str) -> None:
+    page, _ = measure(browser, hostile / "report.html", 390, theme)
+    assert page.evaluate("document.title").startswith("logs: ")
+    assert page.evaluate("document.scripts.length") == 0
+    assert page.evaluate("document.body.textContent").count(HOSTILE) >= 3
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +192,11 @@ def compared(logs: Path, hostile: Path, program: Program) -> Path:
     return Path(program("--exec_mode", "report", "--log_dir", logs, hostile).stdout.strip())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
-def test_runs_are_compared_on_a_page(browser: Page, compared: Path, width: int) -> None:
-    measure(browser, compared, width, "dark")
-    assert browser.evaluate("document.querySelector('h1').textContent") == "2 runs compared"
+def test_runs_are_compared_on_a_page(browser: Browser, compared: Path, width: int) -> None:
+    page, _ = measure(browser, compared, width, "dark")
+    assert page.evaluate("document.querySelector('h1').textContent") == "2 runs compared"
 
 
 def test_images_need_the_checkpoint_and_data_of_the_run(logs: Path, program: Program, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from submission.logs import read_log
 from tests.integration.conftest import PROJECT
 from tests.submission.synthetic_runs import TINY_RUN, write_blocks
 
-pytestmark = pytest.mark.integration
 STUB = PROJECT / "tests" / "submission" / "stub.py"
 
 
@@ -29,6 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ruleset", "unit"), [("3.0.0", 1), ("4.0.0", 168)])
 def test_mlperfs_checkers_accept_forty_packed_runs(
     ruleset: str, unit: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

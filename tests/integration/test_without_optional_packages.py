@@ -7,12 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.integration.conftest import PROJECT, TINY, events_of
 from tests.test_laws import OPTIONAL
-
-pytestmark = pytest.mark.integration
 
 # Runs main.py where an import of an optional package fails as if it were not installed.
 BLOCKED_MAIN = f"""

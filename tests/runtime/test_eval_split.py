@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import main
 from common.errors import UserError
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from model.registry import build_network
+from runtime.arguments import parse_arguments
 from runtime.distributed.world import World
+from runtime.run import evaluate_checkpoint
 
 MODEL = "unet3d(filters=(4, 8))"
 
@@ -52,8 +53,8 @@ def evaluate(data_dir: Path, *more: str) -> list[dict[str, str]]:
         str(data_dir.parent),
         *more,
     ]
-    config, given = main.parse_arguments(arguments)
-    main.evaluate_checkpoint(config, given, World(0, 1, torch.device("cpu")))
+    config, given = parse_arguments(arguments)
+    evaluate_checkpoint(config, given, World(0, 1, torch.device("cpu")))
     with (data_dir.parent / "evaluation.csv").open() as stream:
         return list(csv.DictReader(stream))
 

@@ -216,7 +216,6 @@ def test_bad_input_is_reported_in_one_line_with_status_2(
     assert not (raw.out / INDEX_NAME).exists()
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(("how", "workers"), [("damaged image", 2), ("huge header", 1), ("kits19: too low", 1)])
 def test_the_process_reports_it_too(
     how: str, workers: int, damage: Callable[[str], tuple[Raw, str]], run_python: RunPython

@@ -103,7 +103,6 @@ def test_every_case_has_a_line_and_the_medians_come_last(
     assert output.err == ""
 
 
-@pytest.mark.integration
 def test_two_workers_write_the_same_bytes(raw: Path, done: Path, tmp_path: Path, run_python: RunPython) -> None:
     ran = run_python(PROGRAM, "--data_dir", raw, "--results_dir", tmp_path, "--num_workers", 2)
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -164,7 +164,6 @@ preprocess_dataset.main(sys.argv[1:])
 """
 
 
-@pytest.mark.integration
 def test_killed_while_saving_and_started_again(raw: Path, done: Path, tmp_path: Path, run_python: RunPython) -> None:
     arguments = ["--data_dir", raw, "--results_dir", tmp_path, "--num_workers", 1]
     killed = run_python("-c", KILLED_WHILE_SAVING, *arguments)
@@ -233,7 +232,6 @@ gzip.open = hang
 """
 
 
-@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes by Linux's /proc")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_an_interrupted_run(raw: Path, tmp_path: Path, sent: signal.Signals) -> None:
@@ -272,7 +270,6 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.integration
 def test_a_killed_worker_is_reported_in_one_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "preprocess_case", die)
     with pytest.raises(
