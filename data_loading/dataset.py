@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.progress import track
 from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, DatasetIndex, read_index, write_json
 from data_loading.io.orientation import common_orientation
 from data_loading.preprocessing import Boxes, Shape, as_shape, foreground_boxes
@@ -157,7 +157,7 @@ def load_boxes(data_dir: Path, cases: Sequence[str], classes: int) -> list[Boxes
     cached = _read_cached_boxes(data_dir / BOXES_NAME)
     stamps = {case: _boxes_stamp(case_file(data_dir, case, "y"), classes) for case in cases}
     missing = [case for case in cases if cached.get(case, ([], {}))[0] != stamps[case]]
-    for case in tqdm(missing, desc="foreground boxes", unit="case", disable=None):
+    for case in track(missing, len(missing), "foreground boxes", "case"):
         label = np.asarray(map_array(case_file(data_dir, case, "y"), np.uint8))
         cached[case] = (stamps[case], foreground_boxes(label, classes))
     if missing:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common.progress import track
 from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import map_case
 from data_loading.io.volume import free_memory_bytes
@@ -122,4 +122,4 @@ def load_volumes(data_dir: Path, cases: Sequence[str], config: LoaderConfig) -> 
         )
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        return list(tqdm(threads.map(load, cases), "volumes", len(cases), unit="case", disable=None))
+        return list(track(threads.map(load, cases), len(cases), "volumes", "case"))

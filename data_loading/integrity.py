@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress import track
 from data_loading.dataset import case_file, case_files, find_index
 from data_loading.index import INDEX_NAME, CaseRecord, read_index, write_json
 from data_loading.preprocessing import Shape
@@ -120,7 +119,7 @@ def verify_changed(data_dir: Path, names: Sequence[str]) -> None:
     stamps = {name: file_stamp(data_dir / name) for name in names}
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         hashing = threads.map(lambda name: file_md5(data_dir / name), names)
-        found = list(tqdm(hashing, "MD5 of changed files", len(names), unit="file", disable=None))
+        found = list(track(hashing, len(names), "MD5 of changed files", "file"))
     damaged = [name for name, md5 in zip(names, found, strict=True) if md5 != digests.get(name)]
     record_verified(data_dir, records, {name: stamp for name, stamp in stamps.items() if name not in damaged})
     _raise_if_any(data_dir, damaged, "content differs from what preprocessing wrote")

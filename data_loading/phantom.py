@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
 from common.cli import Parser
 from common.errors import UserError, run_program
+from common.progress import track
 from data_loading.io.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
 
 DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second per case
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--results_dir {results} holds the masks themselves; name another folder")
     make = functools.partial(_make_case, results, arguments.seed, arguments.shape, arguments.field_of_view)
     workers = min(arguments.num_workers, len(cases))
-    for _ in tqdm(_run(make, cases, workers), total=len(cases), unit="case", disable=None):
+    for _ in track(_run(make, cases, workers), len(cases), "phantoms", "case"):
         pass
     print(f"{len(cases)} cases in {results}")
     return 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.errors import UserError
+from common.progress import track
 from data_loading.index import INDEX_NAME, read_index
 from data_loading.integrity import (
     MLPERF_CASES,
@@ -35,7 +34,7 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
     if not files:
         raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
     stamps = {path.name: file_stamp(path) for path in files}
-    found = {path.name: file_md5(path) for path in tqdm(files, desc="MD5", unit="file", disable=None)}
+    found = {path.name: file_md5(path) for path in track(files, len(files), "MD5", "file")}
     is_intact = True
     if (results_dir / INDEX_NAME).exists():
         index = read_index(results_dir / INDEX_NAME)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import replacing
 from common.messages import logger
+from common.progress import track
 from data_loading.dataset import case_file
 from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, CaseRecord, DatasetIndex, read_index, write_json
 from data_loading.integrity import VERIFIED_NAME, Stamp, file_md5, file_stamp
@@ -56,7 +57,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
         dropped = []
-        for case, record in tqdm(_run(todo, results_dir, raw, num_workers), total=len(todo), unit="case", disable=None):
+        for case, record in track(_run(todo, results_dir, raw, num_workers), len(todo), "preprocessing", "case"):
             tqdm.write(_describe_case(case, record))
             if record is None:
                 dropped.append(case)
@@ -101,7 +102,7 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     if replace(index.spec, name=raw.spec.name) != raw.spec:
         return {}
     intact: dict[str, CaseRecord] = {}
-    for case in tqdm(raw.cases, desc="checking finished cases", unit="case", disable=None):
+    for case in track(raw.cases, len(raw.cases), "checking finished cases", "case"):
         record = index.cases.get(case.case)
         if record and record.source_stamp == case.stamp():
             digests, stamps = _hash_files(results_dir, case.case)

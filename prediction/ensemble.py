@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.messages import note
+from common.progress import Progress, make_progress
 from data_loading.io.scan_discovery import Source, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
 from data_loading.preprocessing import GridTransform, preprocess_image, to_source_grid
@@ -140,7 +141,7 @@ def predict_image(
         if plan.note:
             note(f"{name}: {plan.note}{failure}")
         try:
-            return mean_probabilities(torch.from_numpy(image)[None], ensemble, plan)
+            return mean_probabilities(torch.from_numpy(image)[None], ensemble, plan, name)
         except torch.OutOfMemoryError:
             failure = " (the GPU ran out of memory)"
             torch.cuda.empty_cache()
@@ -148,31 +149,35 @@ def predict_image(
 
 
 @torch.inference_mode()
-def mean_probabilities(image: Tensor, ensemble: Ensemble, plan: MemoryPlan) -> NDArray[np.float32]:
+def mean_probabilities(image: Tensor, ensemble: Ensemble, plan: MemoryPlan, name: str) -> NDArray[np.float32]:
     """Returns the mean of the members' softmax over all flips, (1, C, D, H, W) -> (K, D, H, W), on the host."""
     total: Tensor | None = None
+    windows = sum(member.windows.windows(image.shape[2:]) for member in ensemble.members)
+    progress = make_progress(windows * len(ensemble.flips), name, "window", leave=False)
     image = image.to(plan.volume_device)
     for member in ensemble.members:
         to_device(member.network, plan.network_device, member.layout)
         for axes in ensemble.flips:
-            probabilities = _logits(image.flip(axes) if axes else image, member, plan)
+            probabilities = _logits(image.flip(axes) if axes else image, member, plan, progress)
             # Softmax in place: another K volumes would be the largest tensor in memory.
             probabilities.sub_(probabilities.amax(dim=1, keepdim=True)).exp_()
             probabilities.div_(probabilities.sum(dim=1, keepdim=True))
             probabilities = probabilities.flip(axes) if axes else probabilities
             total = probabilities if total is None else total.add_(probabilities)
             del probabilities
+    progress.close()
     assert total is not None
     total /= len(ensemble.members) * len(ensemble.flips)
     return total[0].cpu().numpy()
 
 
-def _logits(image: Tensor, member: Member, plan: MemoryPlan) -> Tensor:
+def _logits(image: Tensor, member: Member, plan: MemoryPlan, progress: Progress) -> Tensor:
     precision = choose_precision(member.amp, member.amp_dtype, plan.network_device)
 
     def predict(windows: Tensor) -> Tensor:
         with precision.autocast():
             logits: Tensor = member.network(windows.to(plan.network_device))
+        progress.update(len(windows))
         return logits.to(plan.volume_device)
 
     windows = member.windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.registry import Spec
-from runtime.flag_fields import flag_names, make_parser
+from runtime.flag_fields import Flag, flag_names, make_parser
 from runtime.io_flags import NO_DATA, InputOutputFlags, LoggingFlags, PredictionFlags, SubmissionFlags
 from runtime.training_flags import NetworkFlags, OptimizerFlags, SamplingFlags, TrainingFlags
 
@@ -19,6 +20,8 @@ DESCRIPTION = (
 )
 # Former names of flags, as old checkpoints and run records hold them.
 RENAMED_FLAGS = {"subset": "eval_split", "untimed_steps": "prewarm_steps"}
+# Left out of `run.args`: they belong to one process or one start of a run.
+NOT_REPEATED = ("exec_mode", "local_rank", "resume", "verbose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
         config = replace(config, data_dir=Path("synthetic"))
     _check(config, given)
     return config, given
+
+
+def to_argument_file(config: RunConfig, seed: int) -> str:
+    """Returns a file with which `main.py @FILE` repeats a training run; flags with their default are comments.
+
+    Args:
+        seed: the run's master seed.
+    """
+    lines = ["# The flags of a run: python3 main.py @run.args repeats it. Those after a # have their default."]
+    for f in fields(RunConfig):
+        meta: Flag = f.metadata["flag"]
+        value = seed if f.name == "seed" else getattr(config, f.name)
+        if not meta.help or meta.mode or f.name in NOT_REPEATED or value is None or value is False:
+            continue
+        if config.loader == "synthetic" and f.name == "data_dir":
+            continue
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words = [str(one.absolute() if isinstance(one, Path) else one) for one in values]
+        line = shlex.join([f"--{f.name}", *words])
+        lines.append(f"# {line}" if value == f.default else line)
+    return "\n".join(lines) + "\n"
 
 
 def check_paths(config: RunConfig) -> None:

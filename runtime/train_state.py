@@ -18,6 +18,11 @@ class Stop:
     exit_status: int = 0
 
 
+def target_not_reached(epochs: int) -> str:
+    """Returns the reason of a run that has used up its epochs."""
+    return f"the target was not reached in {epochs} epochs"
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """What training changes; a checkpoint holds all of it, except the gradients' norm.

@@ -43,7 +43,7 @@ from runtime.memory_format import MEMORY_FORMATS
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
 from runtime.seeding import seed_step
-from runtime.train_state import Stop, TrainState
+from runtime.train_state import Stop, TrainState, target_not_reached
 
 # Below this mean Dice the network predicts nothing at all: MLPerf's reference calls the run diverged.
 DIVERGED_DICE = 1e-6
@@ -135,7 +135,7 @@ def run_blocks(state: TrainState, loop: TrainLoop) -> Stop:
                 break
         stop = stop or evaluate_if_due(state, loop)
         loop.emit(BlockStopped(first_epoch, max(1, state.epoch - first_epoch + 1)))
-    return stop or Stop("aborted", f"the target was not reached in {loop.schedule.epochs} epochs")
+    return stop or Stop("aborted", target_not_reached(loop.schedule.epochs))
 
 
 def train_epoch(state: TrainState, loop: TrainLoop, epoch: int) -> Stop | None:

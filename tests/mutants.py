@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,30 +144,32 @@ def draw(seed: int) -> list[Mutant]:
     return drawn
 
 
-def first_failure(mutant: Mutant, tests: Sequence[str], copy: Callable[[Path], None]) -> tuple[str, float]:
+def first_failure(mutant: Mutant, options: Sequence[str]) -> tuple[str, float]:
     """Returns the first test that fails in a copy of the project with the mutant, "" if none does, and the seconds."""
     with tempfile.TemporaryDirectory(prefix="mutant_") as folder:
         project = Path(folder, "project")
-        copy(project)
+        copy_project(project)
         mutant.plant(project)
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=project,
-                capture_output=True,
-                text=True,
-                timeout=LIMIT_S,
-                check=False,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            return f"no end within {LIMIT_S} s", time.monotonic() - began
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        if done.returncode and not failed:
-            return f"pytest ended with status {done.returncode}", time.monotonic() - began
-        return failed[1] if failed else "", time.monotonic() - began
+        # The quick tests first.
+        unit_tests = ["--ignore", "tests/faults", "--ignore", "tests/integration"]
+        failed = run_tests(project, [*options, *unit_tests]) or run_tests(
+            project, [*options, "tests/faults", "tests/integration"]
+        )
+        return failed, time.monotonic() - began
+
+
+def run_tests(project: Path, options: Sequence[str]) -> str:
+    """Returns the first test that fails, "" if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *options]
+    try:
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no end within {LIMIT_S} s"
+    failed = re.search(r"^(?:FAILED|ERROR) ([^\s@]+)", done.stdout, re.MULTILINE)
+    if done.returncode and not failed:
+        return f"pytest ended with status {done.returncode}"
+    return failed[1] if failed else ""
 
 
 def copy_project(to: Path) -> None:
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, mutant in enumerate(draw(arguments.seed), start=1):
         if arguments.only and number not in arguments.only:
             continue
-        test, seconds = ("", 0.0) if arguments.list else first_failure(mutant, tests, copy_project)
+        test, seconds = ("", 0.0) if arguments.list else first_failure(mutant, tests)
         caught, drawn = caught + bool(test), drawn + 1
         change = f"{mutant.kind}: `{mutant.old}` → `{mutant.new}`".replace("\n", " ")
         print(

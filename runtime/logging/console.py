@@ -1,24 +1,24 @@
-"""Trackers for the terminal: lines on stdout, progress bars on stderr."""
+"""Trackers for the terminal: lines on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from tqdm import tqdm
 
+from common.progress import Progress, make_progress
 from runtime.logging import events as ev
+from runtime.train_state import target_not_reached
 
 
 class EvaluationTracker:
-    """`--exec_mode evaluate`: a progress bar on stderr, and each score as a `name value` line on stdout."""
+    """`--exec_mode evaluate`: progress on stderr, and each score as a `name value` line on stdout."""
 
     def __init__(self, verbose: bool) -> None:
-        self._bar = CaseBar() if verbose else None
+        self._progress = CaseProgress(verbose)
 
     def on(self, event: ev.Event) -> None:
-        if self._bar:
-            self._bar.on(event)
+        self._progress.on(event)
         if isinstance(event, ev.EvaluationStopped):
             print(f"epoch {event.epoch}")
             for value, dice in enumerate(event.dice, start=1):
@@ -26,29 +26,34 @@ class EvaluationTracker:
             print(f"mean_dice {event.mean_dice:.6f}\neval_loss {event.loss:.6f}", flush=True)
 
 
-class CaseBar:
-    """A progress bar over the cases of an evaluation."""
+class CaseProgress:
+    """Progress over the cases of an evaluation."""
 
-    def __init__(self) -> None:
-        self._bar: Any = None
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+        self._progress: Progress | None = None
 
     def on(self, event: ev.Event) -> None:
         if isinstance(event, ev.EvaluationStarted):
-            self._bar = tqdm(total=event.cases, desc="evaluate", unit="case", leave=False, dynamic_ncols=True)
+            self._progress = make_progress(event.cases, "evaluate", "case", bar=self._verbose, leave=False)
+        elif self._progress is None:
+            return
         elif isinstance(event, ev.CaseEvaluated):
-            self._bar.update()
-        elif isinstance(event, ev.EvaluationStopped | ev.RunStopped) and self._bar is not None:
-            self._bar.close()  # a run may end during an evaluation
+            self._progress.update()
+        elif isinstance(event, ev.EvaluationStopped | ev.RunStopped):
+            self._progress.close()  # a run may end during an evaluation
 
 
 class ConsoleTracker:
-    """Prints each evaluation and the end of the run in a line, and, if `verbose`, progress bars on stderr."""
+    """Prints each evaluation and the end of the run in a line; progress on stderr, as bars if `verbose`."""
 
     def __init__(self, verbose: bool, epochs: int) -> None:
         self._verbose = verbose
         self._epochs = epochs
-        self._bar: Any = None
-        self._case_bar = CaseBar()
+        self._bar: Progress | None = None
+        self._cases = CaseProgress(verbose)
+        self._best: ev.EvaluationStopped | None = None
+        self._benchmark, self._target = False, 1.0
         self._first_epoch = 1
         self._batches = 1
         self._postfix: dict[str, str] = {}
@@ -62,30 +67,48 @@ class ConsoleTracker:
         if isinstance(event, ev.InitStopped):
             because = f" ({'; '.join(event.rule_violations)})" if event.rule_violations else ""
             self._print(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
+            self._benchmark, self._target = event.config.benchmark, event.config.quality_threshold
         elif isinstance(event, ev.EvaluationStopped):
+            if self._best is None or event.mean_dice > self._best.mean_dice:
+                self._best = event
             scores = ", ".join(f"L{value} {dice:.4f}" for value, dice in enumerate(event.dice, start=1))
             self._print(
                 f"epoch {event.epoch}: mean Dice {event.mean_dice:.4f} ({scores}), loss {event.loss:.4f}, "
                 f"{event.seconds:.1f} s"
             )
-        if self._verbose:
-            self._progress(event)
+        self._show_progress(event)
         if isinstance(event, ev.RunStopped):
-            self._print(f"{event.status} after {event.epoch} epochs and {event.seconds:.1f} s: {event.reason}")
+            self._print(self._describe_end(event))
+
+    def _describe_end(self, event: ev.RunStopped) -> str:
+        """States in plain words how the run ended, and what to try if it did not reach its target."""
+        took = f"after {event.epoch} epochs and {event.seconds:.1f} s"
+        if event.status == "success":
+            return f"target reached {took}: {event.reason}"
+        if event.reason != target_not_reached(self._epochs):
+            return f"stopped {took}: {event.reason}"
+        if self._benchmark:
+            return f"benchmark done {took}"
+        if self._best is None:
+            return f"target not reached {took}: no evaluation was due; see --start_eval_at and --evaluate_every"
+        return (
+            f"target not reached {took}: best mean Dice {self._best.mean_dice:.4f} in epoch {self._best.epoch}, target "
+            f"{self._target}; more --epochs with --resume continue the run, or try another --learning_rate"
+        )
 
     def _print(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def _progress(self, event: ev.Event) -> None:
-        self._case_bar.on(event)
+    def _show_progress(self, event: ev.Event) -> None:
+        self._cases.on(event)
         if isinstance(event, ev.EpochStarted):
             if self._bar is None:
                 self._first_epoch, self._batches = event.epoch, event.batches
                 remaining = self._epochs - event.epoch + 1
-                self._bar = tqdm(total=remaining * event.batches, desc="train", unit="batch", dynamic_ncols=True)
+                self._bar = make_progress(remaining * event.batches, "train", "batch", bar=self._verbose)
             self._bar.set_description(f"epoch {event.epoch}/{self._epochs} rate {event.learning_rate:.3g}")
-        elif isinstance(event, ev.MicroBatchEnd):
+        elif isinstance(event, ev.MicroBatchEnd) and self._bar is not None:
             # Not `update(1)`: a resumed run may begin in the middle of an epoch.
             done = (event.epoch - self._first_epoch) * self._batches + event.batch + 1
             self._bar.update(done - self._bar.n)

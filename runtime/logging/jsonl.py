@@ -1,4 +1,4 @@
-"""`LOG_DIR/log.jsonl`, one JSON object per event, and `LOG_DIR/run.json`, the facts known before the first step."""
+"""`log.jsonl`, one JSON object per event; `run.json` and `run.args`, what is known of a run before its first step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runtime.arguments import to_argument_file
 from runtime.logging import events as ev
 
 
@@ -38,10 +39,14 @@ def _strict(value: Any) -> Any:
 
 
 class RunFileTracker:
-    """`LOG_DIR/run.json`: configuration, environment, seeds and division, written before the first step."""
+    """Written before the first step, in `LOG_DIR`.
+
+    `run.json`: configuration, environment, seeds and division. `run.args`: the flags, with which `main.py @run.args`
+    repeats the run.
+    """
 
     def __init__(self, log_dir: Path) -> None:
-        self._path = log_dir / "run.json"
+        self._log_dir = log_dir
         self._content: dict[str, Any] = {}
 
     def on(self, event: ev.Event) -> None:
@@ -54,4 +59,6 @@ class RunFileTracker:
                 "rule_violations": event.rule_violations,
             }
             self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
-            self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+            (self._log_dir / "run.json").write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+            flags = to_argument_file(event.config, event.seeds["master"])
+            (self._log_dir / "run.args").write_text(flags, encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import rotate
 
-LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "benchmark.json", "rates.csv")
+LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "run.args", "benchmark.json", "rates.csv")
 
 
 def rotate_logs(log_dir: Path) -> None:

@@ -142,6 +142,14 @@ def test_a_second_run_keeps_the_logs_of_the_first(program: Program, balls: Path,
     assert json.loads((tmp_path / "run.1.json").read_text())["config"]["epochs"] == 1
 
 
+def test_its_argument_file_repeats_a_run(program: Program, balls: Path, tmp_path: Path) -> None:
+    program("--data_dir", balls, "--log_dir", tmp_path / "first", *TINY, "--epochs", 2, "--seed", -1)
+    program(f"@{tmp_path / 'first' / 'run.args'}", "--log_dir", tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "first")
+    first, again = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("first", "again"))
+    assert first["seeds"] == again["seeds"]
+
+
 def test_benchmark_reports_samples_over_time(program: Program, tmp_path: Path) -> None:
     done = program(
         *("--loader", "synthetic", "--log_dir", tmp_path, *TINY, "--benchmark"),

@@ -230,10 +230,10 @@ def test_if_the_gpu_runs_out_of_memory_the_next_plan_is_tried(
 
     original = ensembles.mean_probabilities
 
-    def runs_out(image: Tensor, ensemble: Ensemble, plan: MemoryPlan) -> NDArray[np.float32]:
+    def runs_out(image: Tensor, ensemble: Ensemble, plan: MemoryPlan, name: str) -> NDArray[np.float32]:
         if plan.batch_size == 7:
             raise torch.OutOfMemoryError
-        return original(image, ensemble, plan)
+        return original(image, ensemble, plan, name)
 
     monkeypatch.setattr(ensembles, "memory_plans", two_plans)
     monkeypatch.setattr(ensembles, "mean_probabilities", runs_out)

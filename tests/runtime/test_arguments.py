@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from runtime.arguments import (
     RunConfig,
     checkpoint_path,
     parse_arguments,
+    to_argument_file,
     with_checkpoint_network,
     with_current_names,
 )
@@ -637,3 +638,33 @@ def test_to_json_is_plain_python() -> None:
     assert (record["data_dir"], record["save_ckpt_path"], record["load_ckpt_path"]) == ("DATA", "c.pth", ())
     assert type(record["augment"][0]) is str
     assert {type(value) for value in record.values()} <= {str, int, float, bool, tuple, type(None)}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--amp", "--augment", "flips(p=0.5)", "mixup(alpha=0.2)", "--model", "unet3d(filters=(4, 8))"),
+        ("--augment", "--callbacks", "top_k(k=2)", "--input_shape", "16", "32", "64", "--log_dir", "my logs"),
+        ("--optimizer", "lamb", "--lamb_betas", "0.8", "0.99", "--init_from", "it's.pth", "--freeze", "encoder.*"),
+    ],
+)
+def test_the_argument_file_of_a_run_repeats_it(flags: tuple[str, ...], tmp_path: Path) -> None:
+    config = parse(*flags)
+    (tmp_path / "run.args").write_text(to_argument_file(config, 4711))
+    read, _ = parse_arguments([f"@{tmp_path / 'run.args'}"])
+    paths = {name: getattr(config, name).absolute() for name in ("data_dir", "log_dir")}
+    paths |= {"init_from": config.init_from.absolute()} if config.init_from else {}
+    assert read == replace(config, seed=4711, **paths)
+
+
+def test_defaults_stand_in_the_argument_file_as_comments() -> None:
+    lines = to_argument_file(parse("--epochs", "7"), 5).splitlines()
+    assert {"--epochs 7", "--seed 5", "# --batch_size 2", "# --model unet3d"} <= set(lines)
+    assert not any("resume" in line or "scan" in line or "local_rank" in line for line in lines)
+
+
+def test_a_run_without_data_repeats_without_data(tmp_path: Path) -> None:
+    config, _ = parse_arguments(["--loader", "synthetic"])
+    (tmp_path / "run.args").write_text(to_argument_file(config, 1))
+    assert parse_arguments([f"@{tmp_path / 'run.args'}"])[0].data_dir == config.data_dir

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial, partialmethod
+from typing import Any
 
 import pytest
 from tqdm import tqdm
 
+from common import progress
 from runtime.arguments import RunConfig, parse_arguments
-from runtime.logging import console
 from runtime.logging import events as ev
 from runtime.logging.console import ConsoleTracker, EvaluationTracker
+from runtime.train_state import target_not_reached
 
 Captured = pytest.CaptureFixture[str]
 
@@ -79,7 +82,7 @@ def test_a_quiet_run_is_three_lines_on_stdout_and_nothing_on_stderr(config: RunC
     assert out.splitlines() == [
         "division closed; seed 1234; 1xABACUS",
         "epoch 1: mean Dice 0.6500 (L1 0.7000, L2 0.6000), loss 0.1234, 2.0 s",
-        "success after 1 epochs and 61.3 s: mean Dice 0.6500 reached 0.6",
+        "target reached after 1 epochs and 61.3 s: mean Dice 0.6500 reached 0.6",
     ]
     assert out.endswith("\n")
     assert "\r" not in out
@@ -128,7 +131,7 @@ class Eager(tqdm):  # type: ignore[type-arg]
 def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "tqdm", Eager)
+    monkeypatch.setattr(progress, "tqdm", Eager)
     tracker = ConsoleTracker(verbose=True, epochs=3)
     send(tracker, [*evaluation(1), ev.EpochStarted(2, 0.1, 2)])  # resumed with an evaluation to come
     send(
@@ -152,7 +155,31 @@ def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
 @pytest.mark.parametrize("verbose", [False, True])
 def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured) -> None:
     ConsoleTracker(verbose, epochs=3).on(ev.RunStopped("aborted", "the target was not reached in 3 epochs", 3, 0.0))
-    assert capsys.readouterr().out == "aborted after 3 epochs and 0.0 s: the target was not reached in 3 epochs\n"
+    expected = "target not reached after 3 epochs and 0.0 s: no evaluation was due; see --start_eval_at and --evaluate_"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason", "line"),
+    [
+        ({}, "interrupted by SIGTERM", "stopped after 3 epochs and 1.0 s: interrupted by SIGTERM"),
+        ({"benchmark": True}, target_not_reached(3), "benchmark done after 3 epochs and 1.0 s"),
+        (
+            {"quality_threshold": 0.9},
+            target_not_reached(3),
+            "target not reached after 3 epochs and 1.0 s: best mean Dice 0.6500 in epoch 2, target 0.9; more --epochs "
+            "with --resume continue the run, or try another --learning_rate",
+        ),
+    ],
+)
+def test_a_run_below_its_target_says_so_and_what_to_try(
+    flags: dict[str, Any], reason: str, line: str, config: RunConfig, capsys: Captured
+) -> None:
+    tracker = ConsoleTracker(verbose=False, epochs=3)
+    worse = ev.EvaluationStopped(epoch=3, mean_dice=0.25, dice=[0.2, 0.3], loss=0.5, seconds=1.0)
+    begun = init_stopped(replace(config, **flags), [], [])
+    send(tracker, [begun, *evaluation(2), worse, ev.RunStopped("aborted", reason, 3, 1.0)])
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_an_evaluation_is_name_value_lines(capsys: Captured) -> None:
@@ -169,7 +196,7 @@ def test_an_evaluation_is_name_value_lines(capsys: Captured) -> None:
 
 
 def test_a_verbose_evaluation_counts_its_cases_on_stderr(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "tqdm", partial(tqdm, mininterval=0))  # every update is drawn
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0))  # every update is drawn
     send(EvaluationTracker(verbose=True), evaluation(7))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
