@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test test-all lint faults clean
 
-demo: $(VENV)/core
+demo: $(VENV)/report
 	$(RUN) demo.py --work_dir demo
 
 # Two test processes; on a machine with more cores, set WORKERS.
@@ -32,6 +32,10 @@ lint: $(VENV)/dev
 $(VENV)/core: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/report: $(VENV)/core pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check '.[report]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/core requirements-dev.txt pyproject.toml

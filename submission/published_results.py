@@ -23,6 +23,9 @@ class PublishedResult:
     minutes: float | None
 
 
+# Forward and backward pass of one window of 128 x 128 x 128 voxels.
+SAMPLE_TFLOP = 2.860
+
 PUBLISHED_RESULTS = (
     PublishedResult(
         name="NVIDIA (MXNet), 8 x H200, v4.0", devices=8, samples_per_s=76.05, evaluation_s=1.67, minutes=11.5

@@ -151,11 +151,12 @@ def first_failure(mutant: Mutant, options: Sequence[str]) -> tuple[str, float]:
         copy_project(project)
         mutant.plant(project)
         began = time.monotonic()
-        # The quick tests first.
-        unit_tests = ["--ignore", "tests/faults", "--ignore", "tests/integration"]
-        failed = run_tests(project, [*options, *unit_tests]) or run_tests(
-            project, [*options, "tests/faults", "tests/integration"]
-        )
+        # The likeliest and quickest tests first.
+        own = f"tests/{Path(mutant.file).parts[0]}"
+        others = [option for name in (own, "tests/faults", "tests/integration") for option in ("--ignore", name)]
+        failed = ""
+        for tests in ([own], others, ["tests/faults", "tests/integration"]):
+            failed = failed or run_tests(project, [*options, *tests])
         return failed, time.monotonic() - began
 
 

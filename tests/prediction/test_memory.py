@@ -127,7 +127,7 @@ predict_scan(Source("scan", Path("{tmp_path}/mask.nii"), Path("{tmp_path}/scan.n
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
 print(int(peak) * 1024 / GIB - started)
 """
-    for limit_gb in (1.0, 0.4):  # all windows at once would take more
+    for limit_gb in (1.0, 0.5):  # all windows at once would take more
         done = run_python("-c", program, limit_gb)
         assert done.returncode == 0, done.stderr
         assert 0.4 * limit_gb < float(done.stdout) < limit_gb

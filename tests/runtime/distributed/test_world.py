@@ -190,3 +190,17 @@ def test_a_store_that_ended_with_rank_0_means_that_rank_0_was_here() -> None:
             raise RuntimeError("Connection reset by peer")
 
     World(1, 2, CPU, store=Gone()).wait_for_main("saved", 60)
+
+
+def test_buffers_become_those_of_rank_0(run_ranks: Callable[..., list[str]]) -> None:
+    printed = run_ranks(
+        """
+        import torch
+        norm = torch.nn.BatchNorm3d(2)
+        norm.running_mean.fill_(1.5 + world.rank)
+        norm.num_batches_tracked.fill_(7 + world.rank)
+        world.broadcast_buffers(norm)
+        print(norm.running_mean.tolist(), norm.num_batches_tracked.item())
+        """
+    )
+    assert printed == ["[1.5, 1.5] 7\n"] * 2
