@@ -127,11 +127,12 @@ def check(events: list[dict[str, Any]], scores: dict[str, float], report: Path) 
 
 def unseen_dice(work: Path) -> list[float]:
     """Returns the Dice of kidney and tumour in the mask of the new patient, on its own scan's grid."""
-    import nibabel as nib
     import numpy as np
 
+    from data_loading.io.volume import read_nifti
+
     paths = (work / "new_patient_mask.nii.gz", work / "new_patient" / "case_00000" / "segmentation.nii.gz")
-    mask, truth = (np.asarray(nib.load(path).dataobj) for path in paths)
+    mask, truth = (read_nifti(path, np.uint8).array for path in paths)
     overlaps = (2 * ((mask == k) & (truth == k)).sum() / ((mask == k).sum() + (truth == k).sum()) for k in (1, 2))
     return [float(overlap) for overlap in overlaps]
 
