@@ -91,7 +91,7 @@ def test_published_rates_in_the_benchmark_s_table(capsys: pytest.CaptureFixture[
     figures = {"latency_mean_ms": 2000.0, "forward_backward_ms": 1900.0, "verdict": "compute-bound"}
     demo.print_benchmark({**figures, "share_of_peak": 0.5, "tflops_per_s": 0.286})
     out = capsys.readouterr().out
-    assert "2.00 s per step, 95% of it forward and backward; compute-bound, 50% of this machine's" in out
+    assert "2.00 s per step, 95% of it forward and backward; compute-bound, at 50% of the speed of" in out
     rows = {line[:20].strip(): line.split() for line in out.splitlines()}
     assert rows["this machine, conver"][-2:] == ["0.100", "0.29"]
     assert rows["NVIDIA (MXNet), 8 x"][-3:] == ["36.40", "104", "23.8"], "the last of them"
