@@ -130,13 +130,14 @@ def _inject(
     """
     program: dict[str, Any] = {"program": HANGING, "environment": environment} if environment else {}
     data, whole = reference(work_dir.parent)
-    arguments = ("--num_workers", 1, *ARGUMENTS, "--worker_timeout", timeout_s, "--stall_timeout", timeout_s)
+    arguments = ("--num_workers", 1, *ARGUMENTS)
+    timeouts = ("--worker_timeout", timeout_s, "--stall_timeout", timeout_s)
     rng = random.Random(0)
     failures: list[str] = []
     slowest = 0.0
     for number in range(tries):
         log_dir = work_dir / f"try_{number}"
-        run = Run(data, log_dir, *arguments, ranks=2, **program)
+        run = Run(data, log_dir, *arguments, *timeouts, ranks=2, **program)
         run.wait_for("EpochStopped", 4)
         time.sleep(rng.uniform(0, 0.2))
         while "HANG_AT" in environment and "hangs now" not in run.output(1):

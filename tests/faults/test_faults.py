@@ -1,6 +1,6 @@
 """Injects every fault of docs/reliability.md into the real program a few times; `make faults` injects it more often.
 
-`make test` injects each kind once or twice, with timeouts of two seconds; the tests marked slow try more often.
+`make test` injects each kind once or twice, with timeouts of four seconds; the tests marked slow try more often.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def test_second_signal(tmp_path: Path) -> None:
     "fault",
     [
         groups.lost_rank,
-        partial(groups.stopped_rank, silence_s=4.0),
-        partial(groups.hung_rank, timeout_s=2),
-        partial(groups.killed_worker, timeout_s=2),
-        partial(groups.hung_worker, timeout_s=2),
+        partial(groups.stopped_rank, silence_s=6.0),
+        partial(groups.hung_rank, timeout_s=4),
+        partial(groups.killed_worker, timeout_s=4),
+        partial(groups.hung_worker, timeout_s=4),
     ],
     ids=["a rank is killed", "a rank is stopped", "a rank hangs", "a worker is killed", "a worker hangs"],
 )
