@@ -25,12 +25,17 @@ logging.addLevelName(NOTE, "NOTE")
 _held_notes: list[str] = []
 
 
+def is_main_rank() -> bool:
+    """Returns whether this process is rank 0, which alone prints what is the same on every rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class ConsoleHandler(logging.Handler):
     """Prints each message and flushes. Never raises: a full disk or a closed pipe must not end a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_plain = record.levelno <= logging.INFO
-        if is_plain and os.environ.get("RANK", "0") != "0":
+        if is_plain and not is_main_rank():
             return
         prefix = "" if is_plain else f"{record.levelname.lower()}: "
         with suppress(OSError, ValueError):  # ValueError: the stream has been closed

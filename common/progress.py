@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from tqdm import tqdm
+
+from common.messages import is_main_rank
 
 T = TypeVar("T")
 INTERVAL_S = 30.0
@@ -28,11 +29,6 @@ class Progress(Protocol):
     def close(self) -> object: ...
 
 
-def is_main() -> bool:
-    """Whether this process is rank 0, which alone shows progress."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class ProgressLines:
     """Prints `evaluate: 12 of 42 cases, 1:31 elapsed, 3:47 left` on stderr, at most once every `INTERVAL_S`.
 
@@ -49,7 +45,7 @@ class ProgressLines:
     def update(self, n: float = 1) -> None:
         self.n += n
         now = time.monotonic()
-        if now - self._printed_at < INTERVAL_S or self.n <= 0 or not is_main():
+        if now - self._printed_at < INTERVAL_S or self.n <= 0 or not is_main_rank():
             return
         self._printed_at = now
         elapsed_s = now - self._started_at
@@ -77,7 +73,7 @@ def make_progress(total: int, desc: str, unit: str, *, bar: bool | None = None, 
         bar: draw a bar; None: if stderr is a terminal.
         leave: keep the bar on the terminal when it is complete.
     """
-    if (sys.stderr.isatty() and is_main()) if bar is None else bar:
+    if (sys.stderr.isatty() and is_main_rank()) if bar is None else bar:
         drawn: Progress = tqdm(total=total, desc=desc, unit=unit, leave=leave, dynamic_ncols=True)
         return drawn
     return ProgressLines(total, desc, unit)

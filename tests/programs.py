@@ -155,10 +155,6 @@ class Started:
         assert self._process.pid is not None
         return self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
-        return self.poll()
-
     def poll(self) -> int | None:
         """Returns the exit status, -n after signal n, or None while the process runs."""
         return self._process.exitcode
@@ -218,21 +214,6 @@ def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, 
     sys.exit(_execute(arguments))
 
 
-def start_ranks(
-    *arguments: object, folder: Path, ranks: int = 2, environment: Mapping[str, str] = NO_VARIABLES
-) -> list[Started]:
-    """Starts a program on several ranks; rank N prints to `out_N` and `err_N` in the folder."""
-    return [
-        start(
-            *arguments,
-            out=folder / f"out_{rank}",
-            err=folder / f"err_{rank}",
-            environment={**variables, **environment},
-        )
-        for rank, variables in enumerate(rank_variables(ranks))
-    ]
-
-
 def rank_variables(ranks: int) -> list[dict[str, str]]:
     """Returns the environment variables that torchrun would set for each rank."""
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -244,7 +225,15 @@ def run_ranks(
 ) -> list[Completed]:
     """Runs a program on several ranks and returns what each printed. Kills what is left after the timeout."""
     with tempfile.TemporaryDirectory() as folder:
-        started = start_ranks(*arguments, folder=Path(folder), ranks=ranks, environment=environment)
+        started = [
+            start(
+                *arguments,
+                out=Path(folder, f"out_{rank}"),
+                err=Path(folder, f"err_{rank}"),
+                environment={**variables, **environment},
+            )
+            for rank, variables in enumerate(rank_variables(ranks))
+        ]
         deadline = time.monotonic() + timeout_s
         try:
             statuses = [rank.wait(max(0.0, deadline - time.monotonic())) for rank in started]

@@ -185,7 +185,7 @@ def full_disk_for_logs(work_dir: Path, tries: int = 2) -> Row:
         limit = (whole / "log.jsonl").stat().st_size * (number + 2) // (tries + 2)
         run = Run(data, full, *arguments, limit_bytes=limit)
         statuses = run.wait()
-        if statuses != [0] or "after 12 epochs" not in run.output():
+        if statuses != [0] or "target not reached after 12 epochs" not in run.output():
             failures.append(f"try {number}: exit statuses {statuses}: {run.last_line()}")
         if run.output().count("JsonLinesTracker failed") != 1 or "Traceback" in run.output():
             failures.append(f"try {number}: expected exactly one warning:\n{run.output()}")

@@ -82,12 +82,15 @@ class Run:
         variables = programs.rank_variables(ranks) if ranks > 1 else [{}]
         self.started_at = time.time()
         self.ranks: list[programs.Started | subprocess.Popen[bytes]] = []
+        self._writers: list[subprocess.Popen[bytes]] = []
         for output, of_rank in zip(self._output, variables, strict=True):
             output.write_text("")
             if limit_bytes is None:
                 self.ranks.append(programs.start(*command, out=output, environment={**of_rank, **environment}))
             else:
-                self.ranks.append(_start_limited(command, output, limit_bytes))
+                rank, writer = _start_limited(command, output, limit_bytes)
+                self.ranks.append(rank)
+                self._writers.append(writer)
 
     def output(self, rank: int = 0) -> str:
         return self._output[rank].read_text(encoding="utf-8", errors="replace")
@@ -133,6 +136,8 @@ class Run:
                 rank.kill()
                 rank.wait()
                 statuses.append(999)
+        for writer in self._writers:  # the output is complete once they have ended
+            writer.wait(10)
         return statuses
 
     def kill(self) -> list[int]:
@@ -144,20 +149,23 @@ class Run:
         return next((line for line in reversed(self.output(rank).splitlines()) if line.strip()), "")
 
 
-def _start_limited(command: Sequence[str], output: Path, limit_bytes: int) -> subprocess.Popen[bytes]:
-    """Starts a new interpreter that can write no file larger than the limit, except its output."""
+def _start_limited(
+    command: Sequence[str], output: Path, limit_bytes: int
+) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """Starts a new interpreter that can write no file larger than the limit; returns it and what writes its output."""
     with output.open("w") as stream:
         # The output passes through another process, to which the limit does not apply.
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stream)
     assert writer.stdin is not None
     with writer.stdin:
-        return subprocess.Popen(
+        limited = subprocess.Popen(
             ["prlimit", f"--fsize={limit_bytes}", sys.executable, *command],
             cwd=PROJECT,
             env={**os.environ, **programs.THREADS},
             stdout=writer.stdin,
             stderr=subprocess.STDOUT,
         )
+    return limited, writer
 
 
 def history(log_dir: Path) -> dict[str, Any]:
