@@ -1,6 +1,7 @@
 """Measures this project on this machine.
 
     python3 -m benchmarks --suite loader|step|evaluate|preprocess|scaling|storage|all [--json FILE] [--quick]
+    python3 -m benchmarks --suite gpu --minutes 9 --json FILE
 
 Prints one markdown table per suite; --json also writes them, with hardware, versions and commit.
 """
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from benchmarks.harness import Table
 
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
+# Not part of "all": it repeats parts of the others within a few minutes of one GPU.
+GPU_SUITE = "gpu"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: anything that would otherwise fail only after measuring.
     """
     parser = Parser(prog="python3 -m benchmarks", description="Measures this project on this machine.")
-    parser.add_argument("--suite", choices=(*SUITES, "all"), required=True)
+    parser.add_argument("--suite", choices=(*SUITES, GPU_SUITE, "all"), required=True)
     parser.add_argument("--json", type=Path, help="also write the tables, with hardware, versions and commit")
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, to see that everything runs; the figures mean nothing"
@@ -41,6 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="folder for synthetic data (default: a temporary folder)")
     parser.add_argument("--cases", type=int, help="number of volumes of the storage suite (default: 168)")
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time that the gpu suite may take (default: 60)")
+    parser.add_argument("--parts", nargs="+", default=[], metavar="TITLE", help="parts of the gpu suite (default: all)")
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
@@ -73,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
     results: dict[str, list[Table]] = {}
+    problems = []
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         options = Options(
             device=device,
@@ -80,13 +86,19 @@ def main(argv: list[str] | None = None) -> int:
             work_dir=Path(folder),
             cases=arguments.cases,
             num_workers=arguments.num_workers,
+            minutes=arguments.minutes,
+            parts=tuple(arguments.parts),
         )
         for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
-            results[suite] = importlib.import_module(f"benchmarks.{suite}").run(options)
-            for table in results[suite]:
+            results[suite] = []
+            for table in importlib.import_module(f"benchmarks.{suite}").run(options):
                 print(table.to_markdown(), flush=True)
-            if arguments.json:  # after each suite, so that a suite that fails loses no other tables
-                write_json(arguments.json, environment, arguments.quick, results)
+                results[suite].append(table)
+                problems += [table.problem] if table.problem else []
+                if arguments.json:  # after each table, so that what fails later loses none
+                    write_json(arguments.json, environment, arguments.quick, results)
+    if problems:
+        raise UserError("; ".join(problems))
     return 0
 
 

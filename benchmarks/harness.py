@@ -25,6 +25,8 @@ class Options:
         work_dir: a folder for synthetic data; the caller removes it.
         cases: number of volumes of the storage suite; None: its own default.
         num_workers: number of loader processes; None: one per core.
+        minutes: the time that the GPU suite may take.
+        parts: titles of the GPU suite's parts to run; empty: all.
     """
 
     device: torch.device
@@ -32,16 +34,25 @@ class Options:
     work_dir: Path
     cases: int | None = None
     num_workers: int | None = None
+    minutes: float = 60.0
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of results: each of `rows` has the length of `columns`; `notes` describe what was measured and how."""
+    """A table of results.
+
+    Attributes:
+        rows: each has the length of `columns`.
+        notes: what was measured, and how.
+        problem: what is wrong with what was measured, in one line; the program then exits with an error.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
     notes: list[str] = field(default_factory=list)
+    problem: str = ""
 
     def to_markdown(self) -> str:
         lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]

@@ -6,7 +6,7 @@ Every choice is switched off on its own from the full set, so a ratio is what le
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -143,10 +143,10 @@ def share_of_peak(device: torch.device, scale: Scale) -> Table:
     return Table("Share of the peak", ["figure", "value", "published (H200)"], rows, notes)
 
 
-def gains(device: torch.device, scale: Scale) -> Table:
+def gains(device: torch.device, scale: Scale, choices: Sequence[Choice] = CHOICES) -> Table:
     """Each choice, switched off on its own from the full set."""
     rows: list[list[Any]] = []
-    for choice in CHOICES:
+    for choice in choices:
         reason = unmeasurable(choice, device)
         if reason:
             rows.append([choice.name, choice.baseline, "", f"{NOT_MEASURED}: {reason}", "", ""])
@@ -181,21 +181,26 @@ def unmeasurable(choice: Choice, device: torch.device) -> str:
     return ""
 
 
-def make_step(variant: StepVariant, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
-    """Returns a function that computes one training step on dummy data and returns the loss."""
+def make_state(variant: StepVariant, precision: Precision, filters: tuple[int, ...]) -> TrainState:
+    """Returns a new network, the same on every call, and its optimizer."""
     torch.manual_seed(0)
     network = to_device(
-        Unet3d(CHANNELS, CLASSES, filters=scale.filters, fused=variant.fused_norm), device, variant.layout
+        Unet3d(CHANNELS, CLASSES, filters=filters, fused=variant.fused_norm), precision.device, variant.layout
     )
     if variant.compiled:
         network.compile()
-    precision = choose_precision(variant.amp, "auto", device)
     optimizer = (
         make_optimizer("sgd", network.parameters(), LEARNING_RATE, MOMENTUM)
         if variant.fused_optimizer
         else torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
     )
-    state = TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
+    return TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
+
+
+def make_step(variant: StepVariant, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
+    """Returns a function that computes one training step on dummy data and returns the loss."""
+    precision = choose_precision(variant.amp, "auto", device)
+    state = make_state(variant, precision, scale.filters)
     loss = DiceCELoss() if variant.one_pass_loss else NaiveDiceCE()
     config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=variant.layout)
     batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)

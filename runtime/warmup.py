@@ -95,7 +95,8 @@ def training_flops(build: Callable[[], nn.Module], shape: Sequence[int]) -> floa
 def peak_flops(precision: Precision) -> float:
     """Measures the operations per second of a large matrix product in the step's number format, the best of several."""
     size = PEAK_SIZES[precision.device.type]
-    matrix = torch.ones(size, size, device=precision.device, dtype=precision.dtype or torch.float32)
+    # Random, because a GPU multiplies ones faster than data: they cost less power.
+    matrix = torch.randn(size, size, device=precision.device).to(precision.dtype or torch.float32)
     times = [seconds(lambda: matrix @ matrix, precision.device) for _ in range(REPETITIONS + 1)]
     return 2 * size**3 / min(times[1:])
 
