@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import gpu_checks, gpu_convolutions, gpu_speed
+from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_speed
 from benchmarks.harness import NOT_MEASURED, Options, Table
 from common.errors import one_line
 
@@ -40,7 +40,7 @@ class Part:
 
 
 PARTS = (
-    Part("Triton operators", gpu_checks.triton_operators, 5, 2, "Triton's kernels are for CUDA"),
+    Part("Triton operators", gpu_operators.triton_operators, 5, 2, "Triton's kernels are for CUDA"),
     Part("Convolutions", gpu_convolutions.convolutions, 15, 8),
     Part("Host syncs in a step", gpu_checks.host_syncs, 3, 4, "a CPU has nothing to wait for"),
     Part("Six steps against the CPU", gpu_checks.trace, 5, 1),
@@ -50,7 +50,7 @@ PARTS = (
     Part("Windows per second", gpu_speed.windows, 30, 10),
     Part("Choices", gpu_speed.choices, 60, 30),
     Part("CUDA graphs", gpu_speed.cuda_graphs, 20, 20, "CUDA graphs are for CUDA"),
-    Part("Large tensors", gpu_checks.large_tensors, 10, 60, "Triton's kernels are for CUDA"),
+    Part("Large tensors", gpu_operators.large_tensors, 10, 60, "Triton's kernels are for CUDA"),
     Part("torch.compile", gpu_speed.compiled, 90, 30, "compiling takes a CPU minutes"),
 )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -20,9 +19,7 @@ from data_loading.base_loader import Batch, LoaderConfig, TrainingLoader
 from data_loading.data_loader import EvaluationCase, make_training_loader
 from data_loading.spec import KITS19
 from data_loading.transforms import MLPerfAugmentation, draw_augmentation
-from model import losses, normalization
-from model.losses import DiceCELoss, DiceSums
-from model.normalization import NormState
+from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS
 from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World
@@ -69,101 +66,6 @@ def checked(title: str, rows: list[list[object]], notes: list[str], columns: lis
 
 def normal(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
-
-
-def triton_operators(options: Options) -> Table:
-    """Triton's operators compared with the plain ones, for every number of channels and number format."""
-    from model.kernels import triton as kernels
-
-    rows: list[list[object]] = []
-    for dtype in DTYPES:
-        errors = {"norm forward": 0.0, "norm backward": 0.0, "loss forward": 0.0, "loss backward": 0.0}
-        for width in WIDTHS:
-            side = 32 if width <= 64 else 8
-            x = (1 + normal(2, width, side, side, side + 3, device=options.device)).to(dtype)
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-            forward, backward = norm_errors(kernels, x)
-            errors["norm forward"] = max(errors["norm forward"], forward)
-            errors["norm backward"] = max(errors["norm backward"], backward)
-        for classes in CLASS_COUNTS:
-            for layout in (torch.contiguous_format, torch.channels_last_3d):
-                logits = (5 * normal(2, classes, 33, 32, 31, device=options.device)).to(dtype)
-                forward, backward = loss_errors(kernels, logits.contiguous(memory_format=layout))
-                errors["loss forward"] = max(errors["loss forward"], forward)
-                errors["loss backward"] = max(errors["loss backward"], backward)
-        for name, error in errors.items():
-            limit = FP32_LIMIT if name == "loss forward" else limit_of(dtype)
-            rows.append([f"{name}, {str(dtype).removeprefix('torch.')}", error, limit, verdict(error, limit)])
-    notes = [
-        f"Against PyTorch's operators on the same tensors; {WIDTHS} channels, {CLASS_COUNTS} classes. The error is the "
-        "largest difference relative to the largest value."
-    ]
-    return checked("Triton operators", rows, notes)
-
-
-def norm_errors(kernels: ModuleType, x: Tensor) -> tuple[float, float]:
-    """The errors of norm and activation forward and backward, for x (N, C, D, H, W) channels-last."""
-    weight, bias = (normal(x.shape[1], device=x.device, seed=seed) for seed in (1, 2))
-    grad = normal(*x.shape, device=x.device, seed=3).to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
-    results = []
-    for module in (kernels, normalization):
-        y, mean, inverse_std = module.norm_forward(x, weight, bias, eps=EPS, slope=0.0)
-        state = NormState(x, y, weight=weight, bias=bias, mean=mean, inverse_std=inverse_std)
-        gradients = module.norm_backward(grad, state, 0.0)
-        results.append(((y, mean, inverse_std), gradients))
-    return largest_errors(results)
-
-
-def loss_errors(kernels: ModuleType, logits: Tensor) -> tuple[float, float]:
-    """The errors of the loss's sums and of their gradient, for logits (N, K, D, H, W)."""
-    n, classes = logits.shape[:2]
-    generator = torch.Generator(logits.device).manual_seed(4)
-    labels = torch.randint(
-        classes, (n, 1, *logits.shape[2:]), device=logits.device, generator=generator, dtype=torch.uint8
-    )
-    of_sample, of_class = (normal(*shape, device=logits.device, seed=5) for shape in ((n,), (n, classes)))
-    results = []
-    for module in (kernels, losses):
-        sums = module.sums_forward(logits, labels)
-        gradient = module.sums_backward(logits, labels, DiceSums(of_sample, of_class, -of_class, sums[3]))
-        results.append((sums, (gradient,)))
-    return largest_errors(results)
-
-
-def largest_errors(results: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> tuple[float, float]:
-    """The largest errors of what the first of two implementations returned forward and backward."""
-    forward, backward = (max(map(relative_error, *pair)) for pair in zip(*results, strict=True))
-    return forward, backward
-
-
-def large_tensors(options: Options) -> Table:
-    """Triton's operators on tensors with more than 2^31 elements, compared on their last voxels."""
-    from model.kernels import triton as kernels
-
-    rows: list[list[object]] = []
-    for shape in LARGE_SHAPES:
-        x = torch.empty(shape, device=options.device, dtype=torch.bfloat16, memory_format=torch.channels_last_3d)
-        x.normal_(generator=torch.Generator(options.device).manual_seed(0))
-        weight, bias = (normal(shape[1], device=options.device, seed=seed) for seed in (1, 2))
-        y, mean, inverse_std = kernels.norm_forward(x, weight, bias, eps=EPS, slope=0.0)
-        dx, _, _ = kernels.norm_backward(
-            x, NormState(x, y, weight=weight, bias=bias, mean=mean, inverse_std=inverse_std), 0.0
-        )
-        # The plain operators on the last sample, which lies beyond 2^31 elements, or beyond them within one sample.
-        last = x[-1:].contiguous(memory_format=torch.channels_last_3d)
-        right, right_mean, right_std = normalization.norm_forward(last, weight, bias, eps=EPS, slope=0.0)
-        error = max(relative_error(y[-1:], right), relative_error(mean[-1:], right_mean))
-        state = NormState(last, right, weight=weight, bias=bias, mean=right_mean, inverse_std=right_std)
-        error_back = relative_error(dx[-1:], normalization.norm_backward(last, state, 0.0)[0])
-        name = " x ".join(map(str, shape))
-        limit = limit_of(x.dtype)
-        rows += [
-            [f"norm forward, {name}", error, limit, verdict(error, limit)],
-            [f"norm backward, {name}", error_back, limit, verdict(error_back, limit)],
-        ]
-        del x, y, dx, last, right, state
-        torch.cuda.empty_cache()
-    return checked("Large tensors", rows, ["bfloat16, channels-last; compared on the last sample."])
 
 
 @contextmanager

@@ -6,8 +6,7 @@ Every choice is switched off on its own from the full set, so a ratio is what le
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -68,7 +67,7 @@ class StepVariant:
     one_pass_loss: bool = True
     fused_optimizer: bool = True
     amp: bool = True
-    triton: bool = True
+    plain: tuple[str, ...] = ()
     compiled: bool = False
 
 
@@ -88,7 +87,13 @@ CHOICES = (
     Choice("loss in one pass", "softmax and a one-hot tensor", {"one_pass_loss": False}),
     Choice("fused optimizer", "torch.optim.SGD's default", {"fused_optimizer": False}),
     Choice("AMP", "fp32 (a GPU's convolutions in TF32, PyTorch's default)", {"amp": False}),
-    Choice("Triton kernels", "the same operators in PyTorch's terms", {"triton": False}),
+    Choice("Triton: all kernels", "the same operators in PyTorch's terms", {"plain": kernels.OPERATORS}),
+    Choice("Triton: norm and activation", "the same in PyTorch's terms", {"plain": ("norm",)}),
+    Choice("Triton: the loss", "the same in PyTorch's terms", {"plain": ("loss",)}),
+    Choice("Triton: the image's convolution", "cuDNN", {"plain": ("image",)}),
+    Choice("Triton: convolutions to 32 channels", "cuDNN", {"plain": ("narrow",)}),
+    Choice("Triton: transposed convolution and concatenation", "cuDNN and torch.cat", {"plain": ("join",)}),
+    Choice("Triton: the output's convolution", "cuDNN", {"plain": ("output",)}),
     Choice("torch.compile (--compile)", "the full set, which does not compile", on={"compiled": True}),
 )
 
@@ -176,7 +181,7 @@ def unmeasurable(choice: Choice, device: torch.device) -> str:
         return choose_precision(True, "auto", device).note
     if "compiled" in choice.on and device.type != "cuda":
         return "compiling takes a CPU minutes"
-    if "triton" in choice.off and kernels.triton_for(torch.empty(0, device=device)) is None:
+    if "plain" in choice.off and kernels.triton_for(torch.empty(0, device=device), "norm") is None:
         return "Triton's kernels are for CUDA" if device.type != "cuda" else "Triton is not installed"
     return ""
 
@@ -206,23 +211,12 @@ def make_step(variant: StepVariant, device: torch.device, scale: Scale, batch_si
     batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
 
     def step() -> Tensor:
-        with triton_enabled(variant.triton):
+        with kernels.plain(variant.plain):
             loss = forward_backward(state, batch, config, communicate=True)
             optimizer_step(state)
             return loss
 
     return step
-
-
-@contextmanager
-def triton_enabled(enabled: bool) -> Iterator[None]:
-    """Switches Triton's kernels on or off inside the block."""
-    before = kernels.USE_TRITON
-    kernels.USE_TRITON = before and enabled
-    try:
-        yield
-    finally:
-        kernels.USE_TRITON = before
 
 
 def largest_fitting_batch(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:

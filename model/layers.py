@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from model.convolutions import IMAGE_CHANNELS, ImageConv3d, NarrowConv3d, OutputConv3d, is_narrow, upsample_and_join
 from model.normalization import InstanceNormActivation
 
 NORMALIZATIONS = ("instancenorm", "batchnorm")
@@ -38,7 +38,13 @@ class BlockConfig:
 
 def conv_block(in_channels: int, out_channels: int, stride: int, config: BlockConfig) -> nn.Sequential:
     """3x3x3 convolution (without bias, since the norm adds one), affine norm, activation."""
-    convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+    convolution: nn.Conv3d
+    if in_channels <= IMAGE_CHANNELS and stride == 1:
+        convolution = ImageConv3d(in_channels, out_channels)
+    elif is_narrow(in_channels, out_channels, stride):
+        convolution = NarrowConv3d(in_channels, out_channels)
+    else:
+        convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, *config.norm_activation(out_channels))
 
 
@@ -63,12 +69,15 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels: int, filters: int, config: BlockConfig) -> None:
         super().__init__()
-        self.upsample_conv = nn.Sequential(nn.ConvTranspose3d(in_channels, filters, kernel_size=2, stride=2))
+        up = nn.ConvTranspose3d(in_channels, filters, kernel_size=2, stride=2)
+        self.upsample_conv = nn.Sequential(up)
         self.conv1 = conv_block(2 * filters, filters, 1, config)
         self.conv2 = conv_block(filters, filters, 1, config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.conv2(self.conv1(torch.cat((self.upsample_conv(x), skip), dim=1)))
+        (up,) = self.upsample_conv
+        assert isinstance(up, nn.ConvTranspose3d)
+        return self.conv2(self.conv1(upsample_and_join(x, skip, up)))
 
 
 class OutputLayer(nn.Module):
@@ -76,7 +85,7 @@ class OutputLayer(nn.Module):
 
     def __init__(self, in_channels: int, classes: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, classes, kernel_size=1)
+        self.conv = OutputConv3d(in_channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)

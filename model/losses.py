@@ -51,7 +51,7 @@ class _DiceSumsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, labels)
-        kernels = triton_for(logits)
+        kernels = triton_for(logits, "loss")
         forward = kernels.sums_forward if kernels else sums_forward
         cross_entropy, intersection, predicted, true = forward(logits, labels)
         ctx.mark_non_differentiable(true)
@@ -61,7 +61,7 @@ class _DiceSumsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
-        kernels = triton_for(logits)
+        kernels = triton_for(logits, "loss")
         backward = kernels.sums_backward if kernels else sums_backward
         return backward(logits, labels, DiceSums(*grads)), None
 

@@ -77,7 +77,7 @@ class NormState(NamedTuple):
 class _InstanceNormActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float) -> Tensor:
-        kernels = triton_for(x)
+        kernels = triton_for(x, "norm")
         forward = kernels.norm_forward if kernels else norm_forward
         y, mean, inverse_std = forward(x, weight, bias, eps=eps, slope=slope)
         # Saving y costs no memory: the next convolution keeps it anyway.
@@ -89,7 +89,7 @@ class _InstanceNormActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         state = NormState(*ctx.saved_tensors)
-        kernels = triton_for(state.x)
+        kernels = triton_for(state.x, "norm")
         backward = kernels.norm_backward if kernels else norm_backward
         dx, dweight, dbias = backward(grad, state, ctx.slope)
         return dx, dweight, dbias, None, None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from common.errors import UserError
+from model.convolutions import fork
 from model.layers import ACTIVATIONS, NORMALIZATIONS, BlockConfig, DoubleConv, OutputLayer, UpBlock
 
 # Feature maps per resolution, the bottleneck last.
@@ -61,10 +62,11 @@ class Unet3d(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, D, H, W) -> logits (N, K, D, H, W); D, H and W must be multiples of `divisor`."""
-        skips = [self.input_block(image)]
-        for block in self.downsample:
-            skips.append(block(skips[-1]))
-        x = self.bottleneck(skips[-1])
+        x, skips = self.input_block(image), []
+        for block in (*self.downsample, self.bottleneck):
+            x, skip = fork(x)
+            skips.append(skip)
+            x = block(x)
         for block, skip in zip(self.upsample, reversed(skips), strict=True):
             x = block(x, skip)
         return self.output(x)

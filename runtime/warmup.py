@@ -96,7 +96,8 @@ def peak_flops(precision: Precision) -> float:
     """Measures the operations per second of a large matrix product in the step's number format, the best of several."""
     size = PEAK_SIZES[precision.device.type]
     # Random, because a GPU multiplies ones faster than data: they cost less power.
-    matrix = torch.randn(size, size, device=precision.device).to(precision.dtype or torch.float32)
+    generator = torch.Generator(precision.device).manual_seed(0)
+    matrix = torch.randn(size, size, device=precision.device, generator=generator).to(precision.dtype or torch.float32)
     times = [seconds(lambda: matrix @ matrix, precision.device) for _ in range(REPETITIONS + 1)]
     return 2 * size**3 / min(times[1:])
 

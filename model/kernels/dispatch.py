@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-# False uses PyTorch's own operators everywhere, for comparison; the numbers are the same.
-USE_TRITON = True
+# Norm and activation; the loss's sums; the convolution of the image; 3x3x3 convolutions to few channels; transposed
+# convolution and concatenation; the convolution to the classes.
+OPERATORS = ("norm", "loss", "image", "narrow", "join", "output")
+# Compute capabilities on which a kernel was measured to be faster than cuDNN's; elsewhere cuDNN computes.
+ONLY_ON = {"narrow": (9,)}
+# Those that PyTorch's own operators compute on CUDA too, for comparison: the same to within rounding.
+_plain: frozenset[str] = frozenset()
 
 
-def triton_for(x: Tensor) -> ModuleType | None:
-    """Returns `model.kernels.triton` if x is on CUDA and Triton works (PyTorch's CUDA builds include it), else None."""
-    return _triton_kernels()[0] if USE_TRITON and x.is_cuda else None
+def triton_for(x: Tensor, operator: str) -> ModuleType | None:
+    """Returns `model.kernels.triton` if it computes the operator of x, else None.
+
+    It does on CUDA if Triton works (PyTorch's CUDA builds include it), unless `use_plain` excludes the operator or it
+    is slower there (`ONLY_ON`).
+    """
+    if not x.is_cuda or operator in _plain:
+        return None
+    if operator in ONLY_ON and torch.cuda.get_device_capability(x.device)[0] not in ONLY_ON[operator]:
+        return None
+    return _triton_kernels()[0]
+
+
+def use_plain(operators: Iterable[str]) -> None:
+    """Lets PyTorch's own operators compute these `OPERATORS`, and Triton's kernels all others."""
+    global _plain
+    _plain = frozenset(operators)
+
+
+@contextmanager
+def plain(operators: Iterable[str]) -> Iterator[None]:
+    """Lets PyTorch's own operators compute these, too, inside the block."""
+    before = _plain
+    use_plain(before | frozenset(operators))
+    try:
+        yield
+    finally:
+        use_plain(before)
 
 
 def note(device: torch.device) -> str:
     """Returns a line for the user if the kernels cannot be used on this GPU, else ""."""
-    return _triton_kernels()[1] if USE_TRITON and device.type == "cuda" else ""
+    return _triton_kernels()[1] if device.type == "cuda" and set(OPERATORS) - _plain else ""
 
 
 @lru_cache

@@ -138,7 +138,7 @@ def test_every_block_is_convolution_norm_activation(
     blocks = [m for name, m in network.named_modules() if re.search(r"\.conv[12]$", name)]
     assert len(blocks) == 2 * (len(TINY) + len(TINY) - 1)
     for block in blocks:
-        assert [type(layer) for layer in block] == layers
+        assert [isinstance(layer, kind) for layer, kind in zip(block, layers, strict=True)] == [True] * len(layers)
         assert block[1].affine
         assert getattr(block[-1], "slope", None) == slope or getattr(block[-1], "negative_slope", None) == slope
 

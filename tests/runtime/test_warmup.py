@@ -115,16 +115,17 @@ def test_operations_by_hand() -> None:
 def test_the_peak_is_positive_and_of_the_steps_format(fp32: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.warmup.PEAK_SIZES", {"cpu": 64})
     kinds: list[torch.dtype] = []
-    original = torch.ones
+    original = Tensor.__matmul__
 
-    def ones(*args: Any, **kwargs: Any) -> Tensor:
-        kinds.append(kwargs["dtype"])
-        return original(*args, **kwargs)
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        assert a.float().std() > 0.5  # a GPU multiplies a constant faster than data
+        kinds.append(a.dtype)
+        return original(a, b)
 
-    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(Tensor, "__matmul__", product)
     assert peak_flops(fp32) > 0
     assert peak_flops(Precision(CPU, torch.bfloat16)) > 0
-    assert kinds == [torch.float32, torch.bfloat16]
+    assert kinds == [torch.float32] * 6 + [torch.bfloat16] * 6
 
 
 def test_a_calibration_leaves_no_trace_and_one_rank_communicates_nothing(

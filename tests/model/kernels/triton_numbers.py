@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import losses, normalization
 from model.kernels import triton as triton_kernels
+from model.kernels.triton import loss, norm, tiles
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LAYOUTS = {"ncdhw": torch.contiguous_format, "last": torch.channels_last_3d}
@@ -26,9 +27,10 @@ LARGE = (32, 64, 128) if DEVICE == "cpu" else (128, 128, 128)
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile and one program, or several of both with the last ones partly empty."""
     if request.param == "cut":
-        monkeypatch.setattr(triton_kernels, "TILE", 512)
-        monkeypatch.setattr(triton_kernels, "SOFTMAX_TILE", 512)
-        monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
+        monkeypatch.setattr(norm, "TILE", 512)
+        monkeypatch.setattr(norm, "SUM_TILE", 512)
+        monkeypatch.setattr(loss, "SOFTMAX_TILE", 512)
+        monkeypatch.setattr(tiles, "PROGRAMS", 3)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -134,7 +136,7 @@ def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean 100 and standard deviation 1, in many tiles, several per program."""
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 32)
+    monkeypatch.setattr(tiles, "PROGRAMS", 32)
     shape = (1, 2, *LARGE)
     x = (100 + normal(*shape)).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = normal(2, seed=1), normal(2, seed=2)
@@ -157,7 +159,7 @@ def test_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch
 
 
 def test_loss_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", 32)
+    monkeypatch.setattr(tiles, "PROGRAMS", 32)
     logits = normal(1, 2, *LARGE)
     labels = (normal(1, 1, *LARGE, seed=1) > 1).to(torch.uint8)
     cross_entropy, intersection, predicted, true = triton_kernels.sums_forward(logits, labels)
