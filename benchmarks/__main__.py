@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             work_dir=Path(folder),
             cases=arguments.cases,
             num_workers=arguments.num_workers,
-            minutes=arguments.minutes,
+            deadline=time.monotonic() + 60 * arguments.minutes,
             parts=tuple(arguments.parts),
         )
         for suite in SUITES if arguments.suite == "all" else (arguments.suite,):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_speed
+from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_runs, gpu_speed
 from benchmarks.harness import NOT_MEASURED, Options, Table
 from common.errors import one_line
 
@@ -40,30 +40,30 @@ class Part:
 
 
 PARTS = (
-    Part("Triton operators", gpu_operators.triton_operators, 5, 2, "Triton's kernels are for CUDA"),
-    Part("Convolutions", gpu_convolutions.convolutions, 15, 8),
-    Part("Host syncs in a step", gpu_checks.host_syncs, 3, 4, "a CPU has nothing to wait for"),
+    Part("Triton operators", gpu_operators.triton_operators, 20, 2, "Triton's kernels are for CUDA"),
     Part("Six steps against the CPU", gpu_checks.trace, 5, 1),
     Part("Device loader", gpu_checks.device_loader, 5, 1),
-    Part("A step by kernel", gpu_speed.profile, 15, 30),
-    Part("Samples per second", gpu_speed.samples, 40, 10),
-    Part("Windows per second", gpu_speed.windows, 30, 10),
-    Part("Choices", gpu_speed.choices, 60, 30),
-    Part("CUDA graphs", gpu_speed.cuda_graphs, 20, 20, "CUDA graphs are for CUDA"),
+    Part("Host syncs in a step", gpu_checks.host_syncs, 10, 4, "a CPU has nothing to wait for"),
     Part("Large tensors", gpu_operators.large_tensors, 10, 60, "Triton's kernels are for CUDA"),
+    Part("Killed and resumed", gpu_runs.resumed, 40, 4),
+    Part("Samples per second", gpu_speed.samples, 30, 10),
+    Part("A step by kernel", gpu_speed.profile, 10, 30),
+    Part("Windows per second", gpu_speed.windows, 25, 10),
+    Part("Choices", gpu_speed.choices, 30, 30),
+    Part("CUDA graphs", gpu_speed.cuda_graphs, 20, 20, "CUDA graphs are for CUDA"),
+    Part("Convolutions", gpu_convolutions.convolutions, 50, 8),
+    Part("To a target", gpu_runs.to_target, 60, 60),
     Part("torch.compile", gpu_speed.compiled, 90, 30, "compiling takes a CPU minutes"),
 )
 
 
 def run(options: Options) -> Iterator[Table]:
     """Yields the table of each part as it ends."""
-    started = time.perf_counter()
     lost = ""
     for part in PARTS:
         if options.parts and part.name not in options.parts:
             continue
-        left = options.minutes * 60 - (time.perf_counter() - started)
-        reason = lost or unavailable(part, options.device, left)
+        reason = lost or unavailable(part, options.device, options.seconds_left())
         if reason:
             yield Table(part.name, ["result"], [[f"{NOT_MEASURED}: {reason}"]])
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ class Options:
         work_dir: a folder for synthetic data; the caller removes it.
         cases: number of volumes of the storage suite; None: its own default.
         num_workers: number of loader processes; None: one per core.
-        minutes: the time that the GPU suite may take.
+        deadline: when the GPU suite must have ended, on `time.monotonic`'s clock.
         parts: titles of the GPU suite's parts to run; empty: all.
     """
 
@@ -34,8 +36,12 @@ class Options:
     work_dir: Path
     cases: int | None = None
     num_workers: int | None = None
-    minutes: float = 60.0
+    deadline: float = math.inf
     parts: tuple[str, ...] = ()
+
+    def seconds_left(self) -> float:
+        """The time until the deadline."""
+        return self.deadline - time.monotonic()
 
 
 @dataclass(frozen=True)
