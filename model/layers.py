@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.normalization import InstanceNormActivation
+from model.slabs import SlabConv3d
 
 NORMALIZATIONS = ("instancenorm", "batchnorm")
 # Name -> slope below zero.
@@ -38,8 +39,7 @@ class BlockConfig:
 
 def conv_block(in_channels: int, out_channels: int, stride: int, config: BlockConfig) -> nn.Sequential:
     """3x3x3 convolution (without bias, since the norm adds one), affine norm, activation."""
-    convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-    return nn.Sequential(convolution, *config.norm_activation(out_channels))
+    return nn.Sequential(SlabConv3d(in_channels, out_channels, stride), *config.norm_activation(out_channels))
 
 
 class DoubleConv(nn.Module):

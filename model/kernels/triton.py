@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.losses import DiceSums
-from model.normalization import NormState
+from model.normalization import NormState, window_moments, window_sums
+from model.slabs import Slabs
 
 # Elements per tile: 16 KiB in fp32, so that the registers of one program hold two tensors.
 TILE = 4096
@@ -128,7 +129,9 @@ def _gradient(
     tl.store(dx + index, result.to(dx.dtype.element_ty), inside)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float, slabs: Slabs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `normalization.norm_forward` in two kernels, which read x twice and write y once."""
     n, channels = x.shape[:2]
     voxels = math.prod(x.shape[2:])
@@ -138,7 +141,8 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: 
     counts = torch.full((programs, 1), per_program, dtype=torch.float32, device=x.device)
     counts[-1] = voxels - (programs - 1) * per_program
     mean = (means * counts).sum(1) / voxels
-    variance = (m2 + counts * (means - mean[:, None]) ** 2).sum(1) / voxels
+    own_m2 = (m2 + counts * (means - mean[:, None]) ** 2).sum(1)
+    mean, variance = window_moments(mean, own_m2, voxels, slabs)
     inverse_std = (variance + eps).rsqrt()
     scale = weight * inverse_std
     y = torch.empty_like(x)
@@ -146,7 +150,9 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: 
     return y, mean, inverse_std
 
 
-def norm_backward(grad: Tensor, state: NormState, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    grad: Tensor, state: NormState, slope: float, slabs: Slabs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `normalization.norm_backward` in two kernels, which read grad and x twice and write dx once.
 
     They do not read y: its sign follows from x, which they read anyway.
@@ -164,8 +170,9 @@ def norm_backward(grad: Tensor, state: NormState, slope: float) -> tuple[Tensor,
     )
     dbias, dweight = sums.sum(2)
     dweight = dweight * inverse_std
-    slope_x = -scale * inverse_std * dweight / voxels
-    base = -scale * dbias / voxels - slope_x * mean
+    window_dbias, window_dweight, window_voxels = window_sums(dbias, dweight, voxels, slabs)
+    slope_x = -scale * inverse_std * window_dweight / window_voxels
+    base = -scale * window_dbias / window_voxels - slope_x * mean
     dx = torch.empty_like(x)
     _gradient[triton.cdiv(voxels, rows), n](
         grad, x, dx, scale, shift, slope_x, base, slope, voxels, channels, padded, rows
