@@ -32,7 +32,6 @@ class TrainingFlags:
         "ranks that share each sample: its crop is cut along D, a slab for each rank, which changes no result; "
         "--batch_size then counts the samples of such a group of ranks",
         type=POSITIVE,
-        metavar="RANKS",
         resume="order",
     )
     ga_steps: int = flag(1, "micro-batches accumulated per optimizer step", type=POSITIVE, resume="order")
