@@ -1,4 +1,4 @@
-"""Several ranks to a sample (`--ranks_per_sample`): losses and gradients are those of whole windows on one rank."""
+"""Several ranks per sample (`--ranks_per_sample`): losses and gradients are those of whole windows on one rank."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_one_rank_to_a_sample_has_no_connection(world: World) -> None:
 
 @pytest.fixture
 def share(make_config: Callable[..., RunConfig]) -> Callable[..., None]:
-    """`share(field=value)`: builds the step and the state of a run on two ranks to a sample."""
+    """`share(field=value)`: builds the step and the state of a run with two ranks per sample."""
 
     def build_run(**changed: Any) -> None:
         flags = {"loader": "synthetic", "data_dir": Path("synthetic"), "model": trusted_spec("unet3d(filters=(2,3,4))")}
