@@ -178,8 +178,8 @@ def on_paper() -> Table:
         f"All-reduce: {paper.GRADIENT_BYTES / 1e6:.0f} MB, rings at {links.within_node / 1e9:g} GB/s per GPU within a "
         f"node and {links.between_nodes / 1e9:g} GB/s per node between them, {links.overlap:.0%} hidden. Floor of a "
         f"step {1e3 * paper.STEP_FLOOR_S:g} ms.",
-        f"Planes: ranks that share a sample (not measured on GPUs) each send {paper.HALO_BYTES / 1e6:.0f} MB per step to "
-        "neighbours in their node; none of it is hidden, and its latency is in the floor.",
+        f"Planes: ranks that share a sample (not measured on GPUs) each send {paper.HALO_BYTES / 1e6:.0f} MB per step "
+        "to neighbours in their node; none of it is hidden, and its latency is in the floor.",
         f"Evaluation is {paper.evaluation_share_of_work():.0%} of the operations once it runs; its share of the time "
         "differs, as windows/s and samples/s do.",
         "* Samples to converge extrapolated: beyond batch 84 the line through 56 and 84 is continued. No "
