@@ -2,6 +2,7 @@
 
     time = steps * step time + evaluations
     step time = floor + samples per GPU * time per sample + the part of the all-reduce that is not hidden
+                + the exchange of planes between GPUs that share a sample
     steps = samples to converge at this batch size / batch size
 
 Known figures are in the table of published runs; assumptions are named constants here, the same for every run.
@@ -15,9 +16,13 @@ from dataclasses import dataclass
 from functools import cache
 
 from benchmarks.evaluate import busiest, window_counts
+from model.slabs import halo_bytes
+from model.unet3d import MLPERF_FILTERS
 
 PARAMETERS = 31_190_243
 GRADIENT_BYTES = 2 * PARAMETERS
+# Planes that a GPU sends to its two neighbours in a step, for one 128^3 sample that they share, in 16 bit.
+HALO_BYTES = halo_bytes(MLPERF_FILTERS, 1, (128, 128), element_bytes=2)
 # Operations of one 128^3 sample: forward (a multiply-add counts as two), and forward and backward.
 FORWARD_TFLOP, TRAINING_TFLOP = 2 * 0.4773, 2.860
 TRAINING_CASES = 168
@@ -26,12 +31,14 @@ GPUS_PER_NODE = 8
 # MLPerf's rule, in epochs of 168 samples: the first evaluation, and the interval between evaluations.
 FIRST_EVALUATION, EVALUATION_INTERVAL = 1000, 20
 
-# The least time of a step, however little there is to compute: launches, layers too small to fill a GPU, exchanges
-# between GPUs that share a sample. Fitted to the largest published run (LARGEST): 4,960 steps in 46 s.
+# The least time of a step, however little there is to compute: launches, layers too small to fill a GPU, the latency of
+# exchanges between GPUs that share a sample. Fitted to the largest published run (LARGEST): 4,960 steps in 46 s.
 STEP_FLOOR_S = 7.5e-3
 # Samples per GPU that fit in 80 GB in 16 bit (1.8 GB of activations each, plus the largest layers' workspace).
 MAX_SAMPLES_PER_GPU = 28
-# GPUs per sample: the most that was published.
+# GPUs per sample: a window of 128 planes gives 4 slabs a plane each at the lowest resolution (--ranks_per_sample). The
+# most that was published is 8.
+RANKS_PER_SAMPLE = (2, 4)
 MAX_GPUS_PER_SAMPLE = 8
 
 
@@ -83,6 +90,10 @@ class Links:
     between_nodes: float = 200e9
     overlap: float = 0.8
 
+    def exchange_s(self, ranks_per_sample: int) -> float:
+        """The transfer of planes between GPUs that share a sample, all in one node; a layer waits for its own."""
+        return HALO_BYTES / self.within_node if ranks_per_sample > 1 else 0.0
+
     def all_reduce_s(self, gpus: int) -> float:
         """A ring within each node, then one across nodes: each moves 2 (n - 1) / n of the gradients."""
         within, nodes = min(gpus, GPUS_PER_NODE), -(-gpus // GPUS_PER_NODE)
@@ -110,6 +121,10 @@ class Layout:
         """Below 1 if several GPUs share a sample."""
         return self.batch / self.training
 
+    @property
+    def ranks_per_sample(self) -> int:
+        return max(1, self.training // self.batch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
@@ -117,11 +132,13 @@ class Forecast:
 
     Attributes:
         exposed: the part of a step that waits for the all-reduce.
+        exchange: the part of a step in which planes are sent between GPUs that share a sample.
         evaluation: duration of one; `share` is its share of the time once evaluations run.
     """
 
     step: float
     exposed: float
+    exchange: float
     evaluation: float
     share: float
     evaluations: float
@@ -150,7 +167,8 @@ def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
     """Time to target of one run."""
     samples = samples_to_converge(layout.batch)
     exposed = (1 - links.overlap) * links.all_reduce_s(layout.training)
-    step = STEP_FLOOR_S + layout.samples_per_gpu * device.sample_s + exposed
+    exchange = links.exchange_s(layout.ranks_per_sample)
+    step = STEP_FLOOR_S + layout.samples_per_gpu * device.sample_s + exposed + exchange
     evaluation = evaluation_s(device, layout.evaluating or layout.training)
     # A mean over runs, so not a whole number; the last evaluation reaches the target.
     evaluations = 1 + (samples / TRAINING_CASES - FIRST_EVALUATION) / EVALUATION_INTERVAL
@@ -161,6 +179,7 @@ def forecast(device: Device, layout: Layout, links: Links) -> Forecast:
     return Forecast(
         step=step,
         exposed=exposed,
+        exchange=exchange,
         evaluation=evaluation,
         share=pause / (pause + interval),
         evaluations=evaluations,
@@ -182,10 +201,11 @@ def layouts(gpus: int, beyond_main: bool = False) -> Iterator[Layout]:
     """Every way to use at most `gpus` GPUs with samples spread evenly and equally many GPUs on each node.
 
     Args:
-        beyond_main: include what `main.py` does not do: several GPUs per sample, and GPUs that only evaluate.
+        beyond_main: include what `main.py` does not do: 8 GPUs per sample, and GPUs that only evaluate.
     """
     for batch in BATCHES:
-        shared = [batch * members for members in (2, 4, MAX_GPUS_PER_SAMPLE)] if beyond_main else []
+        members = (*RANKS_PER_SAMPLE, MAX_GPUS_PER_SAMPLE) if beyond_main else RANKS_PER_SAMPLE
+        shared = [batch * ranks for ranks in members]
         for training in [ranks for ranks in range(1, batch + 1) if batch % ranks == 0] + shared:
             if training <= gpus and nodes_for(training, gpus) and batch / training <= MAX_SAMPLES_PER_GPU:
                 yield Layout(batch, training)
@@ -211,10 +231,12 @@ def launch(layout: Layout, gpus: int) -> str:
     """The command that runs a layout that `main.py` supports."""
     nodes = nodes_for(layout.training, gpus)
     reference = nearest_reference(layout.batch)
+    groups = layout.training // layout.ranks_per_sample
+    sharing = f"--ranks_per_sample {layout.ranks_per_sample} " if layout.ranks_per_sample > 1 else ""
     where = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
     return (
         f"torchrun {where}--nproc_per_node {layout.training // nodes} main.py @recipes/kits19_8xgpu.args "
-        f"--batch_size {layout.batch // layout.training} --ga_steps 1 --learning_rate {reference.learning_rate:g} "
+        f"{sharing}--batch_size {layout.batch // groups} --ga_steps 1 --learning_rate {reference.learning_rate:g} "
         f"--lr_warmup_epochs {reference.warmup_epochs} --data_dir DATA --log_dir LOGS"
     )
 

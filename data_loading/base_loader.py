@@ -45,7 +45,8 @@ class LoaderConfig:
         batch_size: samples per rank per micro-batch.
         num_workers: worker processes of `--loader pytorch`.
         worker_timeout_s: limit for the wait for a batch from a worker.
-        rank, ranks: this process's rank (from 0), and the number of ranks.
+        rank, ranks: this process's rank (from 0), and the number of ranks; of groups where ranks share each sample.
+        slab, slabs: which part of every crop this rank gets (from 0), and the number of equal parts along D.
         order_seed: seed of the order of the cases.
         sample_seed: seed of crops and augmentations.
         device: device that runs the network.
@@ -60,12 +61,20 @@ class LoaderConfig:
     worker_timeout_s: int = 40
     rank: int
     ranks: int
+    slab: int = 0
+    slabs: int = 1
     order_seed: int
     sample_seed: int
     device: torch.device = CPU
     augment: RandomTransform = draw_augmentation
     fixed_batches: int | None = None
     pseudo_labels: PseudoLabelCap = PseudoLabelCap()  # noqa: RUF009
+
+    @property
+    def planes(self) -> slice:
+        """This rank's planes of a crop."""
+        planes = self.patch[0] // self.slabs
+        return slice(self.slab * planes, (self.slab + 1) * planes)
 
     def sampler(self, cases: int) -> EpochSampler:
         """Returns this rank's sampler of `cases` training cases. Raises UserError if an epoch has no batch."""

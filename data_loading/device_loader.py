@@ -67,7 +67,7 @@ class DeviceLoader:
             label = torch.empty(len(keys), 1, *patch, dtype=torch.uint8, device=device)
             for n, key in enumerate(keys):
                 self._fill(image[n], label[n], key)
-            yield {"image": image, "label": label}
+            yield {"image": image[:, :, self._config.planes], "label": label[:, :, self._config.planes]}
 
     def describe(self, epoch: int, batch: int) -> list[str]:
         keys = self._sampler.batches(epoch)[batch]

@@ -80,7 +80,8 @@ class CropDataset(Dataset[dict[str, NDArray[Any]]]):
         padding = self._padding(image)
         crop, mask = (_read_crop(array, start, self.config.patch, padding) for array in (image, label))
         crop, mask = transform.apply(crop, mask)
-        return {"image": crop, "label": mask}
+        # Drawn and augmented as a whole, so that each part is that of one rank's sample.
+        return {"image": crop[:, self.config.planes], "label": mask[:, self.config.planes]}
 
     def describe(self, key: tuple[int, int]) -> str:
         """Describes a sample in one phrase: its case, crop and augmentation."""

@@ -24,8 +24,9 @@ class SyntheticLoader:
 
     def __init__(self, samples: int, channels: int, classes: int, config: LoaderConfig) -> None:
         generator = torch.Generator().manual_seed(config.sample_seed)
-        self._images = torch.rand(VOLUMES, channels, *config.patch, generator=generator)
-        self._labels = torch.randint(classes, (VOLUMES, 1, *config.patch), generator=generator, dtype=torch.uint8)
+        images = torch.rand(VOLUMES, channels, *config.patch, generator=generator)
+        labels = torch.randint(classes, (VOLUMES, 1, *config.patch), generator=generator, dtype=torch.uint8)
+        self._images, self._labels = images[:, :, config.planes], labels[:, :, config.planes]
         self._batch_size = config.batch_size
         self._batches = len(config.sampler(samples))
 

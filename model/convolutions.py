@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.dispatch import triton_for
 from model.normalization import is_channels_last
+from model.slabs import SlabConv3d
 
 LAST = torch.channels_last_3d
 HALF = (torch.bfloat16, torch.float16)
@@ -39,17 +40,17 @@ def half_kernels(operator: str, x: Tensor) -> ModuleType | None:
     return kernels if kernels and compute_dtype(x) in HALF else None
 
 
-class ImageConv3d(nn.Conv3d):
+class ImageConv3d(SlabConv3d):
     """3x3x3 convolution, padding 1, stride 1, without bias, of an image with few channels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        super().__init__(in_channels, out_channels, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, F, D, H, W)."""
         # One channel is in both memory orders; the weight's strides tell which the network is in.
         is_last = x.is_contiguous(memory_format=LAST) and self.weight.stride(1) == 1
-        if is_last and not x.requires_grad and half_kernels("image", x):
+        if is_last and not x.requires_grad and not self.is_shared and half_kernels("image", x):
             output: Tensor = _ImageConvolution.apply(x, self.weight, compute_dtype(x))
             return output
         return super().forward(x)
@@ -75,15 +76,15 @@ class _ImageConvolution(torch.autograd.Function):
         return None, kernels.image_weight_gradient(x, grad.contiguous(memory_format=LAST)), None
 
 
-class NarrowConv3d(nn.Conv3d):
+class NarrowConv3d(SlabConv3d):
     """3x3x3 convolution, padding 1, stride 1, without bias, to so few channels that cuDNN is slow (see `is_narrow`)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        super().__init__(in_channels, out_channels, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, F, D, H, W)."""
-        if is_channels_last(x):
+        if is_channels_last(x) and not self.is_shared:
             kernels = half_kernels("narrow", x)
             if kernels and kernels.takes_rows(x.shape[4]):
                 output: Tensor = _NarrowConvolution.apply(x.to(compute_dtype(x)), self.weight)

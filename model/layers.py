@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.convolutions import IMAGE_CHANNELS, ImageConv3d, NarrowConv3d, OutputConv3d, is_narrow, upsample_and_join
 from model.normalization import InstanceNormActivation
+from model.slabs import SlabConv3d
 
 NORMALIZATIONS = ("instancenorm", "batchnorm")
 # Name -> slope below zero.
@@ -38,13 +39,13 @@ class BlockConfig:
 
 def conv_block(in_channels: int, out_channels: int, stride: int, config: BlockConfig) -> nn.Sequential:
     """3x3x3 convolution (without bias, since the norm adds one), affine norm, activation."""
-    convolution: nn.Conv3d
+    convolution: SlabConv3d
     if in_channels <= IMAGE_CHANNELS and stride == 1:
         convolution = ImageConv3d(in_channels, out_channels)
     elif is_narrow(in_channels, out_channels, stride):
         convolution = NarrowConv3d(in_channels, out_channels)
     else:
-        convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        convolution = SlabConv3d(in_channels, out_channels, stride)
     return nn.Sequential(convolution, *config.norm_activation(out_channels))
 
 

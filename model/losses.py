@@ -13,6 +13,7 @@ from common.errors import UserError, one_line
 from common.registry import Allowlist, Spec, Table, resolve
 from model.kernels.dispatch import triton_for
 from model.metrics import SPATIAL, dice_ratio
+from model.slabs import Slabs, SumOverSlabs
 
 # D, H and W of one class's voxels, (N, D, H, W).
 SPATIAL_OF_CLASS = (1, 2, 3)
@@ -36,7 +37,7 @@ class DiceSums:
 
 
 def dice_sums(logits: Tensor, labels: Tensor) -> DiceSums:
-    """Computes the sums in fp32, with one pass over the voxels forward and one backward.
+    """Computes the sums in fp32 (float64 stays), with one pass over the voxels forward and one backward.
 
     Neither a one-hot tensor nor probabilities are kept: the backward pass recomputes the softmax.
 
@@ -72,10 +73,10 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     Returns:
         The fields of `DiceSums`.
     """
-    logarithms = logits.float().log_softmax(1)
+    logarithms = _at_least_fp32(logits).log_softmax(1)
     probabilities = logarithms.exp()
-    cross_entropy = torch.zeros(len(logits), device=logits.device)
-    intersection, true = torch.empty(2, *logits.shape[:2], device=logits.device)
+    cross_entropy = logarithms.new_zeros(len(logits))
+    intersection, true = logarithms.new_empty(2, *logits.shape[:2])
     for value in range(logits.shape[1]):
         is_true = labels[:, 0] == value
         true[:, value] = is_true.sum(SPATIAL_OF_CLASS)
@@ -97,8 +98,8 @@ def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
     def column(gradient: Tensor) -> Tensor:
         return gradient.view(-1, 1, 1, 1)
 
-    probabilities = logits.float().softmax(1)
-    gradient = torch.empty_like(logits, dtype=torch.float32)  # softmax does not keep the memory format
+    probabilities = _at_least_fp32(logits).softmax(1)
+    gradient = torch.empty_like(logits, dtype=probabilities.dtype)  # softmax does not keep the memory format
     mean = torch.zeros_like(probabilities[:, 0])
     for value in range(logits.shape[1]):
         is_true = labels[:, 0] == value
@@ -109,6 +110,10 @@ def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
     for value in range(logits.shape[1]):
         gradient[:, value] -= column(grads.cross_entropy) * (labels[:, 0] == value)
     return gradient.to(logits.dtype)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class DiceLoss(nn.Module):
@@ -124,10 +129,10 @@ class DiceLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        return self.from_sums(dice_sums(logits, labels))
+        return self.from_sums(dice_sums(logits, labels), labels.numel())
 
-    def from_sums(self, sums: DiceSums) -> Tensor:
-        """Computes the loss from the sums over voxels."""
+    def from_sums(self, sums: DiceSums, voxels: int) -> Tensor:
+        """Computes the loss from the sums over the voxels of all samples, `voxels` of them."""
         ratio = dice_ratio(sums.intersection, sums.predicted + sums.true)
         return (1.0 - ratio[:, self.first_class :]).mean()
 
@@ -145,9 +150,34 @@ class DiceCELoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        sums = dice_sums(logits, labels)
-        cross_entropy = sums.cross_entropy.sum() / labels.numel()
-        return (cross_entropy + self.dice.from_sums(sums)) / 2
+        return self.from_sums(dice_sums(logits, labels), labels.numel())
+
+    def from_sums(self, sums: DiceSums, voxels: int) -> Tensor:
+        """Computes the loss from the sums over the voxels of all samples, `voxels` of them."""
+        return (sums.cross_entropy.sum() / voxels + self.dice.from_sums(sums, voxels)) / 2
+
+
+class SlabLoss(nn.Module):
+    """The loss of whole windows on every rank, from its slabs' logits and labels. See `SumOverSlabs` for its gradient.
+
+    Raises:
+        UserError: not a loss that follows from sums over the voxels.
+    """
+
+    def __init__(self, loss: nn.Module, slabs: Slabs) -> None:
+        super().__init__()
+        if not isinstance(loss, DiceLoss | DiceCELoss):
+            raise UserError("--ranks_per_sample: only the losses dice_ce and dice can be computed by slabs")
+        self.loss = loss
+        self.slabs = slabs
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, K, D, H, W), labels (N, 1, D, H, W) of a slab -> scalar."""
+        own = dice_sums(logits, labels)
+        columns = [own.cross_entropy[:, None], own.intersection, own.predicted, own.true]
+        total = SumOverSlabs.apply(torch.cat(columns, 1), self.slabs)
+        cross_entropy, *overlaps = total.split([part.shape[1] for part in columns], 1)
+        return self.loss.from_sums(DiceSums(cross_entropy[:, 0], *overlaps), labels.numel() * self.slabs.count)
 
 
 class LibraryLoss(nn.Module):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.convolutions import fork
 from model.layers import ACTIVATIONS, NORMALIZATIONS, BlockConfig, DoubleConv, OutputLayer, UpBlock
+from model.normalization import InstanceNormActivation
+from model.slabs import SlabConv3d, Slabs
 
 # Feature maps per resolution, the bottleneck last.
 MLPERF_FILTERS = (32, 64, 128, 256, 320, 320)
@@ -88,3 +90,25 @@ class Unet3d(nn.Module):
                 f"so each side must be a multiple of {self.divisor} and one at least twice that; "
                 f"the nearest is {' '.join(map(str, nearest))}"
             )
+
+    def check_slabs(self, depth: int, count: int, flag: str) -> None:
+        """Raises UserError if a window of this depth cannot be cut into `count` equal slabs, naming what fits.
+
+        Args:
+            flag: where `count` comes from, for the message.
+        """
+        if any(isinstance(module, nn.BatchNorm3d) for module in self.modules()):
+            raise UserError(f"{flag} {count}: batch norm cannot be computed by slabs; use --normalization instancenorm")
+        if depth % (count * self.divisor):
+            fitting = [n for n in range(1, count) if depth % (n * self.divisor) == 0][-1]
+            nearest = max(1, round(depth / (count * self.divisor))) * count * self.divisor
+            raise UserError(
+                f"{flag} {count}: each slab needs a plane at the lowest resolution, so the depth of --input_shape must "
+                f"be a multiple of {count} x {self.divisor}, not {depth}; use {flag} {fitting}, or a depth of {nearest}"
+            )
+
+    def share_windows(self, slabs: Slabs) -> None:
+        """Makes training map this rank's slab of a window to the logits of that slab; evaluation is unchanged."""
+        for module in self.modules():
+            if isinstance(module, SlabConv3d | InstanceNormActivation):
+                module.slabs = slabs

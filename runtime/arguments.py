@@ -149,6 +149,8 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError(
             "--cudnn_benchmark chooses algorithms by their time, which --cudnn_deterministic forbids; drop one of them"
         )
+    if config.compile and config.ranks_per_sample > 1:
+        raise UserError("--compile does not go with --ranks_per_sample, whose layers communicate; drop one of them")
     if not config.overlap < 1:
         raise UserError(f"--overlap {config.overlap:g}: windows must advance; use a value below 1 (MLPerf: 0.5)")
     if config.resume and checkpoint_path(config) is None:

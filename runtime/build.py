@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from common.errors import UserError
 from common.files import rotate
 from common.messages import note, take_notes
 from data_loading.base_loader import LoaderConfig, TrainingLoader
@@ -17,8 +18,9 @@ from data_loading.integrity import check_files, verify_changed
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
 from model.finetune import freeze, load_part, output_layer
-from model.losses import build_loss
+from model.losses import SlabLoss, build_loss
 from model.registry import build_network, check_window, freeze_unused
+from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.callbacks.base import RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
@@ -68,13 +70,17 @@ def make_step_config(run: RunSpec) -> StepConfig:
     """Returns how the loss of a micro-batch is computed."""
     config = run.config
     _, specs = split_specs(config.augment)
+    loss = make_loss(config, run.dataset, run.world)
+    objective = make_objective(specs, config.batch_size, config.compile)
+    if run.slabs and getattr(objective, "looks_inside", False):
+        raise UserError(f"--augment {specs[0]} does not go with --ranks_per_sample, whose layers communicate; drop one")
     return StepConfig(
-        loss=make_loss(config, run.dataset, run.world),
+        loss=SlabLoss(loss, run.slabs) if run.slabs else loss,
         precision=run.precision,
         ga_steps=config.ga_steps,
         layout=config.layout,
-        seed=run.seeds.ranks[run.world.rank],
-        objective=make_objective(specs, config.batch_size, config.compile),
+        seed=run.seeds.ranks[run.groups.index],  # a group's ranks mix the same samples
+        objective=objective,
     )
 
 
@@ -87,6 +93,7 @@ def build_state(run: RunSpec) -> TrainState:
         shape = getattr(config, flag)
         check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
     freeze_unused(network, dataset.channels, config.input_shape)
+    _share_windows(run, network)
     _start_from_weights(run, network)
     to_device(network, world.device, config.layout)
     if config.compile:
@@ -106,6 +113,17 @@ def build_state(run: RunSpec) -> TrainState:
         resume.restore(state, run.loaded, world.rank)
         resume.skip_partial_epoch(state, run.loaded, config.to_json(), ranks=world.size, seed=run.seeds.master)
     return state
+
+
+def _share_windows(run: RunSpec, network: nn.Module) -> None:
+    """Applies `--ranks_per_sample`: training then takes slabs of windows."""
+    flag, count = "--ranks_per_sample", run.groups.ranks
+    if run.slabs is None:
+        return
+    if not isinstance(network, Unet3d):
+        raise UserError(f"{flag} {count}: only --model unet3d can be computed by slabs, not {run.config.model}")
+    network.check_slabs(run.config.input_shape[0], count, flag)
+    network.share_windows(run.slabs)
 
 
 def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
@@ -138,7 +156,7 @@ def make_train_loop(
 
     scorer = CaseScorer(
         network=state.network,
-        loss=step.loss,
+        loss=make_loss(config, run.dataset, run.world),  # of whole windows, unlike training's with --ranks_per_sample
         windows=make_sliding_window_config(config, run.dataset),
         precision=run.precision,
         check=signals.check,
@@ -178,6 +196,7 @@ def make_train_loop(
         world=run.world,
         emit=emit,
         quality_threshold=config.quality_threshold,
+        ranks_per_sample=run.groups.ranks,
         first_rule_evaluation=rule.first_evaluation or 1,
     )
     emit(data_opened)
@@ -196,8 +215,10 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         worker_timeout_s=config.worker_timeout,
-        rank=world.rank,
-        ranks=world.size,
+        rank=run.groups.index,
+        ranks=run.groups.count,
+        slab=run.groups.slab,
+        slabs=run.groups.ranks,
         order_seed=run.seeds.order,
         sample_seed=run.seeds.samples,
         device=world.device,
@@ -212,7 +233,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         train_samples=len(training),
         eval_samples=len(evaluation),
         samples_per_epoch=run.samples_per_epoch,
-        global_batch_size=config.batch_size * world.size * config.ga_steps,
+        global_batch_size=config.batch_size * run.groups.count * config.ga_steps,
         gradient_accumulation_steps=config.ga_steps,
         classes=list(run.dataset.classes),
         notes=take_notes(),
@@ -288,7 +309,15 @@ def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
         ConsoleTracker(config.verbose, config.epochs),
     ]
     if config.benchmark:
-        active.append(ThroughputTracker(world.device, config.warmup_steps, world.size, config.log_dir))
+        active.append(
+            ThroughputTracker(
+                world.device,
+                config.warmup_steps,
+                ranks=world.size,
+                ranks_per_sample=config.ranks_per_sample,
+                log_dir=config.log_dir,
+            )
+        )
     path = checkpoint_path(config)
     if path is not None:
         prepare(path)

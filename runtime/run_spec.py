@@ -16,6 +16,7 @@ from data_loading.synthetic_loader import synthetic_cases
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
+from runtime.distributed.sample_parallel import GroupSlabs, SampleGroups
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.mlperf.closed_division import RESUMED, RuleViolation, RunFacts, identify_dataset, settle_division
@@ -36,6 +37,8 @@ class RunSpec:
         data_digest: of the data set and its split.
         loaded: the checkpoint to continue from, if any.
         done: why nothing is left to train; "" if something is.
+        groups: the groups of ranks that share each sample; of one rank each without `--ranks_per_sample`.
+        slabs: the connection of this rank's group; None if it has its samples for itself.
         fixed_batches: micro-batches of this rank per epoch with `--steps_per_epoch`; None: one pass over the data.
         pseudo_labels: the cap on pseudo-labelled cases in a batch.
         samples_per_epoch: over all ranks.
@@ -45,6 +48,8 @@ class RunSpec:
 
     config: RunConfig
     world: World
+    groups: SampleGroups
+    slabs: GroupSlabs | None
     dataset: DatasetSpec
     split: dict[str, list[str]]
     data_digest: str
@@ -59,6 +64,12 @@ class RunSpec:
     seeds: Seeds
     precision: Precision
 
+    @property
+    def slab_shape(self) -> tuple[int, int, int]:
+        """Shape (D, H, W) of this rank's part of a training crop."""
+        depth, height, width = self.config.input_shape
+        return depth // self.groups.ranks, height, width
+
 
 def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     """Reads the data set's index and the checkpoint, and derives the facts of the run from them.
@@ -66,13 +77,14 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     Raises:
         UserError: the flags, the data set and the checkpoint do not fit together.
     """
+    groups = SampleGroups.divide(world, config.ranks_per_sample)
     dataset, split = read_dataset(config)
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
-    batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, world.size, pseudo_labels)
-    samples_per_epoch = batches * config.batch_size * world.size
+    batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, groups.count, pseudo_labels)
+    samples_per_epoch = batches * config.batch_size * groups.count
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not split["evaluation"]:
         schedule = dataclasses.replace(schedule, first_evaluation=None)
@@ -97,13 +109,15 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         )
     )
     if not (violations or done):
-        note(expected_length(config, world.size))
+        note(expected_length(config, groups.count))
     seed = config.seed
     if loaded and loaded.seed is not None and config.seed < 0:
         seed = loaded.seed
     return RunSpec(
         config=config,
         world=world,
+        groups=groups,
+        slabs=groups.connect(world),
         dataset=dataset,
         split=split,
         data_digest=data_digest,

@@ -41,7 +41,7 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
         loader=config.loader,
         workers=config.num_workers,
         batch_size=config.batch_size,
-        patch=config.input_shape,
+        patch=run.slab_shape,
         channels=run.dataset.channels,
         scoring=make_sliding_window_config(config, run.dataset),
         checkpoint_dir=path.parent if path else None,
@@ -58,11 +58,12 @@ def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> No
     """Compiles, tunes and measures on dummy data before the clock starts; restores the state afterwards."""
     config, dataset, world = run.config, run.dataset, run.world
     channels, classes = dataset.channels, len(dataset.classes)
-    batch = dummy_batch((config.batch_size, channels, *config.input_shape), classes, world.device)
+    batch = dummy_batch((config.batch_size, channels, *run.slab_shape), classes, world.device)
     windows = dummy_batch((config.val_batch_size, channels, *config.val_input_shape), classes, world.device)
     warm_up(state, batch, windows, step, steps=config.prewarm_steps)
     if config.benchmark:
-        emit(calibrate(state, partial(make_network, config, dataset), batch, step, world=world))
+        sample = (channels, *config.input_shape)
+        emit(calibrate(state, partial(make_network, config, dataset), batch, step, sample=sample, world=world))
 
 
 def describe_start(run: RunSpec) -> events.InitStarted:

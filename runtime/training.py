@@ -77,6 +77,7 @@ class TrainLoop:
         evaluate: scores the evaluation cases after an epoch; every rank must call it.
         emit: reports an event to the trackers.
         quality_threshold: mean Dice that ends the run with success.
+        ranks_per_sample: number of ranks that share each sample.
         first_rule_evaluation: the first epoch with an evaluation under MLPerf's rule. Before it, a score of zero may
             only mean that the network has not found anything yet.
     """
@@ -92,6 +93,7 @@ class TrainLoop:
     world: World
     emit: Callable[[Event], None]
     quality_threshold: float
+    ranks_per_sample: int = 1
     first_rule_evaluation: int = 1
 
 
@@ -193,7 +195,7 @@ def train_epoch(state: TrainState, loop: TrainLoop, epoch: int) -> Stop | None:
         # The epoch's one host sync: the mean loss over batches and ranks.
         loss=(loop.world.sum(loss_sum) / (batches * loop.world.size)).item(),
         learning_rate=learning_rate,
-        samples=samples * loop.world.size,
+        samples=samples * loop.world.size // loop.ranks_per_sample,
         seconds=time.perf_counter() - started,
     )
     state.epoch, state.batch, state.loss_sum = epoch, 0, None

@@ -27,6 +27,13 @@ class TrainingFlags:
         mode="evaluate",
     )
     batch_size: int = flag(2, "samples per rank per micro-batch", type=POSITIVE, resume="order")
+    ranks_per_sample: int = flag(
+        1,
+        "ranks that share each sample: its crop is cut along D, a slab for each rank, which changes no result; "
+        "--batch_size then counts the samples of such a group of ranks",
+        type=POSITIVE,
+        resume="order",
+    )
     ga_steps: int = flag(1, "micro-batches accumulated per optimizer step", type=POSITIVE, resume="order")
     epochs: int = flag(1, "maximum number of epochs", type=POSITIVE)
     steps_per_epoch: int | None = flag(

@@ -67,19 +67,26 @@ def warm_up(state: TrainState, batch: Batch, window_batch: Batch, config: StepCo
 
 
 def calibrate(
-    state: TrainState, build: Callable[[], nn.Module], batch: Batch, config: StepConfig, *, world: World
+    state: TrainState,
+    build: Callable[[], nn.Module],
+    batch: Batch,
+    config: StepConfig,
+    *,
+    sample: Sequence[int],
+    world: World,
 ) -> Calibrated:
     """Measures the figures that `--benchmark` compares with. Every rank must call it.
 
     Args:
         state: the training state, which stays as it is.
         build: makes a new network, for counting on the meta device.
-        batch: a micro-batch on the device.
+        batch: a micro-batch on the device; of slabs with `--ranks_per_sample`.
         config: how a step is computed.
+        sample: (C, D, H, W) of a whole sample.
         world: all ranks of the run.
     """
     return Calibrated(
-        flops_per_sample=training_flops(build, batch["image"].shape[1:]),
+        flops_per_sample=training_flops(build, sample),
         peak_flops=peak_flops(config.precision),
         communication_ms=_exposed_communication_ms(state, batch, config, world),
     )

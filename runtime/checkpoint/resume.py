@@ -26,6 +26,8 @@ ORDER_FLAGS = flag_names(RunConfig, resume="order")
 INCIDENTAL_FLAGS = flag_names(RunConfig, resume="incidental")
 # Settings that distinguish SGD, Adam and LAMB. Comparing all of them would refuse checkpoints of other torch versions.
 OPTIMIZER_SETTINGS = {"momentum", "betas", "eps"}
+# The flag that divides the ranks into groups, each with samples of its own.
+SHARING = "ranks_per_sample"
 
 
 def newest_intact(path: Path) -> Checkpoint | None:
@@ -161,7 +163,9 @@ def skip_partial_epoch(state: TrainState, loaded: Checkpoint, config: dict[str, 
     reasons += ["the seed"] if loaded.seed != seed else []
     if len(loaded.loss_sums) not in (0, ranks):
         reasons.append("the number of ranks")
-        note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}: the global batch changes with it")
+        before, now = len(loaded.loss_sums) // loaded.config.get(SHARING, 1), ranks // config.get(SHARING, 1)
+        consequence = ": the global batch changes with it" if before != now else ""
+        note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}{consequence}")
     if state.batch and reasons:
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, None
         verb = "have" if len(reasons) > 1 else "has"

@@ -150,6 +150,42 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Returns, on every rank, all ranks' tensors, which have the same shape: (size, *shape)."""
+        stacked = tensor.new_empty(self.size, *tensor.shape)
+        if self.size == 1:
+            return stacked.copy_(tensor[None])
+        dist.all_gather(list(stacked.unbind()), tensor.contiguous(), group=self.group)
+        return stacked
+
+    def exchange(self, to_previous: Tensor | None, to_next: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sends a tensor to the rank before this one, and one of the same shape to the rank after it.
+
+        Args:
+            to_previous, to_next: None on all ranks: nothing is sent that way.
+
+        Returns:
+            What the previous rank sent `to_next`, and the next rank `to_previous`; zeros for what no rank sent.
+        """
+        operations, received = [], []
+        for sent, step in ((to_next, 1), (to_previous, -1)):
+            shape = next(tensor for tensor in (sent, to_next, to_previous) if tensor is not None)
+            arriving = shape.new_zeros(shape.shape)
+            received.append(arriving)
+            if sent is None:
+                continue
+            for operation, tensor, peer in (
+                (dist.isend, sent.contiguous(), self.rank + step),
+                (dist.irecv, arriving, self.rank - step),
+            ):
+                if 0 <= peer < self.size:
+                    peer = dist.get_global_rank(self.group, peer) if self.group is not None else peer
+                    operations.append(dist.P2POp(operation, tensor, peer, group=self.group))
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        from_previous, from_next = received
+        return from_previous, from_next
+
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's value, in the order of the ranks, on every rank. Plain Python values only."""
         values = [value] * self.size

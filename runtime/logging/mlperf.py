@@ -124,7 +124,12 @@ def tensor_names(network: nn.Module) -> list[str]:
     The benchmark network's become MLPerf's (`downsample.2.conv1.0` -> `down2_block_0_conv`; the bottleneck counts as
     the last down block); another network's keep their own names with underscores.
     """
-    kinds = {"Conv3d": "conv", "InstanceNormActivation": "instancenorm", "BatchNorm3d": "batchnorm"}
+    kinds = {
+        "Conv3d": "conv",
+        "SlabConv3d": "conv",
+        "InstanceNormActivation": "instancenorm",
+        "BatchNorm3d": "batchnorm",
+    }
     downs = len(getattr(network, "downsample", ()))
     names = []
     for path, module in network.named_modules():

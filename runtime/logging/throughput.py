@@ -28,13 +28,18 @@ class ThroughputTracker:
 
     Args:
         warmup_steps: iterations that are not counted.
-        ranks: number of ranks; samples/s is this rank's rate times `ranks`, since all of them do the same work.
+        ranks: number of ranks, all of which do the same work.
+        ranks_per_sample: number of ranks that share each sample; samples/s is this rank's rate times the number of
+            such groups.
     """
 
-    def __init__(self, device: torch.device, warmup_steps: int, ranks: int, log_dir: Path) -> None:
+    def __init__(
+        self, device: torch.device, warmup_steps: int, ranks: int, log_dir: Path, ranks_per_sample: int = 1
+    ) -> None:
         self._device = device
         self._warmup_steps = warmup_steps
         self._ranks = ranks
+        self._groups = ranks // ranks_per_sample
         self._path = log_dir / "benchmark.json"
         # A timestamp before the first iteration, then one per phase, `len(PHASES)` per iteration.
         self._timestamps: list[Any] = []
@@ -72,7 +77,7 @@ class ThroughputTracker:
         phases = np.array(self._milliseconds()).reshape(-1, len(PHASES))[self._warmup_steps :]
         if not len(phases):
             return
-        figures = throughput(phases.sum(1).tolist(), self._samples[self._warmup_steps :], self._ranks)
+        figures = throughput(phases.sum(1).tolist(), self._samples[self._warmup_steps :], self._groups)
         figures |= breakdown(dict(zip(PHASES, phases.mean(0).tolist(), strict=True)), self._limits.communication_ms)
         figures |= efficiency(figures["samples_per_s"] / self._ranks, self._limits)
         figures["peak_memory_gib"] = peak_memory_bytes(self._device) / 2**30
@@ -92,11 +97,11 @@ def measured_samples_per_s(log_dir: Path) -> float | None:
     return rate if math.isfinite(rate) and rate > 0 else None
 
 
-def throughput(latencies_ms: Sequence[float], samples: Sequence[int], ranks: int) -> dict[str, float]:
+def throughput(latencies_ms: Sequence[float], samples: Sequence[int], groups: int) -> dict[str, float]:
     """Returns samples per second (total over total: one slow step distorts a mean of rates) and latencies in ms."""
     p90, p95, p99 = np.percentile(latencies_ms, (90, 95, 99)).tolist()
     return {
-        "samples_per_s": 1e3 * sum(samples) * ranks / sum(latencies_ms),
+        "samples_per_s": 1e3 * sum(samples) * groups / sum(latencies_ms),
         "iterations": len(latencies_ms),
         "latency_mean_ms": sum(latencies_ms) / len(latencies_ms),
         "latency_p90_ms": p90,

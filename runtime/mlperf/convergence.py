@@ -87,7 +87,11 @@ def expectation(batch_size: int, ruleset: str, samples_per_s: float | None) -> s
     return line
 
 
-def expected_length(config: RunConfig, ranks: int) -> str:
-    """Returns `expectation` for a run, with the rate that `--benchmark` measured in its log folder, if any."""
+def expected_length(config: RunConfig, groups: int) -> str:
+    """Returns `expectation` for a run, with the rate that `--benchmark` measured in its log folder, if any.
+
+    Args:
+        groups: of ranks that share each sample, or the number of ranks if none do.
+    """
     rate = measured_samples_per_s(config.log_dir)
-    return expectation(config.batch_size * ranks * config.ga_steps, config.ruleset, rate)
+    return expectation(config.batch_size * groups * config.ga_steps, config.ruleset, rate)

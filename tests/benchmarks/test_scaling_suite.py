@@ -66,6 +66,16 @@ def test_an_all_reduce_by_hand() -> None:
     assert links.all_reduce_s(16) == pytest.approx(62_380_486 * (2 * 7 / 8 / 100e9 + 2 * 1 / 2 / 10e9))
 
 
+def test_an_exchange_of_planes_by_hand() -> None:
+    """36 MB a step, at a tenth of a millisecond per 36 MB."""
+    links = Links(within_node=362e9)
+    assert links.exchange_s(1) == 0
+    assert links.exchange_s(2) == links.exchange_s(8) == pytest.approx(1e-4, rel=2e-3)
+    shared, own = (forecast(H200, layout, Links(overlap=1.0)) for layout in (Layout(28, 56), Layout(56, 56)))
+    assert shared.step == pytest.approx(own.step - H200.sample_s / 2 + shared.exchange)
+    assert (own.exchange, shared.exchange) == (0, Links().exchange_s(2))
+
+
 def test_a_forecast_by_hand() -> None:
     # 100 ms per sample, of which 7.5 ms are the minimum step time.
     device = paper.Device("", samples_per_s=10, batch=1, windows_per_s=100)
@@ -111,22 +121,24 @@ def test_layouts_can_be_launched(gpus: int) -> None:
     for layout in found:
         assert layout.training <= gpus
         assert layout.evaluating == 0
-        assert layout.batch % layout.training == 0
+        assert layout.batch * layout.ranks_per_sample % layout.training == 0
+        Unet3d(1, 3).check_slabs(128, layout.ranks_per_sample, "--ranks_per_sample")
         assert 168 % layout.batch == 0
         assert layout.samples_per_gpu <= paper.MAX_SAMPLES_PER_GPU
         nodes = paper.nodes_for(layout.training, gpus)
         assert layout.training == nodes * (layout.training // nodes)
         assert layout.training // nodes <= 8
+        assert layout.training // nodes % layout.ranks_per_sample == 0, "GPUs that share a sample are in one node"
 
 
-def test_beyond_main_splits_samples_and_evaluates_concurrently() -> None:
+def test_beyond_main_evaluates_concurrently() -> None:
     found = list(layouts(768, beyond_main=True))
     assert Layout(84, 672, 96) in found
-    assert set(layouts(768)) < set(found)
+    assert Layout(84, 336) in set(layouts(768)) < set(found)
     assert all(layout.training + layout.evaluating <= 768 for layout in found)
 
 
-@pytest.mark.parametrize(("gpus", "nodes", "a_node"), [(8, 1, 8), (16, 2, 7), (128, 12, 7)])
+@pytest.mark.parametrize(("gpus", "nodes", "a_node"), [(8, 1, 8), (16, 2, 7), (128, 14, 8)])
 def test_main_py_accepts_the_suggested_settings(gpus: int, nodes: int, a_node: int) -> None:
     layout, _ = best(H200, gpus, Links())
     words = launch(layout, gpus).split()
@@ -139,7 +151,8 @@ def test_main_py_accepts_the_suggested_settings(gpus: int, nodes: int, a_node: i
     arguments[0] = f"@{scaling.PROJECT / arguments[0].removeprefix('@')}"
     config, _ = parse_arguments(arguments)
     reference = paper.nearest_reference(layout.batch)
-    assert config.batch_size * config.ga_steps * nodes * a_node == layout.batch
+    assert config.ranks_per_sample == (2 if gpus == 128 else 1)
+    assert config.batch_size * config.ga_steps * nodes * a_node == layout.batch * config.ranks_per_sample
     assert (config.learning_rate, config.lr_warmup_epochs) == (reference.learning_rate, reference.warmup_epochs)
 
 

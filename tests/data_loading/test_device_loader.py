@@ -218,3 +218,15 @@ def test_on_a_cpu_no_evaluation_case_is_kept(folder: Path) -> None:
     cases = EvaluationCases(folder, torch.device("cpu"))
     first = cases(CASES[0])
     assert cases(CASES[0]) is not first
+
+
+@pytest.mark.parametrize("name", ["device", "pytorch", "synthetic"])
+def test_slabs_are_the_parts_of_the_whole_samples(name: str, folder: Path) -> None:
+    """Flips, factors and noise included, whose draws are those of the whole crop; in an epoch's middle too."""
+    whole = list(make(name, folder).epoch(2, start=1))
+    parts = [list(make(name, folder, replace(SETTINGS, slab=slab, slabs=4)).epoch(2, start=1)) for slab in range(4)]
+    assert len(whole) == 2
+    for expected, *slabs in zip(whole, *parts, strict=True):
+        for key, tensor in expected.items():
+            assert [slab[key].shape[2] for slab in slabs] == [2] * 4
+            assert torch.equal(torch.cat([slab[key] for slab in slabs], 2), tensor)

@@ -102,6 +102,27 @@ def test_ranks_and_accumulation_train_as_one_big_batch(
     assert opened["samples_per_epoch"] == 12
 
 
+def test_two_ranks_to_a_sample_train_as_one(program: Program, balls: Path, tmp_path: Path) -> None:
+    """The same losses and scores, on slabs read by loader workers; also of a run that is continued on them."""
+    one, two, first = (tmp_path / name for name in ("one", "two", "first"))
+    shared = ("--ranks_per_sample", 2, "--layout", "NDHWC", "--num_workers", 1)
+    program("--data_dir", balls, "--log_dir", one, *SCHEDULE)
+    program("--data_dir", balls, "--log_dir", two, *SCHEDULE, *shared, ranks=2)
+    program("--data_dir", balls, "--log_dir", first, *SCHEDULE, *shared, "--epochs", 2, ranks=2)
+    assert losses(first) == losses(two)[:2]
+    done = program("--data_dir", balls, "--log_dir", first, *SCHEDULE, *shared, "--resume", ranks=2)
+    assert "resumed from" in done.stdout
+    assert losses(first) == losses(two)[2:]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    (expected,), (found,) = (events_of(logs, "EvaluationStopped") for logs in (one, two))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["mean_dice"] == pytest.approx(expected["mean_dice"], abs=1e-4)
+    for logs in (one, two):
+        (opened,) = events_of(logs, "DataOpened")
+        assert (opened["global_batch_size"], opened["samples_per_epoch"]) == (2, 12)
+        assert {event["samples"] for event in events_of(logs, "EpochStopped")} == {12}
+
+
 def test_two_ranks_in_channels_last_train_without_a_warning(program: Program, balls: Path, tmp_path: Path) -> None:
     """DDP warns when a gradient's strides differ from its bucket's, and then copies it in every step."""
     done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--layout", "NDHWC", "--epochs", 1, ranks=2)

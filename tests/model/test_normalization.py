@@ -198,7 +198,7 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_folded_rows_are_whole_voxels(shape: tuple[int, ...]) -> None:
     x = volume(shape)
-    rows, repeats = normalization._fold(x)
+    rows, repeats = normalization._fold(x, x)
     assert rows.shape == (shape[0], math.prod(shape[2:]) // repeats, repeats * shape[1])
     assert rows.shape[2] <= max(normalization.ROW, shape[1])
     assert torch.equal(normalization._unfold(rows, x), x)

@@ -15,6 +15,7 @@ from common.errors import UserError
 from model.layers import BlockConfig, UpBlock
 from model.normalization import InstanceNormActivation
 from model.registry import NETWORKS, build_network, check_window
+from model.slabs import SlabConv3d
 from model.unet3d import MLPERF_FILTERS, Unet3d
 
 TINY = (4, 6, 8)
@@ -126,9 +127,9 @@ def test_transposed_convolutions_have_a_bias_and_nothing_after_them(meta_network
 @pytest.mark.parametrize(
     ("normalization", "activation", "layers", "slope"),
     [
-        ("instancenorm", "relu", [nn.Conv3d, InstanceNormActivation], 0.0),
-        ("instancenorm", "leaky_relu", [nn.Conv3d, InstanceNormActivation], 0.01),
-        ("batchnorm", "leaky_relu", [nn.Conv3d, nn.BatchNorm3d, nn.LeakyReLU], 0.01),
+        ("instancenorm", "relu", [SlabConv3d, InstanceNormActivation], 0.0),
+        ("instancenorm", "leaky_relu", [SlabConv3d, InstanceNormActivation], 0.01),
+        ("batchnorm", "leaky_relu", [SlabConv3d, nn.BatchNorm3d, nn.LeakyReLU], 0.01),
     ],
 )
 def test_every_block_is_convolution_norm_activation(

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "exec_mode": "train",
     "eval_split": "evaluation",
     "batch_size": 2,
+    "ranks_per_sample": 1,
     "ga_steps": 1,
     "epochs": 1,
     "steps_per_epoch": None,
@@ -564,7 +565,9 @@ def test_structural_flags() -> None:
 
 
 def test_order_flags() -> None:
-    assert set(flag_names(RunConfig, resume="order")) == {"batch_size", "ga_steps", "loader", "steps_per_epoch"}
+    assert set(flag_names(RunConfig, resume="order")) == {
+        *("batch_size", "ga_steps", "loader", "ranks_per_sample", "steps_per_epoch")
+    }
 
 
 INCIDENTAL = """

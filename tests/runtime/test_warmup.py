@@ -135,7 +135,7 @@ def test_a_calibration_leaves_no_trace_and_one_rank_communicates_nothing(
     state = make_state()
     before = everything(state)
     batch = dummy_batch((2, 1, *SHAPE), 3, CPU)
-    found = calibrate(state, lambda: Unet3d(1, 3, filters=(3, 4)), batch, settings, world=world)
+    found = calibrate(state, lambda: Unet3d(1, 3, filters=(3, 4)), batch, settings, sample=(1, *SHAPE), world=world)
     assert same(everything(state), before)
     assert found.communication_ms == 0
     assert found.flops_per_sample > 0

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.triton.tiles import tiles
-from model.normalization import NormState
+from model.normalization import NormState, window_moments, window_sums
+from model.slabs import Slabs
 
 # Elements per tile of a kernel that maps x to y, and of one that sums: each element of a tile has its own sums, which
 # stay in registers. Measured on an H200.
@@ -63,6 +64,7 @@ def _finish_moments(
     means,
     m2s,
     mean_out,
+    m2_out,
     inverse_std_out,
     voxels,
     per_program,
@@ -72,7 +74,7 @@ def _finish_moments(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Combines the programs' moments of a sample into its mean and 1 / sqrt(variance + eps)."""
+    """Combines the programs' moments of a sample, and computes 1 / sqrt(variance + eps)."""
     sample = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)
@@ -92,8 +94,10 @@ def _finish_moments(
         index = (sample * programs + program[:, None]) * C + channel[None, :]
         away = tl.load(means + index, inside, 0.0) - mean[None, :]
         total += tl.where(inside, tl.load(m2s + index, inside, 0.0) + count[:, None] * away * away, 0.0)
-    variance = tl.sum(total, 0) / voxels.to(tl.float32)
+    m2 = tl.sum(total, 0)
+    variance = m2 / voxels.to(tl.float32)
     tl.store(mean_out + sample * C + channel, mean, channel < C)
+    tl.store(m2_out + sample * C + channel, m2, channel < C)
     tl.store(inverse_std_out + sample * C + channel, 1.0 / tl.sqrt(variance + eps), channel < C)
 
 
@@ -251,17 +255,23 @@ def _gradient(
     tl.store(dx + index, result.to(dx.dtype.element_ty), inside)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float, slabs: Slabs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `normalization.norm_forward` in three kernels, which read x twice and write y once."""
     n, channels = x.shape[:2]
     voxels = math.prod(x.shape[2:])
     padded, rows, programs, per_program = tiles(channels, voxels, SUM_TILE)
     partial = x.new_empty(2, n, programs, channels, dtype=torch.float32)
-    mean, inverse_std = x.new_empty(2, n, channels, dtype=torch.float32)
     _moments[programs, n](x, partial[0], partial[1], voxels, per_program, channels, padded, rows)
+    mean, m2, inverse_std = x.new_empty(3, n, channels, dtype=torch.float32)
     _finish_moments[triton.cdiv(channels, SUM_CHANNELS), n](
-        partial[0], partial[1], mean, inverse_std, voxels, per_program, programs, eps, channels, SUM_CHANNELS, SUM_ROWS
+        *(partial[0], partial[1], mean, m2, inverse_std),
+        *(voxels, per_program, programs, eps, channels, SUM_CHANNELS, SUM_ROWS),
     )
+    if slabs is not None:
+        mean, variance = window_moments(mean, m2, voxels, slabs)
+        inverse_std = (variance + eps).rsqrt()
     y = torch.empty_like(x)
     rows = max(1, TILE // padded)
     _normalize[triton.cdiv(voxels, rows), n](
@@ -270,8 +280,13 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: 
     return y, mean, inverse_std
 
 
-def norm_backward(grad: Tensor, state: NormState, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `normalization.norm_backward` in three kernels, which read grad and x twice and write dx once."""
+def norm_backward(
+    grad: Tensor, state: NormState, slope: float, slabs: Slabs | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `normalization.norm_backward` in three kernels, which read grad and x twice and write dx once.
+
+    They do not read y: its sign follows from x, which they read anyway.
+    """
     x, affine = state.x, (state.weight, state.bias, state.mean, state.inverse_std)
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
     n, channels = x.shape[:2]
@@ -284,21 +299,15 @@ def norm_backward(grad: Tensor, state: NormState, slope: float) -> tuple[Tensor,
     slope_x, base = x.new_empty(2, n, channels, dtype=torch.float32)
     of_samples = x.new_empty(2, n, channels, dtype=torch.float32)
     _finish_gradient_sums[triton.cdiv(channels, SUM_CHANNELS), n](
-        partial[0],
-        partial[1],
-        state.weight,
-        state.mean,
-        state.inverse_std,
-        slope_x,
-        base,
-        of_samples[0],
-        of_samples[1],
-        voxels,
-        programs,
-        channels,
-        SUM_CHANNELS,
-        SUM_ROWS,
+        *(partial[0], partial[1], state.weight, state.mean, state.inverse_std),
+        *(slope_x, base, of_samples[0], of_samples[1]),
+        *(voxels, programs, channels, SUM_CHANNELS, SUM_ROWS),
     )
+    if slabs is not None:
+        dbias, dweight, window_voxels = window_sums(of_samples[1], of_samples[0], voxels, slabs)
+        scale = state.weight * state.inverse_std
+        slope_x = -scale * state.inverse_std * dweight / window_voxels
+        base = -scale * dbias / window_voxels - slope_x * state.mean
     dx = torch.empty_like(x)
     rows = max(1, TILE // padded)
     _gradient[triton.cdiv(voxels, rows), n](grad, x, dx, *affine, slope_x, base, slope, voxels, channels, padded, rows)

@@ -73,6 +73,37 @@ def test_norm(shape: tuple[int, ...], slope: float, dtype: torch.dtype, layout: 
         assert_same(found, right, digits)
 
 
+class OneOfTwo:
+    """A `Slabs` of which the other rank's sums are a function of this one's."""
+
+    count = 2
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, 1.5 * tensor + 1))
+
+    def exchange(self, to_previous: Tensor | None, to_next: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise AssertionError("a norm has no halo")
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_norm_of_a_slab() -> None:
+    x = (1 + normal(2, 3, 7, 9, 11)).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias, slabs = normal(3, seed=1), normal(3, seed=2), OneOfTwo()
+    expected = normalization.norm_forward(x, weight, bias, eps=EPS, slope=0.01, slabs=slabs)
+    found = triton_kernels.norm_forward(x, weight, bias, eps=EPS, slope=0.01, slabs=slabs)
+    for one, right in zip(found, expected, strict=True):
+        assert_same(one, right)
+    alone = normalization.norm_forward(x, weight, bias, eps=EPS, slope=0.01)
+    assert not torch.allclose(expected[0], alone[0], atol=0.1)
+    y, mean, inverse = expected
+    grad = normal(*x.shape, seed=3).contiguous(memory_format=torch.channels_last_3d)
+    arguments = (grad, normalization.NormState(x, y, weight, bias, mean, inverse), 0.01, slabs)
+    for one, right in zip(
+        triton_kernels.norm_backward(*arguments), normalization.norm_backward(*arguments), strict=True
+    ):
+        assert_same(one, right)
+
+
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,7 +156,7 @@ def test_the_operators_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     results = []
     for module in (None, triton_kernels):
         for importer in (normalization, losses):
-            monkeypatch.setattr(importer, "triton_for", lambda _, module=module: module)
+            monkeypatch.setattr(importer, "triton_for", lambda x, operator, module=module: module)
         results.append(step())
     assert calls == ["norm_forward", "sums_forward", "sums_backward", "norm_backward"]
     plain, fused = results

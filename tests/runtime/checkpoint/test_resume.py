@@ -315,6 +315,13 @@ def test_another_number_of_ranks_is_reported_and_skips_the_rest_of_the_epoch(mak
     assert resumed(make_state, between, ranks=2) == ([], 4, 0, None)
 
 
+def test_with_more_ranks_to_a_sample_the_global_batch_stays(make_state: MakeState) -> None:
+    loaded = dataclasses.replace(MIDWAY, loss_sums=[1.5, 1.5], config={**FLAGS, "ranks_per_sample": 1})
+    notes, *_ = resumed(make_state, loaded, ranks=4, ranks_per_sample=2)
+    assert notes[0] == "resumed on 4 rank(s), was 2"
+    assert "since --ranks_per_sample and the number of ranks have changed" in notes[1]
+
+
 def test_a_foreign_checkpoint_has_no_number_of_ranks(make_state: MakeState) -> None:
     assert resumed(make_state, of(seed=None, loss_sums=[]), ranks=3) == ([], 4, 0, None)
 

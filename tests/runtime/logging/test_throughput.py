@@ -17,18 +17,18 @@ CPU = torch.device("cpu")
 
 def test_throughput_is_samples_over_time_and_no_mean_of_rates() -> None:
     """Nine steps of 10 ms and one of 1 s: 20 samples in 1.09 s; a mean of rates would be 182."""
-    figures = throughput([10.0] * 9 + [1000.0], [2] * 10, ranks=1)
+    figures = throughput([10.0] * 9 + [1000.0], [2] * 10, groups=1)
     assert figures["samples_per_s"] == pytest.approx(20 / 1.09)
     assert figures["latency_mean_ms"] == pytest.approx(109)
     assert figures["iterations"] == 10
 
 
 def test_throughput_counts_every_rank_and_each_batchs_own_samples() -> None:
-    assert throughput([100.0, 100.0], [4, 2], ranks=3)["samples_per_s"] == pytest.approx(3 * 6 / 0.2)
+    assert throughput([100.0, 100.0], [4, 2], groups=3)["samples_per_s"] == pytest.approx(3 * 6 / 0.2)
 
 
 def test_latency_percentiles() -> None:
-    figures = throughput([float(n) for n in range(1, 102)], [1] * 101, ranks=1)
+    figures = throughput([float(n) for n in range(1, 102)], [1] * 101, groups=1)
     percentiles = [figures[f"latency_p{p}_ms"] for p in (90, 95, 99)]
     assert percentiles == pytest.approx([91, 96, 100])
 

@@ -78,7 +78,7 @@ def test_the_rate_is_the_newest_measured_in_the_log_folder(
     tmp_path: Path, make_config: Callable[..., RunConfig]
 ) -> None:
     config = make_config(log_dir=tmp_path, batch_size=7, ga_steps=2)
-    line = expected_length(config, ranks=4)
+    line = expected_length(config, groups=4)
     assert line.startswith("to converge: 357,404 samples")
     for number, (name, content) in enumerate([("benchmark.json", '{"samples_per_s": 10}'), ("benchmark.1.json", "{")]):
         (tmp_path / name).write_text(content)
