@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,31 +29,41 @@ class Part:
         run: measures; returns the table.
         needs_s: skipped if less time than this is left.
         needs_gib: skipped if less of the GPU's memory than this is free.
-        needs_cuda: skipped on a CPU, with this reason; "": it runs there as well.
+        on_cpu: why it is skipped on a CPU; "": it runs there as well.
     """
 
     name: str
     run: Callable[[Options], Table]
-    needs_s: float
-    needs_gib: float = 0.0
-    needs_cuda: str = ""
+    needs_s: float = field(kw_only=True)
+    needs_gib: float = field(default=0.0, kw_only=True)
+    on_cpu: str = field(default="", kw_only=True)
 
 
 PARTS = (
-    Part("Triton operators", gpu_operators.triton_operators, 20, 2, "Triton's kernels are for CUDA"),
-    Part("Six steps against the CPU", gpu_checks.trace, 5, 1),
-    Part("Device loader", gpu_checks.device_loader, 5, 1),
-    Part("Host syncs in a step", gpu_checks.host_syncs, 10, 4, "a CPU has nothing to wait for"),
-    Part("Large tensors", gpu_operators.large_tensors, 10, 60, "Triton's kernels are for CUDA"),
-    Part("Killed and resumed", gpu_runs.resumed, 40, 4),
-    Part("Samples per second", gpu_speed.samples, 30, 10),
-    Part("A step by kernel", gpu_speed.profile, 10, 30),
-    Part("Windows per second", gpu_speed.windows, 25, 10),
-    Part("Choices", gpu_speed.choices, 30, 30),
-    Part("CUDA graphs", gpu_speed.cuda_graphs, 20, 20, "CUDA graphs are for CUDA"),
-    Part("Convolutions", gpu_convolutions.convolutions, 50, 8),
-    Part("To a target", gpu_runs.to_target, 60, 60),
-    Part("torch.compile", gpu_speed.compiled, 90, 30, "compiling takes a CPU minutes"),
+    Part(
+        "Triton operators",
+        gpu_operators.triton_operators,
+        needs_s=20,
+        needs_gib=2,
+        on_cpu="Triton's kernels are for CUDA",
+    ),
+    Part("Six steps against the CPU", gpu_checks.trace, needs_s=5, needs_gib=1),
+    Part("Device loader", gpu_checks.device_loader, needs_s=5, needs_gib=1),
+    Part(
+        "Host syncs in a step", gpu_checks.host_syncs, needs_s=10, needs_gib=4, on_cpu="a CPU has nothing to wait for"
+    ),
+    Part(
+        "Large tensors", gpu_operators.large_tensors, needs_s=10, needs_gib=60, on_cpu="Triton's kernels are for CUDA"
+    ),
+    Part("Killed and resumed", gpu_runs.resumed, needs_s=40, needs_gib=4),
+    Part("Samples per second", gpu_speed.samples, needs_s=30, needs_gib=10),
+    Part("A step by kernel", gpu_speed.profile, needs_s=10, needs_gib=30),
+    Part("Windows per second", gpu_speed.windows, needs_s=25, needs_gib=10),
+    Part("Choices", gpu_speed.choices, needs_s=30, needs_gib=30),
+    Part("CUDA graphs", gpu_speed.cuda_graphs, needs_s=20, needs_gib=20, on_cpu="CUDA graphs are for CUDA"),
+    Part("Convolutions", gpu_convolutions.convolutions, needs_s=50, needs_gib=8),
+    Part("To a target", gpu_runs.to_target, needs_s=60, needs_gib=60),
+    Part("torch.compile", gpu_speed.compiled, needs_s=90, needs_gib=30, on_cpu="compiling takes a CPU minutes"),
 )
 
 
@@ -85,7 +95,7 @@ def run(options: Options) -> Iterator[Table]:
 def unavailable(part: Part, device: torch.device, left_s: float) -> str:
     """Why a part cannot run here and now; "" if it can."""
     if device.type != "cuda":
-        return part.needs_cuda
+        return part.on_cpu
     if left_s < part.needs_s:
         return f"it takes about {part.needs_s:.0f} s, and {max(left_s, 0):.0f} s of --minutes are left"
     free = torch.cuda.mem_get_info(device)[0] / GIB

@@ -30,7 +30,7 @@ ROUNDINGS = 2
 SLOWDOWN_LIMIT = 1.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """A convolution of the network.
 
@@ -72,7 +72,10 @@ def layers(filters: tuple[int, ...], window: tuple[int, int, int]) -> list[Layer
         kernel, stride = module.kernel_size[0], module.stride[0]
         arrow = "up to" if transposed else "to"
         name = f"{kernel}^3 {shape[0]} {arrow} {module.out_channels}, stride {stride}, at {shape[1]}^3"
-        found[Layer(name, transposed, module.out_channels, kernel, stride, shape)] = None
+        layer = Layer(
+            name=name, transposed=transposed, filters=module.out_channels, kernel=kernel, stride=stride, shape=shape
+        )
+        found[layer] = None
 
     with torch.device("meta"):
         network = Unet3d(CHANNELS, CLASSES, filters=filters)
@@ -84,7 +87,7 @@ def layers(filters: tuple[int, ...], window: tuple[int, int, int]) -> list[Layer
 
 
 def passes(
-    layer: Layer, x: Tensor, dtype: torch.dtype, layout: str, compute: torch.dtype | None = None
+    layer: Layer, x: Tensor, dtype: torch.dtype, layout: str, *, compute: torch.dtype | None = None
 ) -> tuple[Callable[[], Sequence[Tensor]], Callable[[], Sequence[Tensor]]]:
     """The forward pass, which returns the output, and the backward pass, which returns the gradients.
 
@@ -179,6 +182,6 @@ def error_of(layer: Layer, dtype: torch.dtype, device: torch.device) -> float:
     x = normal(1, *layer.shape, device=device)
     results: list[list[Tensor]] = []
     for layout, compute in (("NDHWC", dtype), ("NCDHW", torch.float32)):
-        forward, backward = passes(layer, x, dtype, layout, compute)
+        forward, backward = passes(layer, x, dtype, layout, compute=compute)
         results.append([*forward(), *backward()])
     return max(relative_error(found.detach(), right.detach()) for found, right in zip(*results, strict=True))

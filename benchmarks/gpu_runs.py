@@ -30,7 +30,7 @@ TIMEOUT_S = 120
 # Training on synthetic patients: at least a whole batch of the recipe.
 PATIENTS, PATIENT_SHAPE = 32, (144, 176, 176)
 TRAINING_S = 300
-# Loss curve: so many rows.
+# Rows of the loss curve.
 POINTS = 8
 
 
@@ -160,4 +160,4 @@ def to_target(options: Options) -> Table:
     ]
     finite = all(e["loss"] == e["loss"] and abs(e["loss"]) < 1e9 for e in epochs)
     problem = "" if finite and rows[-1][3] < rows[0][3] else "To a target: the loss does not fall"  # type: ignore[operator]
-    return Table("To a target", columns, rows, notes, problem)
+    return Table("To a target", columns, rows, notes, problem=problem)

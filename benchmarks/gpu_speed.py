@@ -33,7 +33,7 @@ WARM_UP = 3
 PROFILED_STEPS = 3
 PROFILED_BATCH = 14
 LARGEST_KERNELS = 10
-# What a kernel's name tells of its purpose; the first match counts.
+# A kernel's purpose, by parts of its name; the first match counts.
 KINDS = (
     ("norm and activation", ("_moments", "_finish", "_normalize", "_gradient")),
     ("loss", ("_sums",)),

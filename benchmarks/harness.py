@@ -58,7 +58,7 @@ class Table:
     columns: list[str]
     rows: list[list[Any]]
     notes: list[str] = field(default_factory=list)
-    problem: str = ""
+    problem: str = field(default="", kw_only=True)
 
     def to_markdown(self) -> str:
         lines = [f"### {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]

@@ -124,18 +124,13 @@ def tensor_names(network: nn.Module) -> list[str]:
     The benchmark network's become MLPerf's (`downsample.2.conv1.0` -> `down2_block_0_conv`; the bottleneck counts as
     the last down block); another network's keep their own names with underscores.
     """
-    kinds = {
-        "Conv3d": "conv",
-        "SlabConv3d": "conv",
-        "InstanceNormActivation": "instancenorm",
-        "BatchNorm3d": "batchnorm",
-    }
+    kinds = {nn.Conv3d: "conv", nn.InstanceNorm3d: "instancenorm", nn.BatchNorm3d: "batchnorm"}
     downs = len(getattr(network, "downsample", ()))
     names = []
     for path, module in network.named_modules():
         if not list(module.parameters(recurse=False)):
             continue
-        kind = kinds.get(type(module).__name__, "")
+        kind = next((kind for base, kind in kinds.items() if isinstance(module, base)), "")
         match = re.fullmatch(r"(input_block|bottleneck|(?:down|up)sample\.\d+)\.(?:conv(\d)|upsample_conv)\.\d", path)
         if match:
             block = match[1].replace("bottleneck", f"down{downs}").replace("sample.", "").removesuffix("_block")

@@ -79,4 +79,4 @@ def test_a_failed_suite_keeps_the_tables_of_others(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="out of luck"):
         main(["--suite", "all", "--quick", "--device", "cpu", "--json", str(file)])
     (kept,) = json.loads(file.read_text(encoding="utf-8"))["suites"]["evaluate"]
-    assert kept == {"title": "Kept", "columns": ["a"], "rows": [[1]], "notes": []}
+    assert kept == {"title": "Kept", "columns": ["a"], "rows": [[1]], "notes": [], "problem": ""}

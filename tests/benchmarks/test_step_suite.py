@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import step
 from benchmarks.harness import NOT_MEASURED, Options, Table
-from benchmarks.step import CHOICES, NaiveDiceCE, Scale, StepVariant, largest_fitting_batch, make_step, triton_enabled
+from benchmarks.step import CHOICES, NaiveDiceCE, Scale, StepVariant, largest_fitting_batch, make_step
 from common.errors import UserError
 from model.kernels import dispatch as kernels
 from model.losses import DiceCELoss
@@ -47,9 +47,8 @@ def test_the_naive_loss_is_the_projects_loss_and_gradient(absent: int | None) ->
 def test_one_row_per_choice_with_values_or_a_reason(tables: dict[str, Table]) -> None:
     table = tables["A training step"]
     assert [row[0] for row in table.rows] == [choice.name for choice in CHOICES]
-    missing = {"Triton kernels", "torch.compile (--compile)"} | (
-        {"AMP"} if choose_precision(True, "auto", CPU).note else set()
-    )
+    triton = {choice.name for choice in CHOICES if "plain" in choice.off}
+    missing = triton | {"torch.compile (--compile)"} | ({"AMP"} if choose_precision(True, "auto", CPU).note else set())
     for row in table.rows:
         assert len(row) == len(table.columns)
         if row[0] in missing:
@@ -84,27 +83,28 @@ def test_each_choice_switches_off_what_it_names(monkeypatch: pytest.MonkeyPatch)
                 "fused_norm": any(getattr(module, "fused", False) for module in state.network.modules()),
                 "one_pass_loss": not isinstance(settings.loss, NaiveDiceCE),
                 "fused_optimizer": bool(state.optimizer.defaults["fused"]),
-                "triton": kernels.USE_TRITON,
+                "plain": tuple(sorted(kernels._plain)),
             }
         )
         return torch.zeros(())
 
     monkeypatch.setattr(step, "forward_backward", spy)
     monkeypatch.setattr(step, "optimizer_step", lambda state: None)
-    full = {"layout": "NDHWC", "fused_norm": True, "one_pass_loss": True, "fused_optimizer": True, "triton": True}
+    full = {"layout": "NDHWC", "fused_norm": True, "one_pass_loss": True, "fused_optimizer": True, "plain": ()}
     for choice in CHOICES:
         make_step(StepVariant(**choice.off), CPU, SMALL, 1)()
-        assert seen.pop() == full | {name: value for name, value in choice.off.items() if name in full}
+        off = {name: value for name, value in choice.off.items() if name in full}
+        assert seen.pop() == full | off | {"plain": tuple(sorted(off.get("plain", ())))}
 
 
-def test_triton_is_restored_after_a_failed_step() -> None:
+def test_the_operators_are_restored_after_a_failed_step() -> None:
     def fail() -> None:
-        with triton_enabled(False):
-            raise ValueError(f"Triton: {kernels.USE_TRITON}")
+        with kernels.plain(["norm"]):
+            raise ValueError(f"plain: {set(kernels._plain)}")
 
-    with pytest.raises(ValueError, match="Triton: False"):
+    with pytest.raises(ValueError, match=r"plain: \{'norm'\}"):
         fail()
-    assert kernels.USE_TRITON
+    assert kernels._plain == frozenset()
 
 
 def test_the_batch_is_halved_until_it_fits() -> None:

@@ -67,18 +67,35 @@ def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.
     monkeypatch.setattr(kernels, "_launch", lambda module: None)
     monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", stand_in)
-    assert kernels.triton_for(on_cuda) is stand_in
+    assert kernels.triton_for(on_cuda, "norm") is stand_in
     assert kernels.note(torch.device("cuda")) == kernels.note(torch.device("cpu")) == ""
-    assert kernels.triton_for(torch.zeros(1)) is None
-    monkeypatch.setattr(kernels, "USE_TRITON", False)
-    assert kernels.triton_for(on_cuda) is None
+    assert kernels.triton_for(torch.zeros(1), "norm") is None
+    with kernels.plain(["norm"]):
+        assert kernels.triton_for(on_cuda, "norm") is None
+        assert kernels.triton_for(on_cuda, "loss") is stand_in
+    assert kernels.triton_for(on_cuda, "norm") is stand_in
+
+
+@pytest.mark.usefixtures("_fresh_choice")
+@pytest.mark.parametrize(("major", "is_used"), [(8, False), (9, True), (10, False)])
+def test_a_kernel_is_used_only_where_it_was_measured_to_be_faster(
+    major: int, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = SimpleNamespace()
+    monkeypatch.setattr(kernels, "_launch", lambda module: None)
+    monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "model.kernels.triton", stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert (kernels.triton_for(x, "narrow") is stand_in) == is_used
+    assert kernels.triton_for(x, "norm") is stand_in
 
 
 @pytest.mark.usefixtures("_fresh_choice")
 def test_without_triton_pytorch_s_own_operators_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(model, "triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", None)
-    assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert kernels.triton_for(SimpleNamespace(is_cuda=True), "norm") is None
     assert "PyTorch's own operators" in kernels.note(torch.device("cuda"))
 
 
@@ -92,6 +109,6 @@ def test_kernels_that_cannot_be_launched_are_not_used_and_the_reason_is_reported
     monkeypatch.setattr(model, "triton_kernels", SimpleNamespace(), raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", SimpleNamespace())
     monkeypatch.setattr(kernels, "_launch", fail)
-    assert kernels.triton_for(SimpleNamespace(is_cuda=True)) is None
+    assert kernels.triton_for(SimpleNamespace(is_cuda=True), "norm") is None
     assert "(Failed to find C compiler.)" in kernels.note(torch.device("cuda"))
     assert kernels.note(torch.device("cpu")) == ""
