@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from functools import partial
 
@@ -11,10 +12,13 @@ from common.messages import note, take_notes
 from model.kernels import dispatch as kernels
 from runtime.arguments import checkpoint_path
 from runtime.build import Emit, make_network, make_sliding_window_config
+from runtime.check_table import failures, format_table
+from runtime.demand import Demand, NetworkMemory
 from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
-from runtime.preflight import Demand, checkpoint_bytes, failures, format_table, run_checks
+from runtime.memory import BatchMemory, state_bytes, step_memory, window_memory
+from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
 from runtime.training import StepConfig
@@ -24,7 +28,7 @@ from runtime.warmup import calibrate, dummy_batch, warm_up
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
-def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
+def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
     """Checks, on each machine, for conditions that would end the run later.
 
     Raises:
@@ -44,6 +48,9 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
         patch=config.input_shape,
         channels=run.dataset.channels,
         scoring=make_sliding_window_config(config, run.dataset),
+        network=estimate_memory(run, state, step),
+        batches=run.samples_per_epoch // (config.batch_size * run.world.size),
+        prewarms=config.prewarm_steps > 0,
         checkpoint_dir=path.parent if path else None,
         checkpoints=config.ckpt_keep,
         checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
@@ -52,6 +59,21 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
     emit(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)
+
+
+def estimate_memory(run: RunSpec, state: TrainState, step: StepConfig) -> NetworkMemory:
+    """Returns what the network needs on a rank's device; of a network that does not run without values, the batches."""
+    config, channels = run.config, run.dataset.channels
+    as_triton = kernels.uses_triton(run.world.device)
+    in_step = step_memory(state, step, (channels, *config.input_shape), as_triton)
+    in_windows = window_memory(state.network, run.precision, (channels, *config.val_input_shape), as_triton)
+    unknown = next((reason for reason in (in_step, in_windows) if isinstance(reason, str)), "")
+    if isinstance(in_step, str):
+        in_step = BatchMemory(((0, (4 * channels + 1) * math.prod(config.input_shape)),))
+    if isinstance(in_windows, str):
+        in_windows = BatchMemory(((0, 4 * channels * math.prod(config.val_input_shape)),))
+    held = state_bytes(state.network, state.optimizer, run.world.size)
+    return NetworkMemory(step=in_step, windows=in_windows, state_bytes=held, unknown=unknown)
 
 
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
@@ -10,16 +12,42 @@ from torch import Tensor
 
 # False uses PyTorch's own operators everywhere, for comparison; the numbers are the same.
 USE_TRITON = True
+# Within `allocating_only`: whether to allocate as Triton's operators do; None outside.
+_allocates_as_triton: bool | None = None
 
 
 def triton_for(x: Tensor) -> ModuleType | None:
     """Returns `model.kernels.triton` if x is on CUDA and Triton works (PyTorch's CUDA builds include it), else None."""
+    if _allocates_as_triton is not None:
+        return _allocations() if _allocates_as_triton else None
     return _triton_kernels()[0] if USE_TRITON and x.is_cuda else None
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Returns whether tensors on this device are computed by Triton's operators."""
+    return USE_TRITON and device.type == "cuda" and _triton_kernels()[0] is not None
+
+
+@contextmanager
+def allocating_only(as_triton: bool) -> Iterator[None]:
+    """Within it tensors have no values: the operators allocate what Triton's do, or else run PyTorch's own."""
+    global _allocates_as_triton
+    before, _allocates_as_triton = _allocates_as_triton, as_triton
+    try:
+        yield
+    finally:
+        _allocates_as_triton = before
 
 
 def note(device: torch.device) -> str:
     """Returns a line for the user if the kernels cannot be used on this GPU, else ""."""
     return _triton_kernels()[1] if USE_TRITON and device.type == "cuda" else ""
+
+
+def _allocations() -> ModuleType:
+    from model.kernels import allocations  # imports the operators' modules, which import this one
+
+    return allocations
 
 
 @lru_cache
