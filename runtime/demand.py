@@ -23,13 +23,11 @@ class NetworkMemory:
         step: of a training step, see `memory.step_memory`.
         windows: of a batch of evaluation windows, see `memory.window_memory`.
         state_bytes: what the first step adds for good, see `memory.state_bytes`.
-        unknown: why `step` and `windows` are only those of the batch itself; "" if they are not.
     """
 
     step: BatchMemory
     windows: BatchMemory
     state_bytes: int
-    unknown: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ the fragmentation of an allocator, and the copies that `--augment mixup` makes o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -68,9 +69,11 @@ class BatchMemory:
 
     Attributes:
         stages: at each stage of the computation, the bytes that do not depend on the batch, and those per sample.
+        unknown: why only the batch itself is counted; "" if all is.
     """
 
     stages: tuple[tuple[int, int], ...]
+    unknown: str = ""
 
     def peak(self, samples: int) -> int:
         """Returns the bytes that a batch of this size takes."""
@@ -84,11 +87,11 @@ class BatchMemory:
 
     def plus(self, fixed: int, per_sample: int = 0) -> BatchMemory:
         """Returns the memory of a batch beside which more is held all the time."""
-        return BatchMemory(tuple((own + fixed, each + per_sample) for own, each in self.stages))
+        return BatchMemory(tuple((own + fixed, each + per_sample) for own, each in self.stages), self.unknown)
 
 
-def step_memory(state: TrainState, step: StepConfig, shape: Sequence[int], as_triton: bool) -> BatchMemory | str:
-    """Returns what a training step allocates: the batch, activations, gradients; or why that is unknown.
+def step_memory(state: TrainState, step: StepConfig, shape: Sequence[int], as_triton: bool) -> BatchMemory:
+    """Returns what a training step allocates: the batch, activations, gradients.
 
     The weights are there before; the optimizer's moments and what loaders hold are up to the caller.
 
@@ -115,13 +118,13 @@ def step_memory(state: TrainState, step: StepConfig, shape: Sequence[int], as_tr
             network.zero_grad(set_to_none=True)
 
         with mode, allocating_only(as_triton):
-            return _batch_memory(compute, network)
+            return _memory_of(compute, network)
     except Exception as error:  # any network of any library
-        return one_line(error)[:200]
+        return batch_memory(shape, one_line(error)[:200])
 
 
-def window_memory(network: nn.Module, precision: Precision, shape: Sequence[int], as_triton: bool) -> BatchMemory | str:
-    """Returns what the network allocates for a batch of evaluation windows, or why that is unknown.
+def window_memory(network: nn.Module, precision: Precision, shape: Sequence[int], as_triton: bool) -> BatchMemory:
+    """Returns what the network allocates for a batch of evaluation windows.
 
     The arguments are those of `step_memory`.
     """
@@ -134,9 +137,14 @@ def window_memory(network: nn.Module, precision: Precision, shape: Sequence[int]
                 network(torch.empty(samples, *shape, device=precision.device))
 
         with torch.inference_mode(), mode, allocating_only(as_triton):
-            return _batch_memory(compute, network)
+            return _memory_of(compute, network)
     except Exception as error:  # any network of any library
-        return one_line(error)[:200]
+        return batch_memory(shape, one_line(error)[:200])
+
+
+def batch_memory(shape: Sequence[int], reason: str) -> BatchMemory:
+    """Returns the memory of a batch of images (C, D, H, W) alone, with the reason why no more is known."""
+    return BatchMemory(((0, 4 * math.prod(shape)),), f"activations not counted: {reason}")
 
 
 def state_bytes(network: nn.Module, optimizer: torch.optim.Optimizer, ranks: int) -> int:
@@ -154,8 +162,12 @@ def moments(optimizer: torch.optim.Optimizer) -> int:
     return 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
 
 
-def _batch_memory(compute: Callable[[int], None], network: nn.Module) -> BatchMemory | str:
-    """Derives the memory of any batch from the timelines of two sizes, which differ by a share of each sample."""
+def _memory_of(compute: Callable[[int], None], network: nn.Module) -> BatchMemory:
+    """Derives the memory of any batch from the timelines of two sizes, which differ by a share of each sample.
+
+    Raises:
+        RuntimeError: the two run different operations.
+    """
     timelines = []
     for samples in SAMPLES:
         with LiveMemory([*network.parameters(), *network.buffers()]) as memory:
@@ -163,7 +175,7 @@ def _batch_memory(compute: Callable[[int], None], network: nn.Module) -> BatchMe
         timelines.append(memory.timeline)
     small, large = timelines
     if len(small) != len(large):
-        return "its operations depend on the batch size"
+        raise RuntimeError("its operations depend on the batch size")
     per_sample = [(more - less) // (SAMPLES[1] - SAMPLES[0]) for less, more in zip(small, large, strict=True)]
     stages = {(less - SAMPLES[0] * each, each) for less, each in zip(small, per_sample, strict=True)}
     return BatchMemory(tuple(sorted(stages)))

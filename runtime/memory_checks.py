@@ -77,8 +77,8 @@ def check_training(demand: Demand, loader: str, volumes: int, machine: Machine) 
     step = network.step.plus(held)
     if not machine.is_gpu:
         step = step.plus(_volumes_on_host(demand, loader), demand.sample_bytes * _batches_on_host(demand, loader))
-    if network.unknown:
-        remarks.append(f"without activations, which are unknown: {network.unknown}")
+    if step.unknown:
+        remarks.append(step.unknown)
     if machine.sharing > 1:
         remarks.append(f"each of {machine.sharing} ranks")
     needed = format_size(step.peak(demand.batch_size))
@@ -131,8 +131,9 @@ def check_evaluation(demand: Demand, shapes: Sequence[Shape], volumes: int, mach
     else:
         largest, found = network.windows.plus(held), f"a batch of {windows} window(s)"
     found += f" takes {format_size(largest.peak(windows))} on the device"
-    found += " (without activations)" if network.unknown else ""
-    check = _compare("evaluation", found, largest, windows, free=machine.device, flag="--val_batch_size")
+    found += f" ({network.windows.unknown})" if network.windows.unknown else ""
+    free = machine.device if cases else machine.device // machine.sharing
+    check = _compare("evaluation", found, largest, windows, free=free, flag="--val_batch_size")
     together = sorted((case.peak(windows) for case, _ in cases), reverse=True)[: machine.sharing]
     if check.verdict != "fail" and sum(together) > machine.device:
         found = f"{check.found}, for {machine.sharing} ranks"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from functools import partial
 
@@ -17,7 +16,7 @@ from runtime.demand import Demand, NetworkMemory
 from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
-from runtime.memory import BatchMemory, state_bytes, step_memory, window_memory
+from runtime.memory import batch_memory, state_bytes, step_memory, window_memory
 from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
@@ -62,18 +61,17 @@ def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit)
 
 
 def estimate_memory(run: RunSpec, state: TrainState, step: StepConfig) -> NetworkMemory:
-    """Returns what the network needs on a rank's device; of a network that does not run without values, the batches."""
+    """Returns what the network needs on a rank's device."""
     config, channels = run.config, run.dataset.channels
-    as_triton = kernels.uses_triton(run.world.device)
-    in_step = step_memory(state, step, (channels, *config.input_shape), as_triton)
-    in_windows = window_memory(state.network, run.precision, (channels, *config.val_input_shape), as_triton)
-    unknown = next((reason for reason in (in_step, in_windows) if isinstance(reason, str)), "")
-    if isinstance(in_step, str):
-        in_step = BatchMemory(((0, (4 * channels + 1) * math.prod(config.input_shape)),))
-    if isinstance(in_windows, str):
-        in_windows = BatchMemory(((0, 4 * channels * math.prod(config.val_input_shape)),))
+    sample, window = (channels, *config.input_shape), (channels, *config.val_input_shape)
     held = state_bytes(state.network, state.optimizer, run.world.size)
-    return NetworkMemory(step=in_step, windows=in_windows, state_bytes=held, unknown=unknown)
+    if config.compile:  # takes less than operation by operation; how much is known only afterwards
+        in_step, in_windows = batch_memory(sample, reason := "--compile fuses operations"), batch_memory(window, reason)
+    else:
+        as_triton = kernels.uses_triton(run.world.device)
+        in_step = step_memory(state, step, sample, as_triton)
+        in_windows = window_memory(state.network, run.precision, window, as_triton)
+    return NetworkMemory(step=in_step, windows=in_windows, state_bytes=held)
 
 
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:

@@ -127,9 +127,9 @@ def test_on_a_cpu_ranks_and_loaders_share_its_memory() -> None:
 
 
 def test_a_network_without_an_estimate_is_checked_for_its_batch() -> None:
-    network = replace(DEMAND.network, step=BatchMemory(((0, SAMPLE),)), unknown="it reads a value")
+    network = replace(DEMAND.network, step=BatchMemory(((0, SAMPLE),), "it reads a value"))
     check = check_training(replace(DEMAND, network=network), "device", 0, gpu(10**6))
-    assert (check.verdict, "(without activations, which are unknown: it reads a value)" in check.found) == ("ok", True)
+    assert (check.verdict, " on the device (it reads a value); " in check.found) == ("ok", True)
     check = check_training(replace(DEMAND, network=network, batch_size=10_000), "device", 0, gpu(10**6))
     assert verdict(check)[1].startswith(f"use --batch_size {(10**6 - 1000) // SAMPLE} or less")
 
@@ -180,6 +180,9 @@ def test_too_many_windows_fail_with_the_number_that_fits() -> None:
     check = check_evaluation(many, [], 0, gpu(1000 + 50 + 7 * 20_000))
     assert verdict(check) == ("fail", "use --val_batch_size 7 or less")
     assert check.found.startswith("a batch of 1000 window(s) takes 19 MiB on the device")
+    assert verdict(check_evaluation(many, [], 0, host(2 * (1000 + 50 + 7 * 20_000), ranks=2))) == verdict(check)
+    unknown = replace(many, network=replace(many.network, windows=BatchMemory(((0, 1),), "it reads a value")))
+    assert "takes 2 KiB on the device (it reads a value)" in check_evaluation(unknown, [], 0, gpu(10**6)).found
     fixed = case_memory((32, 32, 32), 1, scoring, BatchMemory(((0, 0),))).peak(0)
     remedy = check_evaluation(many, [(32, 32, 32)], 0, gpu(fixed + 100 * 20_000)).remedy
     fitting = int(remedy.split()[2])
@@ -241,8 +244,8 @@ def recipe() -> tuple[RunConfig, NetworkMemory]:
     step = StepConfig(loss=DiceCELoss(), precision=precision, ga_steps=config.ga_steps, layout=config.layout)
     in_step = step_memory(state, step, (1, *config.input_shape), as_triton=True)
     in_windows = window_memory(network, precision, (1, *config.val_input_shape), as_triton=True)
-    assert isinstance(in_step, BatchMemory)
-    assert isinstance(in_windows, BatchMemory)
+    assert not in_step.unknown
+    assert not in_windows.unknown
     return config, NetworkMemory(step=in_step, windows=in_windows, state_bytes=state_bytes(network, optimizer, 1))
 
 
