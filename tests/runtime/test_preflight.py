@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.memory import free_memory_bytes
 from data_loading.base_loader import LoaderConfig
 from data_loading.dataset import case_file, load_boxes
 from data_loading.index import INDEX_NAME, read_index, write_json
@@ -21,6 +22,7 @@ from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.pytorch_loader import CropDataset
 from model.unet3d import Unet3d
+from runtime import memory_checks
 from runtime.check_table import Check, failures, format_table
 from runtime.demand import Demand, NetworkMemory
 from runtime.evaluation import SlidingWindowConfig
@@ -239,6 +241,24 @@ def test_a_run_from_the_disk_is_asked_everything(folder: Path) -> None:
 def test_what_does_not_read_from_the_disk_is_not_asked_about_it(folder: Path) -> None:
     assert list(fly(None, loader="synthetic")) == ["memory", "evaluation", "disk"]
     assert list(fly(folder, loader="device")) == ["data", "page cache", "memory", "evaluation", "disk"]
+
+
+def test_a_containers_limit_counts_as_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = DEMAND.network.state_bytes + 2 * 10_000 + 32 * DEMAND.sample_bytes
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1048576 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.current").write_text("4096\n")
+    monkeypatch.setattr(memory_checks, "free_memory_bytes", lambda: free_memory_bytes(tmp_path))
+    (group / "memory.max").write_text("max\n")
+    assert fly(None, loader="synthetic")["memory"].verdict == "ok"
+    (group / "memory.max").write_text(f"{4096 + step}\n")
+    assert fly(None, loader="synthetic")["memory"].verdict == "warn"
+    (group / "memory.max").write_text(f"{4096 + step - 1}\n")
+    check = fly(None, loader="synthetic")["memory"]
+    assert (check.verdict, check.remedy.partition(",")[0]) == ("fail", "use --batch_size 1 or less")
 
 
 def test_volumes_that_do_not_fit_on_the_device_will_be_read_from_the_disk(folder: Path) -> None:

@@ -1,16 +1,19 @@
-"""What Triton's operators are said to allocate is what they do allocate; their kernels are not launched."""
+"""What Triton's operators are said to allocate is what they do allocate; their kernels are not launched.
+
+`test_triton.py` runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from model.kernels import allocations
-from model.kernels import dispatch as kernels
+from model.kernels import triton as triton_kernels
 from model.losses import DiceSums
 from model.normalization import NormState
 from runtime.memory import LiveMemory
@@ -18,14 +21,9 @@ from runtime.memory import LiveMemory
 LAST = torch.channels_last_3d
 
 
-@pytest.fixture(scope="module")
-def triton_kernels() -> Iterator[ModuleType]:
-    jit = pytest.importorskip("triton.runtime.jit")
-    from model.kernels import triton as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit.JITFunction, "__getitem__", lambda kernel, grid: lambda *arguments: None)
-        yield module
+@pytest.fixture(autouse=True)
+def _no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda *arguments: None)
 
 
 def norm_arguments(channels: int) -> tuple[torch.Tensor, NormState]:
@@ -58,7 +56,7 @@ def backward_sums(module: Any) -> object:
 
 
 @pytest.mark.parametrize("call", [forward_norm, backward_norm, forward_sums, backward_sums])
-def test_allocations(triton_kernels: ModuleType, call: Callable[[Any], Any]) -> None:
+def test_allocations(call: Callable[[Any], Any]) -> None:
     with LiveMemory() as real:
         expected = call(triton_kernels)
     with LiveMemory() as estimate:
@@ -68,14 +66,3 @@ def test_allocations(triton_kernels: ModuleType, call: Callable[[Any], Any]) -> 
         assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
     # The sums per program are left out.
     assert 0.97 * real.peak < estimate.peak <= real.peak
-
-
-def test_they_stand_in_for_the_kernels_only_when_asked() -> None:
-    x = torch.zeros(1)
-    with kernels.allocating_only(as_triton=True):
-        assert kernels.triton_for(x) is allocations
-        with kernels.allocating_only(as_triton=False):
-            assert kernels.triton_for(x) is None
-        assert kernels.triton_for(x) is allocations
-    assert kernels.triton_for(x) is None
-    assert not kernels.uses_triton(torch.device("cpu"))
