@@ -150,7 +150,8 @@ def _compare(what: str, found: str, memory: BatchMemory, batch: int, *, free: in
             return Check(what, found, "fail", f"not even {flag} 1 fits: use smaller windows or a smaller --model")
         same = ", with more --ga_steps for the same global batch" if flag == "--batch_size" else ""
         return Check(what, found, "fail", f"use {flag} {fitting} or less{same}")
-    found += f"; up to {fitting} fit"
+    if not memory.unknown:
+        found += f"; up to {fitting} fit"
     if needed <= TIGHT * free:
         return Check(what, found)
     fewer = max(1, memory.fitting(int(TIGHT * free)))
