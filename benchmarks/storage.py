@@ -32,10 +32,10 @@ from benchmarks.data import (
 )
 from benchmarks.harness import Options, Table
 from common.errors import UserError
+from common.memory import free_memory_bytes
 from data_loading.base_loader import Batch, LoaderConfig, TrainingLoader
 from data_loading.dataset import load_boxes
 from data_loading.index import CaseRecord
-from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Box, Shape
 from data_loading.pytorch_loader import CropDataset, PytorchLoader
 from data_loading.spec import KITS19

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import grad as torch_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
@@ -20,6 +21,7 @@ from torch.utils.data.dataloader import DataLoader, _MultiProcessingDataLoaderIt
 
 # torch 2.13: no public name for these; `torch.utils._pytree` and `_python_dispatch` have not moved since 2.1.
 __all__ = [
+    "FakeTensorMode",
     "TorchDispatchMode",
     "bf16_gradients_are_sound",
     "cpu_computes_bf16",

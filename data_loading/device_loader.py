@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.memory import free_memory_bytes
 from common.progress import track
 from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import map_case
-from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.pytorch_loader import draw_sample
 from data_loading.transforms import MLPerfAugmentation, Transform

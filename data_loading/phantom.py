@@ -28,8 +28,9 @@ from scipy import ndimage
 
 from common.cli import Parser
 from common.errors import UserError, run_program
+from common.memory import free_memory_bytes
 from common.progress import track
-from data_loading.io.volume import Geometry, Volume, free_memory_bytes, read_nifti, write_nifti
+from data_loading.io.volume import Geometry, Volume, read_nifti, write_nifti
 
 DEFAULT_SHAPE = (64, 128, 128)  # half of the reference's 128-cubed crop: under a second per case
 MIN_AXIS, MAX_AXIS = 16, 32767  # at 16 a tumour is still three voxels wide; NIfTI-1 stores sizes as int16

@@ -20,10 +20,10 @@ from common.compat import (
     is_dataloader_worker_error,
 )
 from common.errors import UserError, one_line
+from common.memory import free_memory_bytes
 from data_loading.base_loader import Batch, LoaderConfig, describe_sample
 from data_loading.dataset import case_files, map_case
 from data_loading.integrity import FileWatch, check_files
-from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampler import EpochSampler, sample_rng
 from data_loading.transforms import Transform, draw_crop

@@ -8,18 +8,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 
-from common.compat import TorchDispatchMode, tree_leaves
 from common.errors import UserError
-from data_loading.io.volume import free_memory_bytes
+from common.memory import free_memory_bytes
 from data_loading.preprocessing import GridTransform
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import tile
+from runtime.memory import LiveMemory
 
 GIB = 2**30
 # Share of the free memory that is used; the rest is for allocations that are not counted here.
@@ -169,25 +167,6 @@ def window_bytes(network: nn.Module, channels: int, window: Sequence[int]) -> in
     Measured on the meta device, where nothing is computed or allocated.
     """
     on_meta = copy.deepcopy(network).to("meta")
-    with torch.device("meta"), _PeakMemory() as memory:
+    with torch.device("meta"), LiveMemory(on_meta.parameters()) as memory:
         on_meta(torch.empty(1, channels, *window, device="meta"))
     return int(CONVOLUTION_FACTOR * memory.peak)
-
-
-class _PeakMemory(TorchDispatchMode):
-    """Sums the bytes of live tensors after each operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._storages: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._storages[StorageWeakRef(storage)] = storage.nbytes()
-        self._storages = {alive: size for alive, size in self._storages.items() if not alive.expired()}
-        self.peak = max(self.peak, sum(self._storages.values()))
-        return output

@@ -6,90 +6,39 @@ function of plain values. No volume is opened: file sizes and the index suffice.
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.errors import UserError
+from common.memory import free_memory_bytes
 from data_loading.dataset import case_file
-from data_loading.device_loader import bytes_needed, memory_budget
+from data_loading.device_loader import bytes_needed
 from data_loading.integrity import FileCheck, check_files
-from data_loading.io.volume import free_memory_bytes
 from data_loading.preprocessing import Shape
-from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import tile
+from runtime.check_table import Check, format_size
+from runtime.demand import BATCHES_AHEAD, Demand
+from runtime.memory import moments
+from runtime.memory_checks import (
+    Machine,
+    check_evaluation,
+    check_host,
+    check_training,
+    fitting_loader,
+    free_bytes,
+)
 
-TABLE_WIDTH = 100
 SHARED_MEMORY = Path("/dev/shm")
-# Each worker of torch's DataLoader prepares two batches ahead; the training loop holds one more (measured with df).
-BATCHES_AHEAD = 2
 TENSORS_PER_BATCH = 2
 # Pipes and the process handle, in the training process (7 counted in torch 2.13, with tensors in the queue).
 FILES_PER_WORKER = 8
 # Files that Python, torch, CUDA and NCCL open.
 OTHER_FILES = 256
-
-
-@dataclass(frozen=True)
-class Check:
-    """A row of the table.
-
-    Attributes:
-        what: the subject.
-        found: its state, with figures.
-        verdict: "ok", "warn" or "fail".
-        remedy: what to do about it; "" if nothing.
-    """
-
-    what: str
-    found: str
-    verdict: str = "ok"
-    remedy: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a run will need of each machine.
-
-    Attributes:
-        data_dir: the preprocessed folder; None: samples are synthetic.
-        training, evaluation: ids of the cases that will be read.
-        loader: the value of `--loader`.
-        workers: loader processes per rank.
-        batch_size: samples per rank per micro-batch.
-        patch: shape (D, H, W) of a sample.
-        channels: channels of an image.
-        scoring: how evaluation cases are scored.
-        checkpoint_dir: the folder of the checkpoints, which may not exist yet; None: none are saved.
-        checkpoints: number of checkpoints that are kept.
-        checkpoint_bytes: the size of one, see `checkpoint_bytes`.
-    """
-
-    data_dir: Path | None
-    training: Sequence[str]
-    evaluation: Sequence[str]
-    loader: str
-    workers: int
-    batch_size: int
-    patch: Shape
-    channels: int
-    scoring: SlidingWindowConfig
-    checkpoint_dir: Path | None
-    checkpoints: int
-    checkpoint_bytes: int
-
-    @property
-    def batch_bytes(self) -> int:
-        """Size of a micro-batch: images in float32, labels in uint8."""
-        return self.batch_size * (4 * self.channels + 1) * math.prod(self.patch)
 
 
 def run_checks(
@@ -103,28 +52,33 @@ def run_checks(
         local_ranks: ranks on this machine.
         environment: environment variables of this process.
     """
-    checks = []
-    reads_from_disk = demand.loader == "pytorch"
+    checks: list[Check] = []
+    loader, volumes = demand.loader, 0
+    shapes: list[Shape] | None = None if demand.data_dir else []  # None: unknown
+    machine = Machine(
+        is_gpu=device.type == "cuda", device=free_bytes(device), host=free_memory_bytes(), ranks=local_ranks
+    )
     if demand.data_dir is not None:
         check, files = check_data(demand.data_dir, [*demand.training, *demand.evaluation])
         checks.append(check)
         if files is not None:
-            if demand.loader == "device":  # falls back to reading from disk if the volumes do not fit
-                volumes = [(demand.channels, *_shape(files, case)) for case in demand.training]
-                reads_from_disk = bytes_needed(volumes) > memory_budget(device)
-            checks.append(check_page_cache(sum(files.sizes.values()), free_memory_bytes()))
-            if demand.evaluation:
-                shapes = [_shape(files, case) for case in demand.evaluation]
-                sharing = local_ranks if device.type == "cpu" else 1
-                needed = [(evaluation_bytes(shape, demand.channels, demand.scoring), shape) for shape in shapes]
-                checks.append(check_evaluation(needed, free_bytes(device), sharing))
+            if loader == "device":
+                volumes = bytes_needed([(demand.channels, *_shape(files, case)) for case in demand.training])
+                loader = fitting_loader(demand, volumes, machine)
+            checks.append(check_page_cache(sum(files.sizes.values()), machine.host))
+            shapes = [_shape(files, case) for case in demand.evaluation]
+    checks.append(check_training(demand, loader, volumes, machine))
+    if machine.is_gpu:
+        checks.append(check_host(demand, loader, machine))
+    if shapes or (shapes is not None and demand.prewarms):
+        checks.append(check_evaluation(demand, shapes, volumes if loader == "device" else 0, machine))
     if demand.checkpoint_dir is not None:
         checks.append(check_disk(demand.checkpoint_dir, demand.checkpoints, demand.checkpoint_bytes))
-    if reads_from_disk:
+    if loader == "pytorch":
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         checks.append(check_open_files(len(demand.training), demand.workers, limit))
         if demand.workers:
-            checks.append(check_shared_memory(local_ranks, demand.workers, demand.batch_bytes))
+            checks.append(check_shared_memory(local_ranks, demand.workers, demand.batch_size * demand.sample_bytes))
     return checks + check_restarts(environment)
 
 
@@ -132,28 +86,6 @@ def _shape(files: FileCheck, case: str) -> Shape:
     """A case's shape (D, H, W): the index's, else a cube with as many voxels as its label has bytes."""
     side = round(files.sizes[case_file(Path(), case, "y").name] ** (1 / 3))
     return files.shapes.get(case, (side, side, side))
-
-
-def format_table(checks: Sequence[Check]) -> str:
-    """Returns the checks in aligned columns, wrapped at 100 characters."""
-    width = max((len(check.what) for check in checks), default=0)
-    lines = []
-    for check in checks:
-        start = f"{check.verdict:4}  {check.what:{width}}  "
-        lines += textwrap.wrap(
-            check.found + (f"; {check.remedy}" if check.remedy else ""),
-            TABLE_WIDTH,
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines)
-
-
-def failures(checks: Sequence[Check]) -> str:
-    """Returns what failed and what to do, in one line for a UserError; "" if nothing failed."""
-    return " | ".join(f"{check.what}: {check.found}; {check.remedy}" for check in checks if check.verdict == "fail")
 
 
 def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FileCheck | None]:
@@ -166,9 +98,9 @@ def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FileCheck |
     except UserError as error:
         problem, _, remedy = str(error).partition("; ")
         return Check("data", problem, "fail", remedy), None
-    found = f"{len(cases)} cases, {_size(sum(files.sizes.values()))}"
+    found = f"{len(cases)} cases, {format_size(sum(files.sizes.values()))}"
     if files.changed:
-        size = _size(sum(files.sizes[name] for name in files.changed))
+        size = format_size(sum(files.sizes[name] for name in files.changed))
         found += f"; {len(files.changed)} file(s) copied or changed since preprocessing, {size} to hash while timed"
         return Check("data", found, "warn", "preprocess_dataset.py --mode verify hashes them before the run"), files
     if files.without_digest:
@@ -179,51 +111,7 @@ def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FileCheck |
 def check_page_cache(data_bytes: int, free: int) -> Check:
     """Reports whether the volumes stay in this machine's memory once they have been read."""
     where = "stay in memory after the first epoch" if data_bytes <= free else "are read from the disk in each epoch"
-    return Check("page cache", f"the volumes' {_size(data_bytes)} {where}; {_size(free)} are free")
-
-
-def check_evaluation(needed: Sequence[tuple[int, Shape]], free: int, sharing: int = 1) -> Check:
-    """Checks that the largest case can be scored.
-
-    Args:
-        needed: `evaluation_bytes` of each case, and its shape (D, H, W).
-        free: bytes free on the rank's device.
-        sharing: ranks that share these bytes, and may score the largest cases at the same time.
-    """
-    largest_first = sorted(needed, reverse=True)
-    largest, shape = largest_first[0]
-    found = f"the largest case, {shape}, takes {_size(largest)} on the device; {_size(free)} are free"
-    if largest > free:
-        return Check("evaluation", found, "fail", "use a device with more memory")
-    if sharing > 1 and sum(size for size, _ in largest_first[:sharing]) > free:
-        return Check("evaluation", f"{found} for {sharing} ranks", "warn", "use fewer ranks on this machine")
-    return Check("evaluation", found)
-
-
-def evaluation_bytes(shape: Shape, channels: int, scoring: SlidingWindowConfig) -> int:
-    """Returns the peak memory of scoring a case (D, H, W): the case, its `WindowedVolume`, logits and loss.
-
-    The peak is when its last window is back. Counted on a CPU, exact to the percent. Triton's loss takes less, but then
-    the windows' activations dominate.
-    """
-    kept = [len(range(size)[part]) for size, part in zip(shape, scoring.kept(shape), strict=True)]
-    padding, _ = tile(kept, scoring.window, scoring.overlap, scoring.padding_value)
-    padded = math.prod(size + before + after for size, (before, after) in zip(kept, padding, strict=True))
-    case = (4 * channels + 1) * math.prod(shape)
-    image = 4 * channels * padded if padded > math.prod(kept) else 0  # else the case's own
-    # The sum of the windows' weights, the sum of the weighted logits, and the quotient of the two.
-    logits = 4 * (1 + 2 * scoring.classes) * padded
-    # Softmax and its logarithm; one class's truth and its sum, which torch computes in int64.
-    loss = (4 * 2 * scoring.classes + 1 + 8) * math.prod(kept)
-    return case + image + logits + loss
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns the memory that this process can still allocate on the device, torch's own reserve included."""
-    if device.type != "cuda":
-        return free_memory_bytes()
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reserve
+    return Check("page cache", f"the volumes' {format_size(data_bytes)} {where}; {format_size(free)} are free")
 
 
 def check_disk(folder: Path, keep: int, state_bytes: int) -> Check:
@@ -236,10 +124,10 @@ def check_disk(folder: Path, keep: int, state_bytes: int) -> Check:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     fitting = free // max(state_bytes, 1)
-    found = f"{keep + 1} checkpoints of {_size(state_bytes)} in {folder}; {_size(free)} are free"
+    found = f"{keep + 1} checkpoints of {format_size(state_bytes)} in {folder}; {format_size(free)} are free"
     if fitting >= keep + 1:
         return Check("disk", found)
-    remedy = f"make room for {_size((keep + 1) * state_bytes - free)} more, save elsewhere, or keep fewer"
+    remedy = f"make room for {format_size((keep + 1) * state_bytes - free)} more, save elsewhere, or keep fewer"
     return Check("disk", found, "warn" if fitting else "fail", remedy)
 
 
@@ -250,8 +138,7 @@ def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> in
     """
     state = sum(tensor.nbytes for tensor in network.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in network.parameters())
-    moments = 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
-    return 2 * state + moments * parameters
+    return 2 * state + moments(optimizer) * parameters
 
 
 def check_shared_memory(local_ranks: int, workers: int, batch_bytes: int, folder: Path = SHARED_MEMORY) -> Check:
@@ -265,9 +152,10 @@ def check_shared_memory(local_ranks: int, workers: int, batch_bytes: int, folder
     """
     needed = local_ranks * (BATCHES_AHEAD * workers + 1) * batch_bytes
     if not folder.is_dir():
-        return Check("shared memory", f"{_size(needed)} for batches; this system sets no limit in {folder}")
+        return Check("shared memory", f"{format_size(needed)} for batches; this system sets no limit in {folder}")
     free = shutil.disk_usage(folder).free
-    found = f"{_size(needed)} for the batches of {local_ranks} x {workers} workers; {folder} has {_size(free)} free"
+    found = f"{format_size(needed)} for the batches of {local_ranks} x {workers} workers; "
+    found += f"{folder} has {format_size(free)} free"
     if needed <= free:
         return Check("shared memory", found)
     fitting = max(0, (free // (local_ranks * batch_bytes) - 1) // BATCHES_AHEAD)
@@ -309,12 +197,3 @@ def check_restarts(environment: Mapping[str, str]) -> list[Check]:
         return [Check("restarts", found)]
     remedy = "give torchrun --rdzv-backend c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
     return [Check("restarts", f"{found}, with the store of the ranks that died", "warn", remedy)]
-
-
-def _size(count: float) -> str:
-    """Formats bytes in the largest binary unit that keeps the number at 1 or more."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -48,7 +48,7 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     # Before the clock: the network is built and tuned; no training data is touched.
     emit(startup.describe_start(run))
     state = build.build_state(run)
-    startup.run_preflight(run, state, emit)
+    startup.run_preflight(run, state, step, emit)
     startup.prewarm(run, state, step, emit)
     emit(startup.describe_run(run, state))
     world.barrier()

@@ -11,10 +11,13 @@ from common.messages import note, take_notes
 from model.kernels import dispatch as kernels
 from runtime.arguments import checkpoint_path
 from runtime.build import Emit, make_network, make_sliding_window_config
+from runtime.check_table import failures, format_table
+from runtime.demand import Demand, NetworkMemory
 from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
-from runtime.preflight import Demand, checkpoint_bytes, failures, format_table, run_checks
+from runtime.memory import batch_memory, state_bytes, step_memory, window_memory
+from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
 from runtime.training import StepConfig
@@ -24,7 +27,7 @@ from runtime.warmup import calibrate, dummy_batch, warm_up
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 
 
-def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
+def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
     """Checks, on each machine, for conditions that would end the run later.
 
     Raises:
@@ -44,6 +47,9 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
         patch=run.slab_shape,
         channels=run.dataset.channels,
         scoring=make_sliding_window_config(config, run.dataset),
+        network=estimate_memory(run, state, step),
+        batches=run.samples_per_epoch // (config.batch_size * run.world.size),
+        prewarms=config.prewarm_steps > 0,
         checkpoint_dir=path.parent if path else None,
         checkpoints=config.ckpt_keep,
         checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
@@ -52,6 +58,20 @@ def run_preflight(run: RunSpec, state: TrainState, emit: Emit) -> None:
     emit(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)
+
+
+def estimate_memory(run: RunSpec, state: TrainState, step: StepConfig) -> NetworkMemory:
+    """Returns what the network needs on a rank's device."""
+    config, channels = run.config, run.dataset.channels
+    sample, window = (channels, *config.input_shape), (channels, *config.val_input_shape)
+    held = state_bytes(state.network, state.optimizer, run.world.size)
+    if config.compile:  # takes less than operation by operation; how much is known only afterwards
+        in_step, in_windows = batch_memory(sample, reason := "--compile fuses operations"), batch_memory(window, reason)
+    else:
+        as_triton = kernels.uses_triton(run.world.device)
+        in_step = step_memory(state, step, sample, as_triton)
+        in_windows = window_memory(state.network, run.precision, window, as_triton)
+    return NetworkMemory(step=in_step, windows=in_windows, state_bytes=held)
 
 
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:

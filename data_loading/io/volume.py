@@ -11,7 +11,6 @@ import gzip
 import io
 import logging
 import math
-import os
 import stat
 import warnings
 import zlib
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing
+from common.memory import free_memory_bytes
 
 ML_PER_MM3 = 1e-3
 # Memory needed at once besides the stored voxels: a voxel is converted to float32 and resampled to another float32.
@@ -165,17 +165,6 @@ def check_same_geometry(image: Geometry, label: Geometry, case: str) -> None:
             f"{case}: the affines of image and mask differ by {difference.max():.3g} mm at {name}; "
             "export the mask again on the image's grid"
         )
-
-
-def free_memory_bytes() -> int:
-    """Returns the memory available without swapping: MemAvailable on Linux, elsewhere all physical memory."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(subject: str, needed_bytes: int) -> None:

@@ -17,6 +17,10 @@ OPERATORS = ("norm", "loss", "image", "narrow", "join", "output")
 ONLY_ON = {"narrow": (9,)}
 # Those that PyTorch's own operators compute on CUDA too, for comparison: the same to within rounding.
 _plain: frozenset[str] = frozenset()
+# Operators whose allocations `allocations.py` knows; PyTorch's own allocate no less than the other kernels.
+ALLOCATING = ("norm", "loss")
+# Within `allocating_only`: whether to allocate as Triton's operators do; None outside.
+_allocates_as_triton: bool | None = None
 
 
 def triton_for(x: Tensor, operator: str) -> ModuleType | None:
@@ -25,6 +29,8 @@ def triton_for(x: Tensor, operator: str) -> ModuleType | None:
     It does on CUDA if Triton works (PyTorch's CUDA builds include it), unless `use_plain` excludes the operator or it
     is slower there (`ONLY_ON`).
     """
+    if _allocates_as_triton is not None:
+        return _allocations() if _allocates_as_triton and operator in set(ALLOCATING) - _plain else None
     if not x.is_cuda or operator in _plain:
         return None
     if operator in ONLY_ON and torch.cuda.get_device_capability(x.device)[0] not in ONLY_ON[operator]:
@@ -49,9 +55,31 @@ def plain(operators: Iterable[str]) -> Iterator[None]:
         use_plain(before)
 
 
+def uses_triton(device: torch.device) -> bool:
+    """Returns whether tensors on this device are computed by Triton's operators."""
+    return device.type == "cuda" and _triton_kernels()[0] is not None
+
+
+@contextmanager
+def allocating_only(as_triton: bool) -> Iterator[None]:
+    """Within it tensors have no values: the operators allocate what Triton's do, or else run PyTorch's own."""
+    global _allocates_as_triton
+    before, _allocates_as_triton = _allocates_as_triton, as_triton
+    try:
+        yield
+    finally:
+        _allocates_as_triton = before
+
+
 def note(device: torch.device) -> str:
     """Returns a line for the user if the kernels cannot be used on this GPU, else ""."""
     return _triton_kernels()[1] if device.type == "cuda" and set(OPERATORS) - _plain else ""
+
+
+def _allocations() -> ModuleType:
+    from model.kernels import allocations  # imports the operators' modules, which import this one
+
+    return allocations
 
 
 @lru_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_benchmark_reports_samples_over_time(program: Program, tmp_path: Path) -
     assert figures["samples_per_s"] == pytest.approx(4e3 / figures["latency_mean_ms"], rel=1e-2)
     assert figures["latency_p90_ms"] <= figures["latency_p95_ms"] <= figures["latency_p99_ms"]
     assert not events_of(tmp_path, "EvaluationStarted")
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_one_that_fits(program: Program, tmp_path: Path) -> None:
+    many = ("--loader", "synthetic", "--log_dir", tmp_path, *TINY, "--steps_per_epoch", 1, "--epochs", 1)
+    done = program(*many, "--batch_size", 100_000_000, ok=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("main.py: error: memory: a training step of 100000000 sample(s) takes ")
+    assert re.search(r"are free; use --batch_size \d+ or less, with more --ga_steps", last)
+    done = program(*many, "--batch_size", 1, "--val_batch_size", 100_000_000, ok=False)
+    assert re.search(r"error: evaluation: .* use --val_batch_size \d+ or less$", done.stderr.splitlines()[-1])
 
 
 def test_arguments_can_be_read_from_a_recipe(program: Program, balls: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,39 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from common.memory import free_memory_bytes
 from data_loading.base_loader import LoaderConfig
-from data_loading.data_loader import EvaluationCase
 from data_loading.dataset import case_file, load_boxes
 from data_loading.index import INDEX_NAME, read_index, write_json
 from data_loading.integrity import file_md5
-from data_loading.io.volume import Geometry, free_memory_bytes
+from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.pytorch_loader import CropDataset
-from model.losses import DiceCELoss
 from model.unet3d import Unet3d
-from runtime import preflight
-from runtime.distributed.world import World
-from runtime.evaluation import CaseScorer, SlidingWindowConfig
+from runtime import memory_checks
+from runtime.check_table import Check, failures, format_table
+from runtime.demand import Demand, NetworkMemory
+from runtime.evaluation import SlidingWindowConfig
+from runtime.memory import BatchMemory
 from runtime.optimizer import make_optimizer
-from runtime.precision import Precision
 from runtime.preflight import (
-    Check,
-    Demand,
     check_data,
     check_disk,
-    check_evaluation,
     check_open_files,
     check_page_cache,
     check_restarts,
     check_shared_memory,
     checkpoint_bytes,
-    evaluation_bytes,
-    failures,
-    format_table,
-    free_bytes,
     run_checks,
 )
 
@@ -67,6 +56,9 @@ DEMAND = Demand(
     patch=(8, 8, 8),
     channels=1,
     scoring=SCORING,
+    network=NetworkMemory(step=BatchMemory(((0, 10_000),)), windows=BatchMemory(((0, 9_000),)), state_bytes=500),
+    batches=100,
+    prewarms=True,
     checkpoint_dir=Path("/nowhere/yet"),
     checkpoints=1,
     checkpoint_bytes=1000,
@@ -137,52 +129,6 @@ def test_the_page_cache_is_reported_and_never_a_fault() -> None:
     )
     check = check_page_cache(10 * GIB + 1, 10 * GIB)
     assert (check.verdict, "are read from the disk in each epoch" in check.found) == ("ok", True)
-
-
-def test_the_largest_case_must_fit() -> None:
-    shapes = [(8, 8, 8), (40, 20, 30), (20, 20, 20)]
-    _, large, middle = needed = [(evaluation_bytes(shape, 1, SCORING), shape) for shape in shapes]
-    assert check_evaluation(needed, large[0]).verdict == "ok"
-    check = check_evaluation(needed, large[0] - 1)
-    assert (check.verdict, "(40, 20, 30)" in check.found) == ("fail", True)
-    both = large[0] + middle[0]
-    assert check_evaluation(needed, both, sharing=2).verdict == "ok"
-    check = check_evaluation(needed, both - 1, sharing=2)
-    assert (check.verdict, "fewer ranks" in check.remedy) == ("warn", True)
-    assert check_evaluation([large], large[0], sharing=2).verdict == "ok", "the other rank has no case"
-
-
-class _Copies(nn.Module):
-    """Logits that cost nothing: the image's first channel for every class."""
-
-    def forward(self, windows: Tensor) -> Tensor:
-        return windows[:, :1].expand(-1, 3, -1, -1, -1)
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize(
-    ("shape", "padding_value", "crops"),
-    [((34, 43, 46), -2.2, True), ((34, 43, 46), -2.2, False), ((34, 43, 46), None, False), ((9, 43, 46), None, False)],
-)
-def test_what_a_case_takes_is_what_torch_holds_at_once(
-    fp32: Precision, world: World, shape: tuple[int, int, int], padding_value: float | None, crops: bool, channels: int
-) -> None:
-    scoring = replace(SCORING, padding_value=padding_value, crops_remainder=crops)
-    gc.collect()  # what the profiler sees given back must have been taken under its eyes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
-        image, label = torch.zeros(1, channels, *shape), torch.zeros(1, 1, *shape, dtype=torch.uint8)
-        cases = [EvaluationCase("a", image, label)]
-        scorer = CaseScorer(network=_Copies(), loss=DiceCELoss(), windows=scoring, precision=fp32)
-        list(scorer.score(cases, world))
-    events = watched.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    peak = max(itertools.accumulate(changes))
-    # The windows in the network are not counted.
-    assert 0.96 * peak < evaluation_bytes(shape, channels, scoring) < 1.01 * peak
-
-
-def test_a_cpus_free_memory_is_the_machines() -> None:
-    assert abs(free_bytes(CPU) - free_memory_bytes()) < GIB
 
 
 def test_the_disk_must_have_room_for_one_checkpoint_and_should_for_all(tmp_path: Path) -> None:
@@ -280,30 +226,43 @@ def fly(folder: Path | None, ranks: int = 1, **changed: Any) -> dict[str, Check]
 def test_a_run_from_the_disk_is_asked_everything(folder: Path) -> None:
     stamp(folder)
     checks = fly(folder)
-    assert list(checks) == ["data", "page cache", "evaluation", "disk", "open files", "shared memory"]
+    assert list(checks) == ["data", "page cache", "memory", "evaluation", "disk", "open files", "shared memory"]
     assert {check.verdict for check in checks.values()} == {"ok"}
     assert checks["data"].found.startswith("3 cases")
     assert "up to 286 per process" in checks["open files"].found  # 2 * 2 + 2 * 5 + 2 * 8 + 256
     batch = 2 * 8**3 * 5
     assert f"{5 * batch / 1024:.0f} KiB for the batches of 1 x 2 workers" in checks["shared memory"].found
     assert "shared memory" not in fly(folder, workers=0)
-    assert "evaluation" not in fly(folder, evaluation=[])
+    assert "the largest case" in checks["evaluation"].found
+    assert "a batch of 1 window(s) takes" in fly(folder, evaluation=[])["evaluation"].found
+    assert "evaluation" not in fly(folder, evaluation=[], prewarms=False)
 
 
 def test_what_does_not_read_from_the_disk_is_not_asked_about_it(folder: Path) -> None:
-    assert list(fly(None, loader="synthetic")) == ["disk"]
-    assert list(fly(folder, loader="device")) == ["data", "page cache", "evaluation", "disk"]
+    assert list(fly(None, loader="synthetic")) == ["memory", "evaluation", "disk"]
+    assert list(fly(folder, loader="device")) == ["data", "page cache", "memory", "evaluation", "disk"]
+
+
+def test_a_containers_limit_counts_as_the_machines_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = DEMAND.network.state_bytes + 2 * 10_000 + 32 * DEMAND.sample_bytes
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1048576 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (group / "memory.current").write_text("4096\n")
+    monkeypatch.setattr(memory_checks, "free_memory_bytes", lambda: free_memory_bytes(tmp_path))
+    (group / "memory.max").write_text("max\n")
+    assert fly(None, loader="synthetic")["memory"].verdict == "ok"
+    (group / "memory.max").write_text(f"{4096 + step}\n")
+    assert fly(None, loader="synthetic")["memory"].verdict == "warn"
+    (group / "memory.max").write_text(f"{4096 + step - 1}\n")
+    check = fly(None, loader="synthetic")["memory"]
+    assert (check.verdict, check.remedy.partition(",")[0]) == ("fail", "use --batch_size 1 or less")
 
 
 def test_volumes_that_do_not_fit_on_the_device_will_be_read_from_the_disk(folder: Path) -> None:
     assert "shared memory" in fly(folder, loader="device", channels=2**40)
-
-
-def test_ranks_on_one_cpu_share_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = int(1.5 * evaluation_bytes(SHAPE, 1, SCORING))
-    monkeypatch.setattr(preflight, "free_bytes", lambda device: free)
-    assert fly(folder, evaluation=CASES[:2])["evaluation"].verdict == "ok"
-    assert fly(folder, evaluation=CASES[:2], ranks=2)["evaluation"].verdict == "warn"
 
 
 def test_the_shape_is_the_indexs_or_a_cube_of_as_many_voxels(folder: Path) -> None:
@@ -323,7 +282,7 @@ def test_the_shape_is_the_indexs_or_a_cube_of_as_many_voxels(folder: Path) -> No
 def test_incomplete_data_fails_without_a_traceback(folder: Path) -> None:
     (folder / "a_x.npy").unlink()
     checks = fly(folder)
-    assert list(checks) == ["data", "disk", "open files", "shared memory"]
+    assert list(checks) == ["data", "memory", "disk", "open files", "shared memory"]
     assert failures(list(checks.values())).startswith(f"data: {folder / 'a_x.npy'}: missing; run preprocess_dataset.py")
 
 

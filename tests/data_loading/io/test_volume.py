@@ -323,11 +323,6 @@ def test_memory_is_checked_before_voxels_are_read(tmp_path: Path, monkeypatch: p
         read_nifti(path, np.float32)
 
 
-def test_free_memory_is_that_of_this_machine() -> None:
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 2**20 < volume_module.free_memory_bytes() <= physical
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.5, 256.0])
 def test_a_mask_holds_whole_numbers_that_fit_a_byte(tmp_path: Path, value: float) -> None:
     array = np.zeros(SHAPE, np.float32)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import model
+from model.kernels import allocations
 from model.kernels import dispatch as kernels
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +46,11 @@ def test_numbers_by_the_interpreter(tmp_path: Path) -> None:
 @needs_triton
 def test_every_kernel_compiles_for_hopper_within_its_registers(tmp_path: Path) -> None:
     run_cases("triton_compilation", tmp_path, interpret=False)
+
+
+@needs_triton
+def test_what_the_operators_allocate(tmp_path: Path) -> None:
+    run_cases("triton_allocations", tmp_path, interpret=False)
 
 
 if torch.cuda.is_available():
@@ -112,3 +118,14 @@ def test_kernels_that_cannot_be_launched_are_not_used_and_the_reason_is_reported
     assert kernels.triton_for(SimpleNamespace(is_cuda=True), "norm") is None
     assert "(Failed to find C compiler.)" in kernels.note(torch.device("cuda"))
     assert kernels.note(torch.device("cpu")) == ""
+
+
+def test_allocations_stand_in_for_the_kernels_only_when_asked() -> None:
+    x = torch.zeros(1)
+    with kernels.allocating_only(as_triton=True):
+        assert kernels.triton_for(x, "norm") is allocations
+        with kernels.allocating_only(as_triton=False):
+            assert kernels.triton_for(x, "norm") is None
+        assert kernels.triton_for(x, "norm") is allocations
+    assert kernels.triton_for(x, "norm") is None
+    assert not kernels.uses_triton(torch.device("cpu"))
