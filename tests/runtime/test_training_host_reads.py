@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -64,9 +65,14 @@ def test_the_host_reads_a_step_during_the_next_one_and_one_loss_per_epoch(
     run_epoch(state, loader)  # creates momentum's buffers
     log = forbid_reading()
 
-    def copied(vector: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    def copied(vector: Tensor, free: list[Any]) -> Callable[[], list[float]]:
         log.append("sent")
-        return vector, lambda: log.append("arrived")
+
+        def read() -> list[float]:
+            log.append("arrived")
+            return vector.tolist()
+
+        return read
 
     def emit(event: Event) -> None:
         if isinstance(event, MicroBatchEnd | StepEnd):
