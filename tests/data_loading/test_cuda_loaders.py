@@ -57,6 +57,17 @@ def test_the_device_loader_makes_the_samples_of_a_cpu_without_a_wait(
         assert torch.equal(ours["label"].cpu(), theirs["label"])
 
 
+def test_synthetic_volumes_are_on_the_gpu_and_take_no_copy(tmp_path: Path, gpu: FakeGpu) -> None:
+    loaders = [make_training_loader("synthetic", tmp_path, CASES, spec=SPEC, config=c) for c in (SETTINGS, ON_GPU)]
+    gpu.waits.clear()
+    expected, batches = (list(loader.epoch(1)) for loader in loaders)
+    assert (gpu.waits, gpu.copies_to_device) == ([], [])
+    for ours, theirs in zip(batches, expected, strict=True):
+        assert ours["image"].device == ours["label"].device == GPU
+        assert torch.equal(ours["image"].cpu(), theirs["image"])
+        assert torch.equal(ours["label"].cpu(), theirs["label"])
+
+
 def test_volumes_that_do_not_fit_on_the_gpu_are_read_by_workers(
     folder: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
