@@ -18,6 +18,7 @@ from data_loading.preprocessing import GridTransform
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import tile
 from runtime.memory import LiveMemory
+from runtime.memory_checks import free_bytes
 
 GIB = 2**30
 # Share of the free memory that is used; the rest is for allocations that are not counted here.
@@ -109,7 +110,7 @@ class MemoryBudget:
 
     def gpu_bytes(self) -> int:
         """Returns the bytes of GPU memory that this process may still allocate."""
-        free = int(USABLE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        free = int(USABLE_SHARE * free_bytes(self.device))  # what earlier scans left in torch's reserve is free too
         allocated = torch.cuda.memory_allocated(self.device)
         return free if self.max_gb is None else min(free, int(self.max_gb * GIB) - allocated)
 

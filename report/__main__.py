@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         path = write_report(
             options.log_dir[0],
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"),
             checkpoint=options.load_ckpt_path,
             data_dir=options.data_dir,
             model=Spec(options.model, trusted=True) if options.model else None,

@@ -74,9 +74,9 @@ def check_training(demand: Demand, loader: str, volumes: int, machine: Machine) 
         remarks.append(f"{format_size(volumes)} of training volumes included")
     elif volumes:
         remarks.append(f"the {format_size(volumes)} of training volumes do not fit and are read from the disk")
-    step = network.step.plus(held)
+    step = network.step.plus(held + _synthetic_bytes(demand, loader))
     if not machine.is_gpu:
-        step = step.plus(_volumes_on_host(demand, loader), demand.sample_bytes * _batches_on_host(demand, loader))
+        step = step.plus(0, demand.sample_bytes * _batches_on_host(demand, loader))
     if step.unknown:
         remarks.append(step.unknown)
     if machine.sharing > 1:
@@ -98,7 +98,7 @@ def check_host(demand: Demand, loader: str, machine: Machine) -> Check:
     # The batch of dummy data, and its windows.
     dummy = (windows.batch_size * (4 * demand.channels + 1) * math.prod(windows.window), sample)
     # The batches that wait, one that is copied to pinned memory, and the present one.
-    waiting = (_volumes_on_host(demand, loader), sample * (_batches_on_host(demand, loader) + 2))
+    waiting = (_synthetic_bytes(demand, loader), sample * (_batches_on_host(demand, loader) + 2))
     host = BatchMemory((dummy, waiting))
     found = f"batches of {demand.batch_size} take {format_size(host.peak(demand.batch_size))} on each of "
     found += f"{machine.ranks} rank(s)"
@@ -107,7 +107,8 @@ def check_host(demand: Demand, loader: str, machine: Machine) -> Check:
     )
 
 
-def _volumes_on_host(demand: Demand, loader: str) -> int:
+def _synthetic_bytes(demand: Demand, loader: str) -> int:
+    """Bytes of the random volumes of `--loader synthetic`: on the device, and while they are made on the host too."""
     return VOLUMES * demand.sample_bytes if loader == "synthetic" else 0
 
 

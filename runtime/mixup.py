@@ -77,7 +77,8 @@ class Mixup:
     def draw(self, image: Tensor) -> Mix:
         """Draws lambda and the permutation; on the host, which therefore need not wait for the device."""
         share = float(torch.distributions.Beta(self.alpha, self.alpha).sample())
-        return Mix(share, torch.randperm(len(image)).to(image.device))
+        # Without `non_blocking` the host would wait for all that the device has yet to compute.
+        return Mix(share, torch.randperm(len(image)).to(image.device, non_blocking=True))
 
     def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Tensor:
         """Returns the logits of the mixed images."""

@@ -36,7 +36,7 @@ def make_optimizer(
     fused = all(p.device.type in FUSED_DEVICES for p in parameters)
     if name == "sgd":
         # Nesterov without momentum is plain SGD, and torch refuses the pair.
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             lr=learning_rate,
             momentum=momentum,
@@ -44,10 +44,25 @@ def make_optimizer(
             weight_decay=weight_decay,
             fused=fused,
         )
+        if fused and momentum > 0:
+            sgd.register_step_pre_hook(_zero_new_momentum)
+        return sgd
     if name == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
     apex_lamb = _apex_fused_lamb() if all(p.is_cuda for p in parameters) else None
     return (apex_lamb or Lamb)(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+
+def _zero_new_momentum(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Creates the momentum of parameters that have none yet; with zeros, the first step is the same.
+
+    Torch's fused SGD would create it itself, but leave it unwritten if a loss scaler skips the first step, as it often
+    does; the next step then reads whatever that memory held (torch 2.13, on a CPU: numbers up to 3e38).
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _apex_fused_lamb() -> Callable[..., torch.optim.Optimizer] | None:

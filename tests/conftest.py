@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from data_loading.dataset import case_file
 from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
+from tests.fake_gpu import FakeGpu, fake_gpu
 
 # Restores Ctrl-C for the tests and their child processes: a shell makes programs in the background ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.path.parent.name not in ("faults", "integration"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """A stand-in for a GPU, active during the test."""
+    with fake_gpu(monkeypatch) as gpu:
+        yield gpu
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""Which mistakes in the core does a test command notice? Plants twenty, one at a time, in copies of the project.
+"""Which mistakes in the core does a test command notice? Plants 25, one at a time, in copies of the project.
 
     python3 -m tests.mutants                       # the tests of `make test`
     python3 -m tests.mutants --all                 # those of `make test-all`
     python3 -m tests.mutants --only 3 7 --seed 1   # some mutants, of another seed
 
-Mutants are drawn from the core at random: a sign (+ and -), a bound (< and <=), an off-by-one, and a dropped reduction
-over ranks. Prints a table with the first test that fails for each. Some mutants change nothing that can be observed,
-such as `x < 1` for a float that is never exactly 1: read each survivor before writing a test for it.
+Mutants are drawn from the core at random: a sign (+ and -), a bound (< and <=), an off-by-one, a dropped reduction
+over ranks, and a tensor whose device was forgotten. Prints a table with the first test that fails for each. Some
+mutants change nothing that can be observed, such as `x < 1` for a float that is never exactly 1: read each survivor
+before writing a test for it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Mutant:
     """A mistake: the text from `start` to `end` of a file becomes `new`.
 
     Attributes:
-        kind: sign, bound, off by one, or reduction.
+        kind: sign, bound, off by one, reduction, or device.
         file: relative to the project.
     """
 
@@ -110,6 +111,11 @@ def mutants_of(file: str, text: str) -> Iterator[Mutant]:
                 yield mutant("reduction", node, begin(node), end(node), alone)
             elif owner == "dist" and node.func.attr in ("all_reduce", "broadcast") and not awaits(node):
                 yield mutant("reduction", node, begin(node), end(node), "None")
+        if isinstance(node, ast.Call):
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            for before, keyword in zip(given[len(node.args) - 1 :], node.keywords, strict=False):
+                if keyword.arg == "device" and node.args:
+                    yield mutant("device", node, end(before), end(keyword.value), "")
 
 
 def awaits(call: ast.Call) -> bool:
@@ -133,7 +139,7 @@ def draw(seed: int) -> list[Mutant]:
     found = [mutant for file in CORE for mutant in mutants_of(file, (ROOT / file).read_text(encoding="utf-8"))]
     rng = random.Random(seed)
     drawn: list[Mutant] = []
-    for kind in ("sign", "bound", "off by one", "reduction"):
+    for kind in ("sign", "bound", "off by one", "reduction", "device"):
         candidates = [mutant for mutant in found if mutant.kind == kind]
         rng.shuffle(candidates)
         used: list[str] = []

@@ -42,7 +42,8 @@ class StepSync:
         self._world = world
         self._request = request
         self._lag = (1 if world.device.type == "cuda" else 0) if lag is None else lag
-        self._in_flight: deque[tuple[int, int, Tensor, Callable[[], None]]] = deque()
+        self._in_flight: deque[tuple[int, int, Callable[[], list[float]]]] = deque()
+        self._free: list[_PinnedCopy] = []
 
     def submit(
         self, *, epoch: int, batch: int, loss: Tensor, gradient_norm: Tensor, loss_scale: Tensor | None
@@ -64,8 +65,8 @@ class StepSync:
         # Filled on the device: copying a tensor made from host numbers would wait.
         requested = [torch.full_like(loss, float(value)) for value in (request.signal, request.save)]
         agreed = self._world.max(torch.stack([*requested, 1 - is_sound.to(loss.dtype)]))
-        vector, wait = _start_copy(torch.cat([agreed, torch.stack([loss, gradient_norm, scale])]))
-        self._in_flight.append((epoch, batch, vector, wait))
+        vector = torch.cat([agreed, torch.stack([loss, gradient_norm, scale])])
+        self._in_flight.append((epoch, batch, _start_copy(vector, self._free)))
         while len(self._in_flight) > self._lag:
             yield self._receive()
 
@@ -75,9 +76,8 @@ class StepSync:
             yield self._receive()
 
     def _receive(self) -> StepEnd:
-        epoch, batch, vector, wait = self._in_flight.popleft()
-        wait()
-        signal, save, fault, loss, norm, scale = vector.tolist()
+        epoch, batch, read = self._in_flight.popleft()
+        signal, save, fault, loss, norm, scale = read()
         return StepEnd(
             epoch=epoch,
             batch=batch,
@@ -90,11 +90,37 @@ class StepSync:
         )
 
 
-def _start_copy(vector: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """Starts copying the vector to the host; returns the copy and a function that waits for it."""
+class _PinnedCopy:
+    """Host memory that a GPU fills while the host goes on, and the event that marks its arrival."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.host = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        self.arrived = torch.cuda.Event()
+
+    def start(self, vector: Tensor) -> None:
+        self.host.copy_(vector, non_blocking=True)
+        self.arrived.record()
+
+    def read(self) -> list[float]:
+        self.arrived.synchronize()
+        values: list[float] = self.host.tolist()
+        return values
+
+
+def _start_copy(vector: Tensor, free: list[_PinnedCopy]) -> Callable[[], list[float]]:
+    """Starts copying the vector to the host; returns a function that waits for it and returns its values.
+
+    Args:
+        free: copies that have been read, to be used again; so there are never more than are in flight at a time.
+    """
     if vector.device.type != "cuda":
-        return vector, lambda: None
-    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event.synchronize
+        return lambda: vector.tolist()
+    copy = free.pop() if free else _PinnedCopy(vector)
+    copy.start(vector)
+
+    def read() -> list[float]:
+        values = copy.read()
+        free.append(copy)
+        return values
+
+    return read

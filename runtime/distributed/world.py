@@ -99,8 +99,16 @@ class World:
                 # torchrun keeps its store when it restarts a group, in which the ranks would find the lost group's
                 # addresses (7 of 14 restarts failed). It counts restarts per machine, so not with several machines.
                 store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            # With its GPU NCCL connects here, where a failure names its cause, and not at the first collective.
+            is_gpu = device.type == "cuda"
+            dist.init_process_group(
+                "nccl" if is_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=TIMEOUT,
+                device_id=device if is_gpu else None,
+            )
             # A separate connection: the group's is locked while it waits.
             return cls(rank, size, device, store=KeyValueStore(PrefixStore("messages", store.clone())))
         return cls(rank, size, device)
@@ -207,8 +215,11 @@ class World:
                 dist.broadcast(buffer, src=0)
 
     def barrier(self) -> None:
-        """Waits for every rank. An all-reduce, so that it works with gloo on CPUs too."""
-        self.sum(torch.zeros(1, device=self.device))
+        """Waits for every rank. An all-reduce, so that it works with gloo on CPUs too.
+
+        On GPUs an all-reduce is only queued; the host waits because it reads the sum.
+        """
+        self.sum(torch.zeros(1, device=self.device)).item()
 
     def wait_for_main(self, name: str, seconds: float) -> None:
         """Waits, outside of collectives, until rank 0 has made the same call, or at most `seconds`."""

@@ -51,7 +51,10 @@ def _moments(x, mean_out, m2_out, voxels, per_program, C: tl.constexpr, C2: tl.c
     delta = tl.where(inside[:, None], value - mean, 0.0)
     mean += delta / tl.maximum(counts, 1.0)[:, None]
     m2 += delta * (value - mean)
-    total_mean = tl.sum(mean * counts[:, None], 0) / (last - first).to(tl.float32)
+    # A first mean, then the mean of what differs from it: the sum of large means alone would lose digits.
+    size = (last - first).to(tl.float32)
+    rough = tl.sum(mean * counts[:, None], 0) / size
+    total_mean = rough + tl.sum((mean - rough[None, :]) * counts[:, None], 0) / size
     away = mean - total_mean[None, :]
     total_m2 = tl.sum(m2 + counts[:, None] * away * away, 0)
     out = (sample * tl.num_programs(0) + program) * C + channel
@@ -85,16 +88,21 @@ def _finish_moments(
         count = tl.minimum(voxels - program * per_program, per_program).to(tl.float32)
         index = (sample * programs + program[:, None]) * C + channel[None, :]
         total += tl.load(means + index, inside, 0.0) * count[:, None]
-    mean = tl.sum(total, 0) / voxels.to(tl.float32)
+    # As in `_moments`: a first mean, then the mean of what differs from it.
+    rough = tl.sum(total, 0) / voxels.to(tl.float32)
+    off = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, programs, ROWS):
         program = start + row
         inside = (program < programs)[:, None] & (channel < C)[None, :]
         count = tl.minimum(voxels - program * per_program, per_program).to(tl.float32)
         index = (sample * programs + program[:, None]) * C + channel[None, :]
-        away = tl.load(means + index, inside, 0.0) - mean[None, :]
-        total += tl.where(inside, tl.load(m2s + index, inside, 0.0) + count[:, None] * away * away, 0.0)
-    m2 = tl.sum(total, 0)
+        away = tl.where(inside, tl.load(means + index, inside, 0.0) - rough[None, :], 0.0)
+        off += count[:, None] * away
+        total += tl.load(m2s + index, inside, 0.0) + count[:, None] * away * away
+    correction = tl.sum(off, 0) / voxels.to(tl.float32)
+    mean = rough + correction
+    m2 = tl.sum(total, 0) - voxels.to(tl.float32) * correction * correction
     variance = m2 / voxels.to(tl.float32)
     tl.store(mean_out + sample * C + channel, mean, channel < C)
     tl.store(m2_out + sample * C + channel, m2, channel < C)

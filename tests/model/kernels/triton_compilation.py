@@ -1,10 +1,12 @@
-"""The Triton kernels compiled for Hopper (sm_90), which needs no GPU; `test_triton.py` runs this file.
+"""The Triton kernels compiled for a GPU of the architecture in ARCHITECTURE (90: Hopper), which needs none.
 
 The interpreter is Python; only compilation shows type errors of Triton's and kernels that exceed a GPU's registers.
+`test_triton.py` runs this file.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -19,16 +22,15 @@ from model.kernels import triton as triton_kernels
 from model.losses import DiceSums
 from model.normalization import NormState
 
-# Registers per thread; a kernel that uses all of them spills to memory.
-REGISTERS = 255
+ARCHITECTURE = int(os.environ["ARCHITECTURE"])
 Compiled = dict[str, int]
 
 
-class Hopper:
+class Driver:
     """The part of a driver that compiling needs."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", ARCHITECTURE, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -39,8 +41,8 @@ class Hopper:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
-    """Compiles every launched kernel instead of running it: its name -> registers per thread."""
-    registers: Compiled = {}
+    """Compiles every launched kernel instead of running it: its name -> bytes that its registers spill."""
+    spilled: Compiled = {}
     launch = JITFunction.run
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -49,12 +51,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
         file = tmp_path / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
         usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
-        (number,) = re.findall(rf"{self.__name__}:\s+REG:(\d+)", usage.stdout)
-        registers[self.__name__] = int(number)
+        (sizes,) = re.findall(rf"{self.__name__}:\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+        spilled[self.__name__] = sum(map(int, sizes))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    triton.runtime.driver.set_active(Hopper())
-    return registers
+    triton.runtime.driver.set_active(Driver())
+    return spilled
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,8 @@ def test_norm(compiled: Compiled, shape: tuple[int, ...], dtype: torch.dtype) ->
     weight, mean = torch.ones(shape[1]), torch.zeros(shape[:2])
     triton_kernels.norm_forward(x, weight, weight, eps=1e-5, slope=0.0)
     triton_kernels.norm_backward(x, NormState(x, x, weight, weight, mean, mean), 0.0)
-    assert set(compiled) == {"_moments", "_normalize", "_gradient_sums", "_gradient"}
-    assert max(compiled.values()) < REGISTERS, compiled
+    sums, maps = {"_moments", "_finish_moments", "_gradient_sums", "_finish_gradient_sums"}, {"_normalize", "_gradient"}
+    assert compiled == dict.fromkeys(sums | maps, 0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
@@ -92,5 +94,42 @@ def test_loss_sums(compiled: Compiled, shape: tuple[int, ...], layout: torch.mem
     labels = torch.zeros(shape[0], 1, *shape[2:], dtype=torch.uint8)
     triton_kernels.sums_forward(logits, labels)
     triton_kernels.sums_backward(logits, labels, DiceSums(torch.zeros(shape[0]), *torch.zeros(3, *shape[:2])))
-    assert set(compiled) == {"_sums", "_sums_gradient"}
-    assert max(compiled.values()) < REGISTERS, compiled
+    assert compiled == dict.fromkeys(("_sums", "_sums_gradient"), 0)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_the_convolution_of_the_image(compiled: Compiled) -> None:
+    x = tensor(1, 1, 16, 16, 16, dtype=torch.float32)
+    triton_kernels.image_forward(x, tensor(32, 1, 3, 3, 3))
+    triton_kernels.image_weight_gradient(x, tensor(1, 32, 16, 16, 16))
+    assert compiled == dict.fromkeys(("_image_forward", "_image_weight_gradient"), 0)
+
+
+@pytest.mark.skipif(ARCHITECTURE != 90, reason="used on Hopper only")
+@pytest.mark.parametrize("channels", [32, 64])
+def test_convolutions_to_few_channels(compiled: Compiled, channels: int) -> None:
+    x = tensor(1, channels, 2, 4, 128)
+    triton_kernels.narrow_forward(x, tensor(32, channels, 3, 3, 3))
+    triton_kernels.narrow_weight_gradient(x, tensor(1, 32, 2, 4, 128))
+    assert compiled == dict.fromkeys(("_narrow_forward", "_narrow_weight_gradient"), 0)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(64, 32), (320, 256)])
+def test_upsampling_into_a_joined_tensor(compiled: Compiled, channels: int, filters: int) -> None:
+    x, weight = tensor(1, channels, 4, 4, 4), tensor(channels, filters, 2, 2, 2)
+    triton_kernels.join_forward(x, tensor(1, filters, 8, 8, 8), weight, torch.zeros(filters))
+    joined = tensor(1, 2 * filters, 8, 8, 8)
+    triton_kernels.join_backward(joined, x, weight)
+    triton_kernels.add_part(tensor(1, filters, 8, 8, 8), joined[:, filters:])
+    names = ("_join_forward", "_join_input_gradient", "_join_weight_gradient", "_add_part")
+    assert compiled == dict.fromkeys(names, 0)
+
+
+def test_the_convolution_to_the_classes(compiled: Compiled) -> None:
+    x, weight = tensor(1, 32, 16, 16, 16), tensor(3, 32, 1, 1, 1)
+    triton_kernels.output_forward(x, weight, torch.zeros(3))
+    triton_kernels.output_backward(tensor(1, 3, 16, 16, 16), x, weight)
+    assert compiled == dict.fromkeys(("_output_forward", "_output_backward"), 0)

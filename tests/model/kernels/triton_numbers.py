@@ -7,14 +7,19 @@ otherwise compiled, on a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import losses, normalization
+from model import convolutions, losses, normalization
 from model.kernels import triton as triton_kernels
 from model.kernels.triton import loss, norm, tiles
+from model.slabs import SlabConv3d
+from model.unet3d import Unet3d
+from runtime.memory_format import to_device
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 LAYOUTS = {"ncdhw": torch.contiguous_format, "last": torch.channels_last_3d}
@@ -200,3 +205,118 @@ def test_loss_sums_over_many_voxels_hold_their_digits(monkeypatch: pytest.Monkey
     torch.testing.assert_close(intersection.double(), (logarithms.exp() * truth).sum(space), rtol=1e-6, atol=0)
     torch.testing.assert_close(predicted.double(), logarithms.exp().sum(space), rtol=1e-6, atol=0)
     assert torch.equal(true.long(), truth.sum(space))
+
+
+# Triton's interpreter has no matrix products of bfloat16.
+HALF = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+
+
+def last(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous(memory_format=LAYOUTS["last"])
+
+
+def assert_close_to_exact(found: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Compares with fp32 on the same inputs: fp32 results to rounding, others to half a digit of the largest value."""
+    for one, right in zip(found, exact, strict=True):
+        assert one.shape == right.shape
+        digits = 1e-5 if one.dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(one.float(), right, rtol=0, atol=digits * right.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("channels", "filters", "size"), [(1, 32, (5, 6, 7)), (2, 20, (4, 4, 9)), (4, 16, (1, 8, 8))])
+def test_the_convolution_of_an_image(
+    channels: int, filters: int, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    x = normal(2, channels, *size).contiguous(memory_format=LAYOUTS["last"])
+    weight = last(normal(filters, channels, 3, 3, 3, seed=1), dtype)
+    exact = weight.float().requires_grad_()
+    expected = F.conv3d(x.to(dtype).float(), exact, padding=1)
+    grad = last(normal(*expected.shape, seed=2), dtype)
+    expected.backward(grad.float())
+    found = triton_kernels.image_forward(x, weight), triton_kernels.image_weight_gradient(x, grad)
+    assert found[0].is_contiguous(memory_format=LAYOUTS["last"])
+    assert_close_to_exact(found, [expected.detach(), exact.grad], dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("channels", "size"), [(32, (3, 4, 8)), (64, (2, 3, 16)), (32, (2, 2, 128))])
+def test_a_convolution_to_few_channels(channels: int, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, weight = last(normal(2, channels, *size), dtype), last(normal(32, channels, 3, 3, 3, seed=1), dtype)
+    exact = [tensor.float().requires_grad_() for tensor in (x, weight)]
+    expected = F.conv3d(*exact, padding=1)
+    grad = last(normal(*expected.shape, seed=2), dtype)
+    expected.backward(grad.float())
+    found = [triton_kernels.narrow_forward(x, weight), triton_kernels.narrow_weight_gradient(x, grad)]
+    assert_close_to_exact(found, [expected.detach(), exact[1].grad], dtype)
+    if channels == 32:
+        assert_close_to_exact([triton_kernels.narrow_input_gradient(grad, weight)], [exact[0].grad], dtype)
+    assert triton_kernels.takes_rows(size[2])
+    assert not triton_kernels.takes_rows(96)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "filters", "size"), [(64, 32, (3, 4, 5)), (20, 12, (2, 3, 4)), (72, 136, (1, 2, 2))]
+)
+def test_upsampling_into_a_joined_tensor(
+    channels: int, filters: int, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    x, weight = last(normal(2, channels, *size), dtype), last(normal(channels, filters, 2, 2, 2, seed=1), dtype)
+    bias, doubled = normal(filters, seed=2), [2 * n for n in size]
+    skip = last(normal(2, filters, *doubled, seed=3), dtype)
+    exact = [tensor.float().requires_grad_() for tensor in (x, weight, bias)]
+    expected = torch.cat((F.conv_transpose3d(*exact, stride=2), skip.float()), 1)
+    grad = last(normal(*expected.shape, seed=4), dtype)
+    expected.backward(grad.float())
+    joined = triton_kernels.join_forward(x, skip, weight, bias)
+    found = [joined, *triton_kernels.join_backward(grad, x, weight)]
+    assert_close_to_exact(found, [expected.detach(), *(tensor.grad for tensor in exact)], dtype)
+    assert torch.equal(joined[:, filters:], skip)
+    encoder, decoder = last(normal(*skip.shape, seed=5), dtype), grad[:, filters:]
+    assert torch.equal(triton_kernels.add_part(encoder, decoder), encoder + decoder)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("channels", "classes", "size"), [(32, 3, (5, 6, 7)), (20, 2, (4, 4, 4)), (64, 20, (3, 4, 5))])
+def test_the_convolution_to_the_classes(
+    channels: int, classes: int, size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    x, weight = last(normal(2, channels, *size), dtype), last(normal(classes, channels, 1, 1, 1, seed=1), dtype)
+    bias = normal(classes, seed=2)
+    exact = [tensor.float().requires_grad_() for tensor in (x, weight, bias)]
+    expected = F.conv3d(*exact)
+    grad = last(normal(*expected.shape, seed=3), dtype)
+    expected.backward(grad.float())
+    found = [triton_kernels.output_forward(x, weight, bias), *triton_kernels.output_backward(grad, x, weight)]
+    assert_close_to_exact(found, [expected.detach(), *(tensor.grad for tensor in exact)], dtype)
+
+
+def test_a_network_of_kernels_has_the_plain_network_s_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole U-Net in fp16, whose modules call every kernel: output and gradients within fp16's digits."""
+    calls: set[str] = set()
+    for name in triton_kernels.__all__:
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(
+            triton_kernels,
+            name,
+            lambda *args, name=name, kernel=kernel, **options: (calls.add(name), kernel(*args, **options))[1],
+        )
+    results = []
+    for module in (None, triton_kernels):
+        for user in (normalization, convolutions):
+            monkeypatch.setattr(user, "triton_for", lambda x, operator, module=module: module)
+        torch.manual_seed(0)
+        network = to_device(Unet3d(1, 3, filters=(32, 64, 64)), torch.device(DEVICE), "NDHWC")
+        for layer in network.modules():
+            if type(layer) is SlabConv3d:  # which on a CPU leaves channels-last in 16 bit
+                layer.register_forward_hook(lambda layer, inputs, output: last(output, output.dtype))
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            logits = network(normal(1, 1, 8, 8, 16))
+        logits.float().square().mean().backward()
+        results.append([logits.detach().float(), *(p.grad for p in network.parameters())])
+    # On a CPU the gradient of a 16-bit convolution with stride 2 is not channels-last, and is added by PyTorch.
+    missing = {"sums_forward", "sums_backward"} | ({"add_part"} if DEVICE == "cpu" else set())
+    assert calls == set(triton_kernels.__all__) - missing
+    for one, right in zip(*results, strict=True):
+        assert (one - right).norm() <= 0.01 * right.norm()
