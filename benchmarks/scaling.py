@@ -240,8 +240,8 @@ def beyond_main() -> Table:
             ]
         )
     notes = [
-        "Not built: main.py gives each rank whole samples, and its ranks stop training to evaluate. The largest "
-        "published run did both, with 8 GPUs per sample.",
+        "Not built: main.py gives each rank whole samples. GPUs that only evaluate are its --eval_ranks, without which "
+        "it counts in the last column. The largest published run did both, with 8 GPUs per sample.",
     ]
     columns = [
         "GPUs",

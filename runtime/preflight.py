@@ -243,15 +243,16 @@ def check_disk(folder: Path, keep: int, state_bytes: int) -> Check:
     return Check("disk", found, "warn" if fitting else "fail", remedy)
 
 
-def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer, networks: int = 2) -> int:
     """Returns the size of a checkpoint, to within some KB: the last network, the best one, the optimizer's moments.
 
+    With `--eval_ranks` there are three networks: the one under evaluation too.
     Before the first step the optimizer has no moments yet: SGD with momentum will have one, Adam and LAMB two.
     """
     state = sum(tensor.nbytes for tensor in network.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in network.parameters())
     moments = 2 if "betas" in optimizer.defaults else int(optimizer.defaults.get("momentum", 0) > 0)
-    return 2 * state + moments * parameters
+    return networks * state + moments * parameters
 
 
 def check_shared_memory(local_ranks: int, workers: int, batch_bytes: int, folder: Path = SHARED_MEMORY) -> Check:

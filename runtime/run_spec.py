@@ -16,6 +16,7 @@ from data_loading.synthetic_loader import synthetic_cases
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
+from runtime.distributed.roles import Roles, assign_roles
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule, make_schedule
 from runtime.mlperf.closed_division import RESUMED, RuleViolation, RunFacts, identify_dataset, settle_division
@@ -31,6 +32,7 @@ class RunSpec:
     """Facts known before a run.
 
     Attributes:
+        world: this rank among those that do the same: train, or only evaluate.
         dataset: the data set's constants.
         split: case ids by subset.
         data_digest: of the data set and its split.
@@ -38,13 +40,14 @@ class RunSpec:
         done: why nothing is left to train; "" if something is.
         fixed_batches: micro-batches of this rank per epoch with `--steps_per_epoch`; None: one pass over the data.
         pseudo_labels: the cap on pseudo-labelled cases in a batch.
-        samples_per_epoch: over all ranks.
+        samples_per_epoch: over all ranks that train.
         violations: the closed division's rules that this run does not follow.
         division: "closed" or "open".
     """
 
     config: RunConfig
     world: World
+    roles: Roles
     dataset: DatasetSpec
     split: dict[str, list[str]]
     data_digest: str
@@ -63,16 +66,23 @@ class RunSpec:
 def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     """Reads the data set's index and the checkpoint, and derives the facts of the run from them.
 
+    Args:
+        world: all ranks of the run.
+
     Raises:
         UserError: the flags, the data set and the checkpoint do not fit together.
     """
+    roles = assign_roles(world, config.eval_ranks)
+    ranks = roles.training
     dataset, split = read_dataset(config)
+    if config.eval_ranks and not split["evaluation"]:
+        raise UserError(f"--eval_ranks {config.eval_ranks}, but --data_dir {config.data_dir} has no evaluation cases")
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
-    batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, world.size, pseudo_labels)
-    samples_per_epoch = batches * config.batch_size * world.size
+    batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, ranks, pseudo_labels)
+    samples_per_epoch = batches * config.batch_size * ranks
     schedule = make_schedule(config.epochs, samples_per_epoch, config.start_eval_at, config.evaluate_every)
     if config.benchmark or not split["evaluation"]:
         schedule = dataclasses.replace(schedule, first_evaluation=None)
@@ -97,13 +107,14 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         )
     )
     if not (violations or done):
-        note(expected_length(config, world.size))
+        note(expected_length(config, ranks))
     seed = config.seed
     if loaded and loaded.seed is not None and config.seed < 0:
         seed = loaded.seed
     return RunSpec(
         config=config,
-        world=world,
+        world=roles.own,
+        roles=roles,
         dataset=dataset,
         split=split,
         data_digest=data_digest,
@@ -115,7 +126,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         samples_per_epoch=samples_per_epoch,
         violations=violations,
         division=division,
-        seeds=draw_seeds(seed, world),
+        seeds=draw_seeds(seed, world, ranks),
         precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
 
