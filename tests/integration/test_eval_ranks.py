@@ -126,7 +126,7 @@ def test_a_run_stopped_during_an_evaluation_repeats_it_when_resumed(
     assert differences(tmp_path, plain(2)) == []
 
 
-@pytest.mark.parametrize(("lost", "named"), [(2, "rank 2"), (1, "rank 1")])
+@pytest.mark.parametrize(("lost", "named"), [(2, "rank 2"), pytest.param(1, "rank 1", marks=pytest.mark.slow)])
 def test_a_lost_rank_ends_both_sides_with_the_cause(lost: int, named: str, data: Path, tmp_path: Path) -> None:
     run = start_gated(data, tmp_path)
     run.wait_for("EvaluationStarted")
@@ -135,6 +135,16 @@ def test_a_lost_rank_ends_both_sides_with_the_cause(lost: int, named: str, data:
     assert statuses.pop(lost) == -signal.SIGKILL
     assert statuses == [RANK_LOST_EXIT] * 2, run.output()
     assert named in run.last_line(0)
+
+
+def test_an_evaluating_rank_that_fails_ends_both_sides_with_the_cause(tmp_path: Path) -> None:
+    data = write_balls(tmp_path / "data")
+    run = start_gated(data, tmp_path)
+    run.wait_for("EpochStopped", 6)
+    (data / "ball_01_x.npy").unlink()
+    (tmp_path / "gate").touch()
+    assert run.wait(40) == [RANK_LOST_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT]
+    assert all("ball_01_x.npy: missing" in run.last_line(rank) for rank in range(3))
 
 
 def test_a_run_that_diverges_first_waits_for_the_scores(data: Path, tmp_path: Path) -> None:
