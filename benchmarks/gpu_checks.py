@@ -21,6 +21,7 @@ from data_loading.spec import KITS19
 from data_loading.transforms import MLPerfAugmentation, draw_augmentation
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS
+from runtime.convolution_probe import exact_fp32, relative_error
 from runtime.distributed.step_sync import StepSync
 from runtime.distributed.world import World
 from runtime.evaluation import CaseScorer
@@ -39,14 +40,6 @@ FP32_LIMIT = 2e-5
 # More elements than a 32-bit index reaches: several samples, and one sample.
 LARGE_SHAPES = ((33, 32, 128, 128, 128), (1, 32, 512, 512, 257))
 TRACE_STEPS = 6
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest expected value; infinite if a value is not finite."""
-    if not found.isfinite().all():
-        return float("inf")
-    scale = expected.float().abs().max().clamp(min=1e-30)
-    return float((found.float() - expected.float()).abs().max() / scale)
 
 
 def limit_of(dtype: torch.dtype) -> float:
@@ -133,17 +126,6 @@ def score_case(device: torch.device, filters: tuple[int, ...], side: int) -> Cal
     batch = dummy_batch((1, CHANNELS, 2 * side, side, 2 * side), CLASSES, device)
     case = EvaluationCase("case", batch["image"], batch["label"])
     return lambda: list(scorer.score([case], World(0, 1, device)))
-
-
-@contextmanager
-def exact_fp32() -> Iterator[None]:
-    """Computes fp32 products in fp32 inside the block, not in TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False  # that of matrix products is off unless asked for
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def trace(options: Options) -> Table:

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_checks import checked, exact_fp32, limit_of, normal, relative_error, verdict
+from benchmarks.gpu_checks import checked, limit_of, normal, verdict
 from benchmarks.harness import Options, Table
 from model import losses, normalization
 from model.losses import DiceSums
 from model.normalization import NormState
 from model.unet3d import MLPERF_FILTERS
+from runtime.convolution_probe import exact_fp32, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF = DTYPES[1:]

@@ -201,7 +201,7 @@ def layouts(gpus: int, beyond_main: bool = False) -> Iterator[Layout]:
     """Every way to use at most `gpus` GPUs with samples spread evenly and equally many GPUs on each node.
 
     Args:
-        beyond_main: include what `main.py` does not do: 8 GPUs per sample, and GPUs that only evaluate.
+        beyond_main: include 8 GPUs per sample, which `main.py` does not do, and GPUs that only evaluate.
     """
     for batch in BATCHES:
         members = (*RANKS_PER_SAMPLE, MAX_GPUS_PER_SAMPLE) if beyond_main else RANKS_PER_SAMPLE

@@ -246,8 +246,8 @@ def beyond_main() -> Table:
             ]
         )
     notes = [
-        "Not built: main.py's ranks stop training to evaluate, and at most 4 of them share a sample. The largest "
-        "published run evaluated meanwhile, with 8 GPUs per sample.",
+        "Not built: 8 GPUs per sample (main.py: at most 4). GPUs that only evaluate are its --eval_ranks, without "
+        "which it counts in the last column. The largest published run did both.",
     ]
     columns = [
         "GPUs",

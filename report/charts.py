@@ -85,6 +85,8 @@ def _samples_per_s(run: Run, axes: Axes) -> str:
 def _time(run: Run, axes: Axes) -> str:
     training = sum(epoch.seconds for epoch in run.epochs.values())
     evaluation = sum(evaluation.seconds for evaluation in run.evaluations.values())
+    if run.config.get("eval_ranks"):  # ranks of their own evaluated during the training
+        evaluation = 0.0
     seconds = {
         "before the clock": run.init_s,
         "training": training,

@@ -139,6 +139,8 @@ def check_paths(config: RunConfig) -> None:
 def _check(config: RunConfig, given: frozenset[str]) -> None:
     """Refuses flags that contradict each other."""
     _check_mode(config, given)
+    if config.eval_ranks:
+        _check_eval_ranks(config)
     if "amp_dtype" in given and config.amp_dtype != "auto" and not config.amp:
         raise UserError(f"--amp_dtype {config.amp_dtype} has no effect without --amp; add --amp or drop it")
     if "lamb_betas" in given and config.optimizer != "lamb":
@@ -186,6 +188,26 @@ def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
     for name in ("scan", "output"):
         if mode == "predict" and getattr(config, name) is None:
             raise UserError(f"--exec_mode predict needs --{name}")
+
+
+def _check_eval_ranks(config: RunConfig) -> None:
+    """Refuses what does not go with evaluations whose scores arrive while training goes on."""
+    flag = f"--eval_ranks {config.eval_ranks}"
+    if config.exec_mode != "train":
+        raise UserError(f"{flag} applies only to training: with --exec_mode {config.exec_mode} all ranks do the same")
+    if config.benchmark or config.loader == "synthetic":
+        reason = "--benchmark" if config.benchmark else "--loader synthetic"
+        raise UserError(f"{flag}: nothing is evaluated with {reason}; drop one of them")
+    if config.lr_schedule.partition("(")[0] == "plateau":
+        raise UserError(
+            f"{flag}: the rates of --lr_schedule plateau would depend on when scores arrive; drop one of them"
+        )
+    for spec in config.callbacks:
+        if spec.partition("(")[0] in ("top_k", "train_dice"):
+            raise UserError(
+                f"{flag}: --callbacks {spec} needs the weights of the evaluated epoch, but training has gone on when "
+                "the scores arrive; drop one of them"
+            )
 
 
 def checkpoint_path(config: RunConfig) -> Path | None:

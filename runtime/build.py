@@ -26,6 +26,7 @@ from runtime.callbacks.base import RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
+from runtime.distributed.roles import Roles
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.step_sync import StepRequest, StepSync
 from runtime.distributed.watchdog import Timeouts, Watchdog
@@ -44,6 +45,7 @@ from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
 from runtime.memory_format import to_device
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import make_optimizer
+from runtime.remote_evaluation import RemoteEvaluator
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
 from runtime.train_state import TrainState
@@ -86,18 +88,8 @@ def make_step_config(run: RunSpec) -> StepConfig:
 
 def build_state(run: RunSpec) -> TrainState:
     """Builds network, optimizer and scaler: new, or restored from the checkpoint."""
-    config, dataset, world = run.config, run.dataset, run.world
-    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
-    network = make_network(config, dataset)
-    for flag in ("input_shape", "val_input_shape"):
-        shape = getattr(config, flag)
-        check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
-    freeze_unused(network, dataset.channels, config.input_shape)
-    _share_windows(run, network)
-    _start_from_weights(run, network)
-    to_device(network, world.device, config.layout)
-    if config.compile:
-        network.compile()  # in place: names, state and every reference stay valid
+    config, world = run.config, run.world
+    network = prepare_network(run)
     optimizer = make_optimizer(
         config.optimizer,
         [p for p in network.parameters() if p.requires_grad],
@@ -113,6 +105,23 @@ def build_state(run: RunSpec) -> TrainState:
         resume.restore(state, run.loaded, world.rank)
         resume.skip_partial_epoch(state, run.loaded, config.to_json(), ranks=world.size, seed=run.seeds.master)
     return state
+
+
+def prepare_network(run: RunSpec) -> nn.Module:
+    """Returns the run's network on this rank's device, with new weights or those of `--init_from`."""
+    config, dataset = run.config, run.dataset
+    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
+    network = make_network(config, dataset)
+    for flag in ("input_shape", "val_input_shape"):
+        shape = getattr(config, flag)
+        check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
+    freeze_unused(network, dataset.channels, config.input_shape)
+    _share_windows(run, network)
+    _start_from_weights(run, network)
+    to_device(network, run.world.device, config.layout)
+    if config.compile:
+        network.compile()  # in place: names, state and every reference stay valid
+    return network
 
 
 def _share_windows(run: RunSpec, network: nn.Module) -> None:
@@ -164,6 +173,10 @@ def make_train_loop(
     )
 
     def make_evaluate_fn(cases: Sequence[str], emit: Emit) -> Evaluator:
+        if run.roles.has_evaluators:
+            raise UserError(
+                "--eval_ranks: ranks that train do not evaluate, as one of --callbacks asks; drop one of the two"
+            )
         return make_evaluator(config, scorer, cases, world=run.world, emit=emit)
 
     context = RunContext(
@@ -183,13 +196,15 @@ def make_train_loop(
         epochs=config.epochs,
         callback_state=state.callback_state,
     )
+    cases = run.split["evaluation"]
+    remote = RemoteEvaluator(roles=run.roles, cases=len(cases), signals=signals, emit=emit)
     rule = make_schedule(config.epochs, run.samples_per_epoch)
     loop = TrainLoop(
         loader=loader,
         schedule=run.schedule,
         learning_rate=build_lr_schedule(config.lr_schedule, schedule_config),
         step=step,
-        evaluate=make_evaluate_fn(run.split["evaluation"], emit),
+        evaluate=remote if run.roles.has_evaluators else make_evaluate_fn(cases, emit),
         callbacks=build_callbacks(config.callbacks, context),
         checkpoints=writer,
         step_sync=StepSync(run.world, lambda: StepRequest(signals.number, writer.is_due())),
@@ -201,6 +216,20 @@ def make_train_loop(
     )
     emit(data_opened)
     return loop
+
+
+def make_side_evaluator(run: RunSpec, network: nn.Module, emit: Emit) -> Evaluator:
+    """Returns what scores the evaluation cases on a rank that only evaluates; called once the clock runs."""
+    assert run.roles.link is not None
+    scorer = CaseScorer(
+        network=network,
+        loss=make_loss(run.config, run.dataset, run.world),
+        windows=make_sliding_window_config(run.config, run.dataset),
+        precision=run.precision,
+        check=run.roles.link.check,
+        check_waiting=run.roles.link.check,
+    )
+    return make_evaluator(run.config, scorer, run.split["evaluation"], world=run.world, emit=emit)
 
 
 def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]:
@@ -289,18 +318,18 @@ def make_checkpoint_writer(run: RunSpec) -> CheckpointWriter:
     )
 
 
-def make_watchdog(config: RunConfig, world: World, signals: SignalHandler) -> Watchdog:
+def make_watchdog(config: RunConfig, roles: Roles, signals: SignalHandler) -> Watchdog:
     """Returns this rank's watchdog, which leaves a rank that waits for its loader the time of `--worker_timeout`."""
     timeouts = Timeouts()
     # The loader's own error names the cases, so it comes first.
     stall_s = max(config.stall_timeout, config.worker_timeout + 2 * timeouts.heartbeat_s)
-    return Watchdog(world, signals, replace(timeouts, stall_s=stall_s))
+    return Watchdog(roles.everyone, signals, replace(timeouts, stall_s=stall_s), peers=roles.peers)
 
 
 def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
     """Prepares the folders of logs and checkpoints; trackers exist on rank 0 only, the watchdog on every rank."""
     config, world = run.config, run.world
-    if not world.is_main:
+    if not run.roles.everyone.is_main:
         return EventDispatcher([], watchdog)
     rotate_logs(config.log_dir)
     active = [

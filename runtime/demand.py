@@ -20,7 +20,7 @@ class NetworkMemory:
     """What the network needs on each rank's device.
 
     Attributes:
-        step: of a training step, see `memory.step_memory`.
+        step: of a training step, see `memory.step_memory`; nothing on a rank that only evaluates.
         windows: of a batch of evaluation windows, see `memory.window_memory`.
         state_bytes: what the first step adds for good, see `memory.state_bytes`.
     """
@@ -36,7 +36,7 @@ class Demand:
 
     Attributes:
         data_dir: the preprocessed folder; None: samples are synthetic.
-        training, evaluation: ids of the cases that will be read.
+        training, evaluation: ids of the cases that will be read; no training cases on a rank that only evaluates.
         loader: the value of `--loader`.
         workers: loader processes per rank.
         batch_size: samples per rank per micro-batch.

@@ -67,9 +67,10 @@ def run_checks(
                 loader = fitting_loader(demand, volumes, machine)
             checks.append(check_page_cache(sum(files.sizes.values()), machine.host))
             shapes = [_shape(files, case) for case in demand.evaluation]
-    checks.append(check_training(demand, loader, volumes, machine))
-    if machine.is_gpu:
-        checks.append(check_host(demand, loader, machine))
+    if demand.training:
+        checks.append(check_training(demand, loader, volumes, machine))
+        if machine.is_gpu:
+            checks.append(check_host(demand, loader, machine))
     if shapes or (shapes is not None and demand.prewarms):
         checks.append(check_evaluation(demand, shapes, volumes if loader == "device" else 0, machine))
     if demand.checkpoint_dir is not None:
@@ -131,14 +132,15 @@ def check_disk(folder: Path, keep: int, state_bytes: int) -> Check:
     return Check("disk", found, "warn" if fitting else "fail", remedy)
 
 
-def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer, networks: int = 2) -> int:
     """Returns the size of a checkpoint, to within some KB: the last network, the best one, the optimizer's moments.
 
+    With `--eval_ranks` there are three networks: the one under evaluation too.
     Before the first step the optimizer has no moments yet: SGD with momentum will have one, Adam and LAMB two.
     """
     state = sum(tensor.nbytes for tensor in network.state_dict().values())
     parameters = sum(parameter.nbytes for parameter in network.parameters())
-    return 2 * state + moments(optimizer) * parameters
+    return networks * state + moments(optimizer) * parameters
 
 
 def check_shared_memory(local_ranks: int, workers: int, batch_bytes: int, folder: Path = SHARED_MEMORY) -> Check:

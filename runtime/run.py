@@ -21,7 +21,8 @@ from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
 from runtime.precision import choose_precision
-from runtime.run_spec import make_run_spec, read_dataset, report_done
+from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
+from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
 from runtime.seeding import seed_process
 from runtime.training import train
 
@@ -39,9 +40,11 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     run = make_run_spec(config, world)
     if run.done:
         return report_done(run)
+    if run.roles.is_evaluator:
+        return evaluate_beside_training(run)
     step = build.make_step_config(run)  # refuses bad specs before an earlier run's files are renamed
     signals = SignalHandler(world.store)
-    watchdog = build.make_watchdog(config, world, signals)
+    watchdog = build.make_watchdog(config, run.roles, signals)
     writer = build.make_checkpoint_writer(run)
     emit = build.make_event_dispatcher(run, watchdog)
 
@@ -60,6 +63,8 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
         with signals, watchdog:
             stop = train(state, loop)
             writer.finish(state, stop)
+            if isinstance(loop.evaluate, RemoteEvaluator):
+                loop.evaluate.end_run(stop.exit_status)
         if stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
             write_report(config, world)
     finally:
@@ -69,6 +74,26 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     with suppress(RuntimeError):
         world.wait_for_main("closed", PATIENCE_S)
     return stop.exit_status
+
+
+def evaluate_beside_training(run: RunSpec) -> int:
+    """Executes the part of a rank that only evaluates in a training run (`--eval_ranks`); returns the exit status."""
+    everyone = run.roles.everyone
+    signals = SignalHandler(everyone.store)
+    watchdog = build.make_watchdog(run.config, run.roles, signals)
+    emit = build.make_event_dispatcher(run, watchdog)
+    network = build.prepare_network(run)
+    startup.run_evaluator_preflight(run, network, emit)
+    startup.prewarm_evaluation(run, network)
+    everyone.barrier()
+
+    # The clock runs.
+    evaluator = build.make_side_evaluator(run, network, emit)
+    with signals, watchdog:
+        status = evaluate_until_end(run.roles, evaluator, emit)
+    with suppress(RuntimeError):
+        everyone.wait_for_main("closed", PATIENCE_S)
+    return status
 
 
 def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) -> int:

@@ -16,6 +16,7 @@ from data_loading.synthetic_loader import synthetic_cases
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
 from runtime.checkpoint.format import Checkpoint
+from runtime.distributed.roles import Roles, assign_roles
 from runtime.distributed.sample_parallel import GroupSlabs, SampleGroups
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule, make_schedule
@@ -32,6 +33,7 @@ class RunSpec:
     """Facts known before a run.
 
     Attributes:
+        world: this rank among those that do the same: train, or only evaluate.
         dataset: the data set's constants.
         split: case ids by subset.
         data_digest: of the data set and its split.
@@ -41,7 +43,7 @@ class RunSpec:
         slabs: the connection of this rank's group; None if it has its samples for itself.
         fixed_batches: micro-batches of this rank per epoch with `--steps_per_epoch`; None: one pass over the data.
         pseudo_labels: the cap on pseudo-labelled cases in a batch.
-        samples_per_epoch: over all ranks.
+        samples_per_epoch: over all ranks that train.
         violations: the closed division's rules that this run does not follow.
         division: "closed" or "open".
     """
@@ -50,6 +52,7 @@ class RunSpec:
     world: World
     groups: SampleGroups
     slabs: GroupSlabs | None
+    roles: Roles
     dataset: DatasetSpec
     split: dict[str, list[str]]
     data_digest: str
@@ -74,11 +77,18 @@ class RunSpec:
 def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     """Reads the data set's index and the checkpoint, and derives the facts of the run from them.
 
+    Args:
+        world: all ranks of the run.
+
     Raises:
         UserError: the flags, the data set and the checkpoint do not fit together.
     """
-    groups = SampleGroups.divide(world, config.ranks_per_sample)
+    roles = assign_roles(world, config.eval_ranks)
+    rank = 0 if roles.is_evaluator else roles.own.rank
+    groups = SampleGroups.divide(rank, roles.training, config.ranks_per_sample)
     dataset, split = read_dataset(config)
+    if config.eval_ranks and not split["evaluation"]:
+        raise UserError(f"--eval_ranks {config.eval_ranks}, but --data_dir {config.data_dir} has no evaluation cases")
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir)
@@ -115,9 +125,10 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         seed = loaded.seed
     return RunSpec(
         config=config,
-        world=world,
+        world=roles.own,
+        roles=roles,
         groups=groups,
-        slabs=groups.connect(world),
+        slabs=None if roles.is_evaluator else groups.connect(roles.own),
         dataset=dataset,
         split=split,
         data_digest=data_digest,
@@ -129,7 +140,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         samples_per_epoch=samples_per_epoch,
         violations=violations,
         division=division,
-        seeds=draw_seeds(seed, world),
+        seeds=draw_seeds(seed, world, roles.training),
         precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
 

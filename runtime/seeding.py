@@ -31,19 +31,21 @@ class Seeds:
     ranks: tuple[int, ...]
 
 
-def draw_seeds(master: int, world: World) -> Seeds:
+def draw_seeds(master: int, world: World, ranks: int | None = None) -> Seeds:
     """Derives all seeds on rank 0 and broadcasts them.
 
     Args:
         master: the master seed; -1: taken from the operating system's entropy.
         world: all ranks of the run.
+        ranks: number of ranks that train; None: all.
     """
     seeds = None
     if world.is_main:
         if master < 0:
             master = secrets.randbelow(SEED_LIMIT)
-        order, samples, *ranks = np.random.SeedSequence(master).generate_state(2 + world.size).tolist()
-        seeds = Seeds(master=master, order=order, samples=samples, ranks=tuple(ranks))
+        count = world.size if ranks is None else ranks
+        order, samples, *of_ranks = np.random.SeedSequence(master).generate_state(2 + count).tolist()
+        seeds = Seeds(master=master, order=order, samples=samples, ranks=tuple(of_ranks))
     received: Seeds = world.broadcast(seeds)
     return received
 

@@ -6,25 +6,31 @@ import dataclasses
 import os
 from functools import partial
 
+from torch import nn
+
 from common.errors import UserError
 from common.messages import note, take_notes
+from data_loading.base_loader import Batch
 from model.kernels import dispatch as kernels
 from runtime.arguments import checkpoint_path
 from runtime.build import Emit, make_network, make_sliding_window_config
 from runtime.check_table import failures, format_table
+from runtime.convolution_probe import check_convolutions
 from runtime.demand import Demand, NetworkMemory
 from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
-from runtime.memory import batch_memory, state_bytes, step_memory, window_memory
+from runtime.memory import BatchMemory, batch_memory, state_bytes, step_memory, window_memory
 from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
 from runtime.training import StepConfig
-from runtime.warmup import calibrate, dummy_batch, warm_up
+from runtime.warmup import calibrate, dummy_batch, warm_up, warm_up_evaluation
 
 # run_and_time.sh sets it to 1 once it has dropped the page cache; MLPerf requires that in the log.
 CACHES_CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
+# Why the memory of a compiled network is not estimated: it takes less than operation by operation, by an unknown part.
+COMPILED = "--compile fuses operations"
 
 
 def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
@@ -33,63 +39,107 @@ def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit)
     Raises:
         UserError: a check failed; the message names all that did.
     """
-    config = run.config
+    config, path = run.config, checkpoint_path(run.config)
     if config.local_rank != 0:
         return
-    path = checkpoint_path(config)
-    demand = Demand(
-        data_dir=None if config.loader == "synthetic" else config.data_dir,
+    networks = 3 if run.roles.has_evaluators else 2
+    demand = dataclasses.replace(
+        evaluation_demand(run, state.network),
         training=run.split["train"],
-        evaluation=run.split["evaluation"] if run.schedule.first_evaluation else [],
         loader=config.loader,
         workers=config.num_workers,
+        network=estimate_memory(run, state, step),
+        checkpoint_dir=path.parent if path else None,
+        checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer, networks),
+    )
+    run_demanded_checks(run, demand, emit)
+
+
+def run_evaluator_preflight(run: RunSpec, network: nn.Module, emit: Emit) -> None:
+    """Does the same on a rank that only evaluates: if it is the first of its machine, all ranks there are like it."""
+    if run.config.local_rank == 0:
+        run_demanded_checks(run, evaluation_demand(run, network), emit)
+
+
+def evaluation_demand(run: RunSpec, network: nn.Module) -> Demand:
+    """Returns what a rank needs that only evaluates."""
+    config = run.config
+    return Demand(
+        data_dir=None if config.loader == "synthetic" else config.data_dir,
+        training=[],
+        evaluation=run.split["evaluation"] if run.schedule.first_evaluation else [],
+        loader="synthetic",  # which reads no training volumes
+        workers=0,
         batch_size=config.batch_size,
         patch=run.slab_shape,
         channels=run.dataset.channels,
         scoring=make_sliding_window_config(config, run.dataset),
-        network=estimate_memory(run, state, step),
-        batches=run.samples_per_epoch // (config.batch_size * run.world.size),
+        network=NetworkMemory(step=BatchMemory(((0, 0),)), windows=estimate_windows(run, network), state_bytes=0),
+        batches=run.samples_per_epoch // (config.batch_size * run.groups.count),
         prewarms=config.prewarm_steps > 0,
-        checkpoint_dir=path.parent if path else None,
+        checkpoint_dir=None,
         checkpoints=config.ckpt_keep,
-        checkpoint_bytes=checkpoint_bytes(state.network, state.optimizer),
+        checkpoint_bytes=0,
     )
+
+
+def run_demanded_checks(run: RunSpec, demand: Demand, emit: Emit) -> None:
     checks = run_checks(demand, run.world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if run.world.device.type == "cuda" and run.precision.dtype is not None:
+        checks.append(check_convolutions(run.precision, run.config.layout))
     emit(events.PreflightEnd(format_table(checks), [dataclasses.asdict(check) for check in checks]))
     if problem := failures(checks):
         raise UserError(problem)
 
 
 def estimate_memory(run: RunSpec, state: TrainState, step: StepConfig) -> NetworkMemory:
-    """Returns what the network needs on a rank's device."""
-    config, channels = run.config, run.dataset.channels
-    sample, window = (channels, *config.input_shape), (channels, *config.val_input_shape)
-    held = state_bytes(state.network, state.optimizer, run.world.size)
-    if config.compile:  # takes less than operation by operation; how much is known only afterwards
-        in_step, in_windows = batch_memory(sample, reason := "--compile fuses operations"), batch_memory(window, reason)
+    """Returns what training takes on a rank's device."""
+    sample = (run.dataset.channels, *run.slab_shape)
+    if run.config.compile:
+        in_step = batch_memory(sample, COMPILED)
+    elif run.slabs:  # whose layers would communicate
+        in_step = batch_memory(sample, "several ranks share each sample")
     else:
-        as_triton = kernels.uses_triton(run.world.device)
-        in_step = step_memory(state, step, sample, as_triton)
-        in_windows = window_memory(state.network, run.precision, window, as_triton)
-    return NetworkMemory(step=in_step, windows=in_windows, state_bytes=held)
+        in_step = step_memory(state, step, sample, kernels.uses_triton(run.world.device))
+    held = state_bytes(state.network, state.optimizer, run.world.size)
+    return NetworkMemory(step=in_step, windows=estimate_windows(run, state.network), state_bytes=held)
+
+
+def estimate_windows(run: RunSpec, network: nn.Module) -> BatchMemory:
+    """Returns what a batch of evaluation windows takes on a rank's device."""
+    window = (run.dataset.channels, *run.config.val_input_shape)
+    if run.config.compile:
+        return batch_memory(window, COMPILED)
+    return window_memory(network, run.precision, window, kernels.uses_triton(run.world.device))
 
 
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:
     """Compiles, tunes and measures on dummy data before the clock starts; restores the state afterwards."""
     config, dataset, world = run.config, run.dataset, run.world
-    channels, classes = dataset.channels, len(dataset.classes)
-    batch = dummy_batch((config.batch_size, channels, *run.slab_shape), classes, world.device)
-    windows = dummy_batch((config.val_batch_size, channels, *config.val_input_shape), classes, world.device)
-    warm_up(state, batch, windows, step, steps=config.prewarm_steps)
+    shape = (config.batch_size, dataset.channels, *run.slab_shape)
+    batch = dummy_batch(shape, len(dataset.classes), world.device)
+    warm_up(state, batch, _dummy_windows(run), step, steps=config.prewarm_steps)
     if config.benchmark:
-        sample = (channels, *config.input_shape)
+        sample = (dataset.channels, *config.input_shape)
         emit(calibrate(state, partial(make_network, config, dataset), batch, step, sample=sample, world=world))
+
+
+def prewarm_evaluation(run: RunSpec, network: nn.Module) -> None:
+    """Does the same on a rank that only evaluates."""
+    windows = _dummy_windows(run)["image"]
+    warm_up_evaluation(network, windows, run.precision, steps=run.config.prewarm_steps)
+
+
+def _dummy_windows(run: RunSpec) -> Batch:
+    config, dataset = run.config, run.dataset
+    shape = (config.val_batch_size, dataset.channels, *config.val_input_shape)
+    return dummy_batch(shape, len(dataset.classes), run.world.device)
 
 
 def describe_start(run: RunSpec) -> events.InitStarted:
     """Returns the configuration and the environment, as the first event of the run."""
     were_cleared = os.environ.get(CACHES_CLEARED_VARIABLE) == "1"
-    return events.InitStarted(run.config, describe_environment(run.world.device, run.world.size), were_cleared)
+    return events.InitStarted(run.config, describe_environment(run.world.device, run.roles.everyone.size), were_cleared)
 
 
 def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
@@ -103,7 +153,7 @@ def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
         seeds=dataclasses.asdict(run.seeds),
         division=run.division,
         rule_violations=run.violations,
-        platform=config.submission_platform or platform_name(world.device, world.size),
+        platform=config.submission_platform or platform_name(world.device, run.roles.everyone.size),
         tensors=tensor_names(state.network),
         samples_per_epoch=run.samples_per_epoch,
         notes=take_notes(),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from common.errors import interrupted_exit
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,32 @@ class Stop:
     status: str
     reason: str
     exit_status: int = 0
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal ended the run."""
+        return self.exit_status > interrupted_exit(0)
+
+
+def first_stop(stops: Iterable[Stop | None]) -> Stop | None:
+    """Returns the first request to stop; every callback is called, whatever those before it returned."""
+    return next((stop for stop in list(stops) if stop), None)
+
+
+@dataclass(frozen=True)
+class PendingEvaluation:
+    """An evaluation under way on evaluating ranks, while training goes on: its epoch, and the weights on the host."""
+
+    epoch: int
+    weights: dict[str, Tensor]
+
+
+def weights_on_host(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of a network's state dict on the host. Waits for the device."""
+    return {
+        name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, tensor in network.state_dict().items()
+    }
 
 
 def target_not_reached(epochs: int) -> str:
@@ -34,7 +64,8 @@ class TrainState:
         step: optimizer steps of the run so far.
         batch: micro-batches of the next epoch that are done, up to its last whole step.
         loss_sum: the sum of this rank's losses over those micro-batches, a scalar on the device; None if `batch` is 0.
-        evaluated: the last epoch after which the network was evaluated.
+        evaluated: the last epoch whose scores are known.
+        pending: the evaluation under way on evaluating ranks, of a later epoch; None if there is none.
         gradient_norm: of the last step, a scalar on the device.
         best_epoch, best_dice, best_network: the best evaluation so far; the weights are on the host.
         callback_state: what callbacks and learning-rate schedules need again after a resume, by their names: plain
@@ -50,8 +81,20 @@ class TrainState:
     batch: int = 0
     loss_sum: Tensor | None = None
     evaluated: int = 0
+    pending: PendingEvaluation | None = None
     gradient_norm: Tensor | None = None
     best_epoch: int = 0
     best_dice: float = -1.0
     best_network: dict[str, Tensor] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@contextmanager
+def other_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gives a network other weights and buffers for a while; restores its own afterwards, bit for bit."""
+    own = weights_on_host(network)
+    network.load_state_dict(dict(weights))
+    try:
+        yield
+    finally:
+        network.load_state_dict(own)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -42,11 +42,11 @@ from runtime.lr_schedule import LRSchedule
 from runtime.memory_format import MEMORY_FORMATS
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
+from runtime.remote_evaluation import RemoteEvaluator
+from runtime.scores import evaluate_if_due, resume_evaluation, take_scores
 from runtime.seeding import seed_step
-from runtime.train_state import Stop, TrainState, target_not_reached
+from runtime.train_state import Stop, TrainState, first_stop, target_not_reached
 
-# Below this mean Dice the network predicts nothing at all: MLPerf's reference calls the run diverged.
-DIVERGED_DICE = 1e-6
 # Ranks named in the one line that reports a divergence.
 NAMED_RANKS = 4
 
@@ -74,7 +74,8 @@ class TrainLoop:
     """The parts of a run that the loop drives; what they change is in `TrainState`.
 
     Attributes:
-        evaluate: scores the evaluation cases after an epoch; every rank must call it.
+        evaluate: scores the evaluation cases after an epoch; every rank must call it. With `--eval_ranks`, what has
+            other ranks do so while training goes on.
         emit: reports an event to the trackers.
         quality_threshold: mean Dice that ends the run with success.
         ranks_per_sample: number of ranks that share each sample.
@@ -86,7 +87,7 @@ class TrainLoop:
     schedule: EvalSchedule
     learning_rate: LRSchedule
     step: StepConfig
-    evaluate: Callable[[int], EvaluationStopped]
+    evaluate: Callable[[int], EvaluationStopped] | RemoteEvaluator
     callbacks: Sequence[Callback]
     checkpoints: CheckpointWriter
     step_sync: StepSync
@@ -125,18 +126,22 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
 
 def run_blocks(state: TrainState, loop: TrainLoop) -> Stop:
     """Runs block after block, each with its evaluation, until something stops the run or no epochs are left."""
-    stop = evaluate_if_due(state, loop)  # after an epoch that an earlier process completed
+    # After an epoch that an earlier process completed.
+    stop = resume_evaluation(state, loop) or evaluate_if_due(state, loop)
     stop = stop or first_stop(callback.on_train_start(state) for callback in loop.callbacks)
     for first_epoch, last_epoch in loop.schedule.blocks(state.epoch + 1):
         if stop:
             break
         loop.emit(BlockStarted(first_epoch, last_epoch - first_epoch + 1))
         for epoch in range(first_epoch, last_epoch + 1):
-            stop = train_epoch(state, loop, epoch)
+            stop = train_epoch(state, loop, epoch) or take_scores(state, loop)
             if stop:
                 break
         stop = stop or evaluate_if_due(state, loop)
         loop.emit(BlockStopped(first_epoch, max(1, state.epoch - first_epoch + 1)))
+    if not (stop and stop.is_interrupted):  # a resumed run repeats the evaluation that a signal interrupts
+        last = take_scores(state, loop, wait=True)
+        stop = last if last and last.status == "success" else stop or last
     return stop or Stop("aborted", target_not_reached(loop.schedule.epochs))
 
 
@@ -273,50 +278,5 @@ def describe_fault(loop: TrainLoop, step: StepEnd) -> str:
     )
 
 
-def evaluate_if_due(state: TrainState, loop: TrainLoop) -> Stop | None:
-    """Scores the evaluation cases if the schedule asks for it; returns why the run must end, or None."""
-    if not loop.schedule.evaluates(state.epoch) or state.evaluated >= state.epoch:
-        return None
-    result = loop.evaluate(state.epoch)
-    state.evaluated = state.epoch
-    loop.emit(result)
-    stop = stop_for_score(result, loop, best_before=state.best_dice)
-    is_best = keep_if_best(state, result)
-    loop.learning_rate.on_evaluation_end(result)
-    requested = first_stop(callback.on_evaluation_end(result, state) for callback in loop.callbacks)
-    stop = stop or requested
-    if is_best and not (stop and stop.exit_status == DIVERGED_EXIT):
-        loop.checkpoints.save(state)
-    return stop
-
-
-def stop_for_score(result: EvaluationStopped, loop: TrainLoop, best_before: float) -> Stop | None:
-    """Returns success at the target, aborted if the score has fallen to zero or is NaN, otherwise None."""
-    dice = result.mean_dice
-    if dice >= loop.quality_threshold:
-        return Stop("success", f"mean Dice {dice:.4f} reached {loop.quality_threshold}")
-    had_begun = best_before >= DIVERGED_DICE or result.epoch >= loop.first_rule_evaluation
-    if not math.isfinite(dice) or (dice < DIVERGED_DICE and had_begun):
-        return Stop("aborted", f"diverged: mean Dice {dice}", DIVERGED_EXIT)
-    return None
-
-
-def keep_if_best(state: TrainState, result: EvaluationStopped) -> bool:
-    """Copies the weights to the host if their mean Dice is the highest so far; returns whether it is."""
-    if not result.mean_dice > state.best_dice:
-        return False
-    state.best_dice, state.best_epoch = result.mean_dice, result.epoch
-    state.best_network = {
-        name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for name, tensor in state.network.state_dict().items()
-    }
-    return True
-
-
 def stop_at_signal(signalled: Interrupted) -> Stop:
     return Stop("aborted", str(signalled), signalled.exit_status)
-
-
-def first_stop(stops: Iterable[Stop | None]) -> Stop | None:
-    """Returns the first request to stop; every callback is called, whatever those before it returned."""
-    return next((stop for stop in list(stops) if stop), None)

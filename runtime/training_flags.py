@@ -56,6 +56,12 @@ class TrainingFlags:
         type=POSITIVE,
         metavar="EPOCH",
     )
+    eval_ranks: int = flag(
+        0,
+        "number of ranks, the last ones, that only evaluate, while the others train on; with 0 all ranks do both",
+        type=COUNT,
+        resume="incidental",
+    )
     quality_threshold: float = flag(
         0.908, "mean Dice at which training stops successfully", type=SHARE, metavar="DICE", closed=True
     )

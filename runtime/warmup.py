@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_loading.base_loader import Batch
@@ -64,6 +64,16 @@ def warm_up(state: TrainState, batch: Batch, window_batch: Batch, config: StepCo
                 state.network(window_batch["image"])
         state.network.train()
     synchronize(config.precision.device)
+
+
+def warm_up_evaluation(network: nn.Module, windows: Tensor, precision: Precision, *, steps: int) -> None:
+    """Evaluates a batch of windows, for ranks that only evaluate."""
+    network.eval()
+    with torch.inference_mode(), precision.autocast():
+        for _ in range(steps):
+            network(windows)
+    network.train()
+    synchronize(precision.device)
 
 
 def calibrate(

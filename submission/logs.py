@@ -45,15 +45,16 @@ HEAD = (
     "global_batch_size",
     "gradient_accumulation_steps",
 )
-# The keys that may follow a key inside the blocks; a block is a number of epochs with an evaluation at the end.
+# The keys that may follow a key inside the blocks; a block is a number of epochs with an evaluation at the end. With
+# --eval_ranks its scores come after a later epoch, or after the last block.
 AFTER = {
     "block_start": ("epoch_start",),
     "epoch_start": ("epoch_stop",),
-    "epoch_stop": ("epoch_start", "eval_start", "block_stop"),
-    "eval_start": ("eval_accuracy",),
+    "epoch_stop": ("epoch_start", "eval_start", "eval_accuracy", "block_stop"),
+    "eval_start": ("eval_accuracy", "block_stop"),
     "eval_accuracy": ("eval_stop",),
-    "eval_stop": ("block_stop",),
-    "block_stop": ("block_start", "run_stop"),
+    "eval_stop": ("epoch_start", "eval_start", "block_stop", "run_stop"),
+    "block_stop": ("block_start", "eval_accuracy", "run_stop"),
 }
 
 
@@ -219,30 +220,39 @@ def _check_blocks(log: Log) -> Iterator[tuple[int, str]]:
         yield log.records[-1].line, "the run ended before its first epoch"
         return
     samples, unit, epoch, before = int(log.values["samples_per_epoch"]), 0, 0, "block_stop"
+    in_block, in_evaluation, ends_with_evaluation, evaluated = False, False, False, 0
     scores = []
     for record in log.records:
         if record.key not in AFTER:
             continue
-        if record.key not in AFTER[before]:
+        is_pair = record.key not in ("eval_start", "eval_accuracy") or in_evaluation == (record.key == "eval_accuracy")
+        if record.key not in AFTER[before] or not is_pair:
             yield record.line, f"{record.key} after {before}: lines are missing or were added"
             return
         before = record.key
-        if not record.key.startswith("block"):
+        if record.key.startswith("block"):
+            in_block = record.key == "block_start"
+        else:
             epoch += record.key == "epoch_start"
+            if record.key == "eval_start":
+                in_evaluation, evaluated = True, epoch
+            ends_with_evaluation = record.key == "eval_stop"
+            in_evaluation = in_evaluation and not ends_with_evaluation
+            expected = evaluated if record.key in ("eval_accuracy", "eval_stop") else epoch
             logged, count = record.metadata.get("epoch"), record.metadata.get("epoch_num")
-            if logged != epoch:
-                yield record.line, f"epoch {logged}, expected epoch {epoch}: part of the run is missing"
+            if logged != expected:
+                yield record.line, f"epoch {logged}, expected epoch {expected}: part of the run is missing"
                 return
             unit = unit or (samples if count == samples else 1)
-            if count != epoch * unit:
-                yield record.line, f"epoch_num {count}, expected {epoch * unit}"
+            if count != expected * unit:
+                yield record.line, f"epoch_num {count}, expected {expected * unit}"
                 return
         if record.key == "eval_accuracy":
             if type(record.value) not in (int, float):
                 yield record.line, f"mean Dice is {record.value!r}"
                 return
             scores.append(record)
-    yield from _check_end(log, scores, ends_with_evaluation=before == "block_stop" and log.epochs == epoch)
+    yield from _check_end(log, scores, ends_with_evaluation=ends_with_evaluation and not in_block)
 
 
 def _check_end(log: Log, scores: Sequence[Record], ends_with_evaluation: bool) -> Iterator[tuple[int, str]]:

@@ -35,7 +35,7 @@ class Callback:
         """After an epoch that was completed."""
 
     def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> Stop | None:
-        """After an evaluation; `state` already holds the best weights."""
+        """After an evaluation; `state` already holds the best weights. With `--eval_ranks`, some epochs later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class RunContext:
     Attributes:
         training_cases: their ids.
         make_evaluate_fn: given case ids and a function that receives each case's event, returns a function of the epoch
-            that scores these cases. Every rank must call both.
+            that scores these cases. Every rank must call both. A UserError with `--eval_ranks`.
         emit: reports an event to the trackers.
         snapshot: a checkpoint's content, given the state and every rank's sum of losses (0 at the end of an epoch).
     """

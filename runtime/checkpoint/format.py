@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from model.finetune import differences
 from runtime.arguments import with_current_names
-from runtime.train_state import TrainState
+from runtime.train_state import PendingEvaluation, TrainState
 
 FORMAT = 3
 # Format 2 has `records` for `callback_state`, and no `step`.
@@ -50,6 +50,7 @@ class Checkpoint:
         best_dice: -1.0 if nothing was evaluated.
         step, batch, evaluated, callback_state: of the last state, as in `TrainState`.
         loss_sums: of the last state, one per rank of the run.
+        pending: the evaluation that was under way, see `TrainState`.
         optimizer, scaler: state dicts of the last state, None if the file has none.
     """
 
@@ -67,6 +68,7 @@ class Checkpoint:
     batch: int = 0
     evaluated: int = 0
     loss_sums: list[float] = field(default_factory=list)
+    pending: PendingEvaluation | None = None
     optimizer: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -106,10 +108,11 @@ def snapshot(
         "scaler": state.scaler.state_dict(),
         "callback_state": copy.deepcopy(state.callback_state),
     }
-    # The best network is on the host already, as a copy.
+    # The best network and the one under evaluation are on the host already, as copies.
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}
+    pending = state.pending and {"epoch": state.pending.epoch, "network": state.pending.weights}
     run = {"format": FORMAT, "config": config, "seed": seed, "data": data, "spec": spec}
-    return {**run, "last": _on_host(last), "best": best}
+    return {**run, "last": _on_host(last), "best": best, "pending": pending}
 
 
 def _on_host(value: Any) -> Any:
@@ -186,6 +189,7 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
 def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     last, best = content["last"], content["best"]
     best_or_last = last if best["network"] is None else best
+    pending = content.get("pending")
     return Checkpoint(
         path=path,
         config=with_current_names(content["config"]),
@@ -201,6 +205,7 @@ def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         batch=last["batch"],
         evaluated=last["evaluated"],
         loss_sums=last["loss_sums"],
+        pending=pending and PendingEvaluation(pending["epoch"], pending["network"]),
         optimizer=last["optimizer"],
         scaler=last["scaler"],
         callback_state=last.get("callback_state", last.get("records", {})),

@@ -83,7 +83,7 @@ def is_done(loaded: Checkpoint, schedule: EvalSchedule, threshold: float) -> str
     if loaded.best_dice >= threshold:
         return f"reached a mean Dice of {loaded.best_dice:.4f} at epoch {loaded.best_epoch}"
     is_pending = schedule.evaluates(loaded.last_epoch) and loaded.evaluated < loaded.last_epoch
-    is_over = loaded.last_epoch >= schedule.epochs and not is_pending
+    is_over = loaded.last_epoch >= schedule.epochs and not is_pending and loaded.pending is None
     return f"has completed {loaded.last_epoch} epochs" if is_over else ""
 
 
@@ -134,7 +134,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
         if checkpoint.scaler and state.scaler.is_enabled():
             state.scaler.load_state_dict(checkpoint.scaler)
     state.epoch, state.evaluated = checkpoint.last_epoch, checkpoint.evaluated
-    state.step, state.batch = checkpoint.step, checkpoint.batch
+    state.step, state.batch, state.pending = checkpoint.step, checkpoint.batch, checkpoint.pending
     sums = checkpoint.loss_sums
     state.loss_sum = torch.tensor(sums[rank]) if checkpoint.batch and rank < len(sums) else None
     state.best_epoch, state.best_dice = checkpoint.best_epoch, checkpoint.best_dice

@@ -31,15 +31,19 @@ class SampleGroups:
     slab: int
 
     @classmethod
-    def divide(cls, world: World, ranks_per_sample: int) -> SampleGroups:
-        """Raises UserError if the ranks cannot be divided into such groups."""
-        if world.size % ranks_per_sample:
+    def divide(cls, rank: int, ranks: int, ranks_per_sample: int) -> SampleGroups:
+        """Divides the ranks that train, of which this is number `rank`.
+
+        Raises:
+            UserError: they cannot be divided into such groups.
+        """
+        if ranks % ranks_per_sample:
             raise UserError(
-                f"--ranks_per_sample {ranks_per_sample}: the number of ranks, {world.size}, must be a multiple of it; "
-                f"start {-(-world.size // ranks_per_sample) * ranks_per_sample} ranks"
+                f"--ranks_per_sample {ranks_per_sample}: the number of ranks that train, {ranks}, must be a multiple "
+                f"of it; start {-(-ranks // ranks_per_sample) * ranks_per_sample} of them"
             )
-        index, slab = divmod(world.rank, ranks_per_sample)
-        return cls(world.size // ranks_per_sample, index, ranks_per_sample, slab)
+        index, slab = divmod(rank, ranks_per_sample)
+        return cls(ranks // ranks_per_sample, index, ranks_per_sample, slab)
 
     def connect(self, world: World) -> GroupSlabs | None:
         """Returns the connection of this rank's group; None if it is one rank. Every rank must call it."""

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,15 +61,23 @@ class Watchdog:
     Args:
         signals: this rank's handler, to which signals that another rank received are passed on: the ranks agree on a
             signal only at the end of a step.
+        peers: the ranks that do the same as this one, among which one that hangs is found; None: all.
         name: begins the last line, such as "main.py".
     """
 
     def __init__(
-        self, world: World, signals: SignalHandler, timeouts: Timeouts | None = None, name: str = "main.py"
+        self,
+        world: World,
+        signals: SignalHandler,
+        timeouts: Timeouts | None = None,
+        *,
+        peers: Sequence[int] | None = None,
+        name: str = "main.py",
     ) -> None:
         self._world = world
         self._timeouts = timeouts or Timeouts()
         self._signals = signals
+        self._peers = range(world.size) if peers is None else peers
         self._name = name
         # Epoch, batch and phase; the smallest belongs to the rank that is behind.
         self._progress = (0, 0, 0)
@@ -131,6 +140,8 @@ class Watchdog:
             event, ev.EpochStopped | ev.EvaluationStarted | ev.CaseEvaluated | ev.EvaluationStopped | ev.RunStopped
         ):  # RunStopped is followed by the last checkpoint, on a disk that may be slow
             self._record(False, (event.epoch, sys.maxsize, 0), f"after epoch {event.epoch}")
+        elif isinstance(event, ev.Waiting):
+            self._record(False, self._progress, f"waiting for {event.what}")
 
     def _record(self, is_training: bool, progress: tuple[int, int, int], position: str) -> None:
         now = time.monotonic()
@@ -187,10 +198,10 @@ class Watchdog:
     def _stalled(self, store: KeyValueStore) -> str:
         """Returns an error message that names the ranks behind the others: all wait, but only for those."""
         statuses = _statuses(store, self._world)
-        progress = {rank: tuple(status.get("progress", (0, 0, 0))) for rank, status in statuses.items()}
+        progress = {rank: tuple(statuses[rank].get("progress", (0, 0, 0))) for rank in self._peers}
         behind = [rank for rank, reached in progress.items() if reached == min(progress.values())]
         # If all are equally far, the one that hangs is in another function than those that wait for it.
-        subject = f"rank {', '.join(map(str, behind))}" if len(behind) < len(progress) else "every rank"
+        subject = f"rank {', '.join(map(str, behind))}" if len(behind) < len(statuses) else "every rank"
         functions = ", ".join(f"rank {rank} in {statuses[rank].get('function')}" for rank in behind[:NAMED_RANKS])
         position = statuses[behind[0]].get("position", "the start")
         return f"{subject} hangs at {position}: no progress for {self._timeout_s():.0f} s ({functions})"

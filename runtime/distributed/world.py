@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,7 +60,7 @@ class World:
         size: number of ranks.
         device: on which this rank computes.
         group: torch's handle for the ranks of a `split`; None: all ranks.
-        store: shared by the ranks; None in a world of one and in a `split`.
+        store: shared by all ranks of the run; None in a run of one rank, and in a `split` that has not been given it.
     """
 
     rank: int
@@ -114,7 +114,7 @@ class World:
         return cls(rank, size, device)
 
     def split(self, parts: Sequence[Sequence[int]]) -> World:
-        """Returns the smaller world of this rank's part. Every rank must call it with the same disjoint parts.
+        """Returns the smaller world of this rank's part; every rank must call it with the same disjoint parts.
 
         A rank that is in no part gets a world of one.
         """
@@ -122,7 +122,11 @@ class World:
         for part in parts:
             if len(part) < 2:
                 continue
-            group = dist.new_group(list(part), timeout=TIMEOUT)
+            ranks = [dist.get_process_group_ranks(self.group)[member] for member in part]
+            # In a world that is itself a part, the ranks outside of it do not call this.
+            is_local = self.group is not None
+            with _unbound() if is_local else nullcontext():
+                group = dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=is_local)
             if self.rank in part:
                 mine = World(list(part).index(self.rank), len(part), self.device, group=group)
         return mine
@@ -205,14 +209,18 @@ class World:
         """Returns rank 0's value on every rank. Plain Python values only."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, group_src=0, group=self.group, device=self.device)
         return values[0]
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Copies rank 0's values into every rank's tensors, which have the same shapes on each, on its device."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, group_src=0, group=self.group)
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Copies rank 0's buffers to all: batch norm's running statistics drift apart between DDP's own broadcasts."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+        self.broadcast_tensors(model.buffers())
 
     def barrier(self) -> None:
         """Waits for every rank. An all-reduce, so that it works with gloo on CPUs too.
@@ -234,7 +242,8 @@ class World:
 
     def lost_another(self, error: RuntimeError) -> bool:
         """Returns whether the error is one of the process group: another rank no longer answers."""
-        return self.size > 1 and (isinstance(error, dist.DistError) or is_gloo_error(error))
+        is_alone = self.size == 1 and self.store is None  # a single rank that trains may have others that evaluate
+        return not is_alone and (isinstance(error, dist.DistError) or is_gloo_error(error))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns the model with gradients averaged over the ranks; in a world of one the model itself."""
@@ -243,6 +252,7 @@ class World:
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
+            process_group=self.group,
             gradient_as_bucket_view=True,
         )
 
@@ -253,6 +263,21 @@ class World:
             # where a thread that requests the GIL aborts the process (seen in one of four runs with gloo).
             gc.collect()
             dist.destroy_process_group()
+
+
+@contextmanager
+def _unbound() -> Iterator[None]:
+    """Has NCCL make a new communicator instead of splitting that of all ranks, in which all would have to take part.
+
+    It splits where the group of all ranks is bound to a GPU.
+    """
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    device, everyone.bound_device_id = everyone.bound_device_id, None
+    try:
+        yield
+    finally:
+        everyone.bound_device_id = device
 
 
 def without_communication(model: nn.Module) -> AbstractContextManager[None]:

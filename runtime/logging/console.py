@@ -34,7 +34,7 @@ class CaseProgress:
         self._progress: Progress | None = None
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.EvaluationStarted):
+        if isinstance(event, ev.EvaluationStarted) and not event.is_concurrent:
             self._progress = make_progress(event.cases, "evaluate", "case", bar=self._verbose, leave=False)
         elif self._progress is None:
             return

@@ -160,8 +160,18 @@ class EpochStopped(Event):
 
 @dataclass(frozen=True)
 class EvaluationStarted(Event):
+    """`is_concurrent`: on ranks of its own (`--eval_ranks`); its scores follow after later epochs."""
+
     epoch: int
     cases: int
+    is_concurrent: bool = False
+
+
+@dataclass(frozen=True)
+class Waiting(Event):
+    """This rank waits for one that does something else, for as long as that takes; repeated while it waits."""
+
+    what: str
 
 
 @dataclass(frozen=True)

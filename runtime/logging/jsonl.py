@@ -12,6 +12,9 @@ from typing import Any
 from runtime.arguments import to_argument_file
 from runtime.logging import events as ev
 
+# Single batches, steps and cases; nothing is written after the last event.
+UNRECORDED = ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated | ev.Waiting | ev.RunFinalized
+
 
 class JsonLinesTracker:
     """`LOG_DIR/log.jsonl`: every event except single batches, steps and cases, each flushed at once."""
@@ -20,7 +23,7 @@ class JsonLinesTracker:
         self._file = (log_dir / "log.jsonl").open("x", encoding="utf-8")
 
     def on(self, event: ev.Event) -> None:
-        if isinstance(event, ev.PhaseEnd | ev.MicroBatchEnd | ev.StepEnd | ev.CaseEvaluated | ev.RunFinalized):
+        if isinstance(event, UNRECORDED):
             return
         values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if "config" in values:

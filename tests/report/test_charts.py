@@ -33,6 +33,14 @@ def test_a_single_evaluation_is_a_chart_too(tmp_path: Path) -> None:
     assert [tick for tick in ticks if re.fullmatch(r"[\d.]+", tick) and float(tick) > 1] == ["2"]
 
 
+@pytest.mark.parametrize(("flags", "counted"), [((), True), (("--eval_ranks", "1"), False)])
+def test_evaluations_beside_training_take_no_time_of_it(flags: tuple[str, ...], counted: bool, tmp_path: Path) -> None:
+    drawn = charts.draw_run(read_run(log_run(tmp_path, scores={2: 0.5, 4: 0.6}, flags=flags)), tmp_path)
+    (caption,) = [chart.caption for chart in drawn if "before the clock" in chart.caption]
+    assert caption.startswith("Of 140 s: before the clock ")
+    assert ("evaluation" in caption) is counted
+
+
 def test_the_same_run_draws_the_same_bytes(tmp_path: Path) -> None:
     run = read_run(log_run(tmp_path, scores={2: 0.5}))
     first, second = charts.draw_run(run, tmp_path), charts.draw_run(run, tmp_path)

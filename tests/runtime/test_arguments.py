@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "steps_per_epoch": None,
     "evaluate_every": None,
     "start_eval_at": None,
+    "eval_ranks": 0,
     "quality_threshold": 0.908,
     "layout": "NCDHW",
     "input_shape": (128, 128, 128),
@@ -174,6 +175,7 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--epochs", "4000"], "epochs", 4000),
     (["--evaluate_every", "20"], "evaluate_every", 20),
     (["--eval_every", "21"], "evaluate_every", 21),
+    (["--eval_ranks", "96"], "eval_ranks", 96),
     (["--start_eval_at", "1000"], "start_eval_at", 1000),
     (["--quality_threshold", "0.9"], "quality_threshold", 0.9),
     (["--layout", "NDHWC"], "layout", "NDHWC"),
@@ -429,6 +431,14 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], expected:
         (["--exec_mode", "predict", "--load_ckpt_path", "c", "--scan", "s"], "--exec_mode predict needs --output"),
         ([*PREDICT, "--benchmark"], "--benchmark measures training"),
         (["--load_ckpt_path", "c", "d"], "only --exec_mode predict takes several checkpoints"),
+        (["--eval_ranks", "-1"], "argument --eval_ranks: "),
+        (["--eval_ranks", "1", "--exec_mode", "evaluate", "--load_ckpt_path", "c"], "applies only to training"),
+        ([*PREDICT, "--eval_ranks", "1"], "--eval_ranks 1 applies only to training: with --exec_mode predict"),
+        (["--eval_ranks", "1", "--benchmark"], "--eval_ranks 1: nothing is evaluated with --benchmark"),
+        (["--eval_ranks", "1", "--loader", "synthetic"], "nothing is evaluated with --loader synthetic"),
+        (["--eval_ranks", "1", "--lr_schedule", "plateau(patience=2)"], "--lr_schedule plateau would depend on when"),
+        (["--eval_ranks", "1", "--callbacks", "top_k(k=3)"], "--callbacks top_k(k=3) needs the weights of the"),
+        (["--eval_ranks", "1", "--callbacks", "lr_monitor", "train_dice"], "--callbacks train_dice needs the weights"),
         (["--scan", "s"], "--scan requires --exec_mode predict, not train"),
         (["--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not train"),
         ([*PREDICT, "--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not predict"),
@@ -574,7 +584,7 @@ INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
     submission_org submission_platform submission_status division scan output series checkpoint test_time_flips
-    save_probabilities max_memory_gb
+    save_probabilities max_memory_gb eval_ranks
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps

@@ -15,8 +15,9 @@ from common.errors import DIVERGED_EXIT
 from runtime.callbacks.base import Callback
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd
+from runtime.scores import keep_if_best, stop_for_score
 from runtime.train_state import Stop, TrainState
-from runtime.training import TrainLoop, finish_step, keep_if_best, stop_for_score
+from runtime.training import TrainLoop, finish_step
 from tests.runtime.conftest import make_loop
 
 MakeState = Callable[..., TrainState]

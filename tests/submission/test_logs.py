@@ -237,3 +237,55 @@ def test_a_hostile_log_is_reported_without_a_crash(tmp_path: Path) -> None:
         assert read_log(path).problems[0].line == 1
     path.write_text(f":::MLLOG {json.dumps(record)}\n")
     assert read_log(path).problems
+
+
+def with_late_scores(path: Path, drop: str = "") -> list[str]:
+    """Moves scores as `--eval_ranks` does, those of the last evaluation to the end; returns the log's problems.
+
+    Args:
+        drop: key whose first record is left out.
+    """
+    times = [json.loads(line.removeprefix(":::MLLOG "))["time_ms"] for line in path.read_text().splitlines()]
+    kept: list[str] = []
+    late: list[str] = []
+    for line in path.read_text().splitlines():
+        key = json.loads(line.removeprefix(":::MLLOG "))["key"]
+        if key in ("eval_accuracy", "eval_stop"):
+            late.append(line)
+        elif key == "run_stop":
+            kept += [*late, line]
+        else:
+            kept.append(line)
+            if key == "epoch_stop":
+                kept, late = kept + late, []
+    if drop:
+        kept.remove(next(line for line in kept if f'"{drop}"' in line))
+    retimed = []
+    for line, time_ms in zip(kept, times, strict=False):
+        retimed.append(":::MLLOG " + json.dumps(json.loads(line.removeprefix(":::MLLOG ")) | {"time_ms": time_ms}))
+    path.write_text("\n".join(retimed) + "\n")
+    return [problem.message for problem in read_log(path).problems]
+
+
+def test_scores_may_come_after_later_epochs(write_open: WriteRun, tmp_path: Path) -> None:
+    path = write_open(tmp_path / "log", seed=5, epochs=6)
+    assert with_late_scores(path) == []
+    log = read_log(path)
+    assert log.evaluations == [(2, 0.5), (4, 0.5), (6, 0.91)]
+    assert [record.key for record in log.records[-4:]] == ["block_stop", "eval_accuracy", "eval_stop", "run_stop"]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("eval_start", "eval_accuracy after "),
+        ("eval_accuracy", "eval_stop after "),
+        ("eval_stop", " after eval_accuracy"),
+    ],
+)
+def test_a_late_evaluation_without_one_of_its_lines(
+    key: str, message: str, write_open: WriteRun, tmp_path: Path
+) -> None:
+    (problem,) = with_late_scores(write_open(tmp_path / "log", seed=5, epochs=6), drop=key)
+    assert message in problem
+    assert "lines are missing or were added" in problem

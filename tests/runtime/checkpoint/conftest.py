@@ -16,8 +16,9 @@ from runtime.checkpoint.format import load, snapshot
 from runtime.checkpoint.writer import save
 from runtime.logging.events import EpochStopped, EvaluationStopped, Event
 from runtime.precision import Precision
+from runtime.scores import keep_if_best
 from runtime.train_state import TrainState
-from runtime.training import StepConfig, TrainingLoader, keep_if_best, train_epoch
+from runtime.training import StepConfig, TrainingLoader, train_epoch
 from tests.runtime.checkpoint.disk import Disk
 from tests.runtime.conftest import RateOf, StopAt, make_loop
 

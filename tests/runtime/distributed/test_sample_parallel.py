@@ -38,7 +38,7 @@ from runtime.distributed.sample_parallel import SampleGroups
 
 DTYPE, LAYOUT, FUSED, RANKS, AMP = SETTINGS
 order = torch.channels_last_3d if LAYOUT == "NDHWC" else torch.contiguous_format
-groups = SampleGroups.divide(world, RANKS)
+groups = SampleGroups.divide(world.rank, world.size, RANKS)
 slabs = groups.connect(world)
 
 torch.manual_seed(3)
@@ -128,18 +128,18 @@ def test_in_16_bit_planes_are_sent_in_16_bit(run_ranks: RunRanks) -> None:
 
 
 def test_consecutive_ranks_share_a_sample() -> None:
-    found = [SampleGroups.divide(World(rank, 6, CPU), 3) for rank in range(6)]
+    found = [SampleGroups.divide(rank, 6, 3) for rank in range(6)]
     assert [(groups.index, groups.slab) for groups in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert {(groups.count, groups.ranks) for groups in found} == {(2, 3)}
 
 
 def test_ranks_that_cannot_be_divided(world: World) -> None:
-    with pytest.raises(UserError, match="the number of ranks, 6, must be a multiple of it; start 8 ranks"):
-        SampleGroups.divide(World(0, 6, CPU), 4)
+    with pytest.raises(UserError, match="the number of ranks that train, 6, must be a multiple of it; start 8 of them"):
+        SampleGroups.divide(0, 6, 4)
 
 
 def test_one_rank_to_a_sample_has_no_connection(world: World) -> None:
-    groups = SampleGroups.divide(world, 1)
+    groups = SampleGroups.divide(world.rank, world.size, 1)
     assert (groups.count, groups.index, groups.slab, groups.connect(world)) == (1, 0, 0, None)
 
 

@@ -22,6 +22,7 @@ from common.errors import RANK_LOST_EXIT, RankLost, UserError
 from runtime.arguments import RunConfig
 from runtime.build import make_watchdog
 from runtime.distributed import watchdog as module
+from runtime.distributed.roles import assign_roles
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.watchdog import Timeouts, Watchdog
 from runtime.distributed.world import KeyValueStore, World
@@ -371,6 +372,26 @@ def test_what_takes_long_is_no_stall(events: list[ev.Event], store: KeyValueStor
     assert ends == []
 
 
+def test_a_rank_that_waits_for_one_with_another_task_may_wait_forever(clock: list[float]) -> None:
+    watchdog = send(make(None, slow_phase_s=1800.0), ev.EpochStarted(4, 0.1, 4), *a_step(4, 0))
+    for _ in range(9):
+        clock[0] += 1000
+        send(watchdog, ev.Waiting("scores"))
+        assert clock[0] - watchdog._progressed_at < watchdog._timeout_s() == 1800.0
+    assert watchdog._position == "waiting for scores"
+    assert watchdog._progress == (4, 1, 0), "it is as far as it was"
+
+
+def test_a_rank_that_hangs_is_looked_for_among_those_with_the_same_task(store: KeyValueStore, ends: list[str]) -> None:
+    """The evaluating rank 2 is behind, at the epoch that it scores."""
+    publish_status(store, 1, [7, 0, 0], "epoch 7, waiting for data")
+    publish_status(store, 2, [5, sys.maxsize, 0], "after epoch 5")
+    watchdog = Watchdog(World(0, 3, CPU, store=store), SignalHandler(), replace(FAST, stall_s=0.1), peers=range(2))
+    with send(watchdog, ev.EpochStarted(7, 0.1, 4), *a_step(7, 0)):
+        wait_until(lambda: ends)
+    assert ends[0].startswith("rank 1 hangs at epoch 7, waiting for data")
+
+
 def test_a_slow_phase_has_a_timeout_too(store: KeyValueStore, ends: list[str]) -> None:
     with send(make(store, slow_phase_s=0.05), ev.EvaluationStarted(4, 3)):
         wait_until(lambda: ends)
@@ -611,5 +632,5 @@ def test_the_flags_set_the_limits_and_the_loader_ends_first(
     flags: dict[str, int], stall_s: float, make_config: Callable[..., RunConfig]
 ) -> None:
     """The loader's error names the cases that it waited for."""
-    watchdog = make_watchdog(make_config(**flags), World(0, 1, CPU), SignalHandler())
+    watchdog = make_watchdog(make_config(**flags), assign_roles(World(0, 1, CPU), 0), SignalHandler())
     assert send(watchdog, ev.EpochStarted(1, 0.1, 4), *a_step(1, 0))._timeout_s() == stall_s

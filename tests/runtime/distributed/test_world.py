@@ -204,3 +204,28 @@ def test_buffers_become_those_of_rank_0(run_ranks: Callable[..., list[str]]) -> 
         """
     )
     assert printed == ["[1.5, 1.5] 7\n"] * 2
+
+
+def test_a_part_of_the_ranks_communicates_and_splits_without_the_others(run_ranks: RunRanks) -> None:
+    code = """
+        import torch
+        part = world.split([[0], [1, 2, 3]])
+        inner = part.split([[0], [1, 2]]) if world.rank else part
+        numbers = [torch.full((2,), part.rank), torch.full((1,), 0.5 + part.rank)]
+        part.broadcast_tensors(numbers)
+        print(part.rank, part.size, part.broadcast(world.rank), [one.tolist() for one in numbers], end=" ")
+        print(part.gather(world.rank))
+        print(inner.rank, inner.size, inner.sum(torch.tensor(float(world.rank))).item())
+    """
+    members = "1 [[0, 0], [0.5]] [1, 2, 3]"
+    assert run_ranks(code, ranks=4) == [
+        "0 1 0 [[0, 0], [0.5]] [0]\n0 1 0.0\n",
+        f"0 3 {members}\n0 1 1.0\n",
+        f"1 3 {members}\n0 2 5.0\n",
+        f"2 3 {members}\n1 2 5.0\n",
+    ]
+
+
+def test_a_single_training_rank_can_lose_an_evaluating_one() -> None:
+    store = KeyValueStore(HashStore())
+    assert World(0, 1, CPU, store=store).lost_another(DistError("the group's"))
