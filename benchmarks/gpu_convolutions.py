@@ -1,4 +1,4 @@
-"""Each convolution of the network on its own: whether cuDNN computes it right in 16 bit, and how fast in which layout."""
+"""Each convolution of the network on its own: whether cuDNN computes it right in 16 bit, and how fast."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def convolutions(options: Options) -> Table:
         rows.append([str(layer), *(1e3 * t for t in last), *rates, slowdown, *errors.values(), verdict])
     notes = [
         f"cuDNN's convolutions, {str(dtype).removeprefix('torch.')}, channels-last, {samples} samples, medians of "
-        f"{REPETITIONS}; errors: the largest difference from fp32 on the same inputs, relative to the largest value, over "
-        "output and gradients of one sample. Where Triton's kernels compute a layer, see the choices."
+        f"{REPETITIONS}; errors: the largest difference from fp32 on the same inputs, relative to the largest value, "
+        "over output and gradients of one sample. Where Triton's kernels compute a layer, see the choices."
     ]
     problem = f"Convolutions: wrong: {', '.join(wrong)}" if wrong else ""
     return Table("Convolutions", COLUMNS, rows, notes, problem=problem)

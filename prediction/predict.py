@@ -30,6 +30,7 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
 from runtime.memory_format import to_device
+from runtime.network import make_network
 from runtime.seeding import seed_process
 
 TABLE_NAME = "volumes.csv"
@@ -106,7 +107,7 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
 
 
 def _load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, device: torch.device) -> Member:
-    network = build.make_network(config, spec)
+    network = make_network(config, spec)
     window, classes = config.val_input_shape, len(spec.classes)
     check_window(network, window, "--val_input_shape", channels=spec.channels, classes=classes)
     checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)

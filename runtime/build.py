@@ -10,17 +10,14 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import rotate
-from common.messages import note, take_notes
+from common.messages import take_notes
 from data_loading.base_loader import LoaderConfig, TrainingLoader
 from data_loading.data_loader import EvaluationCases, make_training_loader
 from data_loading.dataset import case_shape
 from data_loading.integrity import check_files, verify_changed
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
-from model.finetune import freeze, load_part, output_layer
 from model.losses import SlabLoss, build_loss
-from model.registry import build_network, check_window, freeze_unused
-from model.unet3d import Unet3d
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.callbacks.base import RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
@@ -42,26 +39,15 @@ from runtime.logging.jsonl import RunFileTracker
 from runtime.logging.log_folder import rotate_logs
 from runtime.logging.throughput import ThroughputTracker
 from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
-from runtime.memory_format import to_device
+from runtime.network import prepare_network
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import make_optimizer
 from runtime.remote_evaluation import RemoteEvaluator
 from runtime.run_spec import RunSpec
-from runtime.seeding import seed_process
 from runtime.train_state import TrainState
 from runtime.training import StepConfig, TrainLoop
 
 Emit = Callable[[Event], None]
-
-
-def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
-    return build_network(
-        config.model,
-        dataset.channels,
-        len(dataset.classes),
-        normalization=config.normalization,
-        activation=config.activation,
-    )
 
 
 def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Module:
@@ -105,49 +91,6 @@ def build_state(run: RunSpec) -> TrainState:
         resume.restore(state, run.loaded, world.rank)
         resume.skip_partial_epoch(state, run.loaded, config.to_json(), ranks=world.size, seed=run.seeds.master)
     return state
-
-
-def prepare_network(run: RunSpec) -> nn.Module:
-    """Returns the run's network on this rank's device, with new weights or those of `--init_from`."""
-    config, dataset = run.config, run.dataset
-    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
-    network = make_network(config, dataset)
-    for flag in ("input_shape", "val_input_shape"):
-        shape = getattr(config, flag)
-        check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
-    freeze_unused(network, dataset.channels, config.input_shape)
-    _share_windows(run, network)
-    _start_from_weights(run, network)
-    to_device(network, run.world.device, config.layout)
-    if config.compile:
-        network.compile()  # in place: names, state and every reference stay valid
-    return network
-
-
-def _share_windows(run: RunSpec, network: nn.Module) -> None:
-    """Applies `--ranks_per_sample`: training then takes slabs of windows."""
-    flag, count = "--ranks_per_sample", run.groups.ranks
-    if run.slabs is None:
-        return
-    if not isinstance(network, Unet3d):
-        raise UserError(f"{flag} {count}: only --model unet3d can be computed by slabs, not {run.config.model}")
-    network.check_slabs(run.config.input_shape[0], count, flag)
-    network.share_windows(run.slabs)
-
-
-def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
-    """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; logs a note on each."""
-    config = run.config
-    if config.init_from is None and not config.freeze:
-        return
-    output = output_layer(network, run.dataset.channels, config.input_shape)
-    if config.init_from is not None and run.loaded is None:
-        loaded = checkpoints.load(config.init_from, "--init_from")
-        weights, epoch = loaded.state(config.checkpoint)
-        summary = load_part(network, weights, output, f"--init_from {loaded.path}")
-        note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
-    if config.freeze:
-        note(f"--freeze: {freeze(network, config.freeze, output)}")
 
 
 def make_train_loop(

@@ -20,6 +20,7 @@ from runtime.logging.console import EvaluationTracker
 from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
+from runtime.network import make_network, prepare_network
 from runtime.precision import choose_precision
 from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
 from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
@@ -82,7 +83,7 @@ def evaluate_beside_training(run: RunSpec) -> int:
     signals = SignalHandler(everyone.store)
     watchdog = build.make_watchdog(run.config, run.roles, signals)
     emit = build.make_event_dispatcher(run, watchdog)
-    network = build.prepare_network(run)
+    network = prepare_network(run)
     startup.run_evaluator_preflight(run, network, emit)
     startup.prewarm_evaluation(run, network)
     everyone.barrier()
@@ -114,7 +115,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
             f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {others or 'none'}"
         )
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
-    network = build.make_network(config, dataset)
+    network = make_network(config, dataset)
     check_window(
         network, config.val_input_shape, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes)
     )

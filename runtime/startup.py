@@ -13,7 +13,7 @@ from common.messages import note, take_notes
 from data_loading.base_loader import Batch
 from model.kernels import dispatch as kernels
 from runtime.arguments import checkpoint_path
-from runtime.build import Emit, make_network, make_sliding_window_config
+from runtime.build import Emit, make_sliding_window_config
 from runtime.check_table import failures, format_table
 from runtime.convolution_probe import check_convolutions
 from runtime.demand import Demand, NetworkMemory
@@ -21,6 +21,7 @@ from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
 from runtime.memory import BatchMemory, batch_memory, state_bytes, step_memory, window_memory
+from runtime.network import make_network
 from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
@@ -84,6 +85,7 @@ def evaluation_demand(run: RunSpec, network: nn.Module) -> Demand:
 
 
 def run_demanded_checks(run: RunSpec, demand: Demand, emit: Emit) -> None:
+    """Runs the checks, reports their table, and raises UserError if one failed."""
     checks = run_checks(demand, run.world.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if run.world.device.type == "cuda" and run.precision.dtype is not None:
         checks.append(check_convolutions(run.precision, run.config.layout))

@@ -24,8 +24,9 @@ from runtime.logging import events as ev
 from runtime.logging.throughput import ThroughputTracker, peak_memory_bytes
 from runtime.memory_checks import free_bytes
 from runtime.precision import Precision
+from runtime.scores import keep_if_best
 from runtime.train_state import TrainState
-from runtime.training import StepConfig, keep_if_best
+from runtime.training import StepConfig
 from runtime.warmup import seconds
 from tests.fake_gpu import CPU, GPU, FakeGpu, GpuTensor
 from tests.runtime.conftest import Batches

@@ -19,7 +19,7 @@ from data_loading.data_loader import EvaluationCase
 from data_loading.spec import KITS19
 from model.losses import DiceCELoss
 from runtime.arguments import RunConfig, parse_arguments
-from runtime.build import make_network, make_sliding_window_config
+from runtime.build import make_sliding_window_config
 from runtime.check_table import Check
 from runtime.demand import Demand, NetworkMemory
 from runtime.distributed.world import World
@@ -35,6 +35,7 @@ from runtime.memory_checks import (
     free_bytes,
 )
 from runtime.memory_format import to_device
+from runtime.network import make_network
 from runtime.optimizer import make_optimizer
 from runtime.precision import Precision
 from runtime.train_state import TrainState

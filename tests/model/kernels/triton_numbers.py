@@ -293,7 +293,7 @@ def test_the_convolution_to_the_classes(
 
 
 def test_a_network_of_kernels_has_the_plain_network_s_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole U-Net in fp16, whose modules call every kernel: output and gradients within fp16's digits."""
+    """The whole U-Net in fp16, whose modules call every kernel: within twice the error of PyTorch's own operators."""
     calls: set[str] = set()
     for name in triton_kernels.__all__:
         kernel = getattr(triton_kernels, name)
@@ -303,7 +303,7 @@ def test_a_network_of_kernels_has_the_plain_network_s_numbers(monkeypatch: pytes
             lambda *args, name=name, kernel=kernel, **options: (calls.add(name), kernel(*args, **options))[1],
         )
     results = []
-    for module in (None, triton_kernels):
+    for module, dtype in ((None, torch.float32), (None, torch.float16), (triton_kernels, torch.float16)):
         for user in (normalization, convolutions):
             monkeypatch.setattr(user, "triton_for", lambda x, operator, module=module: module)
         torch.manual_seed(0)
@@ -311,12 +311,12 @@ def test_a_network_of_kernels_has_the_plain_network_s_numbers(monkeypatch: pytes
         for layer in network.modules():
             if type(layer) is SlabConv3d:  # which on a CPU leaves channels-last in 16 bit
                 layer.register_forward_hook(lambda layer, inputs, output: last(output, output.dtype))
-        with torch.autocast(DEVICE, dtype=torch.float16):
+        with torch.autocast(DEVICE, dtype=dtype, enabled=dtype == torch.float16):
             logits = network(normal(1, 1, 8, 8, 16))
         (1e4 * logits.float().square().mean()).backward()  # above fp16's smallest numbers
         results.append([logits.detach().float(), *(p.grad for p in network.parameters())])
     # On a CPU the gradient of a 16-bit convolution with stride 2 is not channels-last, and is added by PyTorch.
     missing = {"sums_forward", "sums_backward"} | ({"add_part"} if DEVICE == "cpu" else set())
     assert calls == set(triton_kernels.__all__) - missing
-    for one, right in zip(*results, strict=True):
-        assert (one - right).norm() <= 0.01 * right.norm()
+    for right, plain, found in zip(*results, strict=True):
+        assert (found - right).norm() <= 2 * (plain - right).norm() + 1e-3 * right.norm()

@@ -1,0 +1,71 @@
+"""Builds the network of a run: by name, with its weights, on the rank's device, frozen or cut into slabs as asked."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from common.errors import UserError
+from common.messages import note
+from data_loading.spec import DatasetSpec
+from model.finetune import freeze, load_part, output_layer
+from model.registry import build_network, check_window, freeze_unused
+from model.unet3d import Unet3d
+from runtime.arguments import RunConfig
+from runtime.checkpoint import format as checkpoints
+from runtime.memory_format import to_device
+from runtime.run_spec import RunSpec
+from runtime.seeding import seed_process
+
+
+def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
+    """Returns the network that the flags name, for this data set."""
+    return build_network(
+        config.model,
+        dataset.channels,
+        len(dataset.classes),
+        normalization=config.normalization,
+        activation=config.activation,
+    )
+
+
+def prepare_network(run: RunSpec) -> nn.Module:
+    """Returns the run's network on this rank's device, with new weights or those of `--init_from`."""
+    config, dataset = run.config, run.dataset
+    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
+    network = make_network(config, dataset)
+    for flag in ("input_shape", "val_input_shape"):
+        shape = getattr(config, flag)
+        check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
+    freeze_unused(network, dataset.channels, config.input_shape)
+    _share_windows(run, network)
+    _start_from_weights(run, network)
+    to_device(network, run.world.device, config.layout)
+    if config.compile:
+        network.compile()  # in place: names, state and every reference stay valid
+    return network
+
+
+def _share_windows(run: RunSpec, network: nn.Module) -> None:
+    """Applies `--ranks_per_sample`: training then takes slabs of windows."""
+    flag, count = "--ranks_per_sample", run.groups.ranks
+    if run.slabs is None:
+        return
+    if not isinstance(network, Unet3d):
+        raise UserError(f"{flag} {count}: only --model unet3d can be computed by slabs, not {run.config.model}")
+    network.check_slabs(run.config.input_shape[0], count, flag)
+    network.share_windows(run.slabs)
+
+
+def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
+    """Applies `--init_from`, unless the run continues from its own state, and `--freeze`; logs a note on each."""
+    config = run.config
+    if config.init_from is None and not config.freeze:
+        return
+    output = output_layer(network, run.dataset.channels, config.input_shape)
+    if config.init_from is not None and run.loaded is None:
+        loaded = checkpoints.load(config.init_from, "--init_from")
+        weights, epoch = loaded.state(config.checkpoint)
+        summary = load_part(network, weights, output, f"--init_from {loaded.path}")
+        note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
+    if config.freeze:
+        note(f"--freeze: {freeze(network, config.freeze, output)}")
