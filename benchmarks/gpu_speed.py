@@ -33,15 +33,19 @@ WARM_UP = 3
 PROFILED_STEPS = 3
 PROFILED_BATCH = 14
 LARGEST_KERNELS = 10
-# A kernel's purpose, by parts of its name; the first match counts.
-KINDS = (
-    ("norm and activation", ("_moments", "_finish", "_normalize", "_gradient")),
-    ("loss", ("_sums",)),
-    ("convolution", ("conv", "xmma", "cutlass", "cudnn", "implicit", "dgrad", "wgrad", "gemm", "nvjet")),
-    ("concatenation", ("CatArray", "cat_")),
-    ("optimizer and gradient norm", ("multi_tensor", "lpnorm", "FusedSgd")),
-    ("copies", ("Memcpy", "Memset", "copy", "fill", "Fill")),
-)
+# Triton's kernels by the start of their names, all others by a part of it; the first match counts.
+TRITON_KINDS = {
+    "convolution": ("_narrow", "_image", "_output"),
+    "transposed convolution and concatenation": ("_join", "_add_part"),
+    "norm and activation": ("_moments", "_finish", "_normalize", "_gradient"),
+    "loss": ("_sums",),
+}
+KINDS = {
+    "convolution": ("conv", "xmma", "cutlass", "cudnn", "implicit", "dgrad", "wgrad", "gemm", "nvjet"),
+    "concatenation": ("CatArray",),
+    "optimizer and gradient norm": ("multi_tensor", "lpnorm", "FusedSgd"),
+    "copies": ("Memcpy", "Memset", "copy", "fill", "Fill"),
+}
 WINDOWS_PUBLISHED = "Published for one H200 (NVIDIA's MXNet code, MLPerf v4.0): 204 windows/s."
 
 
@@ -147,13 +151,19 @@ def kernel_rows(times: dict[str, tuple[float, int]]) -> tuple[list[str], list[li
         )
     kinds: dict[str, list[float]] = {}
     for name, (time_us, count) in times.items():
-        kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "other")
-        entry = kinds.setdefault(kind, [0.0, 0.0])
+        entry = kinds.setdefault(kind_of(name), [0.0, 0.0])
         entry[0] += time_us
         entry[1] += count
     for kind, (time_us, launches) in sorted(kinds.items(), key=lambda item: -item[1][0]):
         rows.append([f"all: {kind}", time_us / 1e3 / PROFILED_STEPS, launches / PROFILED_STEPS, time_us / total])
     return ["kernel", "ms per step", "launches per step", "share"], rows
+
+
+def kind_of(name: str) -> str:
+    """The purpose of a kernel."""
+    triton = (kind for kind, starts in TRITON_KINDS.items() if name.startswith(starts))
+    others = (kind for kind, words in KINDS.items() if any(word in name for word in words))
+    return next(triton, None) or next(others, "other")
 
 
 def windows(options: Options) -> Table:
