@@ -28,8 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     config, given = parse_arguments(argv)
     check_paths(config)
     # Importing torch takes seconds: --help and mistakes on the command line are answered before.
+    from model.kernels.dispatch import use_plain
     from runtime.distributed.world import World
 
+    use_plain(config.plain_operators)
     world = World.join(config.local_rank)
     try:
         if config.exec_mode == "train":

@@ -134,13 +134,16 @@ def to_target(options: Options) -> Table:
         small = "--batch_size 2 --input_shape 32 32 32 --val_input_shape 32 32 32 --epochs 3"
         arguments += [*small.split(), "--model", "unet3d(filters=(4,8))"]
     process = start(options, log_dir, arguments)
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + min(TIMEOUT_S, options.seconds_left())
     while not events(log_dir, "RunStarted") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     limit = time.monotonic() + min(TRAINING_S, options.seconds_left())
     while process.poll() is None and time.monotonic() < limit:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    is_running = process.poll() is None and bool(events(log_dir, "RunStarted"))
+    process.send_signal(signal.SIGTERM if is_running else signal.SIGKILL)
+    if not is_running and process.wait(TIMEOUT_S) == -signal.SIGKILL:
+        raise UserError("the run was not ready in the time that was left")
     finish(process, log_dir, (0, 128 + signal.SIGTERM))
     epochs = events(log_dir, "EpochStopped")
     if not epochs:

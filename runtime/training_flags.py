@@ -117,6 +117,14 @@ class TrainingFlags:
         resume="incidental",
     )
     compile: bool = flag(False, "compile the network with torch.compile before the clock starts; takes minutes")
+    plain_operators: tuple[str, ...] = flag(
+        (),
+        "operators that PyTorch computes on a GPU in place of Triton's kernels, for comparison or where a kernel fails: "
+        "norm, loss, image, narrow, join, output (docs/performance.md), or all",
+        choices=("norm", "loss", "image", "narrow", "join", "output", "all"),
+        nargs="+",
+        metavar="NAME",
+    )
     amp: bool = flag(
         False, "compute in 16-bit precision where it is safe; the loss and statistics stay in fp32", network=True
     )

@@ -39,9 +39,10 @@ def triton_for(x: Tensor, operator: str) -> ModuleType | None:
 
 
 def use_plain(operators: Iterable[str]) -> None:
-    """Lets PyTorch's own operators compute these `OPERATORS`, and Triton's kernels all others."""
+    """Lets PyTorch's own operators compute these `OPERATORS` ("all": every one), and Triton's kernels all others."""
     global _plain
-    _plain = frozenset(operators)
+    chosen = frozenset(operators)
+    _plain = frozenset(OPERATORS) if "all" in chosen else chosen
 
 
 @contextmanager

@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 200,
     "prewarm_steps": 1,
     "compile": False,
+    "plain_operators": (),
     "amp": False,
     "amp_dtype": "auto",
     "optimizer": "sgd",
@@ -588,7 +589,7 @@ INCIDENTAL = """
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
-    compile amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs lr_decay_factor
+    compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs lr_decay_factor
     lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
     cudnn_deterministic ruleset
 """

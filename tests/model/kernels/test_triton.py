@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 import model
 from model.kernels import allocations
 from model.kernels import dispatch as kernels
+from runtime.arguments import RunConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_triton = pytest.mark.skipif(
@@ -90,6 +92,16 @@ def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.
         assert kernels.triton_for(on_cuda, "norm") is None
         assert kernels.triton_for(on_cuda, "loss") is stand_in
     assert kernels.triton_for(on_cuda, "norm") is stand_in
+
+
+def test_the_flag_names_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    (choices,) = [f.metadata["flag"].choices for f in fields(RunConfig) if f.name == "plain_operators"]
+    assert choices == (*kernels.OPERATORS, "all")
+    monkeypatch.setattr(kernels, "_plain", frozenset())
+    kernels.use_plain(["all"])
+    assert kernels._plain == frozenset(kernels.OPERATORS)
+    kernels.use_plain(["join"])
+    assert kernels._plain == {"join"}
 
 
 @pytest.mark.usefixtures("_fresh_choice")

@@ -108,6 +108,7 @@ def test_a_run_by_the_rules_violates_nothing(make_config: MakeConfig) -> None:
         {"val_batch_size": 9},
         {"prewarm_steps": 0},
         {"compile": True},
+        {"plain_operators": ("norm",)},
         {"cudnn_benchmark": True},
         {"save_ckpt_path": Path("c.pth")},
         {"submission_org": "ACME"},
