@@ -43,7 +43,7 @@ PARTS = (
     Part(
         "Triton operators",
         gpu_operators.triton_operators,
-        needs_s=20,
+        needs_s=60,
         needs_gib=2,
         on_cpu="Triton's kernels are for CUDA",
     ),

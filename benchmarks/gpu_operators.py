@@ -58,8 +58,8 @@ def triton_operators(options: Options) -> Table:
         for name, errors in convolution_errors(kernels, dtype, device).items():
             add(name, dtype, errors, limit_of(dtype))
     notes = [
-        f"Against PyTorch's operators on the same tensors; {WIDTHS} channels (fp16: {FEW_WIDTHS}), {CLASS_COUNTS} classes; "
-        "convolutions against fp32. The error is the largest difference relative to the largest value."
+        f"Against PyTorch's operators on the same tensors; {WIDTHS} channels (fp16: {FEW_WIDTHS}), {CLASS_COUNTS} "
+        "classes; convolutions against fp32. The error is the largest difference relative to the largest value."
     ]
     return checked("Triton operators", rows, notes)
 

@@ -119,7 +119,7 @@ class TrainingFlags:
     compile: bool = flag(False, "compile the network with torch.compile before the clock starts; takes minutes")
     plain_operators: tuple[str, ...] = flag(
         (),
-        "operators that PyTorch computes on a GPU in place of Triton's kernels, for comparison or where a kernel fails: "
+        "operators that PyTorch computes on a GPU in place of Triton's kernels, for comparison or if a kernel fails: "
         "norm, loss, image, narrow, join, output (docs/performance.md), or all",
         choices=("norm", "loss", "image", "narrow", "join", "output", "all"),
         nargs="+",

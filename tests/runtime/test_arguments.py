@@ -589,7 +589,8 @@ INCIDENTAL = """
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
-    compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs lr_decay_factor
+    compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs
+    lr_decay_factor
     lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
     cudnn_deterministic ruleset
 """
