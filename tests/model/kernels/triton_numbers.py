@@ -33,7 +33,8 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """One tile and one program, or several of both with the last ones partly empty."""
     if request.param == "cut":
         monkeypatch.setattr(norm, "TILE", 512)
-        monkeypatch.setattr(norm, "SUM_TILE", 512)
+        monkeypatch.setattr(norm, "MOMENTS_TILE", 512)
+        monkeypatch.setattr(norm, "GRADIENT_TILE", 512)
         monkeypatch.setattr(loss, "SOFTMAX_TILE", 512)
         monkeypatch.setattr(tiles, "PROGRAMS", 3)
 
