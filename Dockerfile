@@ -9,7 +9,8 @@ FROM ${BASE}
 
 WORKDIR /workspace/unet3d
 COPY requirements.txt .
-# The image contains PyTorch; `pip` keeps it because it is the pinned version.
+# The image contains PyTorch, which stays if it is the pinned version. A vendor's image: `--build-arg BASE=…`, and
+# `pip install .` here instead, whose ranges keep its PyTorch.
 RUN pip install --no-cache-dir -r requirements.txt
 
 # NVIDIA apex for its FusedLAMB: pass a wheel that fits the image and is beside this file (there is none on PyPI; the

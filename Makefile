@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint faults clean
+.PHONY: demo test test-all test-versions lint faults clean
 
 demo: $(VENV)/report
 	$(RUN) demo.py --work_dir demo
@@ -18,6 +18,20 @@ test: $(VENV)/dev
 # The tests marked slow too: many injected faults, two hosts, Slurm, the tutorial, whole submissions, a browser.
 test-all: $(VENV)/dev
 	$(PYTEST)
+
+# The lowest and the highest torch of pyproject.toml's range that can be had, each in an environment of its own (for
+# Linux a build for CUDA, which runs on a CPU): the tests of what depends on it, and a run.
+TORCH_VERSIONS ?= 2.11.0 2.14.1
+VERSION_TESTS := tests/model tests/runtime tests/data_loading tests/common tests/test_fake_gpu.py
+
+test-versions: requirements-dev.txt pyproject.toml
+	grep -v -E '^-r|^triton' requirements-dev.txt > $(VENV)-requirements.txt
+	for version in $(TORCH_VERSIONS); do set -e; \
+		$(PYTHON) -m venv $(VENV)-torch-$$version; \
+		$(VENV)-torch-$$version/bin/python -m pip install --quiet --disable-pip-version-check torch==$$version \
+			--requirement $(VENV)-requirements.txt .; \
+		$(VENV)-torch-$$version/bin/python -m pytest -n $(WORKERS) -m "not slow" $(VERSION_TESTS); \
+	done
 
 # Injects every fault of docs/reliability.md and writes its table.
 faults: $(VENV)/core
@@ -35,7 +49,7 @@ $(VENV)/core: requirements.txt
 	touch $@
 
 $(VENV)/report: $(VENV)/core pyproject.toml
-	$(RUN) -m pip install --quiet --disable-pip-version-check '.[report]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint requirements-dev.txt '.[report]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/core requirements-dev.txt pyproject.toml
@@ -43,4 +57,4 @@ $(VENV)/dev: $(VENV)/core requirements-dev.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-* demo
