@@ -29,16 +29,9 @@ from runtime.precision import Precision
 from runtime.training import StepConfig, forward_backward, optimizer_step
 from runtime.warmup import dummy_batch, synchronize
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Every width of the benchmark's network, one channel, and widths that are no power of two.
-WIDTHS = (1, 3, 20, *sorted(set(MLPERF_FILTERS)))
-CLASS_COUNTS = (2, 3, 20)
-EPS = 1e-5
 COLUMNS = ["what", "largest relative error", "limit", "verdict"]
 # Sums of fp32 numbers in another order.
 FP32_LIMIT = 2e-5
-# More elements than a 32-bit index reaches: several samples, and one sample.
-LARGE_SHAPES = ((33, 32, 128, 128, 128), (1, 32, 512, 512, 257))
 TRACE_STEPS = 6
 
 
