@@ -284,6 +284,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         return {(lists[0][0][0].device, dtype): lists for (_, dtype), lists in found.items()}
 
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
+    # torch 2.14: asks the accelerator's driver whether a graph is being captured.
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, raising=False
+    )
     monkeypatch.setattr(torch, "autocast", lambda device, **settings: autocast("cpu", **settings))
     for name, replacement in {
         "_lazy_init": lambda: None,
