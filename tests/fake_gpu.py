@@ -295,6 +295,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: False,
+        "get_device_capability": lambda device=None: (9, 0),
         "Event": FakeEvent,
         "synchronize": lambda device=None: gpu.wait("synchronize"),
     }.items():
