@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU here")
+    if arguments.suite == GPU_SUITE and name == "cpu" and not arguments.quick:
+        raise UserError("--suite gpu measures a GPU, and there is none; with --quick it shows that its parts run")
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
     environment = describe_environment(device, 1)
     print(

@@ -68,6 +68,24 @@ def test_bad_arguments_are_refused_before_measuring(arguments: tuple[str, ...], 
         parse(["--suite", "evaluate", *arguments])
 
 
+def test_the_gpu_suite_needs_a_gpu_or_quick() -> None:
+    with pytest.raises(UserError, match="there is none; with --quick"):
+        main(["--suite", "gpu", "--device", "cpu"])
+
+
+def test_a_wrong_result_ends_with_an_error_once_all_tables_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = [Table("Sums", ["a"], [[1]], problem="Sums: wrong"), Table("After", ["a"], [[2]])]
+    monkeypatch.setattr("benchmarks.evaluate.run", lambda options: iter(tables))
+    file = tmp_path / "tables.json"
+    with pytest.raises(UserError, match="Sums: wrong"):
+        main(["--suite", "evaluate", "--quick", "--device", "cpu", "--json", str(file)])
+    assert "### After" in capsys.readouterr().out
+    written = json.loads(file.read_text(encoding="utf-8"))["suites"]["evaluate"]
+    assert [table["problem"] for table in written] == ["Sums: wrong", ""]
+
+
 def test_a_failed_suite_keeps_the_tables_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(options: Options) -> list[Table]:
         raise UserError("out of luck")
