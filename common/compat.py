@@ -7,10 +7,12 @@ which changes one fails there, by name.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,6 +37,7 @@ __all__ = [
     "is_missing_dicom_decoder",
     "loss_scale",
     "mllog_clock",
+    "numpy_scalars_readable",
     "reference_point",
     "tree_iter",
     "tree_leaves",
@@ -81,6 +84,37 @@ def bf16_gradients_are_sound() -> bool:
         if not torch.allclose(computed.float(), expected, rtol=0.05, atol=0.1):
             return False
     return True
+
+
+class _NumberType:
+    """Takes the place of numpy.dtype in a pickle: the type of a number, such as "f8", and its byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if np.dtype(code).kind not in "biuf":
+            raise pickle.UnpicklingError(f"numpy.{code} is no number")
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"{state[1]!r} is no byte order")
+        self.code = np.dtype(self.code).newbyteorder(state[1]).str
+
+
+def _read_number(kind: _NumberType, data: bytes) -> bool | int | float:
+    """Takes the place of numpy's `scalar`, and returns a Python number."""
+    (number,) = np.frombuffer(data, kind.code)
+    return number.item()
+
+
+def numpy_scalars_readable() -> AbstractContextManager[None]:
+    """Returns a context in which `torch.load(weights_only=True)` reads numpy's numbers, as Python's, and no more.
+
+    A pickle names numpy's functions by their path, which is another one in numpy 1. Those named here are not numpy's:
+    its dtypes take flags from the file that decide whether bytes are read as pointers. numpy 2.4, torch 2.13.
+    """
+    modules = ("numpy._core.multiarray", "numpy.core.multiarray")
+    readers: list[Any] = [(_NumberType, "numpy.dtype"), *((_read_number, f"{module}.scalar") for module in modules)]
+    return torch.serialization.safe_globals(readers)
 
 
 def is_meta_device_problem(message: str) -> bool:
