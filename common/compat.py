@@ -27,6 +27,7 @@ __all__ = [
     "TorchDispatchMode",
     "bf16_gradients_are_sound",
     "cpu_computes_bf16",
+    "cpu_computes_fp16",
     "dataloader_worker_message",
     "end_dataloader_workers",
     "gloo_cause",
@@ -62,6 +63,11 @@ def without_torch_function() -> AbstractContextManager[None]:
 def cpu_computes_bf16() -> bool:
     """Returns whether this CPU has bfloat16 instructions that oneDNN uses. torch 2.13."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cpu_computes_fp16() -> bool:
+    """Returns whether this CPU has float16 instructions that oneDNN uses. torch 2.13."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def bf16_gradients_are_sound() -> bool:
