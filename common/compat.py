@@ -36,6 +36,7 @@ __all__ = [
     "is_gloo_error",
     "is_meta_device_problem",
     "is_missing_dicom_decoder",
+    "is_port_in_use",
     "loss_scale",
     "mllog_clock",
     "numpy_scalars_readable",
@@ -139,6 +140,11 @@ def is_gloo_error(error: RuntimeError) -> bool:
     torch 2.13.
     """
     return "gloo" in str(error)
+
+
+def is_port_in_use(error: RuntimeError) -> bool:
+    """Returns whether torch's store could not listen on its port, because another process does. torch 2.13."""
+    return "EADDRINUSE" in str(error)
 
 
 def gloo_cause(error: RuntimeError) -> str:
