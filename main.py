@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import one_line, run_program
 from common.messages import logger
-from runtime.arguments import RunConfig, check_paths, parse_arguments
+from runtime.arguments import RunConfig, check_paths, checkpoint_path, parse_arguments
 
 if TYPE_CHECKING:
     from runtime.distributed.world import World
@@ -35,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     world = World.join(config.local_rank)
     try:
         if config.exec_mode == "train":
+            from runtime.output_lock import PATIENCE_S, outputs_locked
             from runtime.run import train_network
 
-            return train_network(config, world, write_report)
+            patience_s = PATIENCE_S if config.resume else 0.0
+            with outputs_locked(config.log_dir, checkpoint_path(config), world, patience_s=patience_s):
+                return train_network(config, world, write_report)
         if config.exec_mode == "evaluate":
             from runtime.run import evaluate_checkpoint
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,15 +17,50 @@ from common.messages import logger
 REMOVED_IN = "0.3"
 
 
+# Near flags that are named for a mistyped one.
+SUGGESTIONS = 3
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a command-line mistake as a `UserError` instead of a page of usage."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses unknown flags at once, here and not in `parse_args`: a subcommand's parser knows its own flags."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = near_flags(unknown, re.findall(r"--\w+", self.format_usage()))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near}?" if near else ""))
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
+        cause = sys.exception()
+        cause = cause.__cause__ or cause.__context__ if isinstance(cause, argparse.ArgumentError) else cause
+        if isinstance(cause, OSError):  # the only files that argparse opens
+            message = f"argument file {cause.filename}: {cause.strerror}"
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
     def add_old_spelling(self, old: str, new: argparse.Action) -> None:
         """Accepts `old`, such as "--subset", for the flag that `add_argument` returned; `--help` does not list it."""
         self.add_argument(old, action=_OldSpelling, new=new, default=argparse.SUPPRESS)
+
+
+def near_flags(words: Sequence[str], flags: Sequence[str]) -> str:
+    """Returns the flags that resemble the mistyped ones among the words, as "--a or --b"; "" if none does.
+
+    Args:
+        words: what the parser did not recognise, flags with their values.
+        flags: those that exist.
+    """
+    by_name = {flag.strip("-"): flag for flag in flags}
+    found: list[str] = []
+    for word in words:
+        name = word.partition("=")[0].strip("-").lower().replace("-", "_")
+        if word.startswith("-") and name:
+            longer = [other for other in by_name if other.startswith(f"{name}_")]
+            found += difflib.get_close_matches(name, by_name, n=SUGGESTIONS) or longer[:SUGGESTIONS]
+        elif name in by_name:  # without its dashes
+            found.append(name)
+    return " or ".join(dict.fromkeys(by_name[name] for name in found))
 
 
 class _OldSpelling(argparse.Action):

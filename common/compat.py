@@ -7,10 +7,12 @@ which changes one fails there, by name.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +27,7 @@ __all__ = [
     "TorchDispatchMode",
     "bf16_gradients_are_sound",
     "cpu_computes_bf16",
+    "cpu_computes_fp16",
     "dataloader_worker_message",
     "end_dataloader_workers",
     "gloo_cause",
@@ -33,8 +36,10 @@ __all__ = [
     "is_gloo_error",
     "is_meta_device_problem",
     "is_missing_dicom_decoder",
+    "is_port_in_use",
     "loss_scale",
     "mllog_clock",
+    "numpy_scalars_readable",
     "reference_point",
     "tree_iter",
     "tree_leaves",
@@ -61,6 +66,11 @@ def cpu_computes_bf16() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def cpu_computes_fp16() -> bool:
+    """Returns whether this CPU has float16 instructions that oneDNN uses. torch 2.13."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def bf16_gradients_are_sound() -> bool:
     """Returns whether this CPU's bf16 convolutions compute the weight gradient of a small feature map.
 
@@ -83,6 +93,37 @@ def bf16_gradients_are_sound() -> bool:
     return True
 
 
+class _NumberType:
+    """Takes the place of numpy.dtype in a pickle: the type of a number, such as "f8", and its byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if np.dtype(code).kind not in "biuf":
+            raise pickle.UnpicklingError(f"numpy.{code} is no number")
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"{state[1]!r} is no byte order")
+        self.code = np.dtype(self.code).newbyteorder(state[1]).str
+
+
+def _read_number(kind: _NumberType, data: bytes) -> bool | int | float:
+    """Takes the place of numpy's `scalar`, and returns a Python number."""
+    (number,) = np.frombuffer(data, kind.code)
+    return number.item()
+
+
+def numpy_scalars_readable() -> AbstractContextManager[None]:
+    """Returns a context in which `torch.load(weights_only=True)` reads numpy's numbers, as Python's, and no more.
+
+    A pickle names numpy's functions by their path, which is another one in numpy 1. Those named here are not numpy's:
+    its dtypes take flags from the file that decide whether bytes are read as pointers. numpy 2.4, torch 2.13.
+    """
+    modules = ("numpy._core.multiarray", "numpy.core.multiarray")
+    readers: list[Any] = [(_NumberType, "numpy.dtype"), *((_read_number, f"{module}.scalar") for module in modules)]
+    return torch.serialization.safe_globals(readers)
+
+
 def is_meta_device_problem(message: str) -> bool:
     """Returns whether an operation failed only because its tensors are on the meta device, which holds no values.
 
@@ -99,6 +140,11 @@ def is_gloo_error(error: RuntimeError) -> bool:
     torch 2.13.
     """
     return "gloo" in str(error)
+
+
+def is_port_in_use(error: RuntimeError) -> bool:
+    """Returns whether torch's store could not listen on its port, because another process does. torch 2.13."""
+    return "EADDRINUSE" in str(error)
 
 
 def gloo_cause(error: RuntimeError) -> str:

@@ -74,6 +74,11 @@ def error_line(name: str, message: str) -> str:
     return f"{_prefix(name)}: error: {' '.join(message.split())}"
 
 
+def port_in_use(port: str) -> str:
+    """Returns what to do where rank 0 cannot listen."""
+    return f"port {port} is in use; on one machine torchrun --standalone takes a free one, else name another"
+
+
 def _prefix(name: str) -> str:
     rank = os.environ.get("RANK", "0")
     return name if rank == "0" else f"{name} (rank {rank})"

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -22,7 +23,8 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 from torch.distributed.run import main as torchrun
 
-from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, error_line, interrupted_exit
+from common.compat import is_port_in_use
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, error_line, interrupted_exit, port_in_use
 
 # A rank with such a status would end the same way again.
 FINAL_EXITS = (USER_ERROR_EXIT, DIVERGED_EXIT)
@@ -69,6 +71,10 @@ def main() -> int:
         return _report(interrupted_exit(error.sigval), f"stopped by {signal.Signals(error.sigval).name}")
     except RendezvousClosedError:
         return _report(CLOSED_EXIT, "another machine has given up; see its output for the reason")
+    except DistNetworkError as error:
+        if is_port_in_use(error):
+            return _report(USER_ERROR_EXIT, port_in_use("29500 or that of --master_port"))
+        raise
     except RendezvousError as error:
         return _report(RANK_LOST_EXIT, f"the other machines are lost ({type(error).__name__}: {error})")
     return 0

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.messages import counted
 from report.cases import ShownCase, mean_of, worst_first
 from report.compliance import Compliance
 from report.figures import PREDICTION, TRUTH, Chart
 from report.markup import NOTHING, Html, bullets, join, pairs, table, tag
 from report.records import Run
 from runtime.arguments import RunConfig
+from runtime.train_state import NOT_REACHED
 
 STYLE = Path(__file__).with_name("style.css")
 # Without scripts and external resources: the browser blocks every request from the page.
@@ -101,12 +103,12 @@ def verdict_of(run: Run) -> Verdict:
     known = (
         f"Best mean Dice {score(best.mean_dice)} at epoch {best.epoch}, the target is {run.target:g}." if best else ""
     )
-    ran = f"{len(run.epochs)} epochs in {duration(run.clock_s)}."
+    ran = f"{counted(len(run.epochs), 'epoch')} in {duration(run.clock_s)}."
     if not run.status:
         return Verdict(tone="bad", title="No end in the log", detail=f"Still running, or killed. {ran} {known}".strip())
     if run.reason.startswith("diverged"):
         return Verdict(tone="bad", title="Diverged", detail=f"{run.reason}. {known}".strip())
-    if run.reason.startswith("the target was not reached"):
+    if run.reason.startswith(NOT_REACHED):
         if best is None:
             return Verdict(tone="", title="Not evaluated", detail=f"{ran} There was no evaluation.")
         return Verdict(tone="bad", title="Target not reached", detail=f"{known} {ran}")

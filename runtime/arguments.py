@@ -88,6 +88,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RunConfig, froze
         values = vars(make_parser(RunConfig, "main.py", DESCRIPTION).parse_args(argv))
     except RecursionError:
         raise UserError("an argument file includes itself") from None
+    except UnicodeDecodeError:  # Windows' shell writes UTF-16
+        raise UserError("an argument file is not UTF-8 text; save it as UTF-8") from None
     given = frozenset(values)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if "log_dir" in values:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from common.errors import UserError
+from common.messages import counted
 
 # MLPerf's schedule counts in samples of KiTS19's training set: an evaluation from epoch 1000 on, every 20.
 RULE_SAMPLES = 168
@@ -50,7 +51,7 @@ class EvalSchedule:
         if self.first_evaluation is not None and self.first_evaluation <= self.epochs:
             return ""
         when = f"the first is due at epoch {self.first_evaluation}" if self.first_evaluation else "there are no cases"
-        return f"no evaluation in these {self.epochs} epochs ({when}); see --start_eval_at and --evaluate_every"
+        return f"no evaluation in {counted(self.epochs, 'epoch')} ({when}); see --start_eval_at and --evaluate_every"
 
     def blocks(self, start: int) -> Iterator[tuple[int, int]]:
         """Yields the (first, last) epochs up to and including each evaluation, from epoch `start` on."""

@@ -16,6 +16,9 @@ from common.registry import Spec
 # Names of values in `--help` where a flag has none of its own.
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME", Spec: "SPEC"}
 
+# Windows editors begin a file with it.
+BYTE_ORDER_MARK = "\ufeff"
+
 # Converters of common kinds of numbers, for the `type` of a flag.
 POSITIVE = number(int, 1)
 COUNT = number(int, 0)
@@ -91,7 +94,7 @@ class ArgumentFileParser(Parser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
-            return shlex.split(arg_line, comments=True)
+            return shlex.split(arg_line.removeprefix(BYTE_ORDER_MARK), comments=True)
         except ValueError as error:
             raise UserError(f"an argument file has the line {arg_line!r}: {error}") from None
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from common.compat import bf16_gradients_are_sound, cpu_computes_bf16
+from common.compat import bf16_gradients_are_sound, cpu_computes_bf16, cpu_computes_fp16
+from common.messages import is_main_rank, logger
 
 WRONG_GRADIENTS = "this CPU's bf16 convolutions give wrong gradients on small feature maps in this PyTorch"
+
+# How many times slower than in fp32 a CPU emulates a 3x3x3 convolution: bf16 measured with AVX2, fp16 with AVX-512.
+EMULATION = {"bf16": 500, "fp16": 350}
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,15 @@ def choose_precision(amp: bool, amp_dtype: str, device: torch.device) -> Precisi
     """Returns the format that `--amp` and `--amp_dtype` select on this device.
 
     `auto` is bf16 if the device has bf16 arithmetic, else fp16 with a scaler. On a CPU without bf16 instructions it is
-    fp32, since 16-bit convolutions are emulated there (measured on AVX2: 500 times slower than fp32); so it is where
-    their gradients are wrong (see `compat.bf16_gradients_are_sound`).
+    fp32, since 16-bit convolutions are emulated there, hundreds of times slower than fp32; so it is where their
+    gradients are wrong (see `compat.bf16_gradients_are_sound`). A format that is asked for by name is taken, with a
+    warning if it is emulated.
     """
     if not amp:
         return Precision(device, None)
+    is_native = {"bf16": cpu_computes_bf16, "fp16": cpu_computes_fp16}
+    if device.type == "cpu" and amp_dtype in is_native and not is_native[amp_dtype]():
+        _warn_of_emulation(amp_dtype)
     if amp_dtype == "fp16":
         return Precision(device, torch.float16)
     if amp_dtype == "bf16":
@@ -58,3 +67,13 @@ def choose_precision(amp: bool, amp_dtype: str, device: torch.device) -> Precisi
     if not bf16_gradients_are_sound():
         return Precision(device, None, f"--amp: {WRONG_GRADIENTS}, computing in fp32")
     return Precision(device, torch.bfloat16)
+
+
+@cache  # once, although prediction chooses for every scan
+def _warn_of_emulation(amp_dtype: str) -> None:
+    """Warns at once and not in a note, which is shown after the first, slow step."""
+    if is_main_rank():
+        logger.warning(
+            f"--amp_dtype {amp_dtype}: this CPU has no {amp_dtype} arithmetic and emulates it, about "
+            f"{EMULATION[amp_dtype]} times slower than fp32; use --amp_dtype auto"
+        )

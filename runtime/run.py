@@ -47,29 +47,28 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     signals = SignalHandler(world.store)
     watchdog = build.make_watchdog(config, run.roles, signals)
     writer = build.make_checkpoint_writer(run)
-    emit = build.make_event_dispatcher(run, watchdog)
+    with build.make_event_dispatcher(run, watchdog) as emit:
+        # Before the clock: the network is built and tuned; no training data is touched.
+        emit(startup.describe_start(run))
+        state = build.build_state(run)
+        startup.run_preflight(run, state, step, emit)
+        startup.prewarm(run, state, step, emit)
+        emit(startup.describe_run(run, state))
+        world.barrier()
+        emit(RunStarted())
 
-    # Before the clock: the network is built and tuned; no training data is touched.
-    emit(startup.describe_start(run))
-    state = build.build_state(run)
-    startup.run_preflight(run, state, step, emit)
-    startup.prewarm(run, state, step, emit)
-    emit(startup.describe_run(run, state))
-    world.barrier()
-    emit(RunStarted())
-
-    # The clock runs.
-    loop = build.make_train_loop(run, state, step, writer=writer, signals=signals, emit=emit)
-    try:
-        with signals, watchdog:
-            stop = train(state, loop)
-            writer.finish(state, stop)
-            if isinstance(loop.evaluate, RemoteEvaluator):
-                loop.evaluate.end_run(stop.exit_status)
-        if stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
-            write_report(config, world)
-    finally:
-        emit(RunFinalized(run_files(config.log_dir, checkpoint_path(config))))
+        # The clock runs.
+        loop = build.make_train_loop(run, state, step, writer=writer, signals=signals, emit=emit)
+        try:
+            with signals, watchdog:
+                stop = train(state, loop)
+                writer.finish(state, stop)
+                if isinstance(loop.evaluate, RemoteEvaluator):
+                    loop.evaluate.end_run(stop.exit_status)
+            if stop.exit_status in (0, DIVERGED_EXIT) and not config.no_report and world.is_main:
+                write_report(config, world)
+        finally:
+            emit(RunFinalized(run_files(config.log_dir, checkpoint_path(config))))
     # A launcher ends all ranks as soon as one exits with a status other than 0: let rank 0 finish first. The store may
     # be in rank 0's process, which may be gone.
     with suppress(RuntimeError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import interrupted_exit
+from common.messages import counted
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,19 @@ def weights_on_host(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
+NOT_REACHED = "the target was not reached"
+
+
 def target_not_reached(epochs: int) -> str:
     """Returns the reason of a run that has used up its epochs."""
-    return f"the target was not reached in {epochs} epochs"
+    return f"{NOT_REACHED} in {counted(epochs, 'epoch')}"
+
+
+def outcome(status: str, reason: str) -> str:
+    """Returns in plain words how a run ended: MLPerf calls "aborted" also what has only used up its epochs."""
+    if status == "success":
+        return "target reached"
+    return "target not reached" if reason.startswith(NOT_REACHED) else "stopped"
 
 
 @dataclass(kw_only=True)

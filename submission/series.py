@@ -18,7 +18,7 @@ import torch
 
 from common.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError
 from common.files import replacing
-from common.messages import logger
+from common.messages import counted, logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
 from runtime.io_flags import PLACEHOLDER_ORG
@@ -193,9 +193,10 @@ def _copy_log(log_dir: Path, result: Path) -> None:
 
 def _progress(series: Series, total: int, seconds_per_run: float) -> str:
     done = series.runs[-1]
+    how = "target reached" if done.status == "success" else "target not reached"
     remaining = timedelta(seconds=round((total - len(series.runs)) * seconds_per_run))
     return (
-        f"run {len(series.runs)} of {total}: {done.status} after {done.epochs} epochs, "
+        f"run {len(series.runs)} of {total}: {how} after {counted(done.epochs, 'epoch')}, "
         f"{done.clock_ms / 60_000:.2f} min, seed {done.seed}"
         + (f"; about {remaining} left" if len(series.runs) < total else "")
     )

@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from common.compat import numpy_scalars_readable
 from common.errors import UserError
 from model.finetune import differences
 from runtime.arguments import with_current_names
@@ -164,7 +165,8 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
     """
     try:
         is_signed = _verify_checksum(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with numpy_scalars_readable():  # MLPerf's reference saves its scores as such
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
     except pickle.UnpicklingError:

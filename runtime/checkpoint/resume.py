@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from common.messages import logger, note
+from common.messages import counted, logger, note
 from runtime.arguments import RunConfig, format_value
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.checkpoint.writer import find_checkpoints
@@ -84,7 +84,7 @@ def is_done(loaded: Checkpoint, schedule: EvalSchedule, threshold: float) -> str
         return f"reached a mean Dice of {loaded.best_dice:.4f} at epoch {loaded.best_epoch}"
     is_pending = schedule.evaluates(loaded.last_epoch) and loaded.evaluated < loaded.last_epoch
     is_over = loaded.last_epoch >= schedule.epochs and not is_pending and loaded.pending is None
-    return f"has completed {loaded.last_epoch} epochs" if is_over else ""
+    return f"has completed {counted(loaded.last_epoch, 'epoch')}" if is_over else ""
 
 
 def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from common.compat import is_gloo_error
-from common.errors import UserError
+from common.compat import is_gloo_error, is_port_in_use
+from common.errors import UserError, port_in_use
 
 T = TypeVar("T")
 
@@ -74,7 +74,8 @@ class World:
         """Joins the group that torchrun's variables describe (NCCL on GPUs, gloo on CPUs), or a world of one.
 
         Raises:
-            UserError: `local_rank` names a GPU that this machine lacks, or torchrun's variables are incomplete.
+            UserError: `local_rank` names a GPU that this machine lacks, torchrun's variables are incomplete, or its
+                port is in use.
         """
         try:
             size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -94,7 +95,12 @@ class World:
             missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
                 raise UserError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start with torchrun")
-            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            try:
+                store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            except dist.DistNetworkError as error:
+                if is_port_in_use(error):
+                    raise UserError(port_in_use(os.environ["MASTER_PORT"])) from None
+                raise
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
                 # torchrun keeps its store when it restarts a group, in which the ranks would find the lost group's
                 # addresses (7 of 14 restarts failed). It counts restarts per machine, so not with several machines.

@@ -30,9 +30,10 @@ def make_trackers(specs: Sequence[str], log_dir: Path) -> list[ev.Tracker]:
     for spec in specs:
         try:
             trackers.append(registry.build(registry.Spec(spec, trusted=True), TRACKERS, "--trackers", log_dir=log_dir))
-        except UserError:
-            raise
         except Exception as error:  # a user's own constructor may raise anything
+            ev.close_files(trackers)
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"--trackers {spec!r}: {type(error).__name__}: {error}") from error
     return trackers
 

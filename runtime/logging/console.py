@@ -6,9 +6,10 @@ import sys
 
 from tqdm import tqdm
 
+from common.messages import counted
 from common.progress import Progress, make_progress
 from runtime.logging import events as ev
-from runtime.train_state import target_not_reached
+from runtime.train_state import outcome
 
 
 class EvaluationTracker:
@@ -54,6 +55,7 @@ class ConsoleTracker:
         self._cases = CaseProgress(verbose)
         self._best: ev.EvaluationStopped | None = None
         self._benchmark, self._target = False, 1.0
+        self._eval_samples: int | None = None
         self._first_epoch = 1
         self._batches = 1
         self._postfix: dict[str, str] = {}
@@ -68,6 +70,8 @@ class ConsoleTracker:
             because = f" ({'; '.join(event.rule_violations)})" if event.rule_violations else ""
             self._print(f"division {event.division}{because}; seed {event.seeds['master']}; {event.platform}")
             self._benchmark, self._target = event.config.benchmark, event.config.quality_threshold
+        elif isinstance(event, ev.DataOpened):
+            self._eval_samples = event.eval_samples
         elif isinstance(event, ev.EvaluationStopped):
             if self._best is None or event.mean_dice > self._best.mean_dice:
                 self._best = event
@@ -82,17 +86,18 @@ class ConsoleTracker:
 
     def _describe_end(self, event: ev.RunStopped) -> str:
         """States in plain words how the run ended, and what to try if it did not reach its target."""
-        took = f"after {event.epoch} epochs and {event.seconds:.1f} s"
-        if event.status == "success":
-            return f"target reached {took}: {event.reason}"
-        if event.reason != target_not_reached(self._epochs):
-            return f"stopped {took}: {event.reason}"
+        took = f"after {counted(event.epoch, 'epoch')} and {event.seconds:.1f} s"
+        how = outcome(event.status, event.reason)
+        if how != "target not reached":
+            return f"{how} {took}: {event.reason}"
         if self._benchmark:
             return f"benchmark done {took}"
+        if self._eval_samples == 0:
+            return f"training done {took}: there are no evaluation cases"
         if self._best is None:
-            return f"target not reached {took}: no evaluation was due; see --start_eval_at and --evaluate_every"
+            return f"training done {took}: no evaluation was due; see --start_eval_at and --evaluate_every"
         return (
-            f"target not reached {took}: best mean Dice {self._best.mean_dice:.4f} in epoch {self._best.epoch}, target "
+            f"{how} {took}: best mean Dice {self._best.mean_dice:.4f} in epoch {self._best.epoch}, target "
             f"{self._target}; more --epochs with --resume continue the run, or try another --learning_rate"
         )
 

@@ -6,9 +6,10 @@ is the order of MLPerf's log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 from common.messages import logger
 from runtime.arguments import RunConfig
@@ -244,16 +245,38 @@ class Tracker(Protocol):
     def on(self, event: Event) -> None: ...
 
 
+@runtime_checkable
+class HoldsFiles(Protocol):
+    """A tracker that keeps files open."""
+
+    def close_files(self) -> None:
+        """Closes them, after the last event, however the run ended."""
+
+
+def close_files(trackers: Iterable[Tracker]) -> None:
+    for tracker in trackers:
+        if isinstance(tracker, HoldsFiles):
+            with suppress(OSError):  # a full disk, which the tracker has reported
+                tracker.close_files()
+
+
 class EventDispatcher:
     """Hands every event to the watchdog (on every rank), then to the trackers (rank 0; the other ranks have none).
 
-    A tracker failure is reported once; training goes on, and the tracker still receives the events that follow.
+    A tracker failure is reported once; training goes on, and the tracker still receives the events that follow. As a
+    context it closes the trackers' files at the end.
     """
 
     def __init__(self, trackers: Sequence[Tracker], watchdog: Tracker | None = None) -> None:
         self._trackers = trackers
         self._watchdog = watchdog
         self._failed: set[int] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close_files(self._trackers)
 
     def __call__(self, event: Event) -> None:
         if self._watchdog is not None:

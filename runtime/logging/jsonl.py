@@ -31,6 +31,9 @@ class JsonLinesTracker:
         line = {"event": type(event).__name__, "time_s": time.time(), **values}
         print(json.dumps(_strict(line), allow_nan=False), file=self._file, flush=True)
 
+    def close_files(self) -> None:
+        self._file.close()
+
 
 def _strict(value: Any) -> Any:
     """Replaces NaN and infinity, which JSON does not have, by null."""

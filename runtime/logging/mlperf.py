@@ -32,7 +32,8 @@ class MLPerfTracker:
     def __init__(self, log_dir: Path) -> None:
         # Not getLogger, which would return an earlier run's logger with its handler.
         logger = logging.Logger("unet3d.mlperf")
-        logger.addHandler(_Handler(log_dir / "unet3d.log", mode="x", encoding="utf-8"))
+        self._file = _Handler(log_dir / "unet3d.log", mode="x", encoding="utf-8")
+        logger.addHandler(self._file)
         self._log = MLLogger(logger, root_dir=re.escape(str(Path(__file__).resolve().parents[2])))
         self._unit = 1
         self._handlers: dict[type[ev.Event], Callable[[Any], None]] = {
@@ -52,6 +53,9 @@ class MLPerfTracker:
     def on(self, event: ev.Event) -> None:
         if handler := self._handlers.get(type(event)):
             handler(event)
+
+    def close_files(self) -> None:
+        self._file.close()
 
     def _epoch(self, epoch: int) -> dict[str, int]:
         return {"epoch_num": epoch * self._unit, "epoch": epoch}

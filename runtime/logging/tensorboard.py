@@ -9,8 +9,10 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from common.messages import counted
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
+from runtime.train_state import outcome
 
 # A run that is killed loses only the values of its last seconds.
 FLUSH_S = 10
@@ -40,7 +42,8 @@ class TensorBoard(Recorder):
 
     def end(self, event: ev.RunStopped) -> None:
         self._epoch = event.epoch
-        self._writer.add_text("end", f"{event.status} after {event.epoch} epochs: {event.reason}", event.epoch)
+        how = f"{outcome(event.status, event.reason)} after {counted(event.epoch, 'epoch')}"
+        self._writer.add_text("end", f"{how}: {event.reason}", event.epoch)
         self._writer.flush()
 
     def close(self, files: list[Path]) -> None:

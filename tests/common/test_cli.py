@@ -1,12 +1,13 @@
-"""Old spellings of flags and values: they work, warn in one line each and are absent from --help."""
+"""Old spellings of flags and values work, warn in one line each and are absent from --help; near flags are named."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import pytest
 
-from common.cli import Parser, renamed_values
+from common.cli import Parser, near_flags, number, renamed_values
 from common.errors import UserError
 
 
@@ -60,3 +61,51 @@ def test_help_lists_no_old_spelling(parser: Parser) -> None:
 def test_a_bad_value_is_refused_under_an_old_spelling_too(parser: Parser) -> None:
     with pytest.raises(UserError, match="--old_number: invalid int value: 'x'"):
         parser.parse_args(["--old_number", "x"])
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["--learnig_rate", "1"], "--learning_rate"),
+        (["--learning-rate=1"], "--learning_rate"),
+        (["-Batch_size", "2"], "--batch_size"),
+        (["--lr", "1"], "--lr_schedule"),
+        (["batch_size=2"], "--batch_size"),
+        (["--epoch", "3", "--bach_size", "2"], "--epochs or --batch_size"),
+        (["--unlike"], ""),
+        (["learnig_rate", "-1"], ""),
+    ],
+)
+def test_flags_near_a_mistyped_one(words: list[str], near: str) -> None:
+    assert near_flags(words, ["--learning_rate", "--batch_size", "--epochs", "--lr_schedule", "--verbose"]) == near
+
+
+def test_a_mistyped_flag_names_those_of_its_command(parser: Parser) -> None:
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --numbr 3; did you mean --number\?"):
+        parser.parse_args(["--numbr", "3"])
+    with pytest.raises(UserError, match=r"unrecognized arguments: --old_swich; did you mean --switch\? \("):
+        parser.parse_args(["--old_swich"])
+
+
+def test_a_subcommand_names_its_own_flags() -> None:
+    program = Parser(prog="program")
+    commands = program.add_subparsers()
+    commands.add_parser("pack").add_argument("--nodes")
+    commands.add_parser("score").add_argument("--notes")
+    with pytest.raises(UserError, match=r"arguments: --noeds 2; did you mean --nodes\? \(program pack --help"):
+        program.parse_args(["pack", "--noeds", "2"])
+
+
+@pytest.mark.parametrize(
+    ("converter", "text", "limit"),
+    [
+        (number(int, 1), "0", "must be at least 1, not 0"),
+        (number(float, 0.1), "inf", "must be finite, not inf"),
+        (number(int, -1, 2**31 - 1), "-2", "must be between -1 and 2147483647, not -2"),
+        (number(float, 0, 1, open_ended=True), "1", "must be at least 0 and below 1, not 1"),
+    ],
+)
+def test_limits_read_as_they_are_typed(converter: Callable[[str], object], text: str, limit: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        converter(text)
+    assert str(caught.value) == limit

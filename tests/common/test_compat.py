@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -267,3 +269,18 @@ def test_errors_does_not_import_torch() -> None:
     """A program that only reports a user's mistake must not wait for it."""
     program = "import sys, common.errors, common.messages, common.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=PROJECT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("<f8", 0.1), (">f4", 1.5), ("<f2", float("inf")), ("<i8", 2**40), (">i8", -3), ("|u1", 200), ("?", True)],
+)
+def test_numpy_scalars_become_pythons_numbers(kind: str, value: float, tmp_path: Path) -> None:
+    scalar = np.array(value, kind)[()]
+    torch.save({"value": scalar}, tmp_path / "file.pt")
+    with compat.numpy_scalars_readable():
+        read = torch.load(tmp_path / "file.pt", weights_only=True)["value"]
+    assert read == scalar.item()
+    assert type(read) is type(scalar.item())
+    with pytest.raises(pickle.UnpicklingError):  # outside of the context
+        torch.load(tmp_path / "file.pt", weights_only=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.output_lock import LOG_LOCK
+from tests.common.test_locks import held_elsewhere
 from tests.integration.conftest import TINY, Program
 
 
@@ -101,3 +103,17 @@ def test_too_few_cases_for_the_ranks(program: Program, balls: Path, tmp_path: Pa
     assert done.returncode != 0
     assert "too few training cases (12) for 2 rank(s) x batch size 7" in done.stderr
     assert "UserError" not in done.stderr
+
+
+def test_a_log_folder_in_use_is_refused_on_every_rank_and_its_files_stay(
+    program: Program, balls: Path, tmp_path: Path
+) -> None:
+    for name in ("unet3d.log", "log.jsonl", "checkpoint.pth"):
+        (tmp_path / name).write_text("of the other run")
+    with held_elsewhere(tmp_path / LOG_LOCK) as other:
+        done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, ranks=2, ok=False)
+        assert done.returncode == 2
+        error = f"--log_dir {tmp_path} is in use by another run, process {other.pid} on "
+        assert done.stderr.count(error) == 2
+    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != LOG_LOCK}
+    assert left == dict.fromkeys(("unet3d.log", "log.jsonl", "checkpoint.pth"), "of the other run")

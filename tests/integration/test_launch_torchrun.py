@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
@@ -36,6 +37,11 @@ def failed(*ranks: tuple[int, int]) -> ChildFailedError:
         (failed((3, 143)), 143, "rank 3 exited with status 143"),
         (SignalException("asked", signal.SIGTERM), 143, "stopped by SIGTERM"),
         (SignalException("asked", signal.SIGINT), 130, "stopped by SIGINT"),
+        (
+            DistNetworkError("…, code: -98, name: EADDRINUSE, message: …"),
+            2,
+            "is in use; on one machine torchrun --stand",
+        ),
         (RendezvousClosedError(), 1, "another machine has given up"),
         (RendezvousConnectionError("no answer"), 4, "the other machines are lost"),
     ],
@@ -51,6 +57,15 @@ def test_torchrun_ends_with_the_ranks_status_and_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("torchrun: error: ")
     assert message in line
+
+
+def test_another_error_of_the_network_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> NoReturn:
+        raise DistNetworkError("code: -111, name: ECONNREFUSED")
+
+    monkeypatch.setattr(torchrun, "torchrun", fail)
+    with pytest.raises(DistNetworkError, match="ECONNREFUSED"):
+        torchrun.main()
 
 
 @pytest.mark.slow

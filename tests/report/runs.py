@@ -91,6 +91,7 @@ def log_run(folder: Path, **run: Any) -> Path:
     tracker = JsonLinesTracker(folder)
     for event in SyntheticRun(**run).events(folder):
         tracker.on(event)
+    tracker.close_files()
     path = folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for number, line in enumerate(lines):

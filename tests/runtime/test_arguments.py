@@ -336,6 +336,7 @@ def one_line(error: UserError) -> str:
         ("--model 'unet3d\n", "No closing quotation"),
         ("--batch_size 0\n", "--batch_size: must be at least 1, not 0"),
         ("--no_such_flag\n", "unrecognized arguments: --no_such_flag"),
+        ("--learnig_rate 1\n", "unrecognized arguments: --learnig_rate 1; did you mean --learning_rate"),
     ],
 )
 def test_a_mistake_in_an_argument_file(content: str, expected: str, tmp_path: Path) -> None:
@@ -346,9 +347,26 @@ def test_a_mistake_in_an_argument_file(content: str, expected: str, tmp_path: Pa
     assert expected in one_line(caught.value)
 
 
-def test_a_missing_argument_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.args"):
-        parse(f"@{tmp_path / 'none.args'}")
+@pytest.mark.parametrize(("name", "problem"), [("none.args", "No such file or directory"), (".", "Is a directory")])
+def test_an_argument_file_that_cannot_be_read(name: str, problem: str, tmp_path: Path) -> None:
+    outer = tmp_path / "outer.args"
+    outer.write_text(f"@{tmp_path / name}\n")
+    for arguments in ([f"@{tmp_path / name}"], [f"@{outer}"]):
+        with pytest.raises(UserError, match=f"^argument file {tmp_path / name}: {problem} "):
+            parse(*arguments)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_an_argument_file_as_windows_writes_it(newline: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text(f"--epochs 10{newline}--batch_size 3{newline}", encoding="utf-8-sig", newline="")
+    config = parse(f"@{recipe}")
+    assert (config.epochs, config.batch_size) == (10, 3)
+    recipe.write_text(f"# a comment{newline}--epochs 10{newline}", encoding="utf-8-sig", newline="")
+    assert parse(f"@{recipe}").epochs == 10
+    recipe.write_text(f"--epochs 10{newline}", encoding="utf-16", newline="")
+    with pytest.raises(UserError, match="an argument file is not UTF-8 text; save it as UTF-8"):
+        parse(f"@{recipe}")
 
 
 # Mistakes

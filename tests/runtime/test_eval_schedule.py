@@ -78,5 +78,5 @@ def test_check_passes_a_run_with_a_result() -> None:
 
 def test_note_warns_if_there_is_no_evaluation() -> None:
     assert EvalSchedule(5, 5, 1).note() == ""
-    assert "no evaluation in these 5 epochs (the first is due at epoch 6)" in EvalSchedule(5, 6, 1).note()
+    assert "no evaluation in 5 epochs (the first is due at epoch 6)" in EvalSchedule(5, 6, 1).note()
     assert "there are no cases" in EvalSchedule(5, None, 1).note()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.precision import Precision, choose_precision
+from runtime.precision import Precision, _warn_of_emulation, choose_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -59,6 +59,25 @@ def test_auto_on_a_cpu_is_bf16_or_fp32_with_a_note(
     assert (chosen.device, chosen.dtype) == (CPU, dtype)
     assert ("computing in fp32" in chosen.note) is (dtype is None)
     assert ("wrong gradients" in chosen.note) is not is_sound
+
+
+@pytest.mark.parametrize(("name", "factor"), [("bf16", 500), ("fp16", 350)])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_format_that_a_cpu_emulates_is_warned_of_once(
+    name: str, factor: int, native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"bf16": "fp16", "fp16": "bf16"}[name]
+    monkeypatch.setattr(f"runtime.precision.cpu_computes_{name}", lambda: native)
+    monkeypatch.setattr(f"runtime.precision.cpu_computes_{other}", lambda: not native)
+    monkeypatch.setattr("runtime.precision.bf16_gradients_are_sound", lambda: True)
+    _warn_of_emulation.cache_clear()
+    for device, amp in ((CPU, True), (CPU, True), (GPU, True), (CPU, False)):
+        choose_precision(amp, name, device)
+    warning = (
+        f"warning: --amp_dtype {name}: this CPU has no {name} arithmetic and emulates it, about {factor} times slower "
+        "than fp32; use --amp_dtype auto\n"
+    )
+    assert capsys.readouterr().err == ("" if native else warning)
 
 
 def test_bf16_by_name_warns_of_wrong_gradients_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

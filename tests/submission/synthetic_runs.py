@@ -112,6 +112,7 @@ class SyntheticRun:
                 if isinstance(event, ev.RunStopped):
                     clock.now_ms = started_ms + self.clock_ms - 1
                 tracker.on(event)
+            tracker.close_files()
         (folder / "unet3d.log").replace(path)
         folder.rmdir()
         return path

@@ -30,9 +30,9 @@ def test_each_run_has_its_own_seed_folder_and_result(bench: Bench, capsys: pytes
         assert (own / "console.txt").read_text() == ""
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run 1 of 3: {bench.runs / 'run_0' / 'console.txt'}"
-    assert lines[1].startswith("run 1 of 3: success after 4 epochs, 1.00 min, seed ")
+    assert lines[1].startswith("run 1 of 3: target reached after 4 epochs, 1.00 min, seed ")
     assert "; about 0:00:0" in lines[1]
-    assert lines[-1].startswith("run 3 of 3: success")
+    assert lines[-1].startswith("run 3 of 3: target reached")
     assert "left" not in lines[-1]
 
 

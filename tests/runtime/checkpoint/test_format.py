@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,6 +161,53 @@ def test_the_references_best_alone_loads(path: Path, weights: Weights) -> None:
     assert same(loaded.best, weights)
     assert same(loaded.last, weights)
     assert loaded.best_epoch == 7
+
+
+# As the reference adds them to the file: `**metrics` of the best evaluation.
+SCORES = {
+    "epoch": np.int64(7),
+    "L1 dice": np.float64(0.95),
+    "L2 dice": np.float32(0.8),
+    "mean_dice": np.float64(0.875),
+    "halves": np.array(0.5, ">f4")[()],
+    "success": np.bool_(True),
+}
+
+
+@pytest.mark.parametrize("path_in_numpy", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_the_references_scores_are_read(path_in_numpy: bytes, path: Path, weights: Weights) -> None:
+    torch.save({**SCORES, "best_model_state_dict": weights}, path)
+    rewrite(path, lambda pickled: pickled.replace(b"numpy._core.multiarray", path_in_numpy))
+    loaded = load(path)
+    assert same(loaded.best, weights)
+    assert (loaded.best_epoch, loaded.last_epoch) == (7, 7)
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Changes the pickle in a file of `torch.save`."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, change(data) if name.endswith("/data.pkl") else data)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([1.0]),
+        np.str_("text"),
+        np.bytes_(b"bytes"),
+        np.datetime64("2026-01-01"),
+        np.array((1, 2.0), "i4,f8")[()],
+        np.dtype("O"),
+        np.dtype([("pointer", "O")]),
+    ],
+)
+def test_nothing_else_of_numpy_is_read(value: Any, path: Path, weights: Weights) -> None:
+    torch.save({"model": weights, "value": value}, path)
+    with pytest.raises(UserError, match="could run code and is not loaded"):
+        load(path)
 
 
 @pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "model"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.distributed import DistBackendError, DistError, HashStore
 
+from common.errors import UserError
 from runtime.distributed import world as distributed
 from runtime.distributed.world import KeyValueStore, World
 
@@ -101,6 +103,18 @@ def test_a_world_of_one(world: World) -> None:
     assert world.store is None
     world.wait_for_main("saved", 60)
     assert called == [], "there is nobody to wait for"
+
+
+def test_a_port_in_use_is_reported_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            UserError, match=f"^port {port} is in use; on one machine torchrun --standalone takes a free"
+        ):
+            World.join(0)
 
 
 def test_a_rank_that_waits_in_a_sum_polls_and_may_leave(run_ranks: RunRanks) -> None:

@@ -82,7 +82,7 @@ def test_a_quiet_run_is_three_lines_on_stdout_and_nothing_on_stderr(config: RunC
     assert out.splitlines() == [
         "division closed; seed 1234; 1xABACUS",
         "epoch 1: mean Dice 0.6500 (L1 0.7000, L2 0.6000), loss 0.1234, 2.0 s",
-        "target reached after 1 epochs and 61.3 s: mean Dice 0.6500 reached 0.6",
+        "target reached after 1 epoch and 61.3 s: mean Dice 0.6500 reached 0.6",
     ]
     assert out.endswith("\n")
     assert "\r" not in out
@@ -155,8 +155,15 @@ def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
 @pytest.mark.parametrize("verbose", [False, True])
 def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured) -> None:
     ConsoleTracker(verbose, epochs=3).on(ev.RunStopped("aborted", "the target was not reached in 3 epochs", 3, 0.0))
-    expected = "target not reached after 3 epochs and 0.0 s: no evaluation was due; see --start_eval_at and --evaluate_"
+    expected = "training done after 3 epochs and 0.0 s: no evaluation was due; see --start_eval_at and --evaluate_"
     assert capsys.readouterr().out.startswith(expected)
+
+
+def test_a_run_without_evaluation_cases_is_no_failure(config: RunConfig, capsys: Captured) -> None:
+    opened = next(event for event in run(config) if isinstance(event, ev.DataOpened))
+    ended = ev.RunStopped("aborted", target_not_reached(1), 1, 2.0)
+    send(ConsoleTracker(verbose=False, epochs=1), [replace(opened, eval_samples=0), ended])
+    assert capsys.readouterr().out == "training done after 1 epoch and 2.0 s: there are no evaluation cases\n"
 
 
 @pytest.mark.parametrize(

@@ -389,7 +389,7 @@ def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig
         assert found.info.status == "FAILED"
         assert found.data.tags["run.status"] == "aborted"
     elif spec == "tensorboard":
-        assert text(scalars(tmp_path)[0], "end").startswith("aborted after 2 epochs")
+        assert text(scalars(tmp_path)[0], "end").startswith("stopped after 2 epochs")
     else:
         assert any(record.HasField("exit") for record in records(tmp_path))
 

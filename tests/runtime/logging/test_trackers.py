@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig
 from runtime.logging import events as ev
+from runtime.logging.base import make_trackers
 from runtime.logging.jsonl import JsonLinesTracker, RunFileTracker
 from runtime.logging.mlperf import MLPerfTracker, tensor_names
 from tests.runtime.conftest import file_size_limit
@@ -96,8 +100,10 @@ def whole_run(config: RunConfig, tensors: list[str], scores: dict[int, float]) -
 
 
 def send(tracker: ev.Tracker, events: list[ev.Event]) -> None:
-    for event in events:
-        tracker.on(event)
+    """Hands over the events; then, as the dispatcher does, closes the files."""
+    with ev.EventDispatcher([tracker]):
+        for event in events:
+            tracker.on(event)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -285,6 +291,29 @@ def test_nothing_reaches_the_console(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("ends_early", [True, False])
+def test_files_are_closed_however_a_run_ends(ends_early: bool, tmp_path: Path) -> None:
+    trackers = make_trackers(["mlperf", "jsonl"], tmp_path)
+    with suppress(KeyboardInterrupt), ev.EventDispatcher(trackers) as emit:
+        emit(ev.RunStarted())
+        if ends_early:
+            raise KeyboardInterrupt
+    assert open_files(tmp_path) == []
+
+
+def test_files_are_closed_if_a_later_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--trackers 'none': unknown name") as caught:
+        make_trackers(["mlperf", "jsonl", "none"], tmp_path)
+    assert open_files(tmp_path) == []
+    assert caught.tb  # keeps the trackers, which would close their files when they are deleted
+
+
+def open_files(folder: Path) -> list[str]:
+    """Returns the files below a folder that this process has open."""
+    links = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+    return [target for link in links if link.is_symlink() and (target := os.readlink(link)).startswith(str(folder))]
+
+
 def test_an_existing_log_is_never_overwritten(tmp_path: Path) -> None:
     for name, tracker in (("unet3d.log", MLPerfTracker), ("log.jsonl", JsonLinesTracker)):
         (tmp_path / name).write_text("an earlier run's")
@@ -354,6 +383,7 @@ def test_json_lines_are_on_disk_at_once(tmp_path: Path) -> None:
     tracker = JsonLinesTracker(tmp_path)
     tracker.on(ev.RunStarted())
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    tracker.close_files()
 
 
 def test_the_run_file_is_complete_before_the_first_step(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -378,8 +408,8 @@ def test_a_full_disk_is_reported_to_the_dispatcher(
 
 
 def test_a_lost_loss_is_still_a_line(tmp_path: Path) -> None:
-    tracker = JsonLinesTracker(tmp_path)
-    tracker.on(ev.EpochStopped(epoch=1, loss=math.nan, learning_rate=0.1, samples=8, seconds=1.0))
+    stopped = ev.EpochStopped(epoch=1, loss=math.nan, learning_rate=0.1, samples=8, seconds=1.0)
+    send(JsonLinesTracker(tmp_path), [stopped])
     line = (tmp_path / "log.jsonl").read_text()
     assert json.loads(line)["loss"] is None
     assert "NaN" not in line  # JSON has none: strict readers would refuse the whole file
