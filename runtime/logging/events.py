@@ -6,7 +6,7 @@ is the order of MLPerf's log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ class InitStopped(Event):
         tensors: names of the modules with parameters, in the network's order, for `weights_initialization`.
         samples_per_epoch: over all ranks.
         notes: what the user may not expect, one line each.
+        doubtful_cases: cases whose scans or masks have been doubted, and why.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class InitStopped(Event):
     tensors: list[str]
     samples_per_epoch: int
     notes: list[str]
+    doubtful_cases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

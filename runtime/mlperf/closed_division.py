@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError
 from common.messages import logger, note
 from data_loading.integrity import fingerprint, recorded_md5s
-from data_loading.mlperf_md5 import MLPERF_FINGERPRINT, compare, describe_known
+from data_loading.mlperf_md5 import MLPERF_FINGERPRINT, compare, describe_known, doubtful_cases
 from runtime.arguments import RunConfig, as_plain, format_value
 from runtime.eval_schedule import RULE_SAMPLES, EvalSchedule, make_schedule
 from runtime.flag_fields import flag_names
@@ -59,12 +59,14 @@ class DatasetIdentity:
         fingerprint: digest of the recorded MD5s of its files; "" if any is not recorded.
         known_differences: a line for each file that differs from MLPerf's as is known of the published scan; [] unless
             all others are MLPerf's.
+        doubtful_cases: why, by case.
     """
 
     name: str
     split: Mapping[str, Sequence[str]]
     fingerprint: str
     known_differences: Sequence[str] = ()
+    doubtful_cases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def identify_dataset(config: RunConfig, name: str, split: Mapping[str, Sequence[
         split=split,
         fingerprint=fingerprint(digests) if digests else "",
         known_differences=[describe_known(file, digests[file]) for file in compared.known if compared.accepted],
+        doubtful_cases=doubtful_cases(digests),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import UserError
 from common.messages import notes_held, take_notes
+from data_loading import mlperf_md5
 from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.mlperf_md5 import MLPERF_FINGERPRINT, published_md5
 from data_loading.spec import KITS19
@@ -43,6 +44,7 @@ SCHEDULE = make_schedule(10_000, 168, None, None)
 
 def test_the_fixed_flags_and_their_values() -> None:
     assert CLOSED_FLAGS == {
+        "exclude": (),
         "optimizer": "sgd",
         "augment": ("mlperf",),
         "oversampling": 0.4,
@@ -139,6 +141,7 @@ def test_what_the_rules_leave_free_is_free(changed: dict[str, Any], make_config:
         ({"activation": "leaky_relu"}, "--activation leaky_relu, not relu"),
         ({"include_background": True}, "--include_background True, not False"),
         ({"load_ckpt_path": (Path("c.pth"),)}, "--load_ckpt_path c.pth, not none"),
+        ({"exclude": ("23", "68")}, "--exclude 23 68, not none"),
         ({"benchmark": True}, "--benchmark True, not False"),
     ],
     ids=str,
@@ -257,6 +260,7 @@ def test_the_one_known_difference_is_accepted_and_logged(
         assert settle_division(run)[0] == ("closed" if is_closed else "open")
         notes = take_notes()
     assert len(notes) == (is_closed and bool(changed))
+    assert run.dataset.doubtful_cases == mlperf_md5.DOUBTFUL_CASES
     if notes:
         assert notes[0].startswith(
             f"accepted as one of MLPerf's files: case_00043_x.npy: MD5 {'0' * 32}, not MLPerf's "
