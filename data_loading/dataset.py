@@ -6,7 +6,7 @@ Folders written by the MLPerf reference, which have no `dataset.json`, open as w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -77,12 +77,17 @@ def _hint(data_dir: Path) -> str:
     return "; run preprocess_dataset.py first and give its --results_dir"
 
 
-def pseudo_label_cap(data_dir: Path) -> PseudoLabelCap:
-    """Returns the cap on pseudo-labelled cases that a preprocessed folder sets."""
+def pseudo_label_cap(data_dir: Path, split: Mapping[str, Sequence[str]] | None = None) -> PseudoLabelCap:
+    """Returns the cap on pseudo-labelled cases that a preprocessed folder sets.
+
+    Args:
+        split: the run's, which may leave out cases; None: the folder's.
+    """
     index = find_index(data_dir)
     if not index or not index.pseudo_labels:
         return PseudoLabelCap()
-    return PseudoLabelCap(count=len(index.pseudo_labels.cases), max_share=index.pseudo_labels.max_share)
+    cases = {*index.pseudo_labels.cases}.intersection((split or index.split)["train"])
+    return PseudoLabelCap(count=len(cases), max_share=index.pseudo_labels.max_share)
 
 
 def case_file(data_dir: Path, case: str, kind: str) -> Path:

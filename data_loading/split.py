@@ -70,6 +70,26 @@ def split_patients(patients: Mapping[str, str], ratios: Sequence[float], seed: i
     }
 
 
+def leave_out(split: Mapping[str, Sequence[str]], excluded: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the split without the excluded cases.
+
+    Args:
+        excluded: case ids, or numbers of KiTS19's: 23 is case_00023.
+
+    Raises:
+        UserError: no such case, or no training case would be left.
+    """
+    known = sorted(case for cases in split.values() for case in cases)
+    ids = {f"case_{int(case):05d}" if case.isdecimal() and case not in known else case for case in excluded}
+    if unknown := sorted(ids.difference(known)):
+        listed = f"{known[0]} to {known[-1]}" if known else "no cases"
+        raise UserError(f"--exclude {' '.join(excluded)}: there is no {unknown[0]}; the data set has {listed}")
+    left = {subset: [case for case in cases if case not in ids] for subset, cases in split.items()}
+    if ids and not left["train"]:
+        raise UserError(f"--exclude {' '.join(excluded)}: no training case is left")
+    return left
+
+
 def _count_held_out(patients: Sequence[str], ratios: Sequence[float], seed: int) -> list[int]:
     """Returns the number of evaluation patients and, with three ratios, of test patients."""
     if len(ratios) == 2:

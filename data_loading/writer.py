@@ -35,7 +35,7 @@ from data_loading.io.orientation import orientation_of
 from data_loading.io.volume import Volume
 from data_loading.preprocessing import GridTransform, foreground_boxes, preprocess_image, preprocess_label
 from data_loading.readers.base import RawCase, RawDataset
-from data_loading.spec import DatasetSpec
+from data_loading.spec import KITS19, DatasetSpec
 
 
 def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
@@ -186,8 +186,8 @@ def preprocess_case(
         )
     if not np.isfinite(image.array).all():
         raise UserError(f"{raw.image}: the scan contains NaN or infinity; repair or remove the case")
-    if int(label.array.max()) >= len(spec.classes):
-        raise UserError(f"{raw.label}: label {label.array.max()}, but the highest class is {len(spec.classes) - 1}")
+    if (highest := int(label.array.max())) >= len(spec.classes):
+        raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")
     array, transform = preprocess_image(image, spec)
     mask = preprocess_label(label, transform, spec)
     labels_cut = _count_cropped_labels(label, transform)
@@ -207,6 +207,16 @@ def preprocess_case(
         statistics=statistics,
         stamps=stamps,
         patient=raw.patient,
+    )
+
+
+def _hint(spec: DatasetSpec) -> str:
+    """Returns what a label beyond the classes most likely means."""
+    if spec.classes != KITS19.classes:
+        return ""
+    return (
+        "; the masks of KiTS21 and KiTS23 have cysts as label 3: fetch KiTS19's with python3 -m "
+        "data_loading.download_kits19, or merge the labels with --labels 1,3=1:kidney 2=2:tumour (open division)"
     )
 
 

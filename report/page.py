@@ -215,11 +215,17 @@ def _cases(run: Run) -> Html:
         return Html("")
     names = run.class_names(len(best.dice))
     rows = [
-        (case, score(mean_of(best.per_case[case]), 3), *(score(dice, 3) for dice in best.per_case[case]))
+        (
+            f"{case} *" if case in run.doubtful_cases else case,
+            score(mean_of(best.per_case[case]), 3),
+            *(score(dice, 3) for dice in best.per_case[case]),
+        )
         for case in worst_first(best.per_case)
     ]
+    doubtful = [f"* {case}: {why}" for case, why in run.doubtful_cases.items() if case in best.per_case]
     caption = f"Dice of {len(rows)} cases after epoch {best.epoch}, the best evaluation; worst case first"
-    return tag("section", tag("h2", "Cases"), table(caption, ("case", "mean", *names), rows, "tall"))
+    marked = bullets(doubtful) if doubtful else ""
+    return tag("section", tag("h2", "Cases"), table(caption, ("case", "mean", *names), rows, "tall"), marked)
 
 
 def _images(shown: Sequence[ShownCase], no_images: str) -> Html:

@@ -66,6 +66,7 @@ class Run:
         log_files: number of files that the run was logged in: one more for each time it was resumed.
         status, reason: of its end; "" if the log has none.
         train_dice: mean Dice of training cases by epoch, from `--callbacks train_dice`.
+        doubtful_cases: cases whose scans or masks have been doubted, and why.
         benchmark: results of `--benchmark`, else {}.
     """
 
@@ -90,6 +91,7 @@ class Run:
     epochs: dict[int, Epoch] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     train_dice: dict[int, float] = field(default_factory=dict)
+    doubtful_cases: dict[str, str] = field(default_factory=dict)
     benchmark: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -227,6 +229,7 @@ def _add_log(run: Run, events: list[Event]) -> None:
         elif kind == "InitStopped":
             run.seeds, run.division, run.rule_violations = event["seeds"], event["division"], event["rule_violations"]
             run.platform, run.samples_per_epoch = event["platform"], event["samples_per_epoch"]
+            run.doubtful_cases = dict(event.get("doubtful_cases", {}))
             run.notes += [note for note in event["notes"] if note not in run.notes]
         elif kind == "RunStarted":
             opened_s = event["time_s"]

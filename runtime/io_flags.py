@@ -66,6 +66,14 @@ class InputOutputFlags:
         metavar="DIR",
         resume="incidental",
     )
+    exclude: tuple[str, ...] = flag(
+        (),
+        "cases to leave out of training and evaluation; 23 stands for KiTS19's case_00023",
+        nargs="+",
+        metavar="CASE",
+        closed=True,
+        resume="structural",
+    )
     log_dir: Path = flag(
         lambda: Path(os.environ.get("UNET3D_LOG_DIR", "/tmp")),
         "folder for unet3d.log (MLPerf), log.jsonl, run.json and report.html; with --exec_mode report several, whose "

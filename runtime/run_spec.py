@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data_loading.dataset import pseudo_label_cap, read_spec_and_split
 from data_loading.integrity import split_digest
 from data_loading.sampler import PseudoLabelCap, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
+from data_loading.split import leave_out
 from data_loading.synthetic_loader import synthetic_cases
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint import resume
@@ -46,6 +48,7 @@ class RunSpec:
         samples_per_epoch: over all ranks that train.
         violations: the closed division's rules that this run does not follow.
         division: "closed" or "open".
+        doubtful_cases: why, by case (see `data_loading/mlperf_md5.py`).
     """
 
     config: RunConfig
@@ -64,6 +67,7 @@ class RunSpec:
     samples_per_epoch: int
     violations: list[str]
     division: str
+    doubtful_cases: Mapping[str, str]
     seeds: Seeds
     precision: Precision
 
@@ -91,7 +95,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         raise UserError(f"--eval_ranks {config.eval_ranks}, but --data_dir {config.data_dir} has no evaluation cases")
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
-    pseudo_labels = pseudo_label_cap(config.data_dir)
+    pseudo_labels = pseudo_label_cap(config.data_dir, split)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, groups.count, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * groups.count
@@ -108,10 +112,11 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         )
     if loaded and config.resume:
         other_violations.append(RESUMED)
+    identity = identify_dataset(config, dataset.name, split)
     division, violations = settle_division(
         RunFacts(
             config=dataclasses.replace(config, division="auto") if done else config,
-            dataset=identify_dataset(config, dataset.name, split),
+            dataset=identity,
             evaluation_ids=evaluation_ids(),
             schedule=schedule,
             samples_per_epoch=samples_per_epoch,
@@ -140,16 +145,22 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         samples_per_epoch=samples_per_epoch,
         violations=violations,
         division=division,
+        doubtful_cases=identity.doubtful_cases,
         seeds=draw_seeds(seed, world, roles.training),
         precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
 
 
 def read_dataset(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """Returns the data set's constants and its case ids by subset; volumes stay closed until the clock runs."""
+    """Returns the data set's constants and its case ids by subset; volumes stay closed until the clock runs.
+
+    Cases of `--exclude` are left out. Raises UserError if there are none of these names.
+    """
     if config.loader == "synthetic" and config.exec_mode == "train":
-        return dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
-    return read_spec_and_split(config.data_dir, evaluation_ids())
+        spec, split = dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
+    else:
+        spec, split = read_spec_and_split(config.data_dir, evaluation_ids())
+    return spec, leave_out(split, config.exclude)
 
 
 def evaluation_ids() -> list[str]:

@@ -159,4 +159,5 @@ def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
         tensors=tensor_names(state.network),
         samples_per_epoch=run.samples_per_epoch,
         notes=take_notes(),
+        doubtful_cases=run.doubtful_cases,
     )

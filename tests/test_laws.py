@@ -37,10 +37,12 @@ OPTIONAL = {
     "mlflow": {"runtime/logging/mlflow.py"},
     "monai": {"data_loading/library_transforms.py", "runtime/case_table.py"},
     "pydicom": {"data_loading/io/dicom.py", "data_loading/io/dicom_seg.py"},
+    "requests": {"data_loading/http_download.py"},
     "tensorboard": {"runtime/logging/tensorboard.py"},
     "torch.utils.tensorboard": {"runtime/logging/tensorboard.py"},
     "torchio": {"data_loading/library_transforms.py"},
     "triton": {f"model/kernels/triton/{name}.py" for name in TRITON_FILES},
+    "urllib3": {"data_loading/http_download.py"},
     "wandb": {"runtime/logging/wandb.py"},
 }
 FILE_LINES = 350

@@ -6,7 +6,7 @@ is the order of MLPerf's log.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
@@ -48,6 +48,7 @@ class InitStopped(Event):
         tensors: names of the modules with parameters, in the network's order, for `weights_initialization`.
         samples_per_epoch: over all ranks.
         notes: what the user may not expect, one line each.
+        doubtful_cases: cases whose scans or masks have been doubted, and why.
     """
 
     config: RunConfig
@@ -58,6 +59,7 @@ class InitStopped(Event):
     tensors: list[str]
     samples_per_epoch: int
     notes: list[str]
+    doubtful_cases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from data_loading.sampler import EpochSampler, PseudoLabelCap, batches_per_epoch, sample_rng
-from data_loading.split import split_cases, split_patients
+from data_loading.split import leave_out, split_cases, split_patients
 
 
 @settings(max_examples=80, deadline=None)
@@ -162,6 +162,17 @@ def test_a_split_is_drawn_by_its_seed() -> None:
 def test_a_split_needs_two_cases(cases: list[str]) -> None:
     with pytest.raises(UserError, match=f"a split needs at least 2 cases, found {len(cases)}"):
         split_cases(cases, 0.2, 0)
+
+
+def test_cases_are_left_out_by_id_or_by_kits19s_number() -> None:
+    split = {"train": ["case_00001", "case_00023", "7"], "evaluation": ["case_00007", "case_00068"]}
+    assert leave_out(split, ()) == split
+    assert leave_out(split, ("23", "case_00068", "00001")) == {"train": ["7"], "evaluation": ["case_00007"]}
+    assert leave_out(split, ("7",))["evaluation"] == split["evaluation"], "an id goes before a number"
+    with pytest.raises(UserError, match=r"^--exclude 23 24: there is no case_00024; the data set has 7 to case_00068$"):
+        leave_out(split, ("23", "24"))
+    with pytest.raises(UserError, match=r"^--exclude 1 23 7: no training case is left$"):
+        leave_out(split, ("1", "23", "7"))
 
 
 def test_every_sample_has_its_own_randomness() -> None:

@@ -66,6 +66,23 @@ def test_every_rule_violation_is_in_the_log(opened: Path) -> None:
     assert run["division"] == "open"
 
 
+def test_excluded_cases_are_neither_trained_on_nor_evaluated(program: Program, balls: Path, tmp_path: Path) -> None:
+    split = json.loads((balls / "dataset.json").read_text())["split"]
+    excluded = (split["train"][0], split["train"][5], split["evaluation"][1])
+    arguments = ("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--batch_size", 2, "--exclude", *excluded)
+    program(*arguments, "--epochs", 1, "--start_eval_at", 1, "--evaluate_every", 1)
+    (opened,) = events_of(tmp_path, "DataOpened")
+    assert (opened["train_samples"], opened["eval_samples"]) == (10, 2)
+    (scored,) = events_of(tmp_path, "EvaluationStopped")
+    assert set(scored["per_case"]) == {*split["evaluation"]} - {*excluded}  # type: ignore[call-overload]
+    assert f"--exclude {' '.join(excluded)}" in "; ".join(
+        json.loads((tmp_path / "run.json").read_text())["rule_violations"]
+    )
+    others = ("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--batch_size", 2, "--epochs", 2, "--resume")
+    done = program(*others, "--exclude", excluded[0], ok=False)
+    assert "belongs to another run: --exclude" in done.stderr
+
+
 def test_resumed_with_steps_and_a_schedule_equals_never_stopping(program: Program, balls: Path, tmp_path: Path) -> None:
     """The state of the schedule and the callbacks is resumed as well."""
     arguments = (

@@ -109,6 +109,8 @@ def test_training_cases_get_the_teachers_label_where_it_is_confident(
     assert (pseudo.cases, pseudo.threshold, pseudo.max_share) == (names, 0.9, 0.25)
     assert pseudo.teacher == hashlib.sha256(teacher.read_bytes()).hexdigest()
     assert pseudo_label_cap(results) == PseudoLabelCap(count=3, max_share=0.25)
+    fewer = {**after.split, "train": after.split["train"][:-1]}
+    assert pseudo_label_cap(results, fewer) == PseudoLabelCap(count=2, max_share=0.25)
     assert pseudo_label_cap(folder) == PseudoLabelCap()
     for case in before.split["train"]:
         image, manual = read_case(folder, case)

@@ -43,6 +43,7 @@ class SyntheticRun:
     cases: Sequence[str] = ("a", "b", "c")
     loss: float = 1.0
     flags: Sequence[str] = ()
+    doubtful: Mapping[str, str] = field(default_factory=dict)
 
     def events(self, folder: Path) -> Iterator[ev.Event]:
         arguments = ["--data_dir", str(folder / "DATA"), "--log_dir", str(folder), "--quality_threshold", "0.9"]
@@ -57,6 +58,7 @@ class SyntheticRun:
             tensors=[],
             samples_per_epoch=8,
             notes=["a note"],
+            doubtful_cases=self.doubtful,
         )
         yield ev.RunStarted()
         yield ev.DataOpened(

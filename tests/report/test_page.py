@@ -59,6 +59,15 @@ def test_the_page_shows_how_the_run_ended(tmp_path: Path) -> None:
     assert f"No images: no checkpoint at {folder / 'checkpoint.pth'}." in read.text
 
 
+def test_doubtful_cases_are_marked(tmp_path: Path) -> None:
+    folder = log_run(tmp_path, scores={2: 0.8}, cases=("a", "b"), doubtful={"b": "the mask was corrected", "z": "far"})
+    read = Tags(page_of(folder))
+    assert "b *" in read.text
+    assert "a *" not in read.text
+    assert "* b: the mask was corrected" in read.text
+    assert "* z" not in read.text, "it was not evaluated"
+
+
 def test_names_from_files_are_text_and_never_tags(tmp_path: Path) -> None:
     name = HOSTILE + "\"'&$x$"
     folder = log_run(

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "load_ckpt_path": (),
     "init_from": None,
     "freeze": (),
+    "exclude": (),
     "resume": False,
     "ckpt_every": "10m",
     "ckpt_keep": 2,
@@ -152,7 +153,7 @@ def test_help_shows_defaults_that_can_be_typed() -> None:
 def test_metavars_are_units_or_kinds() -> None:
     values = [action for action in PARSER._actions if action.nargs != 0 and not action.choices]
     kinds = {"D", "H", "W", "N", "X", "LR", "DICE", "SHARE", "FACTOR", "EPOCH", "EPOCHS", "INTERVAL", "BETA1", "BETA2"}
-    kinds |= {"PATH", "DIR", "NAME", "SPEC", "REGEX", "AXES", "GIB", "SECONDS"}
+    kinds |= {"PATH", "DIR", "NAME", "SPEC", "REGEX", "CASE", "AXES", "GIB", "SECONDS"}
     used = {
         one for action in values for one in ([action.metavar] if isinstance(action.metavar, str) else action.metavar)
     }
@@ -220,6 +221,7 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--callbacks", "top_k(k=1)", "lr_monitor"], "callbacks", ("top_k(k=1)", "lr_monitor")),
     (["--steps_per_epoch", "50"], "steps_per_epoch", 50),
     (["--init_from", "c.pth"], "init_from", Path("c.pth")),
+    (["--exclude", "23", "case_00068"], "exclude", ("23", "case_00068")),
     (["--freeze", "input_block.*", "all_but_output"], "freeze", ("input_block.*", "all_but_output")),
     (["--lr_schedule", "plateau(factor=0.5)"], "lr_schedule", "plateau(factor=0.5)"),
     (["-v", "--no-verbose"], "verbose", False),
@@ -589,7 +591,7 @@ def test_flags_of_other_modes() -> None:
 
 
 def test_structural_flags() -> None:
-    expected = {"model", "normalization", "activation", "optimizer", "freeze"}
+    expected = {"model", "normalization", "activation", "optimizer", "freeze", "exclude"}
     assert set(flag_names(RunConfig, resume="structural")) == expected
 
 

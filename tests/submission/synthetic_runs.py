@@ -15,7 +15,8 @@ import numpy as np
 from common.compat import mllog_clock
 from data_loading.dataset import case_file
 from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
-from data_loading.integrity import MLPERF_CASES, file_md5, file_stamp
+from data_loading.integrity import file_md5, file_stamp
+from data_loading.mlperf_md5 import MLPERF_CASES
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import KITS19
 from runtime.arguments import parse_arguments

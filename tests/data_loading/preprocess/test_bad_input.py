@@ -231,3 +231,16 @@ def test_results_in_the_data_folder_leave_the_data_alone(damage: Callable[[str],
     with pytest.raises(UserError, match="choose another folder"):
         main(list(map(str, raw.arguments)))
     assert (raw.data / "dataset.json").read_bytes() == before
+
+
+def test_masks_of_kits23_are_named(copy: tuple[Path, Path]) -> None:
+    raw, out = copy
+    path = raw / "case_00001" / "segmentation.nii.gz"
+    mask = nib.load(path)
+    array = np.asarray(mask.dataobj).copy()
+    array[0, 0, 0] = 3
+    nib.save(nib.Nifti1Image(array, mask.affine), path)
+    with pytest.raises(
+        UserError, match=r"label 3, but the highest class is 2; the masks of KiTS21 and KiTS23 have cysts"
+    ):
+        main(["--data_dir", str(raw), "--results_dir", str(out), "--num_workers", "1"])

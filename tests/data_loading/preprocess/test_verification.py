@@ -7,18 +7,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
-from data_loading import verification
+from data_loading import mlperf_md5, verification
 from data_loading.index import INDEX_NAME
-from data_loading.integrity import VERIFIED_NAME, fingerprint
-from tests.data_loading.preprocess.program import (
-    IDS,
-    flip_byte,
-    to_hash,
-    verify,
-)
+from data_loading.integrity import VERIFIED_NAME, file_md5, fingerprint
+from data_loading.mlperf_md5 import DOUBTFUL_CASES
+from tests.data_loading.preprocess.program import flip_byte, to_hash, verify
 
 
 def test_verify_agrees_with_what_was_written(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,9 +71,7 @@ def test_verify_opens_a_folder_of_the_reference(copy: tuple[Path, Path], capsys:
     _, out = copy
     (out / INDEX_NAME).unlink()
     assert verify(out) == 0
-    assert capsys.readouterr().out.startswith(
-        "6 files: not compared with MLPerf's fingerprints, which cover KiTS19's 420"
-    )
+    assert capsys.readouterr().out.startswith("6 files: not compared with MLPerf's MD5s of KiTS19; these are other")
 
 
 def test_a_fingerprint_is_the_sha_256_of_sorted_lines() -> None:
@@ -85,29 +80,102 @@ def test_a_fingerprint_is_the_sha_256_of_sorted_lines() -> None:
     assert fingerprint(digests) == hashlib.sha256(lines).hexdigest()
 
 
-def test_the_whole_set_is_compared_with_mlperfs_fingerprints(
-    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# Verification against MLPerf's list
+
+
+@pytest.fixture
+def published(copy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, str]]:
+    """A preprocessed folder, and a list in place of MLPerf's that has its MD5s; its second case has the id 43."""
+    _, out = copy
+    (out / INDEX_NAME).unlink()
+    for kind in "xy":
+        (out / f"case_00001_{kind}.npy").rename(out / f"case_00043_{kind}.npy")
+        (out / f"case_00002_{kind}.npy").rename(out / f"case_00068_{kind}.npy")
+    digests = {path.name: file_md5(path) for path in sorted(out.glob("*.npy"))}
+    monkeypatch.setattr(mlperf_md5, "published_md5", lambda: digests)
+    monkeypatch.setattr(verification, "published_md5", lambda: digests)
+    return out, digests
+
+
+def verified(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    capsys.readouterr()
+    status = verify(out)
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_mlperfs_files_are_identical_without_a_flag_and_doubtful_cases_are_marked(
+    published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert verification.MLPERF_CASES == 210
-    assert verification.MLPERF_FINGERPRINTS == {
-        "whole set": ("xy", "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"),
-        "images": ("x", "8ffb9335306084bc961dc60e200c883483dcc74928ea2169cbae617bbc397934"),
-        "labels": ("y", "0d9b03e033b3914ceeb8d4662f6e5127785c7525a4dd9f327b58ed73f3e4402e"),
-    }
-    monkeypatch.setattr(verification, "MLPERF_CASES", len(IDS))
-    assert verify(done) == 1
-    assert capsys.readouterr().out.count("DIFFERENT") == 3
+    doubtful = f"case_00068: doubtful ({DOUBTFUL_CASES['case_00068']})"
+    assert verified(published[0], capsys) == (0, [doubtful, "MLPerf's list: 6 identical, 0 different"])
 
-    def expected(kinds: str) -> tuple[str, str]:
-        names = sorted(f"case_{number:05d}_{kind}.npy" for number in IDS for kind in kinds)
-        lines = [f"{hashlib.md5((done / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-        return kinds, hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    ours = {"whole set": expected("xy"), "images": expected("x"), "labels": expected("y")}
-    monkeypatch.setattr(verification, "MLPERF_FINGERPRINTS", ours)
-    assert verify(done) == 0
-    output = capsys.readouterr().out
-    assert [f"MLPerf's {what}: identical" in output for what in ours] == [True] * 3
+def test_one_wrong_file_is_named(published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    out, digests = published
+    name = "case_00000_x.npy"
+    flip_byte(out / name, 5000)
+    status, lines = verified(out, capsys)
+    assert status == 1
+    assert lines[0] == f"{name}: DIFFERENT from MLPerf's list ({file_md5(out / name)}, expected {digests[name]})"
+    assert lines[-1] == "MLPerf's list: 5 identical, 1 different"
+
+
+def test_the_scan_of_case_43_is_known_to_differ(
+    published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, digests = published
+    name = "case_00043_x.npy"
+    flip_byte(out / name, 5000)
+    status, lines = verified(out, capsys)
+    assert status == 0
+    assert lines[0].startswith(f"{name}: MD5 {file_md5(out / name)}, not MLPerf's {digests[name]}. Known: ")
+    assert "issue 545" in lines[0]
+    assert lines[-1] == "MLPerf's list: 5 identical, 0 different, 1 with a known difference"
+    # With another mask it is not the case that others have reported.
+    flip_byte(out / "case_00043_y.npy", 5000)
+    status, lines = verified(out, capsys)
+    assert (status, lines[-1]) == (1, "MLPerf's list: 4 identical, 2 different")
+
+
+def test_masks_of_kits23_are_named(published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = published
+    masks = sorted(out.glob("*_y.npy"))
+    for path in masks:
+        mask = np.load(path)
+        mask[0, 0, 0, 0] = 1 - mask[0, 0, 0, 0]
+        np.save(path, mask)
+    status, lines = verified(out, capsys)
+    assert status == 1
+    assert "3 masks differ, while 3 scans are MLPerf's: most likely masks of KiTS21 or KiTS23" in "\n".join(lines)
+    mask[0, 0, 0, 0] = 3
+    np.save(masks[1], mask)
+    lines = verified(out, capsys)[1]
+    assert f"{masks[1].name} has label 3, a cyst: masks of KiTS21 or KiTS23, not of KiTS19; fetch" in "\n".join(lines)
+
+
+def test_a_part_of_kits19_is_in_order(
+    published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = published
+    (out / "case_00068_x.npy").unlink()
+    assert verified(out, capsys)[1][-1] == "MLPerf's list: 5 identical, 0 different, 1 of 420 not here"
+    assert verify(out) == 0
+
+
+def test_420_files_of_which_none_is_mlperfs_are_not_kits19(
+    published: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, digests = published
+    digests.update(dict.fromkeys(digests, "0" * 32))
+    status, (line,) = verified(out, capsys)
+    assert (status, line.split(";")[0]) == (1, "6 files: none has its MD5 of MLPerf's list")
+
+
+def test_the_shipped_list_is_mlperfs() -> None:
+    digests = mlperf_md5.published_md5()
+    assert len(digests) == 2 * mlperf_md5.MLPERF_CASES == 420
+    assert fingerprint(digests) == mlperf_md5.MLPERF_FINGERPRINT
+    assert mlperf_md5.MLPERF_FINGERPRINT == "e7c2853b7ae3dee118170eff39211ffae5a173c95198f31e309c47dcc843abb5"
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "[1]", "x"])
