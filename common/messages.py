@@ -48,6 +48,11 @@ logger.propagate = False  # a tracker's package may configure the root logger, w
 logger.addHandler(ConsoleHandler())
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 case", "2 cases"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def note(message: str) -> None:
     """Logs something that the user may not expect, although nothing is wrong."""
     logger.log(NOTE, message)

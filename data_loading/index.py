@@ -35,6 +35,9 @@ class CaseRecord:
         stamps: [bytes, modification time in ns] of the files "x" and "y" as preprocessing left them; {} in a folder
             written by an earlier version.
         patient: patient id, "" if every case is a patient of its own.
+        voxels: number of voxels of each class, the background's first, in the mask on its scan's grid; () in a folder
+            written by an earlier version.
+        notes: what the user should know about the case, one line each.
     """
 
     transform: GridTransform | None
@@ -44,6 +47,8 @@ class CaseRecord:
     statistics: dict[str, float]
     stamps: dict[str, list[int]] = field(default_factory=dict)
     patient: str = ""
+    voxels: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +59,8 @@ class CaseRecord:
             "statistics": self.statistics,
             "stamps": self.stamps,
             "patient": self.patient,
+            "voxels": list(self.voxels),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -66,6 +73,8 @@ class CaseRecord:
             statistics=with_current_keys(record["statistics"]),
             stamps={str(kind): [int(size), int(changed)] for kind, (size, changed) in record.get("stamps", {}).items()},
             patient=str(record.get("patient", "")),
+            voxels=tuple(int(count) for count in record.get("voxels", ())),
+            notes=tuple(str(line) for line in record.get("notes", ())),
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.messages import counted
 from report.cases import ShownCase, mean_of, worst_first
 from report.compliance import Compliance
 from report.figures import PREDICTION, TRUTH, Chart
@@ -216,7 +217,7 @@ def _cases(run: Run) -> Html:
         (case, score(mean_of(best.per_case[case]), 3), *(score(dice, 3) for dice in best.per_case[case]))
         for case in worst_first(best.per_case)
     ]
-    caption = f"Dice of {len(rows)} cases after epoch {best.epoch}, the best evaluation; worst case first"
+    caption = f"Dice of {counted(len(rows), 'case')} after epoch {best.epoch}, the best evaluation; worst case first"
     return tag("section", tag("h2", "Cases"), table(caption, ("case", "mean", *names), rows, "tall"))
 
 

@@ -17,13 +17,15 @@ import numpy as np
 
 from common import registry
 from common.errors import UserError
+from data_loading.io.mask_values import check_not_interpolated, merged
 from data_loading.io.scan_discovery import DICOM
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import LabelMap
 from data_loading.readers.mask_matching import (
     check_labels_dir,
-    find_keys,
+    find_mask_values,
+    find_names,
     is_nifti,
     nifti_files,
     pair_by_stem,
@@ -63,7 +65,7 @@ class ScanCase(RawCase):
         d, h, _ = image.geometry.shape
         geometry = image.geometry.cropped((0, 0, first), (d, h, count))
         slices = slice(first, first + count)
-        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry)
+        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry, label.notes)
 
 
 def _read_scan(scan: ScanCase) -> tuple[Volume, Volume]:
@@ -142,15 +144,18 @@ def make_scan_dataset(
 
 def _select_labels(cases: Sequence[ScanCase], entries: Sequence[str], source: str) -> LabelMap:
     """Returns the classes that `--labels` lists, or else one for each value or name in the masks."""
-    # Several files per scan mean one file per structure, also for a scan that has only one.
-    by_name = any(len(scan.masks) > 1 for scan in cases)
-    labels = LabelMap.parse(entries) if entries else None
-    if labels is not None and not labels.has_names():
+    if entries:
+        labels = LabelMap.parse(entries)
+        if labels.has_names():
+            labels.check_names(set().union(*(find_names(scan.masks) for scan in cases)), source)
         return labels
-    keys = set().union(*(find_keys(scan.masks, by_name or labels is not None) for scan in cases))
-    if labels is None:
-        return LabelMap.from_keys(keys, source)
-    labels.check_names(keys, source)
+    # Several files per scan mean one file per structure, also for a scan that has only one.
+    if any(len(scan.masks) > 1 for scan in cases):
+        return LabelMap.from_keys(set().union(*(find_names(scan.masks) for scan in cases)), source)
+    found = [find_mask_values(scan.masks) for scan in cases]
+    values = merged(each for _, each in found)
+    labels = LabelMap.from_keys({*values, *(name for names, _ in found for name in names)}, source)
+    check_not_interpolated(values, source)
     return labels
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -63,6 +65,23 @@ def test_the_real_hippocampus_set_is_read_whole(real_data: Callable[[str], Path]
     assert len(raw.cases) == 200
     assert (len(raw.split["train"]), len(raw.split["evaluation"])) == (160, 40)
     assert raw.spec.classes == ("background", "Anterior", "Posterior")
+
+
+def test_a_mask_may_be_stored_the_other_way_round(tmp_path: Path, write_msd: WriteRaw) -> None:
+    folder = write_msd(tmp_path, 2)
+    path = folder / "labelsTr" / "scan_1.nii.gz"
+    before = read_msd(folder, ReaderOptions()).cases[1].read()
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 0.04  # of voxels of 1 mm
+    nib.save(
+        nib.Nifti1Image(np.asarray(image.dataobj), affine).as_reoriented(np.array([[2, 1], [0, -1], [1, 1]])), path
+    )
+    for labels in ((), ("1-2=1", "0=2")):
+        image_after, mask_after = read_msd(folder, ReaderOptions(labels=labels)).cases[1].read()
+        expected = before[1].array if not labels else np.where(before[1].array > 0, 1, 2)
+        np.testing.assert_array_equal(mask_after.array, expected)
+        assert mask_after.geometry is image_after.geometry
 
 
 def test_a_decathlon_case_needs_both_files(tmp_path: Path, write_msd: WriteRaw) -> None:
