@@ -82,7 +82,8 @@ def reorientation_to(affine: NDArray[np.float64], orientation: str) -> Reorienta
 
 def reorient(volume: Volume, change: Reorientation) -> Volume:
     """Returns the volume with new axes. Each voxel keeps its position in space; `change.undo` restores the array."""
-    return Volume(np.ascontiguousarray(change.apply(volume.array)), reorient_geometry(volume.geometry, change))
+    array = np.ascontiguousarray(change.apply(volume.array))
+    return Volume(array, reorient_geometry(volume.geometry, change), volume.notes)
 
 
 def reorient_geometry(source: Geometry, change: Reorientation) -> Geometry:

@@ -85,6 +85,16 @@ def _image_io(name: str) -> Callable[..., Any]:
     return registry.load(f"{IMAGES}:{name}", "--scan", "images")
 
 
+def is_nifti(path: Path) -> bool:
+    """Returns whether the file name is that of a NIfTI file, such as scan.nii.gz or SCAN.NII; hidden files are not."""
+    return path.name.lower().endswith(NIFTI) and not path.name.startswith(".")
+
+
+def kits19_images(folder: Path) -> list[Path]:
+    """Returns the scans of a folder with KiTS19's raw layout, case_00000/imaging.nii.gz …."""
+    return sorted(folder.glob("case_*/imaging.nii.gz"))
+
+
 def is_image_file(path: Path) -> bool:
     """Returns whether the file name is that of a 2-D image; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
@@ -92,7 +102,7 @@ def is_image_file(path: Path) -> bool:
 
 def is_file_name(output: Path) -> bool:
     """Returns whether `--output` is a file rather than a folder."""
-    return output.name.endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
+    return output.name.lower().endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
 
 
 def stem(path: Path) -> str:
@@ -117,9 +127,10 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
         found = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        files = [file for file in found if file.name.endswith(NIFTI)] or [file for file in found if is_image_file(file)]
+        files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
+        files = files or kits19_images(scan)
         sources = _file_sources(files, output) if files else _series_sources(scan, output, series)
-    elif scan.name.endswith(NIFTI) or is_image_file(scan):
+    elif is_nifti(scan) or is_image_file(scan):
         files, sources = [scan], _file_sources([scan], output)
     else:
         raise UserError(
@@ -151,10 +162,16 @@ def _check_targets(sources: Sequence[Source]) -> None:
 
 
 def _file_sources(files: Sequence[Path], output: Path) -> list[Source]:
-    names = [stem(file) + PNG if is_image_file(file) else file.name for file in files]
+    # KiTS19 names its cases by their folders.
+    are_kits19 = len(files) > 0 and all(file.name == "imaging.nii.gz" for file in files)
+    names = [file.parent.name if are_kits19 and len(files) > 1 else stem(file) for file in files]
+    targets = [
+        name + PNG if is_image_file(file) else name + file.name[len(stem(file)) :].lower()
+        for name, file in zip(names, files, strict=True)
+    ]
     return [
-        Source(stem(file), output if is_file_name(output) else output / name, file)
-        for file, name in zip(files, names, strict=True)
+        Source(name, output if is_file_name(output) else output / target, file)
+        for name, target, file in zip(names, targets, files, strict=True)
     ]
 
 

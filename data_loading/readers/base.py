@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from common.errors import UserError
 from data_loading.io.orientation import DIRECTIONS, is_orientation, to_grid
 from data_loading.io.volume import Volume, read_nifti
-from data_loading.readers.label_map import LabelMap
+from data_loading.readers.label_map import LabelMap, normalised
 from data_loading.spec import DatasetSpec
 from data_loading.split import split_patients
 
@@ -187,6 +188,15 @@ def split_by_patient(cases: Sequence[RawCase], options: ReaderOptions, source: o
         return split_patients(patients, options.split_ratios or DEFAULT_SPLIT_RATIOS, options.seed)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def existing(path: Path) -> Path:
+    """Returns the path as its folder has it: lists and file systems differ in how they write é (composed or not)."""
+    with suppress(OSError):
+        if not path.exists():
+            name = normalised(path.name)
+            return next((other for other in path.parent.iterdir() if normalised(other.name) == name), path)
+    return path
 
 
 def make_case(case: str, image: Path, label: Path) -> RawCase:

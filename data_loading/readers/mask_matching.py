@@ -19,16 +19,11 @@ from common.messages import counted
 from data_loading.index import is_safe_case_id
 from data_loading.io.mask_values import Found, find_values, merged
 from data_loading.io.orientation import same_grid, to_grid
-from data_loading.io.scan_discovery import NIFTI, stem
+from data_loading.io.scan_discovery import is_nifti, stem
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
 from data_loading.readers.label_map import LabelMap, normalised, quoted
 
 DICOM_SEG = "data_loading.io.dicom_seg"
-
-
-def is_nifti(path: Path) -> bool:
-    """Returns whether the file name is that of a NIfTI file; hidden files are not."""
-    return path.name.endswith(NIFTI) and not path.name.startswith(".")
 
 
 def nifti_files(folder: Path) -> list[Path]:
@@ -50,7 +45,7 @@ def check_labels_dir(labels_dir: Path | None, data_dir: Path, dataset: str) -> P
 def pair_by_stem(
     scans: Iterable[Path], masks: Iterable[Path], *, data_dir: Path, labels_dir: Path, kind: str
 ) -> list[tuple[str, Path, Path]]:
-    """Pairs scans and masks of equal stems, which become the case ids.
+    """Pairs scans and masks of equal stems, which become the case ids, with accents composed.
 
     Args:
         masks: files, or folders with the files of one scan.
@@ -66,19 +61,38 @@ def pair_by_stem(
     data, labels = f"--data_dir {data_dir}", f"--labels_dir {labels_dir}"
     scan_of, mask_of = _by_stem(scans, data), _by_stem(masks, labels)
     if not scan_of:
-        raise UserError(f"{data}: no {kind} in it")
-    for present, absent, missing_kind, folder in ((scan_of, mask_of, "mask", labels), (mask_of, scan_of, kind, data)):
+        raise UserError(f"{data}: no {kind} in it{passed_over(data_dir, [], '; it holds ')}")
+    for present, absent, missing_kind, folder in (
+        (scan_of, mask_of, "mask", labels_dir),
+        (mask_of, scan_of, kind, data_dir),
+    ):
         if missing := sorted(present.keys() - absent.keys()):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            name = present[missing[0]].name
-            raise UserError(f"{folder}: no {missing_kind} {missing[0]} for {name}{more}; stems must be equal")
+            flag, name = labels if missing_kind == "mask" else data, present[missing[0]].name
+            names = sorted(path.name for path in folder.iterdir())
+            others = [other for other in names if normalised(other).startswith(f"{missing[0]}.")]
+            unread = f"; {others[0]} lies there, but its ending is not read" if others else "; stems must be equal"
+            raise UserError(f"{flag}: no {missing_kind} {missing[0]} for {name}{more}{unread}")
     return [(name, path, mask_of[name]) for name, path in scan_of.items()]
+
+
+def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
+    """Returns a line that counts the files of a folder that are not used, by their endings; "" if there are none.
+
+    Args:
+        begin: what the line begins with.
+    """
+    others = sorted(set(folder.iterdir()) - set(used))
+    endings = Counter("".join(path.suffixes[-2:]) or path.name for path in others if not path.name.startswith("."))
+    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+    more = ", …" if len(endings) > 5 else ""
+    return f"{begin}{counted(sum(endings.values()), 'file')} of another kind ({listed}{more})" if endings else ""
 
 
 def _by_stem(paths: Iterable[Path], source: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        name = path.name if path.is_dir() else stem(path)
+        name = normalised(path.name if path.is_dir() else stem(path))
         if not is_safe_case_id(name):
             raise UserError(f"{source}: {path.name} cannot be used as a case id")
         if name in found:

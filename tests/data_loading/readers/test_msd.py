@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def test_a_mask_may_be_stored_the_other_way_round(tmp_path: Path, write_msd: Wri
         expected = before[1].array if not labels else np.where(before[1].array > 0, 1, 2)
         np.testing.assert_array_equal(mask_after.array, expected)
         assert mask_after.geometry is image_after.geometry
+
+
+def test_a_byte_order_mark_and_composed_accents_are_the_same_list(tmp_path: Path, write_msd: WriteRaw) -> None:
+    folder = write_msd(tmp_path, 2)
+    for kind in ("imagesTr", "labelsTr"):
+        path = folder / kind / "scan_1.nii.gz"
+        path.rename(path.with_name(f"{unicodedata.normalize('NFD', 'André')}.nii.gz"))
+    text = (folder / "dataset.json").read_text().replace("scan_1", unicodedata.normalize("NFC", "André"))
+    (folder / "dataset.json").write_text(text, encoding="utf-8-sig")
+    raw = read_msd(folder, ReaderOptions())
+    assert case_ids(raw) == ["André", "scan_0"]
+    assert all(case.read()[1].array.any() for case in raw.cases)
+
+
+def test_the_list_of_nnunet_is_recognised(tmp_path: Path) -> None:
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="nnU-Net's list, which names no cases; use --dataset nifti"):
+        read_msd(tmp_path, ReaderOptions())
 
 
 def test_a_decathlon_case_needs_both_files(tmp_path: Path, write_msd: WriteRaw) -> None:

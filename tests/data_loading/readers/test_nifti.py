@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,7 +231,43 @@ def test_scans_are_reoriented_cropped_and_resampled(folders: tuple[Path, Path], 
         assert record.transform.crop is not None
 
 
+def test_endings_in_any_case_and_composed_accents_are_the_same_name(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    (data / "p0.nii.gz").rename(data / "P0.NII.GZ")
+    (masks / "p0.nii.gz").rename(masks / "P0.Nii.gz")
+    (data / "p1.nii.gz").rename(data / f"{unicodedata.normalize('NFD', 'André')}.nii.gz")
+    (masks / "p1.nii.gz").rename(masks / f"{unicodedata.normalize('NFC', 'André')}.nii.gz")
+    (data / "p9.mha").touch()
+    index = preprocess("nifti", data, masks, tmp_path / "out")
+    assert sorted(index.cases) == ["André", "P0", "p2", "p3", "p4", "p5"]
+    output = capsys.readouterr().out
+    assert f"--data_dir {data}: passed over 2 files of another kind (1 README, 1 .mha)\n" in output
+    assert "--labels_dir" not in output
+
+
 BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    (
+        "a time series",
+        lambda data, masks: nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 7), np.float32), AFFINE), data / "p0.nii.gz"),
+        "",
+        "p0.nii.gz has 7 channels, 5 other scans have 1; all scans need the same channels",
+    ),
+    (
+        "singular",
+        lambda data, masks: nib.save(
+            nib.Nifti1Image(mask_of(1), AFFINE[:, [0, 0, 2, 3]] * [1, -1, 1, 1]), data / "p1.nii.gz"
+        ),
+        "",
+        "p1.nii.gz: ",
+    ),
+    (
+        "another ending",
+        lambda data, masks: (masks / "p3.nii.gz").rename(masks / "p3.nrrd"),
+        "",
+        "p3.nrrd lies there, but",
+    ),
     ("no mask", lambda data, masks: (masks / "p3.nii.gz").unlink(), "", "no mask p3 for p3.nii.gz; stems must"),
     (
         "no scans",
