@@ -113,18 +113,18 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def write_scan() -> Callable[..., None]:
     """`write_scan(path, array, spacing_mm)`: writes any array as NIfTI with nibabel; creates the folder.
 
-    `axes` has a column for the direction of each axis.
+    `axes` has a column for the direction of each axis; None: those of space.
     """
 
     def write(
         path: Path,
         array: NDArray[Any],
         spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
-        axes: Any = ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+        axes: Any = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         affine = np.eye(4)
-        affine[:3, :3] = np.asarray(axes) * spacing_mm
+        affine[:3, :3] = (np.eye(3) if axes is None else np.asarray(axes)) * spacing_mm
         nib.save(nib.Nifti1Image(array, affine), path)
 
     return write

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from common import registry
 from common.errors import UserError
 from common.files import replacing
+from common.messages import counted, logger
 from data_loading.io.volume import FIRST_VOXEL_BYTE, Geometry, Volume, read_geometry, read_nifti, write_nifti
 
 NIFTI = (".nii.gz", ".nii")
@@ -95,6 +97,18 @@ def kits19_images(folder: Path) -> list[Path]:
     return sorted(folder.glob("case_*/imaging.nii.gz"))
 
 
+def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
+    """Returns a line that counts what a folder holds besides the files that are used, by ending; "" for nothing.
+
+    Args:
+        begin: what the line begins with.
+    """
+    others = [path for path in sorted(set(folder.iterdir()) - set(used)) if not path.name.startswith(".")]
+    kinds = Counter("folder" if path.is_dir() else "".join(path.suffixes[-2:]) or path.name for path in others)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
+    return f"{begin}{counted(len(others), 'other')} ({listed})" if others else ""
+
+
 def is_image_file(path: Path) -> bool:
     """Returns whether the file name is that of a 2-D image; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
@@ -128,10 +142,14 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     if scan.is_dir():
         found = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
         files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
-        files = files or kits19_images(scan)
-        sources = _file_sources(files, output) if files else _series_sources(scan, output, series)
+        cases = [] if files else kits19_images(scan)
+        if line := passed_over(scan, files, f"--scan {scan}: passed over ") if files else "":
+            logger.info(line)
+        names = [file.parent.name for file in cases] if cases else [stem(file) for file in files]
+        files = files or cases
+        sources = _file_sources(files, output, names) if files else _series_sources(scan, output, series)
     elif is_nifti(scan) or is_image_file(scan):
-        files, sources = [scan], _file_sources([scan], output)
+        files, sources = [scan], _file_sources([scan], output, [stem(scan)])
     else:
         raise UserError(
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
@@ -161,22 +179,22 @@ def _check_targets(sources: Sequence[Source]) -> None:
         taken.add(target)
 
 
-def _file_sources(files: Sequence[Path], output: Path) -> list[Source]:
-    # KiTS19 names its cases by their folders.
-    are_kits19 = len(files) > 0 and all(file.name == "imaging.nii.gz" for file in files)
-    names = [file.parent.name if are_kits19 and len(files) > 1 else stem(file) for file in files]
-    targets = [
-        name + PNG if is_image_file(file) else name + file.name[len(stem(file)) :].lower()
-        for name, file in zip(names, files, strict=True)
-    ]
+def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> list[Source]:
+    endings = [PNG if is_image_file(file) else file.name[len(stem(file)) :].lower() for file in files]
     return [
-        Source(name, output if is_file_name(output) else output / target, file)
-        for name, target, file in zip(names, targets, files, strict=True)
+        Source(name, output if is_file_name(output) else output / f"{name}{ending}", file)
+        for name, ending, file in zip(names, endings, files, strict=True)
     ]
 
 
 def _series_sources(folder: Path, output: Path, wanted: str | None) -> list[Source]:
-    found = registry.load(f"{DICOM}:find_series", "--scan", "dicom")(folder)
+    try:
+        found = registry.load(f"{DICOM}:find_series", "--scan", "dicom")(folder)
+    except UserError:
+        if below := sorted(path for path in folder.glob("*/*") if is_nifti(path)):
+            where = f"{len({path.parent for path in below})} of its folders, such as {below[0].parent}"
+            raise UserError(f"--scan {folder}: no scan in it, but NIfTI files in {where}; give that folder") from None
+        raise
     chosen = registry.load(f"{DICOM}:choose_series", "--series", "dicom")(found, wanted, folder)
     sources = []
     for series in chosen:

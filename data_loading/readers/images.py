@@ -21,11 +21,11 @@ from common.errors import UserError
 from common.files import replacing
 from common.messages import counted
 from data_loading.io.mask_values import check_not_interpolated, find_values, merged, whole_numbers
-from data_loading.io.scan_discovery import is_image_file
+from data_loading.io.scan_discovery import is_image_file, passed_over
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap
-from data_loading.readers.mask_matching import check_labels_dir, pair_by_stem, passed_over
+from data_loading.readers.mask_matching import check_labels_dir, pair_by_stem
 from data_loading.spec import DatasetSpec
 
 # Pillow reads many more formats, some of them by running other programs.

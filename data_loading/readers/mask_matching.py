@@ -19,7 +19,7 @@ from common.messages import counted
 from data_loading.index import is_safe_case_id
 from data_loading.io.mask_values import Found, find_values, merged
 from data_loading.io.orientation import same_grid, to_grid
-from data_loading.io.scan_discovery import is_nifti, stem
+from data_loading.io.scan_discovery import is_nifti, passed_over, stem
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
 from data_loading.readers.label_map import LabelMap, normalised, quoted
 
@@ -74,19 +74,6 @@ def pair_by_stem(
             unread = f"; {others[0]} lies there, but its ending is not read" if others else "; stems must be equal"
             raise UserError(f"{flag}: no {missing_kind} {missing[0]} for {name}{more}{unread}")
     return [(name, path, mask_of[name]) for name, path in scan_of.items()]
-
-
-def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
-    """Returns a line that counts the files of a folder that are not used, by their endings; "" if there are none.
-
-    Args:
-        begin: what the line begins with.
-    """
-    others = sorted(set(folder.iterdir()) - set(used))
-    endings = Counter("".join(path.suffixes[-2:]) or path.name for path in others if not path.name.startswith("."))
-    listed = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
-    more = ", …" if len(endings) > 5 else ""
-    return f"{begin}{counted(sum(endings.values()), 'file')} of another kind ({listed}{more})" if endings else ""
 
 
 def _by_stem(paths: Iterable[Path], source: str) -> dict[str, Path]:

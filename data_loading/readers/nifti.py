@@ -20,7 +20,7 @@ from common import registry
 from common.errors import UserError
 from common.messages import counted
 from data_loading.io.mask_values import check_not_interpolated, merged
-from data_loading.io.scan_discovery import DICOM, is_nifti
+from data_loading.io.scan_discovery import DICOM, is_nifti, passed_over
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import LabelMap
@@ -30,7 +30,6 @@ from data_loading.readers.mask_matching import (
     find_names,
     nifti_files,
     pair_by_stem,
-    passed_over,
     read_classes,
 )
 from data_loading.spec import DatasetSpec

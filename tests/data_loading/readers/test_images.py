@@ -211,8 +211,8 @@ def test_files_that_are_not_read_are_counted(
     (folders[1] / "notes.txt").touch()
     preprocess("images", *folders, tmp_path / "out")
     output = capsys.readouterr().out
-    assert f"--data_dir {folders[0]}: passed over 1 file of another kind (1 .db)\n" in output
-    assert f"--labels_dir {folders[1]}: passed over 1 file of another kind (1 .txt)\n" in output
+    assert f"--data_dir {folders[0]}: passed over 1 other (1 .db)\n" in output
+    assert f"--labels_dir {folders[1]}: passed over 1 other (1 .txt)\n" in output
     for path in sorted(folders[1].glob("*.bmp")):
         path.rename(path.with_suffix(".gif"))
     output = refused(capsys, "images", *folders)
