@@ -21,7 +21,8 @@ from common import registry
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted, logger
-from data_loading.io.volume import FIRST_VOXEL_BYTE, Geometry, Volume, read_geometry, read_nifti, write_nifti
+from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
+from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti, write_nifti
 
 NIFTI = (".nii.gz", ".nii")
 DICOM_SEG = ".dcm"

@@ -2,7 +2,7 @@
 
 Files are not trusted: the size in the header is checked before voxels are read, redundant fields of the header must
 agree, and a gzip stream is read to its end so that its checksum is verified (nibabel alone silently loads a flipped
-byte). NIfTI-1 and NIfTI-2, packed or not, are recognised by their first bytes, whatever the file's name.
+byte).
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import io
 import itertools
 import logging
 import math
-import stat
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,14 @@ from common.errors import UserError
 from common.files import replacing
 from common.memory import free_memory_bytes
 from data_loading.io.mask_values import whole_numbers
+from data_loading.io.nifti_bytes import (
+    HEADER_TYPES,
+    axes_of,
+    header_size,
+    open_unpacked,
+    read_header_bytes,
+    read_up_to,
+)
 
 ML_PER_MM3 = 1e-3
 # Memory needed at once besides the stored voxels: a voxel is converted to float32 and resampled to another float32.
@@ -42,17 +46,10 @@ SPACING_TOLERANCE = 1e-2
 SINGULAR = 1e-2
 # The lowest three bits of xyzt_units; 0 is unspecified, which means mm in practice.
 UNSUPPORTED_UNITS = {1: "metres", 3: "microns"}
-GZIP_MAGIC = b"\x1f\x8b"
-# The header's first field is its size in bytes. It is followed by 4 bytes that announce extensions; voxels begin there
-# or later.
-HEADER_TYPES = {348: (nib.Nifti1Header, nib.Nifti1Image), 540: (nib.Nifti2Header, nib.Nifti2Image)}
-FIRST_VOXEL_BYTE = 352
 # Some programs pad the file to a block after the last voxel; a longer stream may never end.
 MAX_TRAILING_BYTES = 1 << 20
 # nibabel logs header oddities on stderr; those that matter are raised as UserError here.
 nib.imageglobals.logger.setLevel(logging.CRITICAL)
-
-BinaryStream = gzip.GzipFile | io.BufferedReader
 
 
 @dataclass(frozen=True)
@@ -151,24 +148,10 @@ def read_channels(path: Path) -> int:
 
 
 def _read_header(path: Path) -> nib.Nifti1Image:
-    with _open(path) as stream:
-        header = _read_header_bytes(path, stream)
+    with open_unpacked(path) as stream:
+        header = read_header_bytes(path, stream)
     _check_header(path, header)
     return _parse(path, header)
-
-
-def axes_of(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Returns (D, H, W, C) of a stored shape. Raises ValueError for what is neither a scan nor a slice."""
-    axes = [int(n) for n in shape]
-    while len(axes) > 3 and axes[-1] == 1:
-        axes.pop()
-    if len(axes) == 5 and axes[3] == 1:  # a vector image, as ITK writes it
-        del axes[3]
-    axes += [1] * (3 - len(axes)) if len(axes) == 2 else []
-    if len(axes) not in (3, 4) or min(axes) < 1:
-        raise ValueError(f"not a scan: {tuple(shape)}")
-    d, h, w, *channels = axes
-    return d, h, w, channels[0] if channels else 1
 
 
 def geometry_of(image: nib.Nifti1Image) -> Geometry:
@@ -232,47 +215,9 @@ def check_memory(subject: str, needed_bytes: int) -> None:
         )
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryStream]:
-    """Opens a file, whose content is unpacked if it begins like gzip's."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would block
-            raise UserError(f"{path}: a pipe or a device; expected a file")
-        stream = path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with stream:
-        is_packed = _read_up_to(path, stream, len(GZIP_MAGIC)) == GZIP_MAGIC
-        stream.seek(0)
-        yield gzip.GzipFile(fileobj=stream) if is_packed else stream
-
-
-def _read_up_to(path: Path, stream: BinaryStream, size: int) -> bytes:
-    try:
-        return stream.read(size)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged ({error}); download or export it again") from None
-
-
-def _read_header_bytes(path: Path, stream: BinaryStream) -> bytes:
-    """Reads as many bytes as the header has by its own account, or fewer if the file is shorter."""
-    content = _read_up_to(path, stream, min(HEADER_TYPES))
-    missing = max(HEADER_TYPES) - len(content) if _header_size(content) == max(HEADER_TYPES) else 0
-    return content + (_read_up_to(path, stream, missing) if missing else b"")
-
-
-def _header_size(content: bytes) -> int:
-    """Returns the header's size in bytes, that of NIfTI-1 if the file does not begin like NIfTI."""
-    sizes = [int.from_bytes(content[:4], order) for order in ("little", "big")]
-    return next((size for size in sizes if size in HEADER_TYPES), min(HEADER_TYPES))
-
-
 def _check_header(path: Path, header: bytes) -> int:
     """Returns the file size in bytes that the header implies. Raises UserError for a bad header or too large a scan."""
-    header_type, _ = HEADER_TYPES[_header_size(header)]
+    header_type, _ = HEADER_TYPES[header_size(header)]
     try:
         parsed = header_type.from_fileobj(io.BytesIO(header))
         shape = [int(n) for n in parsed.get_data_shape()]
@@ -282,7 +227,7 @@ def _check_header(path: Path, header: bytes) -> int:
         as_stored = header_type(header, check=False)
         spacing = np.abs(as_stored["pixdim"][1:4]).tolist()[: max(2, min(3, len(shape)))]
         bits, unit = int(as_stored["bitpix"]), int(as_stored["xyzt_units"]) & 7
-        if offset < _header_size(header) + 4:
+        if offset < header_size(header) + 4:
             raise ValueError("the voxels overlap the header")
     except Exception:  # nibabel raises many types on a bad header
         raise UserError(f"{path}: not a NIfTI file, or its header is damaged; export it again") from None
@@ -309,14 +254,14 @@ def _check_header(path: Path, header: bytes) -> int:
 
 
 def _read_bytes(path: Path) -> bytes:
-    with _open(path) as stream:
-        header = _read_header_bytes(path, stream)
+    with open_unpacked(path) as stream:
+        header = read_header_bytes(path, stream)
         size = _check_header(path, header)
-        content = header + _read_up_to(path, stream, size - len(header))
+        content = header + read_up_to(path, stream, size - len(header))
         if len(content) < size:
             raise UserError(f"{path}: ends after {len(content)} of {size} bytes; download or export it again")
         # gzip compares its checksum only at the end of the stream, so trailing bytes are read as well.
-        if len(_read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+        if len(read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
             raise UserError(
                 f"{path}: continues for more than {MAX_TRAILING_BYTES >> 20} MiB after the last voxel that its header "
                 "describes; export it again"
@@ -327,7 +272,7 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd extensions, which are not used
-            image = HEADER_TYPES[_header_size(content)][1].from_bytes(content)
+            image = HEADER_TYPES[header_size(content)][1].from_bytes(content)
     except Exception as error:  # nibabel raises many types on a bad header
         raise UserError(f"{path}: not a readable NIfTI file ({error})") from None
     if not np.isfinite(image.affine).all():

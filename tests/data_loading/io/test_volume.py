@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from data_loading.io import volume as volume_module
+from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
 from data_loading.io.volume import (
-    FIRST_VOXEL_BYTE,
     MAX_TRAILING_BYTES,
     WORKING_BYTES_PER_VOXEL,
     Geometry,
