@@ -145,7 +145,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_index(path: Path) -> DatasetIndex:
     """Reads a `dataset.json`. Raises UserError if it is damaged or has another format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin UTF-8 with a mark
         if content.get("format") != INDEX_FORMAT:
             raise UserError(f"{path}: format {content.get('format')!r}, expected {INDEX_FORMAT}; preprocess again")
         digest = content.pop("digest", None)  # the first version wrote none

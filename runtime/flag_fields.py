@@ -91,7 +91,8 @@ class ArgumentFileParser(Parser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
-            return shlex.split(arg_line, comments=True)
+            # Some editors begin UTF-8 with a byte-order mark.
+            return shlex.split(arg_line.removeprefix("\ufeff"), comments=True)
         except ValueError as error:
             raise UserError(f"an argument file has the line {arg_line!r}: {error}") from None
 

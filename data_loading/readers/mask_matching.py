@@ -155,11 +155,13 @@ def _classes_of(path: Path, mask: NDArray[Any], labels: LabelMap, *, is_only: bo
 def _overlaps(classes: NDArray[np.uint8], found: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
     """Returns a note for each pair of classes that claim the same voxels: how many, and which class gets them."""
     both = (classes > 0) & (found > 0) & (classes != found)
-    pairs = Counter(zip(classes[both].tolist(), found[both].tolist(), strict=True))
+    pairs = Counter(
+        zip(np.minimum(classes, found)[both].tolist(), np.maximum(classes, found)[both].tolist(), strict=True)
+    )
     return [
-        f"{counted(count, 'voxel')} both {names[min(pair)]} and {names[max(pair)]}: counted as {names[max(pair)]}, the "
-        "higher class; --labels numbers them"
-        for pair, count in sorted(pairs.items())
+        f"{counted(count, 'voxel')} both {names[low]} and {names[high]}, counted as {names[high]}, the higher class "
+        f"(--labels {quoted(names[high])}=1 {quoted(names[low])}=2 chooses {names[low]})"
+        for (low, high), count in sorted(pairs.items())
     ]
 
 

@@ -167,9 +167,11 @@ def test_overlaps_of_organs_are_counted(
             organ[1:4, 1:3, slices] = 1
             nib.save(nib.Nifti1Image(organ, AFFINE), masks / f"p{number}" / f"{name}.nii.gz")
     index = preprocess("nifti", data, masks, tmp_path / "out", flags)
-    expected = f"12 voxels both head and whole: counted as {winner}, the higher class; --labels numbers them"
-    if winner == "head":
-        expected = expected.replace("head and whole", "whole and head")
+    loser = "whole" if winner == "head" else "head"
+    expected = (
+        f"12 voxels both {loser} and {winner}, counted as {winner}, the higher class "
+        f"(--labels {winner}=1 {loser}=2 chooses {loser})"
+    )
     output = capsys.readouterr().out
     assert f"; {expected}\n" in output
     assert index.cases["p3"].notes == (expected,)
