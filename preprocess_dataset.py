@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = vars(make_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    # argparse takes -1=2 for a flag unless it contains a space.
+    words = [f" {word}" if re.match(r"-\d[^=]*=", word) else word for word in words]
+    arguments = vars(make_parser().parse_args(words))
     mode, results_dir, checksums = (arguments.pop(name) for name in ("mode", "results_dir", "checksums"))
     dataset, data_dir = arguments.pop("dataset"), arguments.pop("data_dir")
     num_workers, seed = arguments.pop("num_workers"), arguments.pop("seed")
@@ -124,6 +128,7 @@ def _add_reader_options(parser: Parser) -> None:
     )
     add(
         "--labels",
+        type=str.strip,
         nargs="+",
         metavar="VALUES=CLASS",
         help="select, merge and name classes, such as 86,87=1:muscle 5=2; all other values are background "

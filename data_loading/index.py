@@ -35,6 +35,9 @@ class CaseRecord:
         stamps: [bytes, modification time in ns] of the files "x" and "y" as preprocessing left them; {} in a folder
             written by an earlier version.
         patient: patient id, "" if every case is a patient of its own.
+        voxels: number of voxels of each class, the background's first, in the mask on its scan's grid; () in a folder
+            written by an earlier version.
+        notes: what the user should know about the case, one line each.
     """
 
     transform: GridTransform | None
@@ -44,6 +47,8 @@ class CaseRecord:
     statistics: dict[str, float]
     stamps: dict[str, list[int]] = field(default_factory=dict)
     patient: str = ""
+    voxels: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +59,8 @@ class CaseRecord:
             "statistics": self.statistics,
             "stamps": self.stamps,
             "patient": self.patient,
+            "voxels": list(self.voxels),
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -66,6 +73,8 @@ class CaseRecord:
             statistics=with_current_keys(record["statistics"]),
             stamps={str(kind): [int(size), int(changed)] for kind, (size, changed) in record.get("stamps", {}).items()},
             patient=str(record.get("patient", "")),
+            voxels=tuple(int(count) for count in record.get("voxels", ())),
+            notes=tuple(str(line) for line in record.get("notes", ())),
         )
 
 
@@ -136,7 +145,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_index(path: Path) -> DatasetIndex:
     """Reads a `dataset.json`. Raises UserError if it is damaged or has another format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin UTF-8 with a mark
         if content.get("format") != INDEX_FORMAT:
             raise UserError(f"{path}: format {content.get('format')!r}, expected {INDEX_FORMAT}; preprocess again")
         digest = content.pop("digest", None)  # the first version wrote none

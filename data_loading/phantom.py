@@ -29,6 +29,7 @@ from scipy import ndimage
 from common.cli import Parser
 from common.errors import UserError, run_program
 from common.memory import free_memory_bytes
+from common.messages import counted
 from common.progress import track
 from data_loading.io.volume import Geometry, Volume, read_nifti, write_nifti
 
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     workers = min(arguments.num_workers, len(cases))
     for _ in track(_run(make, cases, workers), len(cases), "phantoms", "case"):
         pass
-    print(f"{len(cases)} cases in {results}")
+    print(f"{counted(len(cases), 'case')} in {results}")
     return 0
 
 

@@ -79,6 +79,17 @@ class GridTransform:
         d, h, w = ((n - ends) * mm / (new - ends) if min(n, new) > ends else mm for n, mm, new in lengths)
         return d, h, w
 
+    @property
+    def steps_mm(self) -> NDArray[np.float64]:
+        """(3, 3), its columns the steps between the voxels of the network's grid along D, H and W.
+
+        With a tilted gantry they are not perpendicular.
+        """
+        cropped = self.cropped
+        scale = np.asarray(self.spacing_mm) / np.asarray(cropped.spacing_mm)
+        steps: NDArray[np.float64] = cropped.affine[:3, :3] * scale
+        return steps
+
     def to_json(self) -> dict[str, Any]:
         return {
             "source": self.source.to_json(),

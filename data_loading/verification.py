@@ -106,7 +106,7 @@ def _mask_hint(results_dir: Path, compared: Comparison) -> str:
 
 def _read_checksums(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some programs begin UTF-8 with a mark
         return {str(name): str(md5) for name, md5 in content.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--checksums {path}: not a JSON file of {{name: MD5}} ({error})") from None

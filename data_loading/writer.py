@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import replacing
-from common.messages import logger
+from common.messages import counted, logger
 from common.progress import track
 from data_loading.dataset import case_file
 from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, CaseRecord, DatasetIndex, read_index, write_json
@@ -73,10 +73,11 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         (results_dir / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir {results_dir}: cannot be written: {error.strerror or error}") from None
+    print(_describe_classes(raw.spec, records))
     done_now = len(todo) - len(dropped)
     _print_summary(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
     if dropped:
-        logger.info(f"{len(dropped)} training cases dropped because their masks are empty")
+        logger.info(f"{counted(len(dropped), 'training case')} dropped because their masks are empty")
     for message in _data_warnings(raw.spec, split, records):
         logger.warning(message)
 
@@ -188,6 +189,9 @@ def preprocess_case(
         raise UserError(f"{raw.image}: the scan contains NaN or infinity; repair or remove the case")
     if (highest := int(label.array.max())) >= len(spec.classes):
         raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")
+    # Plane by plane: bincount converts to 64 bits.
+    voxels = sum(np.bincount(plane.ravel(), minlength=len(spec.classes)) for plane in label.array[0])
+    notes = (*image.notes, *label.notes)
     array, transform = preprocess_image(image, spec)
     mask = preprocess_label(label, transform, spec)
     labels_cut = _count_cropped_labels(label, transform)
@@ -207,6 +211,8 @@ def preprocess_case(
         statistics=statistics,
         stamps=stamps,
         patient=raw.patient,
+        voxels=tuple(np.asarray(voxels).tolist()),
+        notes=notes,
     )
 
 
@@ -245,6 +251,7 @@ def _describe_case(case: str, record: CaseRecord | None) -> str:
     return (
         f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
         f"{f', {labels_cut:g} labelled voxels outside the foreground crop' if labels_cut else ''}"
+        f"{''.join(f'; {line}' for line in record.notes)}"
     )
 
 
@@ -258,7 +265,18 @@ def _print_summary(split: dict[str, list[str]], records: dict[str, CaseRecord], 
     )
     parts = {"train": "to train", "evaluation": "to evaluate", "test": "to test"}
     counts = ", ".join(f"{len(split[subset])} {what}" for subset, what in parts.items() if subset in split)
-    print(f"{len(records)} cases ({done}): {counts}, in {results_dir}")
+    print(f"{counted(len(records), 'case')} ({done}): {counts}, in {results_dir}")
+
+
+def _describe_classes(spec: DatasetSpec, records: Mapping[str, CaseRecord]) -> str:
+    """Returns a line with the voxels of each class, which shows a class that is none, such as a grey of a soft edge."""
+    known = [record.voxels for record in records.values() if record.voxels]
+    totals = [(name, [voxels[value] for voxels in known]) for value, name in enumerate(spec.classes)]
+    listed = ", ".join(
+        f"{name} {sum(counts)} in {counted(sum(count > 0 for count in counts), 'case')}" for name, counts in totals
+    )
+    unknown = len(records) - len(known)
+    return f"voxels of the classes: {listed}" + (f" (not counted: {counted(unknown, 'older case')})" if unknown else "")
 
 
 def _data_warnings(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.messages import note
 from common.progress import Progress, make_progress
-from data_loading.io.scan_discovery import Source, probabilities_file, stem
+from data_loading.io.scan_discovery import Source, is_image_file, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
 from data_loading.preprocessing import GridTransform, preprocess_image, to_source_grid
 from data_loading.spec import DatasetSpec
@@ -63,6 +63,9 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
         UserError: the scan is damaged, has other channels than the network, or needs too much memory.
     """
     spec = ensemble.spec
+    slices = min(member.windows.window[0] for member in ensemble.members)
+    if source.file and is_image_file(source.file) and spec.size is None and slices > 1:
+        raise UserError(f"{source.name}: an image, but the network takes volumes, in windows of {slices} slices")
     ensemble.budget.check_host(READ_BYTES * spec.channels * source.voxels(), source.name)
     scan = source.read(spec.channels)
     geometry = scan.geometry

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from common.cli import Parser, number
 from common.errors import UserError, run_program
 from common.files import replacing
-from common.messages import logger
+from common.messages import counted, logger
 from data_loading.dataset import case_file, case_files, read_case
 from data_loading.index import (
     INDEX_NAME,
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         write_index(index, labelled, options)
     except OSError as error:
         raise UserError(f"--results_dir {options.results_dir}: {error.strerror or error}") from None
-    print(f"{len(labelled)} pseudo-labelled cases beside {len(index.split['train'])}: {options.results_dir}")
+    print(f"{counted(len(labelled), 'pseudo-labelled case')} beside {len(index.split['train'])}: {options.results_dir}")
     return 0
 
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.volume import ML_PER_MM3, Geometry
+from data_loading.io.volume import Geometry
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -39,8 +39,6 @@ def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Seq
         mask: (D, H, W).
         classes: names, the background's first.
     """
-    # The determinant, not the product of spacings: with a tilted gantry the axes are not orthogonal.
-    voxel_ml = abs(float(np.linalg.det(geometry.affine[:3, :3]))) * ML_PER_MM3
     regions = ndimage.find_objects(mask, max_label=len(classes) - 1)
     rows = []
     for label, (name, region) in enumerate(zip(classes[1:], regions, strict=True), start=1):
@@ -52,7 +50,7 @@ def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Seq
                 label=label,
                 name=name,
                 voxels=voxels,
-                volume_ml=voxels * voxel_ml,
+                volume_ml=voxels * geometry.voxel_ml,
                 components=int(ndimage.label(inside)[1]) if voxels else 0,
             )
         )

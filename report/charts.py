@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.messages import counted
 from report.figures import INKS, SERIES, Axes, Chart, draw_bars, draw_chart, draw_line, finish, percent, shorten
 from report.records import Run
 
@@ -116,7 +117,7 @@ def _cases(run: Run, axes: Axes) -> str:
             axes.hlines(float(np.median(scores)), index - 0.33, index + 0.33, color=INKS["ink"], linewidth=1.6)
     axes.set_xticks(range(len(names)), [shorten(name, 14) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
-    return f"Best evaluation: one point for each of its {len(best.per_case)} cases; the bar is their median."
+    return f"Best evaluation: one point for each of its {counted(len(best.per_case), 'case')}; the bar is their median."
 
 
 # By key: title, and a function that draws and returns the caption, "" if there is nothing to draw.

@@ -223,7 +223,7 @@ def _cases(run: Run) -> Html:
         for case in worst_first(best.per_case)
     ]
     doubtful = [f"* {case}: {why}" for case, why in run.doubtful_cases.items() if case in best.per_case]
-    caption = f"Dice of {len(rows)} cases after epoch {best.epoch}, the best evaluation; worst case first"
+    caption = f"Dice of {counted(len(rows), 'case')} after epoch {best.epoch}, the best evaluation; worst case first"
     marked = bullets(doubtful) if doubtful else ""
     return tag("section", tag("h2", "Cases"), table(caption, ("case", "mean", *names), rows, "tall"), marked)
 

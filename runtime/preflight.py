@@ -17,6 +17,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.memory import free_memory_bytes
+from common.messages import counted
 from data_loading.dataset import case_file
 from data_loading.device_loader import bytes_needed
 from data_loading.integrity import FileCheck, check_files
@@ -99,7 +100,7 @@ def check_data(data_dir: Path, cases: Sequence[str]) -> tuple[Check, FileCheck |
     except UserError as error:
         problem, _, remedy = str(error).partition("; ")
         return Check("data", problem, "fail", remedy), None
-    found = f"{len(cases)} cases, {format_size(sum(files.sizes.values()))}"
+    found = f"{counted(len(cases), 'case')}, {format_size(sum(files.sizes.values()))}"
     if files.changed:
         size = format_size(sum(files.sizes[name] for name in files.changed))
         found += f"; {len(files.changed)} file(s) copied or changed since preprocessing, {size} to hash while timed"

@@ -102,7 +102,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     Args:
         given: names of the flags that are on the command line; the checkpoint's flags fill in the others.
     """
-    from runtime.case_table import CaseTable  # imports MONAI where it is installed, which training does without
+    from runtime.case_table import CaseTable  # imports scipy.spatial, which training does without
 
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)

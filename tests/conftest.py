@@ -111,11 +111,21 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def write_scan() -> Callable[..., None]:
-    """`write_scan(path, array, spacing_mm)`: writes any array as NIfTI with nibabel; creates the folder."""
+    """`write_scan(path, array, spacing_mm)`: writes any array as NIfTI with nibabel; creates the folder.
 
-    def write(path: Path, array: NDArray[Any], spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    `axes` has a column for the direction of each axis; None: those of space.
+    """
+
+    def write(
+        path: Path,
+        array: NDArray[Any],
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+        axes: Any = None,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(array, np.diag([*spacing_mm, 1.0])), path)
+        affine = np.eye(4)
+        affine[:3, :3] = (np.eye(3) if axes is None else np.asarray(axes)) * spacing_mm
+        nib.save(nib.Nifti1Image(array, affine), path)
 
     return write
 
@@ -138,8 +148,9 @@ def write_kits19(write_scan: Callable[..., None]) -> Callable[..., Path]:
         for number in ids:
             rng = np.random.default_rng(number)
             image = rng.normal(80, 150, shape).astype(np.int16)
-            write_scan(folder / f"case_{number:05d}" / "imaging.nii.gz", image, (3.0, 1.5, 2.0))
-            write_scan(folder / f"case_{number:05d}" / "segmentation.nii.gz", two_kidneys(shape), (3.0, 1.5, 2.0))
+            axes = [[0, 0, -1], [0, -1, 0], [-1, 0, 0]]  # KiTS19's: slices, rows, columns
+            for name, array in (("imaging", image), ("segmentation", two_kidneys(shape))):
+                write_scan(folder / f"case_{number:05d}" / f"{name}.nii.gz", array, (3.0, 1.5, 2.0), axes)
         return folder
 
     return write

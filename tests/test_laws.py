@@ -35,7 +35,7 @@ OPTIONAL = {
         "submission/plot.py",
     },
     "mlflow": {"runtime/logging/mlflow.py"},
-    "monai": {"data_loading/library_transforms.py", "runtime/case_table.py"},
+    "monai": {"data_loading/library_transforms.py"},
     "pydicom": {"data_loading/io/dicom.py", "data_loading/io/dicom_seg.py"},
     "requests": {"data_loading/http_download.py"},
     "tensorboard": {"runtime/logging/tensorboard.py"},

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from data_loading.io.volume import Geometry, Volume
+from data_loading.io.volume import Geometry, Volume, check_same_geometry, is_same_position
 
 # An orientation has one letter of each pair.
 DIRECTIONS = ("RL", "AP", "SI")
@@ -82,7 +82,8 @@ def reorientation_to(affine: NDArray[np.float64], orientation: str) -> Reorienta
 
 def reorient(volume: Volume, change: Reorientation) -> Volume:
     """Returns the volume with new axes. Each voxel keeps its position in space; `change.undo` restores the array."""
-    return Volume(np.ascontiguousarray(change.apply(volume.array)), reorient_geometry(volume.geometry, change))
+    array = np.ascontiguousarray(change.apply(volume.array))
+    return Volume(array, reorient_geometry(volume.geometry, change), volume.notes)
 
 
 def reorient_geometry(source: Geometry, change: Reorientation) -> Geometry:
@@ -97,3 +98,27 @@ def reorient_geometry(source: Geometry, change: Reorientation) -> Geometry:
     shape = (source.shape[a], source.shape[b], source.shape[c])
     spacing_mm = (source.spacing_mm[a], source.spacing_mm[b], source.spacing_mm[c])
     return Geometry(affine, shape, spacing_mm)
+
+
+def same_grid(one: Geometry, other: Geometry) -> bool:
+    """Returns whether two grids have the same voxels in the same positions, whatever the orientation of their axes."""
+    if one.shape == other.shape and is_same_position(one, other):  # also where an oblique grid has no nearest axes
+        return True
+    other = reorient_geometry(other, reorientation_to(other.affine, orientation_of(one.affine)))
+    return one.shape == other.shape and is_same_position(one, other)
+
+
+def to_grid(mask: Volume, geometry: Geometry, case: str) -> Volume:
+    """Returns a mask with its axes reoriented to those of its scan's geometry.
+
+    Raises:
+        UserError: its voxels are not those of the scan, or it has several channels.
+    """
+    if mask.array.shape[0] != 1:
+        raise UserError(f"{case}: its mask has {mask.array.shape[0]} channels, expected 1")
+    array, own = mask.array, mask.geometry
+    if own.shape != geometry.shape or not is_same_position(geometry, own):
+        change = reorientation_to(own.affine, orientation_of(geometry.affine))
+        check_same_geometry(geometry, reorient_geometry(own, change), case)
+        array = np.ascontiguousarray(change.apply(array))
+    return Volume(array, geometry, mask.notes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from common import registry
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.volume import FIRST_VOXEL_BYTE, Geometry, Volume, read_geometry, read_nifti, write_nifti
+from common.messages import counted, logger
+from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
+from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti, write_nifti
 
 NIFTI = (".nii.gz", ".nii")
 DICOM_SEG = ".dcm"
@@ -85,6 +88,28 @@ def _image_io(name: str) -> Callable[..., Any]:
     return registry.load(f"{IMAGES}:{name}", "--scan", "images")
 
 
+def is_nifti(path: Path) -> bool:
+    """Returns whether the file name is that of a NIfTI file, such as scan.nii.gz or SCAN.NII; hidden files are not."""
+    return path.name.lower().endswith(NIFTI) and not path.name.startswith(".")
+
+
+def kits19_images(folder: Path) -> list[Path]:
+    """Returns the scans of a folder with KiTS19's raw layout, case_00000/imaging.nii.gz …."""
+    return sorted(folder.glob("case_*/imaging.nii.gz"))
+
+
+def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
+    """Returns a line that counts what a folder holds besides the files that are used, by ending; "" for nothing.
+
+    Args:
+        begin: what the line begins with.
+    """
+    others = [path for path in sorted(set(folder.iterdir()) - set(used)) if not path.name.startswith(".")]
+    kinds = Counter("folder" if path.is_dir() else "".join(path.suffixes[-2:]) or path.name for path in others)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
+    return f"{begin}{counted(len(others), 'other')} ({listed})" if others else ""
+
+
 def is_image_file(path: Path) -> bool:
     """Returns whether the file name is that of a 2-D image; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
@@ -92,7 +117,7 @@ def is_image_file(path: Path) -> bool:
 
 def is_file_name(output: Path) -> bool:
     """Returns whether `--output` is a file rather than a folder."""
-    return output.name.endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
+    return output.name.lower().endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
 
 
 def stem(path: Path) -> str:
@@ -117,10 +142,15 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
         found = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        files = [file for file in found if file.name.endswith(NIFTI)] or [file for file in found if is_image_file(file)]
-        sources = _file_sources(files, output) if files else _series_sources(scan, output, series)
-    elif scan.name.endswith(NIFTI) or is_image_file(scan):
-        files, sources = [scan], _file_sources([scan], output)
+        files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
+        cases = [] if files else kits19_images(scan)
+        if line := passed_over(scan, files, f"--scan {scan}: passed over ") if files else "":
+            logger.info(line)
+        names = [file.parent.name for file in cases] if cases else [stem(file) for file in files]
+        files = files or cases
+        sources = _file_sources(files, output, names) if files else _series_sources(scan, output, series)
+    elif is_nifti(scan) or is_image_file(scan):
+        files, sources = [scan], _file_sources([scan], output, [stem(scan)])
     else:
         raise UserError(
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
@@ -150,16 +180,22 @@ def _check_targets(sources: Sequence[Source]) -> None:
         taken.add(target)
 
 
-def _file_sources(files: Sequence[Path], output: Path) -> list[Source]:
-    names = [stem(file) + PNG if is_image_file(file) else file.name for file in files]
+def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> list[Source]:
+    endings = [PNG if is_image_file(file) else file.name[len(stem(file)) :].lower() for file in files]
     return [
-        Source(stem(file), output if is_file_name(output) else output / name, file)
-        for file, name in zip(files, names, strict=True)
+        Source(name, output if is_file_name(output) else output / f"{name}{ending}", file)
+        for name, ending, file in zip(names, endings, files, strict=True)
     ]
 
 
 def _series_sources(folder: Path, output: Path, wanted: str | None) -> list[Source]:
-    found = registry.load(f"{DICOM}:find_series", "--scan", "dicom")(folder)
+    try:
+        found = registry.load(f"{DICOM}:find_series", "--scan", "dicom")(folder)
+    except UserError:
+        if below := sorted(path for path in folder.glob("*/*") if is_nifti(path)):
+            where = f"{len({path.parent for path in below})} of its folders, such as {below[0].parent}"
+            raise UserError(f"--scan {folder}: no scan in it, but NIfTI files in {where}; give that folder") from None
+        raise
     chosen = registry.load(f"{DICOM}:choose_series", "--series", "dicom")(found, wanted, folder)
     sources = []
     for series in chosen:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import logging
 import math
-import stat
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -25,21 +24,28 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.files import replacing
 from common.memory import free_memory_bytes
+from data_loading.io.mask_values import whole_numbers
+from data_loading.io.nifti_bytes import (
+    HEADER_TYPES,
+    axes_of,
+    header_size,
+    open_unpacked,
+    read_header_bytes,
+    read_up_to,
+)
 
 ML_PER_MM3 = 1e-3
 # Memory needed at once besides the stored voxels: a voxel is converted to float32 and resampled to another float32.
 WORKING_BYTES_PER_VOXEL = 12
-# Largest difference between the affines of image and mask, in mm (in KiTS19 it is 1e-5).
-AFFINE_TOLERANCE_MM = 1e-3
-# Largest difference between spacing and affine of one header, relative or in mm: some programs round one of them. A
-# larger one is an error that resampling would act on (in the real scans tested they agree to the last bit).
+# Corners of two equal grids may differ by this fraction of a voxel: DICOM positions are rounded decimals.
+GRID_TOLERANCE = 0.05
+# Largest difference between spacing and affine of one header, as a fraction of the spacing: some programs round one of
+# them. A larger one is an error that resampling would act on (in the real scans tested they agree to the last bit).
 SPACING_TOLERANCE = 1e-2
-SPACING_TOLERANCE_MM = 1e-2
+# Volume of the parallelepiped spanned by unit vectors along the axes; below this, two axes run the same way.
+SINGULAR = 1e-2
 # The lowest three bits of xyzt_units; 0 is unspecified, which means mm in practice.
 UNSUPPORTED_UNITS = {1: "metres", 3: "microns"}
-NIFTI_HEADER_BYTES = 348
-# In NIfTI-1 the header is followed by 4 bytes that announce extensions; voxels begin here or later.
-FIRST_VOXEL_BYTE = 352
 # Some programs pad the file to a block after the last voxel; a longer stream may never end.
 MAX_TRAILING_BYTES = 1 << 20
 # nibabel logs header oddities on stderr; those that matter are raised as UserError here.
@@ -60,6 +66,11 @@ class Geometry:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
 
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in ml."""
+        return volume_ml(self.affine[:3, :3])
+
     def to_json(self) -> dict[str, Any]:
         return {"affine": self.affine.tolist(), "shape": list(self.shape), "spacing_mm": list(self.spacing_mm)}
 
@@ -76,20 +87,36 @@ class Geometry:
         return Geometry(affine, shape, self.spacing_mm)
 
 
+def volume_ml(steps_mm: NDArray[np.float64]) -> float:
+    """Returns the volume in ml of a voxel whose edges are the columns of a (3, 3) matrix.
+
+    The determinant, not the product of lengths: with a tilted gantry the axes are not orthogonal.
+    """
+    return abs(float(np.linalg.det(steps_mm))) * ML_PER_MM3
+
+
 @dataclass(frozen=True)
 class Volume:
-    """A scan or a mask: `array` is (C, D, H, W), `geometry` its position in space."""
+    """A scan or a mask.
+
+    Attributes:
+        array: (C, D, H, W).
+        geometry: its position in space.
+        notes: what the user should know about its file, one line each.
+    """
 
     array: NDArray[Any]
     geometry: Geometry
+    notes: tuple[str, ...] = ()
 
 
 def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
     """Reads a whole `.nii` or `.nii.gz` file.
 
     Args:
-        path: a 3-D scan, or a 4-D one with its channels last, as in the Decathlon.
-        dtype: type of the returned values, np.float32 for scans and np.uint8 for masks.
+        path: a 3-D scan, a 4-D one with its channels last, as in the Decathlon, or one slice; trailing axes of one
+            voxel do not count, and a vector image (x, y, z, 1, channels) has channels.
+        dtype: type of the returned values, np.float32 for scans and an integer for masks.
 
     Returns:
         The volume, array (C, D, H, W) with its axes in the order of the file.
@@ -99,13 +126,15 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
             than the free memory.
     """
     image = _parse(path, _read_bytes(path))
+    geometry = geometry_of(image)
+    notes: tuple[str, ...] = ()
     # Values too large for float32 become infinite, which preprocessing rejects.
     with np.errstate(over="ignore", invalid="ignore"):
         array = np.asarray(image.dataobj)
-        array = array[np.newaxis] if array.ndim == 3 else np.moveaxis(array, -1, 0)
+        array = np.moveaxis(array.reshape(*geometry.shape, -1), -1, 0)
         if np.issubdtype(dtype, np.integer):
-            _check_labels(path, array, dtype)
-        return Volume(np.ascontiguousarray(array, dtype=dtype), geometry_of(image))
+            array, notes = whole_numbers(path, array, dtype)
+        return Volume(np.ascontiguousarray(array, dtype=dtype), geometry, notes)
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -115,22 +144,23 @@ def read_geometry(path: Path) -> Geometry:
 
 def read_channels(path: Path) -> int:
     """Reads only the number of channels, from the header."""
-    shape = _read_header(path).shape
-    return 1 if len(shape) == 3 else int(shape[3])
+    return axes_of(_read_header(path).shape)[3]
 
 
 def _read_header(path: Path) -> nib.Nifti1Image:
-    with _open(path) as stream:
-        header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
+    with open_unpacked(path) as stream:
+        header = read_header_bytes(path, stream)
     _check_header(path, header)
     return _parse(path, header)
 
 
 def geometry_of(image: nib.Nifti1Image) -> Geometry:
     """Returns the geometry of a NIfTI image; the spacing is pixdim[1:4], as in MLPerf's preprocessing."""
-    d, h, w = (int(n) for n in image.shape[:3])
     sd, sh, sw = (float(s) for s in image.header["pixdim"][1:4])
-    return Geometry(np.asarray(image.affine, dtype=np.float64), (d, h, w), (sd, sh, sw))
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if len(image.shape) == 2:  # the header may lack the third spacing
+        sw = float(np.linalg.norm(affine[:3, 2]))
+    return Geometry(affine, axes_of(image.shape)[:3], (sd, sh, sw))
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
@@ -150,21 +180,30 @@ def write_nifti(path: Path, volume: Volume) -> None:
         temporary.write_bytes(content)
 
 
+def is_same_position(one: Geometry, other: Geometry) -> bool:
+    """Returns whether the voxels of two grids of one shape are in the same positions."""
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in one.shape))])
+    distances_mm = np.linalg.norm((corners @ (one.affine - other.affine).T)[:, :3], axis=1)
+    return bool(distances_mm.max() <= GRID_TOLERANCE * min(one.spacing_mm))
+
+
 def check_same_geometry(image: Geometry, label: Geometry, case: str) -> None:
-    """Raises UserError, naming the axis, unless image and mask have the same shape and affine."""
+    """Raises UserError, naming the axis, unless the voxels of image and mask are in the same positions."""
     if image.shape != label.shape:
         raise UserError(
             f"{case}: the image has shape {image.shape} but its mask {label.shape}; "
             "export the mask again on the image's grid"
         )
+    if is_same_position(image, label):
+        return
     difference = np.abs(image.affine - label.affine)
-    if difference.max() > AFFINE_TOLERANCE_MM:
-        axis = int(difference.max(axis=0).argmax())
-        name = f"axis {axis}" if axis < 3 else "the origin"
-        raise UserError(
-            f"{case}: the affines of image and mask differ by {difference.max():.3g} mm at {name}; "
-            "export the mask again on the image's grid"
-        )
+    # What an axis' step contributes at its far end.
+    axis = int((difference.max(axis=0) * [*(max(1, n - 1) for n in image.shape), 1]).argmax())
+    name = f"axis {axis}" if axis < 3 else "the origin"
+    raise UserError(
+        f"{case}: the affines of image and mask differ by {difference[:, axis].max():.3g} mm at {name}; "
+        "export the mask again on the image's grid"
+    )
 
 
 def check_memory(subject: str, needed_bytes: int) -> None:
@@ -176,49 +215,34 @@ def check_memory(subject: str, needed_bytes: int) -> None:
         )
 
 
-def _open(path: Path) -> IO[bytes]:
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would block
-            raise UserError(f"{path}: a pipe or a device; expected a file")
-        opener: Any = gzip.open if path.name.endswith(".gz") else open
-        return opener(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_up_to(path: Path, stream: IO[bytes], size: int) -> bytes:
-    try:
-        return stream.read(size)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged ({error}); download or export it again") from None
-
-
 def _check_header(path: Path, header: bytes) -> int:
     """Returns the file size in bytes that the header implies. Raises UserError for a bad header or too large a scan."""
+    header_type, _ = HEADER_TYPES[header_size(header)]
     try:
-        parsed = nib.Nifti1Header.from_fileobj(io.BytesIO(header))
+        parsed = header_type.from_fileobj(io.BytesIO(header))
         shape = [int(n) for n in parsed.get_data_shape()]
         stored = parsed.get_data_dtype()
         offset = int(parsed["vox_offset"])
         # Unchecked, because nibabel would replace a spacing of 0 by 1 mm, drop a sign, and correct bitpix.
-        as_stored = nib.Nifti1Header(header, check=False)
-        spacing = np.abs(as_stored["pixdim"][1:4]).tolist()
+        as_stored = header_type(header, check=False)
+        spacing = np.abs(as_stored["pixdim"][1:4]).tolist()[: max(2, min(3, len(shape)))]
         bits, unit = int(as_stored["bitpix"]), int(as_stored["xyzt_units"]) & 7
-        if offset < FIRST_VOXEL_BYTE:
+        if offset < header_size(header) + 4:
             raise ValueError("the voxels overlap the header")
     except Exception:  # nibabel raises many types on a bad header
-        raise UserError(f"{path}: not a NIfTI-1 file, or its header is damaged; export it again") from None
+        raise UserError(f"{path}: not a NIfTI file, or its header is damaged; export it again") from None
     if stored.kind not in "iuf":
         raise UserError(
             f"{path}: stores {stored} values; expected one real number per voxel, not colours or complex numbers"
         )
     if bits != 8 * stored.itemsize:
         raise UserError(f"{path}: the header states {stored} but {bits} bits per voxel; export it again")
-    if len(shape) not in (3, 4) or min(shape) < 1:
-        raise UserError(f"{path}: expected a 3-D scan (or 4-D with channels last), the header states {tuple(shape)}")
+    try:
+        axes_of(shape)
+    except ValueError:
+        raise UserError(
+            f"{path}: expected a 3-D scan (or 4-D with channels last), the header states {tuple(shape)}"
+        ) from None
     if not all(0 < s < 1e4 for s in spacing):
         raise UserError(f"{path}: the header's voxel spacing {spacing} mm is impossible; export it again")
     if unit in UNSUPPORTED_UNITS:
@@ -230,14 +254,14 @@ def _check_header(path: Path, header: bytes) -> int:
 
 
 def _read_bytes(path: Path) -> bytes:
-    with _open(path) as stream:
-        header = _read_up_to(path, stream, NIFTI_HEADER_BYTES)
+    with open_unpacked(path) as stream:
+        header = read_header_bytes(path, stream)
         size = _check_header(path, header)
-        content = header + _read_up_to(path, stream, size - len(header))
+        content = header + read_up_to(path, stream, size - len(header))
         if len(content) < size:
             raise UserError(f"{path}: ends after {len(content)} of {size} bytes; download or export it again")
         # gzip compares its checksum only at the end of the stream, so trailing bytes are read as well.
-        if len(_read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+        if len(read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
             raise UserError(
                 f"{path}: continues for more than {MAX_TRAILING_BYTES >> 20} MiB after the last voxel that its header "
                 "describes; export it again"
@@ -248,9 +272,9 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd extensions, which are not used
-            image = nib.Nifti1Image.from_bytes(content)
+            image = HEADER_TYPES[header_size(content)][1].from_bytes(content)
     except Exception as error:  # nibabel raises many types on a bad header
-        raise UserError(f"{path}: not a readable NIfTI-1 file ({error})") from None
+        raise UserError(f"{path}: not a readable NIfTI file ({error})") from None
     if not np.isfinite(image.affine).all():
         raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
     _check_spacing(path, geometry_of(image))
@@ -258,20 +282,13 @@ def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
 
 
 def _check_spacing(path: Path, geometry: Geometry) -> None:
-    """Raises UserError, naming the axis, unless the spacing agrees with the affine."""
+    """Raises UserError, naming the axis, unless the spacing agrees with the affine, whose axes must be independent."""
     of_affine = np.linalg.norm(geometry.affine[:3, :3], axis=0)
     for axis, (spacing, step) in enumerate(zip(geometry.spacing_mm, of_affine.tolist(), strict=True)):
-        if abs(spacing - step) > max(SPACING_TOLERANCE * spacing, SPACING_TOLERANCE_MM):
+        if abs(spacing - step) > SPACING_TOLERANCE * spacing:
             raise UserError(
                 f"{path}: along axis {axis} the header's voxel spacing is {spacing:g} mm, but by its affine it is "
                 f"{step:g} mm; export it again"
             )
-
-
-def _check_labels(path: Path, array: NDArray[Any], dtype: type[np.generic]) -> None:
-    if not np.isfinite(array).all():
-        raise UserError(f"{path}: the mask holds NaN or infinity; expected whole numbers")
-    low, high = float(array.min()), float(array.max())
-    limit = np.iinfo(dtype).max  # type: ignore[type-var]
-    if low < 0 or high > limit or (array.dtype.kind == "f" and not (array == np.rint(array)).all()):
-        raise UserError(f"{path}: a mask must hold whole numbers from 0 to {limit}, found {low:g} to {high:g}")
+    if not abs(np.linalg.det(geometry.affine[:3, :3] / of_affine)) > SINGULAR:
+        raise UserError(f"{path}: the header's affine is singular: two axes run the same way; export it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from data_loading.io.orientation import DIRECTIONS, is_orientation
-from data_loading.io.volume import Volume, check_same_geometry, read_nifti
-from data_loading.readers.label_map import LabelMap
+from data_loading.io.orientation import DIRECTIONS, is_orientation, to_grid
+from data_loading.io.volume import Volume, read_nifti
+from data_loading.readers.label_map import LabelMap, normalised
 from data_loading.spec import DatasetSpec
 from data_loading.split import split_patients
 
@@ -93,19 +94,18 @@ class RawCase:
         """Reads the case.
 
         Returns:
-            The scan (C, D, H, W) float32 and its mask of classes (1, D, H, W) uint8.
+            The scan (C, D, H, W) float32 and its mask of classes (1, D, H, W) uint8, on the scan's grid.
 
         Raises:
-            UserError: as `read_nifti`, or image and mask differ in shape or affine.
+            UserError: as `read_nifti`, or the mask has other voxels than the image.
         """
         image = read_nifti(self.image, np.float32)
-        label = read_nifti(self.label, np.uint8)
-        check_same_geometry(image.geometry, label.geometry, self.case)
-        return image, self.to_classes(label)
+        label = read_nifti(self.label, np.int32 if self.labels else np.uint8)
+        return image, self.to_classes(to_grid(label, image.geometry, self.case))
 
     def to_classes(self, label: Volume) -> Volume:
         """Returns the mask with its values replaced by classes."""
-        return Volume(self.labels.apply(label.array), label.geometry) if self.labels else label
+        return replace(label, array=self.labels.apply(label.array)) if self.labels else label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +188,15 @@ def split_by_patient(cases: Sequence[RawCase], options: ReaderOptions, source: o
         return split_patients(patients, options.split_ratios or DEFAULT_SPLIT_RATIOS, options.seed)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def existing(path: Path) -> Path:
+    """Returns the path as its folder has it: lists and file systems differ in how they write é (composed or not)."""
+    with suppress(OSError):
+        if not path.exists():
+            name = normalised(path.name)
+            return next((other for other in path.parent.iterdir() if normalised(other.name) == name), path)
+    return path
 
 
 def make_case(case: str, image: Path, label: Path) -> RawCase:

@@ -18,10 +18,10 @@ from pathlib import Path
 from common.errors import UserError
 from data_loading.io.dicom import Series, find_series, is_dicom, sorted_headers
 from data_loading.io.dicom_seg import read_header
-from data_loading.io.scan_discovery import stem
+from data_loading.io.scan_discovery import is_nifti, stem
 from data_loading.io.volume import Geometry, read_channels, read_geometry
 from data_loading.readers.base import RawDataset, ReaderOptions
-from data_loading.readers.mask_matching import is_nifti, matching_grids, nifti_files
+from data_loading.readers.mask_matching import matching_grids, nifti_files
 from data_loading.readers.nifti import ScanCase, make_scan_dataset
 
 
@@ -166,8 +166,10 @@ def _choose_scan(path: Path, indices: Sequence[int], scans: Sequence[Scan]) -> i
     referenced = header.series if header else frozenset()
     found = [index for index in indices if (series := scans[index].series) is not None and series.uid in referenced]
     if not found:
-        names = (path.parent.name, stem(path))
-        found = [index for index in indices if scans[index].case == stem(path) or scans[index].folder in names]
+        # A mask's own name says more than its folder's.
+        for name in (stem(path), path.parent.name):
+            found = found or [index for index in indices if scans[index].case == name]
+            found = found or [index for index in indices if scans[index].folder == name]
     if len(found) != 1:
         listed = ", ".join(scans[index].case for index in indices)
         raise UserError(

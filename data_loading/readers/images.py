@@ -8,7 +8,8 @@ An image is a volume of one slice; colours are three channels. Needs `pip instal
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.scan_discovery import is_image_file
+from common.messages import counted
+from data_loading.io.mask_values import check_not_interpolated, find_values, merged, whole_numbers
+from data_loading.io.scan_discovery import is_image_file, passed_over
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap
@@ -30,6 +33,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 # Rows run down and columns to the right, as in an image of an axial slice; a pixel is 1 mm.
 AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
+ORIENTATION_TAG = 0x0112
 # RGB of the classes in written masks: black for the background, then colours that colour-blind readers can also
 # distinguish (Okabe and Ito's), repeated.
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -49,7 +53,14 @@ class ImageCase(RawCase):
         """Reads the image (channels, 1, H, W) and its mask of classes. Raises UserError if a file is damaged."""
         image = read_image(self.image, self.channels)
         label = read_mask(self.label)
-        check_same_geometry(image.geometry, label.geometry, self.case)
+        try:
+            check_same_geometry(image.geometry, label.geometry, self.case)
+        except UserError as error:
+            if exif_orientation(self.image) == exif_orientation(self.label):
+                raise
+            raise UserError(
+                f"{error}: an EXIF tag turns one of them, but not the other; save both without the tag"
+            ) from None
         return image, self.to_classes(label)
 
 
@@ -66,11 +77,15 @@ def read_images(data_dir: Path, options: ReaderOptions) -> RawDataset:
     )
     pairs = pair_by_stem(images, masks, data_dir=data_dir, labels_dir=masks_dir, kind="image")
     channels = 3 if any(is_colour(image) for _, image, _ in pairs) else 1
+    notes = [
+        passed_over(data_dir, [*images, masks_dir], f"--data_dir {data_dir}: passed over "),
+        passed_over(masks_dir, [*masks, data_dir], f"--labels_dir {masks_dir}: passed over "),
+        _turned_note(pairs),
+    ]
     if options.labels:
         labels = LabelMap.parse(options.labels)
     else:
-        values = {value for _, _, mask in pairs for value in np.unique(read_mask(mask).array).tolist()}
-        labels = LabelMap.from_keys(values, f"--labels_dir {masks_dir}")
+        labels = _classes_found([mask for _, _, mask in pairs], f"--labels_dir {masks_dir}")
     cases = [
         ImageCase(case=name, image=image, label=mask, labels=labels, channels=channels) for name, image, mask in pairs
     ]
@@ -80,7 +95,56 @@ def read_images(data_dir: Path, options: ReaderOptions) -> RawDataset:
         cases=cases,
         split=split_by_patient(cases, options, f"--data_dir {data_dir}"),
         drop_empty=bool(options.drop_empty),
+        notes=[*filter(None, notes)],
     )
+
+
+def _classes_found(masks: Sequence[Path], source: str) -> LabelMap:
+    """Returns a class for each value of the masks. Raises UserError where compression or scaling made the values."""
+    for path in masks:
+        if is_lossy(path):
+            raise UserError(
+                f"{path}: JPEG changes the values of a mask; save it as PNG, or join values to classes with --labels, "
+                "such as 128-255=1"
+            )
+    found = merged(find_values(read_mask(path).array) for path in masks)
+    labels = LabelMap.from_keys(found, source)
+    if greys := sorted(found.keys() - {0, MAX_VALUE}) if found.keys() >= {0, MAX_VALUE} else []:
+        listed = ", ".join(map(str, greys[:5])) + (", …" if len(greys) > 5 else "")
+        raise UserError(
+            f"{source}: black and white masks with greys ({listed}), as scaling makes them; join values to classes "
+            f"with --labels, such as 128-255=1, or list each, such as {greys[0]}=1 {MAX_VALUE}=2"
+        )
+    check_not_interpolated(found, source)
+    return labels
+
+
+def _turned_note(pairs: Sequence[tuple[str, Path, Path]]) -> str:
+    """Returns a line about images that their EXIF tag turns, while their mask has no such tag; "" if there are none."""
+    turned = [image.name for _, image, mask in pairs if exif_orientation(image) != exif_orientation(mask)]
+    if not turned:
+        return ""
+    more = ", …" if len(turned) > 3 else ""
+    return (
+        f"{counted(len(turned), 'image')} turned by an EXIF tag that the mask lacks, or the other way round "
+        f"({', '.join(turned[:3])}{more}): if the masks do not fit, save images and masks without the tag"
+    )
+
+
+def exif_orientation(path: Path) -> int:
+    """Returns the camera's orientation tag, 1 for an upright image. Raises UserError if the header is damaged."""
+    with _open(path) as image:
+        try:
+            found = int(image.getexif().get(ORIENTATION_TAG, 1))
+        except Exception:  # a damaged tag turns nothing
+            return 1
+        return found if found in range(1, 9) else 1
+
+
+def is_lossy(path: Path) -> bool:
+    """Returns whether an image is compressed as JPEG, from its header. Raises UserError if that is damaged."""
+    with _open(path) as image:
+        return image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg")
 
 
 def is_colour(path: Path) -> bool:
@@ -106,21 +170,26 @@ def read_image(path: Path, channels: int) -> Volume:
 
 
 def read_mask(path: Path) -> Volume:
-    """Reads a mask as (1, 1, H, W) uint8: grey values, or the indices of a palette.
+    """Reads a mask as (1, 1, H, W) int32: grey values, or the indices of a palette; constant transparency is ignored.
 
     Raises:
-        UserError: not an image, damaged, in colour, or with values above 255.
+        UserError: not an image, damaged, in colour, with transparency that varies, or with values that are not whole.
     """
     with _open(path) as image:
         array = _pixels(path, image)
     if array.ndim == 3:
-        if not (array[..., :1] == array[..., : min(3, array.shape[2])]).all() or array.shape[2] == 2:
+        colours = array[..., : array.shape[2] - 1 if array.shape[2] in (2, 4) else 3]
+        alpha = array[..., -1]
+        if array.shape[2] in (2, 4) and alpha.min() != alpha.max():
+            raise UserError(
+                f"{path}: a mask whose transparency varies (alpha {alpha.min()} to {alpha.max()}); save the "
+                "class of each pixel as a grey value, without alpha"
+            )
+        if not (colours[..., :1] == colours).all():
             raise UserError(f"{path}: a mask in colour; expected one grey value or one palette index per class")
-        array = array[..., 0]
-    if array.min() < 0 or array.max() > MAX_VALUE or (array != np.rint(array)).any():
-        found = f"{array.min():g} to {array.max():g}"
-        raise UserError(f"{path}: a mask must hold whole numbers from 0 to {MAX_VALUE}, found {found}")
-    return _to_volume(array.astype(np.uint8)[np.newaxis])
+        array = colours[..., 0]
+    values, notes = whole_numbers(path, array, np.int32)
+    return replace(_to_volume(values[np.newaxis]), notes=notes)
 
 
 def read_image_geometry(path: Path) -> Geometry:

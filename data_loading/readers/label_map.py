@@ -1,10 +1,15 @@
-"""Maps the values of masks to classes: `--labels 86,87=1:muscle 5=2` selects, merges and names them."""
+"""Maps the values of masks to classes: `--labels 86,87=1:muscle 5=2` selects, merges and names them.
+
+A key in double quotes is a name, whatever it holds: `--labels '"left, lower"=1' '"12"=2'`.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +18,18 @@ from common.errors import UserError
 
 # A value of the mask, or the name of a structure that has a file or a segment of its own.
 Key = int | str
-MAX_VALUE = 255
+MAX_VALUE = 255  # of a class
 # A file with more distinct values than this is considered an image, not a mask.
 MAX_VALUES_FOUND = 64
-ENTRY = re.compile(r"([^=]+)=(\d+)(?::(.+))?")
-RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+KEY = r'"[^"]+"|[^,="]*'
+ENTRY = re.compile(rf"((?:{KEY})(?:,(?:{KEY}))*)=(\d+)(?::(.+))?")
+RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+# Masks are read as 32-bit integers.
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
+# Each value of a range is a key of its own.
+LONGEST_RANGE = 1 << 16
+# Values this far apart are replaced one at a time, those closer together by a table.
+LONGEST_TABLE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class LabelMap:
         """Parses `--labels`.
 
         Args:
-            entries: KEYS=CLASS or KEYS=CLASS:NAME each; keys are values, ranges such as 1-9, or names.
+            entries: KEYS=CLASS or KEYS=CLASS:NAME each; keys are values, ranges such as 1-9, or names, which stand in
+                double quotes if they hold commas or equals signs, or are numbers.
             known: class names of the data set, if it has any: they may be used as keys, and name the new classes.
 
         Raises:
@@ -87,15 +100,26 @@ class LabelMap:
 
     def class_of(self, name: str) -> int:
         """Returns the class of a structure by its name, 0 if it is not listed."""
-        return dict(self.pairs).get(name, 0)
+        return dict(self.pairs).get(normalised(name), 0)
 
-    def apply(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Returns a mask of any shape with its values replaced by classes."""
-        table = np.zeros(MAX_VALUE + 1, np.uint8)
-        for key, value in self.pairs:
-            if isinstance(key, int):
-                table[key] = value
-        return table[mask]
+    def apply(self, mask: NDArray[Any]) -> NDArray[np.uint8]:
+        """Returns a mask of any shape with its whole numbers replaced by classes."""
+        pairs = {key: value for key, value in self.pairs if isinstance(key, int)}
+        if not pairs:
+            return np.zeros(mask.shape, np.uint8)
+        low, high = max(min(pairs) - 1, LOWEST), min(max(pairs) + 1, HIGHEST)
+        if high - low > LONGEST_TABLE:
+            found = np.zeros(mask.shape, np.uint8)
+            for key, value in pairs.items():
+                found[mask == key] = value
+            return found
+        # What lies outside the keys is clipped to an end of the table, which is background.
+        table = np.zeros(high - low + 1, np.uint8)
+        for key, value in pairs.items():
+            table[key - low] = value
+        index = np.clip(mask.astype(np.int32, copy=False), low, high)
+        index -= low
+        return table[index]
 
     def has_names(self) -> bool:
         """Returns whether structures are listed by name."""
@@ -105,24 +129,39 @@ class LabelMap:
         """Raises UserError if a listed name is in no mask at all: most likely it is misspelt."""
         missing = [key for key, _ in self.pairs if isinstance(key, str) and key not in keys]
         if missing:
-            available = ", ".join(sorted(key for key in keys if isinstance(key, str))) or "values only"
+            available = ", ".join(sorted(quoted(key) for key in keys if isinstance(key, str))) or "values only"
             raise UserError(f"--labels {missing[0]}: no mask of that name in {source}; available: {available}")
 
 
+def normalised(name: str) -> str:
+    """Returns a name with composed accents: file systems and keyboards differ in how they write é."""
+    return unicodedata.normalize("NFC", name)
+
+
+def quoted(name: str) -> str:
+    """Returns a name as a key of `--labels`."""
+    return name if re.fullmatch(r'[^,="]+', name) and not RANGE.fullmatch(name) else f'"{name}"'
+
+
 def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[Key]:
-    for part in text.split(","):
+    for part in re.findall(KEY, text) if '"' in text else text.split(","):
+        if not part and '"' in text:  # findall also finds the empty string after a key
+            continue
+        name = normalised(part.strip('"'))
         match = RANGE.fullmatch(part)
         if not match:
-            if known and part not in known:
-                raise _bad_entry(entry, f"unknown label {part!r}; available: {', '.join(known)}")
-            if not part:
+            if known and name not in known:
+                raise _bad_entry(entry, f"unknown label {name!r}; available: {', '.join(known)}")
+            if not name:
                 raise _bad_entry(entry, "a key is empty")
-            yield known.index(part) if known else part
+            yield known.index(name) if known else name
             continue
         first, last = int(match[1]), int(match[2] or match[1])
-        highest = len(known) - 1 if known else MAX_VALUE
-        if not first <= last <= highest:
-            raise _bad_entry(entry, f"{part} is not a label from 0 to {highest}")
+        lowest, highest = (0, len(known) - 1) if known else (LOWEST, HIGHEST)
+        if not lowest <= first <= last <= highest:
+            raise _bad_entry(entry, f"{part} is not a label from {lowest} to {highest}")
+        if last - first >= LONGEST_RANGE:
+            raise _bad_entry(entry, f"{part} holds more than {LONGEST_RANGE} values")
         yield from range(first, last + 1)
 
 

@@ -5,7 +5,7 @@ A mask is a NIfTI file of values, several NIfTI files named after one structure 
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,15 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
+from common.messages import counted
 from data_loading.index import is_safe_case_id
-from data_loading.io.orientation import orientation_of, reorient, reorient_geometry, reorientation_to
-from data_loading.io.scan_discovery import NIFTI, stem
-from data_loading.io.volume import Geometry, Volume, check_same_geometry, read_geometry, read_nifti
-from data_loading.readers.label_map import Key, LabelMap
+from data_loading.io.mask_values import Found, find_values, merged
+from data_loading.io.orientation import same_grid, to_grid
+from data_loading.io.scan_discovery import is_nifti, passed_over, stem
+from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
+from data_loading.readers.label_map import LabelMap, normalised, quoted
 
 DICOM_SEG = "data_loading.io.dicom_seg"
-# Corners of two equal grids may differ by this fraction of a voxel: DICOM positions are rounded decimals.
-GRID_TOLERANCE = 0.05
-
-
-def is_nifti(path: Path) -> bool:
-    """Returns whether the file name is that of a NIfTI file; hidden files are not."""
-    return path.name.endswith(NIFTI) and not path.name.startswith(".")
 
 
 def nifti_files(folder: Path) -> list[Path]:
@@ -50,7 +45,7 @@ def check_labels_dir(labels_dir: Path | None, data_dir: Path, dataset: str) -> P
 def pair_by_stem(
     scans: Iterable[Path], masks: Iterable[Path], *, data_dir: Path, labels_dir: Path, kind: str
 ) -> list[tuple[str, Path, Path]]:
-    """Pairs scans and masks of equal stems, which become the case ids.
+    """Pairs scans and masks of equal stems, which become the case ids, with accents composed.
 
     Args:
         masks: files, or folders with the files of one scan.
@@ -66,19 +61,25 @@ def pair_by_stem(
     data, labels = f"--data_dir {data_dir}", f"--labels_dir {labels_dir}"
     scan_of, mask_of = _by_stem(scans, data), _by_stem(masks, labels)
     if not scan_of:
-        raise UserError(f"{data}: no {kind} in it")
-    for present, absent, missing_kind, folder in ((scan_of, mask_of, "mask", labels), (mask_of, scan_of, kind, data)):
+        raise UserError(f"{data}: no {kind} in it{passed_over(data_dir, [], '; it holds ')}")
+    for present, absent, missing_kind, folder in (
+        (scan_of, mask_of, "mask", labels_dir),
+        (mask_of, scan_of, kind, data_dir),
+    ):
         if missing := sorted(present.keys() - absent.keys()):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            name = present[missing[0]].name
-            raise UserError(f"{folder}: no {missing_kind} {missing[0]} for {name}{more}; stems must be equal")
+            flag, name = labels if missing_kind == "mask" else data, present[missing[0]].name
+            names = sorted(path.name for path in folder.iterdir())
+            others = [other for other in names if normalised(other).startswith(f"{missing[0]}.")]
+            unread = f"; {others[0]} lies there, but its ending is not read" if others else "; stems must be equal"
+            raise UserError(f"{flag}: no {missing_kind} {missing[0]} for {name}{more}{unread}")
     return [(name, path, mask_of[name]) for name, path in scan_of.items()]
 
 
 def _by_stem(paths: Iterable[Path], source: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        name = path.name if path.is_dir() else stem(path)
+        name = normalised(path.name if path.is_dir() else stem(path))
         if not is_safe_case_id(name):
             raise UserError(f"{source}: {path.name} cannot be used as a case id")
         if name in found:
@@ -87,37 +88,26 @@ def _by_stem(paths: Iterable[Path], source: str) -> dict[str, Path]:
     return found
 
 
-def same_grid(one: Geometry, other: Geometry) -> bool:
-    """Returns whether two grids have the same voxels in the same positions, whatever the orientation of their axes."""
-    other = reorient_geometry(other, reorientation_to(other.affine, orientation_of(one.affine)))
-    if one.shape != other.shape:
-        return False
-    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in one.shape))])
-    distances_mm = np.linalg.norm((corners @ (one.affine - other.affine).T)[:, :3], axis=1)
-    return bool(distances_mm.max() <= GRID_TOLERANCE * min(one.spacing_mm))
+def find_names(masks: Sequence[Path]) -> set[str]:
+    """Returns the names of structures in a scan's masks: those of their segments, or of their files."""
+    segments = [_dicom_seg("read_header")(path).names.values() for path in masks if not is_nifti(path)]
+    return {normalised(name) for names in segments for name in names} | {
+        normalised(stem(path)) for path in masks if is_nifti(path)
+    }
 
 
-def find_keys(masks: Sequence[Path], by_name: bool) -> set[Key]:
-    """Returns the keys in a scan's masks that `--labels` may list: values, or names of structures.
-
-    Args:
-        by_name: each NIfTI file is the mask of the structure that it is named after.
-    """
-    keys: set[Key] = set()
-    for path in masks:
-        if not is_nifti(path):
-            keys |= set(_dicom_seg("read_header")(path).names.values())
-        elif by_name:
-            keys.add(stem(path))
-        else:
-            keys |= set(np.unique(read_nifti(path, np.uint8).array).tolist())
-    return keys
+def find_mask_values(masks: Sequence[Path]) -> tuple[set[str], Found]:
+    """Returns the names of segments in a scan's masks, and the values of its NIfTI files."""
+    return find_names([path for path in masks if not is_nifti(path)]), merged(
+        find_values(read_nifti(path, np.int32).array) for path in masks if is_nifti(path)
+    )
 
 
 def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, case: str) -> Volume:
-    """Reads the masks of a scan as one, on the scan's grid; where two overlap, the higher class wins.
+    """Reads the masks of a scan as one, on the scan's grid.
 
-    A file named after a structure in `labels` is the mask of that structure, wherever it is not 0.
+    Where two overlap, the higher class wins, and a note counts the voxels. A file named after a structure in
+    `labels` is the mask of that structure, wherever it is not 0.
 
     Args:
         geometry: of the scan.
@@ -131,39 +121,48 @@ def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, ca
     """
     if len(masks) > 1 and not labels.has_names():
         names = ", ".join(path.name for path in masks[:3])
+        structures = [quoted(stem(path)) for path in masks[:2]]
         raise UserError(
             f"{case}: {len(masks)} masks are on its grid ({names}); remove all but one, or name structures in "
-            "--labels, such as liver=1"
+            f"--labels, such as {structures[0]}=1 {structures[1]}=2"
         )
     classes = np.zeros((1, *geometry.shape), np.uint8)
+    notes: list[str] = []
     for path in masks:
         if not is_nifti(path):
             found = _dicom_seg("read_segmentation")(path, geometry, labels.class_of)
         else:
-            mask = _to_grid(read_nifti(path, np.uint8), geometry, case)
-            structure = labels.class_of(stem(path))
-            if len(masks) == 1 and not structure:
-                found = labels.apply(mask)
-            else:
-                if structure and len(values := np.unique(mask[mask > 0])) > 1:
-                    raise UserError(
-                        f"{path}: holds {len(values)} values, but it is read as the mask of {stem(path)} only, "
-                        "because of its name or because other masks are on its scan's grid"
-                    )
-                found = np.where(mask > 0, np.uint8(structure), np.uint8(0))
+            mask = to_grid(read_nifti(path, np.int32), geometry, case)
+            notes += mask.notes
+            found = _classes_of(path, mask.array, labels, is_only=len(masks) == 1)
+        notes += _overlaps(classes, found, labels.classes)
         np.maximum(classes, found, out=classes)
-    return Volume(classes, geometry)
+    return Volume(classes, geometry, tuple(notes))
 
 
-def _to_grid(mask: Volume, geometry: Geometry, case: str) -> NDArray[Any]:
-    """Returns the mask with its axes reoriented to the scan's."""
-    if mask.array.shape[0] != 1:
-        raise UserError(f"{case}: its mask has {mask.array.shape[0]} channels, expected 1")
-    change = reorientation_to(mask.geometry.affine, orientation_of(geometry.affine))
-    # If the corners differ, comparing the affines gives an error message with the header's numbers.
-    if not same_grid(geometry, mask.geometry):
-        check_same_geometry(geometry, reorient_geometry(mask.geometry, change), case)
-    return reorient(mask, change).array
+def _classes_of(path: Path, mask: NDArray[Any], labels: LabelMap, *, is_only: bool) -> NDArray[np.uint8]:
+    structure = labels.class_of(stem(path))
+    if is_only and not structure:
+        return labels.apply(mask)
+    if structure and len(values := np.unique(mask[mask != 0])) > 1:
+        raise UserError(
+            f"{path}: holds {len(values)} values, but it is read as the mask of {stem(path)} only, "
+            "because of its name or because other masks are on its scan's grid"
+        )
+    return np.where(mask != 0, np.uint8(structure), np.uint8(0))
+
+
+def _overlaps(classes: NDArray[np.uint8], found: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
+    """Returns a note for each pair of classes that claim the same voxels: how many, and which class gets them."""
+    both = (classes > 0) & (found > 0) & (classes != found)
+    pairs = Counter(
+        zip(np.minimum(classes, found)[both].tolist(), np.maximum(classes, found)[both].tolist(), strict=True)
+    )
+    return [
+        f"{counted(count, 'voxel')} both {names[low]} and {names[high]}, counted as {names[high]}, the higher class "
+        f"(--labels {quoted(names[high])}=1 {quoted(names[low])}=2 chooses {names[low]})"
+        for (low, high), count in sorted(pairs.items())
+    ]
 
 
 def matching_grids(path: Path, geometries: Sequence[Geometry]) -> list[int]:

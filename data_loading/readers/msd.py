@@ -9,7 +9,15 @@ from typing import Any
 
 from common.errors import UserError
 from data_loading.index import is_safe_case_id
-from data_loading.readers.base import RawDataset, ReaderOptions, apply_options, make_case, map_labels, split_by_patient
+from data_loading.readers.base import (
+    RawDataset,
+    ReaderOptions,
+    apply_options,
+    existing,
+    make_case,
+    map_labels,
+    split_by_patient,
+)
 from data_loading.spec import DatasetSpec
 
 
@@ -30,7 +38,7 @@ def read_msd(data_dir: Path, options: ReaderOptions) -> RawDataset:
         for path in (Path(image), Path(label)):
             if path.is_absolute() or ".." in path.parts or not is_safe_case_id(case):
                 raise UserError(f"{index}: {str(path)!r} is outside the data folder")
-        cases.append(make_case(case, data_dir / image, data_dir / label))
+        cases.append(make_case(case, existing(data_dir / image), existing(data_dir / label)))
     if len({raw.case for raw in cases}) != len(cases):
         raise UserError(f"{index}: lists a case twice")
     split = split_by_patient(cases, options, index)
@@ -43,7 +51,9 @@ def _read_index(index: Path, data_dir: Path) -> tuple[DatasetSpec, list[tuple[st
     try:
         if index.exists() and not index.is_file():  # reading a pipe would block
             raise TypeError("a folder, a pipe or a device")
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(index.read_text(encoding="utf-8-sig"))  # some programs begin UTF-8 with a mark
+        if nnunet := _nnunet_advice(content):
+            raise UserError(f"{index}: {nnunet}")
         classes = {int(value): _string(name) for value, name in content["labels"].items()}
         pairs = [(_string(entry["image"]), _string(entry["label"])) for entry in content["training"]]
         channels = len(content["modality"].values())
@@ -58,6 +68,16 @@ def _read_index(index: Path, data_dir: Path) -> tuple[DatasetSpec, list[tuple[st
     if not channels:
         raise UserError(f"{index}: lists no modality")
     return DatasetSpec(name=name, classes=tuple(classes[value] for value in sorted(classes)), channels=channels), pairs
+
+
+def _nnunet_advice(content: Any) -> str:
+    """Returns what to do with nnU-Net's `dataset.json`, which has other keys; "" for any other."""
+    if not isinstance(content, dict) or "channel_names" not in content or "training" in content:
+        return ""
+    return (
+        "nnU-Net's list, which names no cases; use --dataset nifti --data_dir imagesTr --labels_dir labelsTr, with "
+        "images renamed from CASE_0000.nii.gz to CASE.nii.gz"
+    )
 
 
 def _string(value: Any) -> str:

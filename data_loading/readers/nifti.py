@@ -7,6 +7,7 @@ The mask of a scan is `MASKS/STEM.nii.gz`, or a folder `MASKS/STEM/` with one fi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,14 +18,16 @@ import numpy as np
 
 from common import registry
 from common.errors import UserError
-from data_loading.io.scan_discovery import DICOM
+from common.messages import counted
+from data_loading.io.mask_values import check_not_interpolated, merged
+from data_loading.io.scan_discovery import DICOM, is_nifti, passed_over
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import LabelMap
 from data_loading.readers.mask_matching import (
     check_labels_dir,
-    find_keys,
-    is_nifti,
+    find_mask_values,
+    find_names,
     nifti_files,
     pair_by_stem,
     read_classes,
@@ -63,7 +66,7 @@ class ScanCase(RawCase):
         d, h, _ = image.geometry.shape
         geometry = image.geometry.cropped((0, 0, first), (d, h, count))
         slices = slice(first, first + count)
-        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry)
+        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry, label.notes)
 
 
 def _read_scan(scan: ScanCase) -> tuple[Volume, Volume]:
@@ -86,25 +89,41 @@ def read_nifti_folders(data_dir: Path, options: ReaderOptions) -> RawDataset:
         UserError: a scan without its mask or a mask without its scan, or a bad option.
     """
     masks_dir = check_labels_dir(options.labels_dir, data_dir, "nifti")
-    pairs = pair_by_stem(
-        [path for path in sorted(data_dir.iterdir()) if is_nifti(path)],
-        [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))],
-        data_dir=data_dir,
-        labels_dir=masks_dir,
-        kind="scan",
-    )
+    scans = [path for path in sorted(data_dir.iterdir()) if is_nifti(path)]
+    found = [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))]
+    pairs = pair_by_stem(scans, found, data_dir=data_dir, labels_dir=masks_dir, kind="scan")
     cases = []
     for case, scan, mask in pairs:
         masks = tuple(nifti_files(mask)) if mask.is_dir() else (mask,)
         cases.append(ScanCase(case=case, image=scan, label=masks[0], masks=masks, slices=read_geometry(scan).shape[2]))
-    return make_scan_dataset(
+    raw = make_scan_dataset(
         cases,
         options,
         data_dir=data_dir,
         masks_dir=masks_dir,
-        channels=read_channels(cases[0].image),
+        channels=_channels_of(cases),
         drops_empty=options.slices_per_case is not None,
     )
+    notes = [
+        passed_over(data_dir, [*scans, masks_dir], f"--data_dir {data_dir}: passed over "),
+        passed_over(masks_dir, [*found, data_dir], f"--labels_dir {masks_dir}: passed over "),
+    ]
+    return replace(raw, notes=[*filter(None, notes), *raw.notes])
+
+
+def _channels_of(cases: Sequence[ScanCase]) -> int:
+    """Returns the number of channels, from the headers. Raises UserError, naming the odd ones, if scans differ."""
+    channels = {scan.image.name: read_channels(scan.image) for scan in cases}
+    counts = Counter(channels.values())
+    ((common, number), *others) = counts.most_common()
+    if others:
+        odd = [f"{name} has {counted(count, 'channel')}" for name, count in channels.items() if count != common]
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise UserError(
+            f"{odd[0]}{more}, {counted(number, 'other scan')} {'has' if number == 1 else 'have'} {common}; "
+            "all scans need the same channels: remove the odd ones or export them again"
+        )
+    return common
 
 
 def make_scan_dataset(
@@ -142,15 +161,18 @@ def make_scan_dataset(
 
 def _select_labels(cases: Sequence[ScanCase], entries: Sequence[str], source: str) -> LabelMap:
     """Returns the classes that `--labels` lists, or else one for each value or name in the masks."""
-    # Several files per scan mean one file per structure, also for a scan that has only one.
-    by_name = any(len(scan.masks) > 1 for scan in cases)
-    labels = LabelMap.parse(entries) if entries else None
-    if labels is not None and not labels.has_names():
+    if entries:
+        labels = LabelMap.parse(entries)
+        if labels.has_names():
+            labels.check_names(set().union(*(find_names(scan.masks) for scan in cases)), source)
         return labels
-    keys = set().union(*(find_keys(scan.masks, by_name or labels is not None) for scan in cases))
-    if labels is None:
-        return LabelMap.from_keys(keys, source)
-    labels.check_names(keys, source)
+    # Several files per scan mean one file per structure, also for a scan that has only one.
+    if any(len(scan.masks) > 1 for scan in cases):
+        return LabelMap.from_keys(set().union(*(find_names(scan.masks) for scan in cases)), source)
+    found = [find_mask_values(scan.masks) for scan in cases]
+    values = merged(each for _, each in found)
+    labels = LabelMap.from_keys({*values, *(name for names, _ in found for name in names)}, source)
+    check_not_interpolated(values, source)
     return labels
 
 

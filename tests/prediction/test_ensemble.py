@@ -252,6 +252,13 @@ def test_2d_images_are_predicted_as_2d_images(tmp_path: Path, size: tuple[int, i
     image.fromarray(seen.T.copy()).save(tmp_path / "in" / "b.jpg", quality=100)
     spec = replace(PLAIN, mean=100.0, std=10.0, size=size)
     network = make_ensemble(spec, Above())
+    if size is None:  # a window of several slices is that of a network for volumes
+        (source, _) = find_sources(tmp_path / "in", tmp_path, None)
+        with pytest.raises(UserError, match=f"a: an image, but the network takes volumes, in windows of {WINDOW[0]}"):
+            predict_scan(source, network, save_probabilities=False)
+        (member,) = network.members
+        windows = replace(member.windows, window=(1, *WINDOW[1:]))
+        network = replace(network, members=(replace(member, windows=windows),))
     for source in find_sources(tmp_path / "in", tmp_path, None):
         assert source.voxels() == 42
         predict_scan(source, network, save_probabilities=False)

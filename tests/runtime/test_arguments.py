@@ -703,3 +703,8 @@ def test_a_run_without_data_repeats_without_data(tmp_path: Path) -> None:
     config, _ = parse_arguments(["--loader", "synthetic"])
     (tmp_path / "run.args").write_text(to_argument_file(config, 1))
     assert parse_arguments([f"@{tmp_path / 'run.args'}"])[0].data_dir == config.data_dir
+
+
+def test_an_argument_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.args").write_text("--epochs 7\n", encoding="utf-8-sig")
+    assert parse(f"@{tmp_path / 'a.args'}").epochs == 7

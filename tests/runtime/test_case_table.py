@@ -15,20 +15,20 @@ from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.spec import DatasetSpec
-from runtime import case_table
+from prediction.volumes import measure
 from runtime.case_table import CaseTable
 from runtime.logging.events import EvaluationStopped
 
 SPEC = DatasetSpec(name="own", classes=("background", "kidney", "tumour"))
 # 10 voxels of 2 mm became 19 of 1 mm: the ends stay.
 TRANSFORM = GridTransform(
-    source=Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)),
+    source=Geometry(np.diag([2.0, 1, 1, 1]), (10, 20, 20), (2.0, 1.0, 1.0)),
     resampled_shape=(19, 20, 20),
     padding_before=(0, 0, 0),
     shape=(19, 20, 20),
 )
 PLAIN = GridTransform(
-    source=Geometry(np.eye(4), (10, 20, 20), (2.0, 1.0, 1.0)),
+    source=Geometry(np.diag([2.0, 1, 1, 1]), (10, 20, 20), (2.0, 1.0, 1.0)),
     resampled_shape=(10, 20, 20),
     padding_before=(0, 0, 0),
     shape=(10, 20, 20),
@@ -72,7 +72,6 @@ MOVED = block(slice(3, 8), slice(4, 14), slice(4, 14))
 
 
 def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
-    pytest.importorskip("monai", reason="pip install '.[monai]'")
     table = CaseTable(data_dir, SPEC, "evaluation")
     figures = table("a", logits_of(MOVED), TRUE)
     assert figures.dtype == torch.float64
@@ -88,7 +87,6 @@ def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
 
 
 def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
-    pytest.importorskip("monai", reason="pip install '.[monai]'")
     shape = (19, 20, 20)
     true = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=shape)
     moved = block(slice(5, 10), slice(4, 14), slice(4, 14), shape=shape)
@@ -118,12 +116,34 @@ def test_distances_are_those_of_a_turned_cropped_or_resized_grid(data_dir: Path)
         data_dir / INDEX_NAME, DatasetIndex(spec=SPEC, split={"evaluation": ["a", "b"]}, cases=records).to_json()
     )
     table = CaseTable(data_dir, SPEC, "evaluation")
-    assert table._spacing_of("a") == pytest.approx((5 * 22 / 11, 3 * 8 / 4, 2.0))
-    assert table._spacing_of("b") == pytest.approx((2.0, 1.5, 15.0))
+    # The turned axes are S, A and R; the first of them points against the stored one's direction.
+    lengths = [np.linalg.norm(table._steps_of(case), axis=0) for case in "ab"]
+    assert lengths[0] == pytest.approx((5 * 22 / 11, 3 * 8 / 4, 2.0))
+    assert lengths[1] == pytest.approx((2.0, 1.5, 15.0))
+    assert np.count_nonzero(table._steps_of("a")) == 3
+
+
+@pytest.mark.parametrize("shear", [0.0, 0.24, -1.0])
+def test_volumes_of_a_sheared_grid_are_those_that_prediction_measures(data_dir: Path, shear: float) -> None:
+    affine = np.array([[0.9, 0, 0, 1], [0, 0.9, -1.2 * shear, 2], [0, 0, 1.2, 3], [0, 0, 0, 1]])
+    source = Geometry(affine, (10, 20, 20), (0.9, 0.9, 1.2 * math.hypot(1, shear)))
+    transforms = {
+        "a": GridTransform(source=source, resampled_shape=(10, 20, 20), padding_before=(0, 0, 0), shape=(10, 20, 20)),
+        # Twice as many voxels along D and W, and axes in another order.
+        "b": GridTransform(
+            source=source, resampled_shape=(39, 20, 19), padding_before=(0, 0, 0), shape=(39, 20, 19), orientation="SAR"
+        ),
+    }
+    write_index(data_dir, transforms)
+    table = CaseTable(data_dir, SPEC, "evaluation")
+    figures = table("a", logits_of(TRUE), TRUE)
+    (row, _) = measure("a", TRUE[0, 0].numpy(), source, SPEC.classes)
+    assert figures[0].item() == pytest.approx(row.volume_ml) == 500 * 0.9 * 0.9 * 1.2e-3
+    fine = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=(39, 20, 19))
+    assert table("b", logits_of(fine), fine)[0].item() == pytest.approx(row.volume_ml / 4)
 
 
 def test_a_picture_has_surfaces_too(data_dir: Path) -> None:
-    pytest.importorskip("monai", reason="pip install '.[monai]'")
     shape = (1, 20, 20)
     true, moved = (block(slice(0, 1), slice(4, 14), slice(a, a + 8), shape=shape) for a in (4, 7))
     figures = CaseTable(data_dir, SPEC, "evaluation")("none", logits_of(moved), true)
@@ -146,18 +166,3 @@ def test_the_worst_case_comes_first(data_dir: Path, tmp_path: Path) -> None:
     assert (rows[1]["mean_dice"], rows[1]["kidney_dice"], rows[1]["tumour_dice"]) == ("0.8", "0.9", "0.7")
     assert (rows[1]["kidney_volume_ml"], rows[1]["tumour_volume_ml"]) == ("1.5", "")
     assert rows[0]["kidney_true_volume_ml"] == ""
-
-
-def test_without_monai_its_columns_are_left_out_and_that_is_reported(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(case_table, "HAS_MONAI", False)
-    table = CaseTable(data_dir, SPEC, "evaluation")
-    assert table("a", logits_of(MOVED), TRUE).tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
-    table.keep({"a": [1.0] * 4})
-    line = table.write(
-        tmp_path,
-        EvaluationStopped(epoch=3, mean_dice=0.6, dice=[0.7, 0.5], loss=0.1, seconds=1.0, per_case={"a": [0.9, 0.7]}),
-    )
-    assert line.endswith("(without surface Dice and Hausdorff distance: pip install '.[monai]')")
-    assert "hausdorff" not in (tmp_path / "evaluation.csv").read_text()

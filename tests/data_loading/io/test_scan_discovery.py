@@ -24,6 +24,35 @@ def test_masks_of_a_folder_are_named_after_its_scans(tmp_path: Path) -> None:
     assert [source.output for source in sources] == [tmp_path / "out" / name for name in ("a.nii", "b.nii.gz")]
 
 
+def test_endings_count_in_any_case_and_what_is_not_read_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans = touch(tmp_path / "in", "B.NII.GZ", "a.Nii", "c.mha", "d.gif", "e.gif")
+    touch(scans / "below", "f.nii")
+    sources = find_sources(scans, tmp_path / "out", None)
+    assert [source.output.name for source in sources] == ["B.nii.gz", "a.nii"]
+    assert capsys.readouterr().out == f"--scan {scans}: passed over 4 others (2 .gif, 1 folder, 1 .mha)\n"
+    (source,) = find_sources(scans / "B.NII.GZ", tmp_path / "m.NII", None)
+    assert source.output == tmp_path / "m.NII"
+
+
+def test_the_raw_layout_of_kits19_is_a_folder_of_scans(tmp_path: Path) -> None:
+    for number in range(2):
+        touch(tmp_path / "raw" / f"case_{number:05d}", "imaging.nii.gz", "segmentation.nii.gz")
+    sources = find_sources(tmp_path / "raw", tmp_path / "out", None)
+    assert [source.name for source in sources] == ["case_00000", "case_00001"]
+    assert [source.output.name for source in sources] == ["case_00000.nii.gz", "case_00001.nii.gz"]
+    assert sources[1].file == tmp_path / "raw" / "case_00001" / "imaging.nii.gz"
+
+
+def test_scans_one_level_down_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason="pip install '.[dicom]'")
+    touch(tmp_path / "in" / "imagesTs", "a.nii.gz")
+    touch(tmp_path / "in" / "labelsTs", "a.nii.gz")
+    with pytest.raises(UserError, match=r"no scan in it, but NIfTI files in 2 of its folders, such as .*imagesTs"):
+        find_sources(tmp_path / "in", tmp_path / "out", None)
+
+
 def test_a_mask_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz")
     for output, expected in (("m.nii", "m.nii"), ("out", "out/a.nii.gz")):

@@ -125,7 +125,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "damaged image": ("msd", lambda raw: flip_byte(raw.scan("image"), 2000), "imagesTr/scan_1.nii.gz: damaged"),
     "damaged mask": ("msd", lambda raw: flip_byte(raw.scan("label"), -5), "labelsTr/scan_1.nii.gz: damaged"),
     "huge header": ("msd", lambda raw: huge(raw.scan("image")), "claims (32767, 32767, 32767) voxels"),
-    "empty image": ("msd", lambda raw: raw.scan("image").write_bytes(b""), "scan_1.nii.gz: not a NIfTI-1 file"),
+    "empty image": ("msd", lambda raw: raw.scan("image").write_bytes(b""), "scan_1.nii.gz: not a NIfTI file"),
     "NaN in the image": ("msd", lambda raw: raw.values("image", np.nan), "the scan contains NaN or infinity"),
     "infinity in the image": ("msd", lambda raw: raw.values("image", np.inf), "the scan contains NaN or infinity"),
     "NaN in the mask": ("msd", lambda raw: raw.values("label", np.nan), "the mask holds NaN or infinity"),

@@ -96,7 +96,11 @@ def test_every_case_has_a_line_and_the_medians_come_last(
         expected = f"shape (128, 128, 128), mean {one['mean']:.2f}, std {one['std']:.2f}"
         assert line == f"case_{number:05d}: {expected}"
     mean, deviation = (np.median([one[key] for one in statistics]) for key in ("mean", "std"))
+    masks = [read_nifti(raw / f"case_{number:05d}" / "segmentation.nii.gz", np.uint8).array for number in IDS]
+    counts = np.sum([np.bincount(mask.ravel()) for mask in masks], axis=0)
+    listed = ", ".join(f"{name} {count} in 3 cases" for name, count in zip(KITS19.classes, counts, strict=True))
     assert lines[3:] == [
+        f"voxels of the classes: {listed}",
         f"median shape (128, 128, 128), mean {mean:.2f}, std {deviation:.2f}",
         f"3 cases (3 now, 0 already done): 2 to train, 1 to evaluate, in {tmp_path}",
     ]

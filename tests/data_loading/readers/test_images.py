@@ -108,10 +108,115 @@ def test_a_mask_is_grey_values_or_the_indices_of_a_palette(tmp_path: Path) -> No
     Image.fromarray(np.stack([indices * 100, indices, indices], -1)).save(tmp_path / "colour.png")
     for name, expected in (("p", indices), ("rgb", indices * 100), ("bits", indices > 1)):
         np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png").array[0, 0], expected)
-    with pytest.raises(UserError, match="a mask must hold whole numbers from 0 to 255, found 0 to 400"):
-        read_mask(tmp_path / "deep.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "deep.png").array[0, 0], indices.astype(int) * 200)
     with pytest.raises(UserError, match="a mask in colour; expected one grey value"):
         read_mask(tmp_path / "colour.png")
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_constant_transparency_of_a_mask_is_ignored_and_other_reported(tmp_path: Path, mode: str) -> None:
+    mask = Image.fromarray(mask_of(3))
+    for alpha in (255, 0):
+        whole = mask.convert(mode)
+        whole.putalpha(alpha)
+        whole.save(tmp_path / "a.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.png").array[0, 0], mask_of(3))
+    hidden = Image.new("L", mask.size, 255).convert(mode)
+    hidden.putalpha(mask)
+    hidden.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: a mask whose transparency varies \(alpha 0 to 255\); save the class"):
+        read_mask(tmp_path / "a.png")
+
+
+def save_turned(path: Path, upright: np.ndarray, turns: int = 6) -> None:
+    """Saves an image as a camera does that was held sideways (6) or upside down (3)."""
+    exif = Image.Exif()
+    exif[0x0112] = turns
+    Image.fromarray(np.rot90(upright, 1 if turns == 6 else 2)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("turned_side", [0, 1])
+def test_an_exif_tag_on_one_side_only_is_pointed_out(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], turned_side: int
+) -> None:
+    for path in folders[1].iterdir():
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    upright = (image_of(2), mask_of(2))[turned_side]
+    save_turned(folders[turned_side] / "2.png", upright, turns=3)
+    preprocess("images", *folders, tmp_path / "out", "--intensity none")
+    output = capsys.readouterr().out
+    assert "1 image turned by an EXIF tag that the mask lacks, or the other way round (2.png): if the masks" in output
+    # Turned by a quarter, its shape does not fit.
+    Image.fromarray(np.rot90(upright)).save(folders[turned_side] / "2.png")
+    stored = Image.open(folders[turned_side] / "2.png").getexif()
+    assert not stored
+    other = folders[1 - turned_side] / "2.png"
+    save_turned(other, np.asarray(Image.open(other)))
+    output = refused(capsys, "images", *folders)
+    assert "2: the image has shape" in output
+    assert output.endswith("an EXIF tag turns one of them, but not the other; save both without the tag")
+
+
+def test_both_sides_turned_the_same_way_are_taken(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        (folders[1] / f"{number}.bmp").unlink()
+        for folder, upright in zip(folders, (image_of(number), mask_of(number)), strict=True):
+            save_turned(folder / f"{number}.png", upright)
+    preprocess("images", *folders, tmp_path / "out", "--intensity none")
+    assert "EXIF" not in capsys.readouterr().out
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "3")[1][0, 0], mask_of(3) // 255)
+
+
+def lossy(masks: Path, ending: str, **how: object) -> None:
+    for path in sorted(masks.iterdir()):
+        large = np.kron(mask_of(int(path.stem)), np.ones((1, 1), np.uint8))
+        Image.fromarray(large).save(path.with_suffix(ending), **how)
+        if path.suffix != ending:
+            path.unlink()
+
+
+def scaled(masks: Path) -> None:
+    for path in masks.iterdir():
+        smooth = mask_of(int(path.stem)) // 2 + np.roll(mask_of(int(path.stem)), 1, axis=1) // 2
+        Image.fromarray(smooth + (smooth == 254)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("change_masks", "message"),
+    [
+        (lambda masks: lossy(masks, ".jpg"), "0.jpg: JPEG changes the values of a mask; save it as PNG, or join"),
+        (lambda masks: lossy(masks, ".tif", compression="jpeg"), "0.tif: JPEG changes the values of a mask"),
+        (scaled, "black and white masks with greys (127), as scaling makes them; join values to classes with --labels"),
+    ],
+)
+def test_masks_that_compression_or_scaling_changed_need_labels(
+    folders: Folders,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change_masks: Callable[[Path], None],
+    message: str,
+) -> None:
+    change_masks(folders[1])
+    assert message in refused(capsys, "images", *folders)
+    index = preprocess("images", *folders, tmp_path / "out", "--labels 128-255=1:cell")
+    assert index.spec.classes == ("background", "cell")
+
+
+def test_files_that_are_not_read_are_counted(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders[1] / "notes.txt").touch()
+    preprocess("images", *folders, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert f"--data_dir {folders[0]}: passed over 1 other (1 .db)\n" in output
+    assert f"--labels_dir {folders[1]}: passed over 1 other (1 .txt)\n" in output
+    for path in sorted(folders[1].glob("*.bmp")):
+        path.rename(path.with_suffix(".gif"))
+    output = refused(capsys, "images", *folders)
+    assert "no mask 0 for 0.png (and 4 more); 0.gif lies there, but its ending is not read" in output
 
 
 def test_a_photograph_is_rotated_by_its_orientation_tag(tmp_path: Path) -> None:
@@ -147,7 +252,7 @@ def test_any_damage_is_refused_or_harmless(
     path.write_bytes(content[: data.draw(st.integers(0, 3 * len(content)))])
     with contextlib.suppress(UserError):
         assert read_image(path, 3).array.shape[0] == 3
-        assert read_mask(path).array.dtype == np.uint8
+        assert read_mask(path).array.dtype == np.int32
 
 
 def damage(path: Path) -> None:

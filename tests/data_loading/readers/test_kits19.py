@@ -7,9 +7,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from common.errors import UserError
+from data_loading.io.orientation import orientation_of
 from data_loading.readers.base import ReaderOptions
 from data_loading.readers.kits19 import EVALUATION_CASES, read_kits19
 from data_loading.spec import KITS19
@@ -40,7 +43,43 @@ def test_kits19_without_labels_and_other_things_are_skipped(tmp_path: Path) -> N
     (tmp_path / "case_00299").mkdir()
     (tmp_path / "case_00002").touch()  # a file
     (tmp_path / "kits.json").touch()
-    assert case_ids(read_kits19(tmp_path, ReaderOptions(), [])) == ["case_00001"]
+    raw = read_kits19(tmp_path, ReaderOptions(), [])
+    assert case_ids(raw) == ["case_00001"]
+    assert raw.notes == [
+        "passed over 2 cases, case_00210 to case_00299: KiTS19 publishes masks only below case_00210",
+        "passed over 3 cases, case_00002 to case_²: not a folder named after a number",
+    ]
+
+
+def test_plain_files_are_found_beside_packed_ones(tmp_path: Path) -> None:
+    touch_kits19(tmp_path, 0, 1)
+    for name in ("imaging", "segmentation"):
+        path = tmp_path / "case_00001" / f"{name}.nii.gz"
+        path.rename(path.with_suffix(""))
+    raw = read_kits19(tmp_path, ReaderOptions(), [])
+    assert [case.image.name for case in raw.cases] == ["imaging.nii.gz", "imaging.nii"]
+
+
+@pytest.mark.parametrize("codes", ["LPI", "RAS", "PIL"])
+def test_files_of_another_axis_order_give_the_same_case(tmp_path: Path, write_kits19: WriteRaw, codes: str) -> None:
+    write_kits19(tmp_path, [0, 1])
+    expected = read_kits19(tmp_path, ReaderOptions(), []).cases[1].read()
+    for path in (tmp_path / "case_00001").iterdir():
+        image = nib.load(path)
+        change = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
+        )
+        nib.save(image.as_reoriented(change), path)
+    first, second = read_kits19(tmp_path, ReaderOptions(), []).cases
+    for found, volume in zip(second.read(), expected, strict=True):
+        np.testing.assert_array_equal(found.array, volume.array)
+        np.testing.assert_allclose(found.geometry.affine, volume.geometry.affine, atol=1e-5)
+        assert found.geometry.spacing_mm == volume.geometry.spacing_mm
+    assert second.read()[0].notes == (f"its axes run {codes}, reoriented to KiTS19's IPL",)
+    assert [len(case.stamp()) for case in (first, second)] == [2, 3], "a folder of an earlier version is redone"
+    # The user's choice goes first.
+    chosen = read_kits19(tmp_path, ReaderOptions(orientation="RAS"), []).cases[1]
+    assert orientation_of(chosen.read()[0].geometry.affine) == codes
 
 
 def test_the_evaluation_list_is_mlperfs() -> None:

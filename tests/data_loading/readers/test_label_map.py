@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from data_loading.readers.label_map import LabelMap
+from data_loading.readers.label_map import LabelMap, quoted
 
 KNOWN = ("background", "kidney", "tumour")
 
@@ -50,7 +53,9 @@ def test_class_names_of_the_data_set_may_be_keys() -> None:
         (["80-90=1", "86=2"], "86 is listed twice"),
         (["86=1:a", "87=1:b"], "class 1 is already named a"),
         (["86=1:a", "87=2:a"], "two classes have the same name"),
-        (["256=1"], "256 is not a label from 0 to 255"),
+        (["3000000000=1"], "3000000000 is not a label from -2147483648 to 2147483647"),
+        (["1-100000=1"], "1-100000 holds more than 65536 values"),
+        (['""=1'], "expected VALUES=CLASS"),
         (["9-3=1"], "9-3 is not a label"),
         ([",5=1"], "a key is empty"),
     ],
@@ -77,3 +82,22 @@ def test_without_entries_every_value_is_a_class_in_ascending_order() -> None:
         LabelMap.from_keys({0}, "masks")
     with pytest.raises(UserError, match=r"the masks hold 99 values; select and merge with --labels, such as 128-255=1"):
         LabelMap.from_keys(set(range(100)), "masks")
+
+
+def test_any_integer_may_be_a_key_and_all_others_are_the_rest() -> None:
+    labels = LabelMap.parse(["-5--3=1:below", "14175,256=2:above", "-1=3"])
+    mask = np.array([-(2**31), -6, -5, -3, -2, -1, 0, 255, 256, 257, 14175, 2**31 - 1], np.int32)
+    assert labels.apply(mask).tolist() == [0, 0, 1, 1, 0, 3, 0, 0, 2, 0, 2, 0]
+    far = LabelMap.parse([f"{-(2**31)}=1", f"{2**31 - 1}=2", "0=3"])
+    assert far.apply(mask).tolist() == [1, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 2]
+    assert LabelMap.parse(["300=1"]).apply(np.array([300 - 256, 255], np.uint8)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["left, lower", "grade=3", "12", "3-5", "-1", "e\u0301toile"])
+def test_any_name_can_be_chosen(name: str) -> None:
+    entry = f"{quoted(name)},liver=1:one"
+    labels = LabelMap.parse([entry, "5=2"])
+    assert (labels.class_of(name), labels.class_of("liver"), labels.class_of("spleen")) == (1, 1, 0)
+    labels.check_names({unicodedata.normalize("NFC", name), "liver"}, "here")
+    with pytest.raises(UserError, match=f"available: {re.escape(quoted('12'))}, spleen"):
+        labels.check_names({"12", "spleen"}, "here")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -63,6 +66,42 @@ def test_the_real_hippocampus_set_is_read_whole(real_data: Callable[[str], Path]
     assert len(raw.cases) == 200
     assert (len(raw.split["train"]), len(raw.split["evaluation"])) == (160, 40)
     assert raw.spec.classes == ("background", "Anterior", "Posterior")
+
+
+def test_a_mask_may_be_stored_the_other_way_round(tmp_path: Path, write_msd: WriteRaw) -> None:
+    folder = write_msd(tmp_path, 2)
+    path = folder / "labelsTr" / "scan_1.nii.gz"
+    before = read_msd(folder, ReaderOptions()).cases[1].read()
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 0.04  # of voxels of 1 mm
+    nib.save(
+        nib.Nifti1Image(np.asarray(image.dataobj), affine).as_reoriented(np.array([[2, 1], [0, -1], [1, 1]])), path
+    )
+    for labels in ((), ("1-2=1", "0=2")):
+        image_after, mask_after = read_msd(folder, ReaderOptions(labels=labels)).cases[1].read()
+        expected = before[1].array if not labels else np.where(before[1].array > 0, 1, 2)
+        np.testing.assert_array_equal(mask_after.array, expected)
+        assert mask_after.geometry is image_after.geometry
+
+
+def test_a_byte_order_mark_and_composed_accents_are_the_same_list(tmp_path: Path, write_msd: WriteRaw) -> None:
+    folder = write_msd(tmp_path, 2)
+    for kind in ("imagesTr", "labelsTr"):
+        path = folder / kind / "scan_1.nii.gz"
+        path.rename(path.with_name(f"{unicodedata.normalize('NFD', 'André')}.nii.gz"))
+    text = (folder / "dataset.json").read_text().replace("scan_1", unicodedata.normalize("NFC", "André"))
+    (folder / "dataset.json").write_text(text, encoding="utf-8-sig")
+    raw = read_msd(folder, ReaderOptions())
+    assert case_ids(raw) == ["André", "scan_0"]
+    assert all(case.read()[1].array.any() for case in raw.cases)
+
+
+def test_the_list_of_nnunet_is_recognised(tmp_path: Path) -> None:
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="nnU-Net's list, which names no cases; use --dataset nifti"):
+        read_msd(tmp_path, ReaderOptions())
 
 
 def test_a_decathlon_case_needs_both_files(tmp_path: Path, write_msd: WriteRaw) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,66 @@ def test_one_file_per_organ(folders: tuple[Path, Path], tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays(tmp_path / "out", "p1")[1][0], mask_of(1) == 3)
 
 
+@pytest.mark.parametrize(("flags", "winner"), [("", "whole"), ("--labels head=2 whole=1", "head")])
+def test_overlaps_of_organs_are_counted(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, winner: str
+) -> None:
+    data, masks = folders
+    for number in range(6):
+        (masks / f"p{number}.nii.gz").unlink()
+        (masks / f"p{number}").mkdir()
+        for name, slices in (("head", slice(2, 5)), ("whole", slice(0, 4))):
+            organ = np.zeros(SHAPE, np.uint8)
+            organ[1:4, 1:3, slices] = 1
+            nib.save(nib.Nifti1Image(organ, AFFINE), masks / f"p{number}" / f"{name}.nii.gz")
+    index = preprocess("nifti", data, masks, tmp_path / "out", flags)
+    loser = "whole" if winner == "head" else "head"
+    expected = (
+        f"12 voxels both {loser} and {winner}, counted as {winner}, the higher class "
+        f"(--labels {winner}=1 {loser}=2 chooses {loser})"
+    )
+    output = capsys.readouterr().out
+    assert f"; {expected}\n" in output
+    assert index.cases["p3"].notes == (expected,)
+    whole = 24 if winner == "whole" else 12
+    assert dict(zip(index.spec.classes, index.cases["p3"].voxels, strict=True)) == {
+        "background": 240 - 30,
+        "whole": whole,
+        "head": 30 - whole,
+    }
+    # Classes are listed in their order.
+    order = (("head", 30 - whole), ("whole", whole)) if winner == "whole" else (("whole", whole), ("head", 30 - whole))
+    listed = ", ".join(f"{name} {6 * voxels} in 6 cases" for name, voxels in order)
+    assert f"voxels of the classes: background 1260 in 6 cases, {listed}\n" in output
+
+
+def test_interpolated_masks_need_labels(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    for path in masks.iterdir():
+        mask = np.zeros(SHAPE, np.uint8)
+        mask[0], mask[1] = 10, 5
+        nib.save(nib.Nifti1Image(mask, AFFINE), path)
+    output = refused(capsys, "nifti", data, masks)
+    assert "masks: value 5 lies only between lower and higher values, as interpolation makes them" in output
+    assert output.endswith("such as --labels 5=1 10=2")
+    assert preprocess("nifti", data, masks, tmp_path / "out", "--labels 5-10=1").spec.classes[1] == "5+6+7+8+9+10"
+
+
+def test_labels_reach_any_integer(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data, masks = folders
+    for path in masks.iterdir():
+        mask = np.zeros(SHAPE, np.int16)
+        mask[:2], mask[2:4], mask[4:] = -1, 14175, 2
+        nib.save(nib.Nifti1Image(mask, AFFINE), path)
+    index = preprocess("nifti", data, masks, tmp_path / "out", "--labels 14175=1:hippocampus")
+    assert index.cases["p0"].voxels == (160, 80)
+    index = preprocess("nifti", data, masks, tmp_path / "out", "--labels -1=1 2=2")
+    assert index.cases["p0"].voxels == (80, 80, 80)
+    assert preprocess("nifti", data, masks, tmp_path / "out").spec.classes == ("background", "-1", "2", "14175")
+
+
 def test_scans_are_reoriented_cropped_and_resampled(folders: tuple[Path, Path], tmp_path: Path) -> None:
     flags = "--orientation SPR --spacing 1.5 1.5 2 --intensity_window 50 400 --intensity minmax --foreground_crop"
     index = preprocess("nifti", *folders, tmp_path / "out", flags)
@@ -172,7 +233,41 @@ def test_scans_are_reoriented_cropped_and_resampled(folders: tuple[Path, Path], 
         assert record.transform.crop is not None
 
 
+def test_endings_in_any_case_and_composed_accents_are_the_same_name(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    (data / "p0.nii.gz").rename(data / "P0.NII.GZ")
+    (masks / "p0.nii.gz").rename(masks / "P0.Nii.gz")
+    (data / "p1.nii.gz").rename(data / f"{unicodedata.normalize('NFD', 'André')}.nii.gz")
+    (masks / "p1.nii.gz").rename(masks / f"{unicodedata.normalize('NFC', 'André')}.nii.gz")
+    (data / "p9.mha").touch()
+    index = preprocess("nifti", data, masks, tmp_path / "out")
+    assert sorted(index.cases) == ["André", "P0", "p2", "p3", "p4", "p5"]
+    output = capsys.readouterr().out
+    assert f"--data_dir {data}: passed over 2 others (1 README, 1 .mha)\n" in output
+    assert "--labels_dir" not in output
+
+
 BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
+    (
+        "a time series",
+        lambda data, masks: nib.save(nib.Nifti1Image(np.zeros((*SHAPE, 7), np.float32), AFFINE), data / "p0.nii.gz"),
+        "",
+        "p0.nii.gz has 7 channels, 5 other scans have 1; all scans need the same channels",
+    ),
+    (
+        "singular",
+        lambda data, masks: nib.save(nib.Nifti1Image(mask_of(1), AFFINE[:, [0, 0, 2, 3]]), data / "p1.nii.gz"),
+        "",
+        "p1.nii.gz: the header's affine is singular: two axes run the same way; export it again",
+    ),
+    (
+        "another ending",
+        lambda data, masks: (masks / "p3.nii.gz").rename(masks / "p3.nrrd"),
+        "",
+        "no mask p3 for p3.nii.gz; p3.nrrd lies there, but its ending is not read",
+    ),
     ("no mask", lambda data, masks: (masks / "p3.nii.gz").unlink(), "", "no mask p3 for p3.nii.gz; stems must"),
     (
         "no scans",
