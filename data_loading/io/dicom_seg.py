@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, fill_missing_uids, sorted_headers
+from data_loading.io.dicom import Series, fill_missing_uids, sorted_headers
+from data_loading.io.dicom_geometry import COSINE_TOLERANCE, LPS_TO_RAS
 from data_loading.io.volume import Geometry, check_memory
 
 # The standard requires codes for category and type of a segment; its label is the class name. These are SNOMED CT's

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from data_loading.io.dicom import Series, find_series, is_dicom, sorted_headers
+from data_loading.io.dicom import Series, find_series, sorted_headers
 from data_loading.io.dicom_seg import read_header
-from data_loading.io.scan_discovery import stem
+from data_loading.io.scan_discovery import is_dicom, stem
 from data_loading.io.volume import Geometry, read_channels, read_geometry
 from data_loading.readers.base import RawDataset, ReaderOptions
 from data_loading.readers.mask_matching import is_nifti, matching_grids, nifti_files
