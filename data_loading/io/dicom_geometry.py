@@ -44,13 +44,8 @@ def sorted_headers(series: Series) -> tuple[list[Any], Geometry]:
     Raises:
         UserError: see `dicom.read_series`.
     """
+    check_complete(series)
     name = f"series {series.name}"
-    if series.unread:
-        raise UserError(
-            f"{name}: {len(series.unread)} of {len(series.files) + len(series.unread)} files cannot be read or placed, "
-            f"so that slices would be missing ({describe(series.unread)}); export them again, or remove them from "
-            f"{series.unread[0].path.parent} if they are no slices"
-        )
     headers = [read_header(path) for path in series.files]
     first = headers[0]
     _check_consistent(headers, name)
@@ -69,6 +64,16 @@ def sorted_headers(series: Series) -> tuple[list[Any], Geometry]:
         raise UserError(f"{name}: positions, orientation or spacing are impossible; export it again")
     shape = (int(first.Columns), int(first.Rows), len(headers))
     return headers, Geometry(LPS_TO_RAS @ affine, shape, (d, h, w))
+
+
+def check_complete(series: Series) -> None:
+    """Raises UserError if files that may be slices of the series cannot be read or placed."""
+    if series.unread:
+        raise UserError(
+            f"series {series.name}: {len(series.unread)} of {len(series.files) + len(series.unread)} files cannot be "
+            f"read or placed, so that slices would be missing ({describe(series.unread)}); export them again, or "
+            f"remove them from {series.unread[0].path.parent} if they are no slices"
+        )
 
 
 def unit_cosines(header: Any, name: str) -> NDArray[np.float64]:
@@ -122,8 +127,7 @@ def _slice_step(
 ) -> NDArray[np.float64]:
     """Returns the vector (3,) from one slice to the next in mm; for a single slice, its thickness along the normal."""
     if len(positions) == 1:
-        thickness = headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or 1.0
-        return normal * abs(float(thickness))
+        return normal * _thickness(headers[0])
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
     size = float(np.linalg.norm(step))
     along = np.diff(positions @ normal)
@@ -135,6 +139,17 @@ def _slice_step(
             f"{name}: slice distances range from {along.min():.4g} to {along.max():.4g} mm; is a slice missing?"
         )
     return step
+
+
+def _thickness(header: Any) -> float:
+    """Returns the slice distance that a header states, or else the slice thickness, or else 1, in mm."""
+    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+        try:
+            if (value := abs(float(header.get(keyword) or 0))) > 0:
+                return value
+        except (TypeError, ValueError):  # damaged, so absent
+            continue
+    return 1.0
 
 
 def _unevenness(positions: NDArray[np.float64]) -> float:

@@ -229,7 +229,7 @@ def _explain_files_beside(series: Sequence[Any], folder: Path, files: Sequence[P
     Args:
         wanted: the series that the user chose, which answers the question.
     """
-    from data_loading.readers.mask_matching import same_grid  # it imports this module
+    from data_loading.readers.mask_matching import matching_grids  # it imports this module
 
     grids = {}
     for each in series:
@@ -239,7 +239,7 @@ def _explain_files_beside(series: Sequence[Any], folder: Path, files: Sequence[P
     unknown: list[Path] = []
     for file in files:
         if file.name.endswith(NIFTI):
-            on = [name for name, grid in grids.items() if same_grid(grid, read_geometry(file))]
+            on = [list(grids)[index] for index in matching_grids(file, list(grids.values()))]
             of_series += [f"{file.name} is on the grid of series {on[0]}, so a copy or a mask of it"] if on else []
             unknown += [] if on else [file]
     pictures = [file.name for file in files if is_image_file(file)]

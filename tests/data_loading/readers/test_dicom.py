@@ -189,6 +189,68 @@ def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
     assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
 
 
+def test_a_nifti_copy_of_a_series_is_neither_a_scan_nor_a_mask(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    save_mask(data / "P0" / "CT" / "copy.nii.gz", image_of(0), grid(0))
+    for number in (1, 2):  # on the grid of a series without being its copy
+        save_mask(data / "P0" / f"later_{number}.nii.gz", image_of(number + 5), grid(number + 5))
+        save_mask(masks / f"later_{number}.nii.gz", mask_of(number + 5), grid(number + 5))
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert list(index.cases) == ["P0_CT", "P0_later_1", "P0_later_2", "P1_CT", "P2_CT"]
+    assert "skipped, copies of their series: " in capsys.readouterr().out
+    for path in [*masks.glob("later*"), *(data / "P0").glob("later*")]:
+        path.unlink()
+    for path in masks.iterdir():
+        shutil.move(path, data)
+    assert list(preprocess("dicom", data, None, tmp_path / "out2").cases) == ["P0_CT", "P1_CT", "P2_CT"]
+
+
+def test_masks_in_other_forms_are_named_with_the_reason(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    (masks / "mask_9.nii.gz").unlink()
+    for number, (kind, name) in enumerate({"481.3": "plan", "66.7": "labels", "88.11": "report"}.items()):
+        path = shutil.copy(next((data / f"P{number}" / "CT").iterdir()), masks / f"{name}.dcm")
+        change(path, SOPClassUID=f"1.2.840.10008.5.1.4.1.1.{kind}", Rows=None, PixelData=None)
+    shutil.copy(next((data / "P1" / "CT").iterdir()), masks / "slice")
+    preprocess("dicom", data, masks, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert "RTSTRUCT, which holds contours; convert to DICOM-SEG or NIfTI: 1 file (plan.dcm)" in output
+    assert "DICOM-SEG of type LABELMAP; export as BINARY: 1 file (labels.dcm)" in output
+    assert "Basic Text SR: 1 file (report.dcm)" in output
+    assert "image: 1 file (slice)" in output
+    assert "skipped, no mask on its grid: P0_CT" in output
+    for path in masks.glob("*.nii.gz"):
+        path.unlink()
+    assert "none of its 0 mask(s) is on the grid of a series in" in (printed := refused(capsys, "dicom", data, masks))
+    assert "LABELMAP; export as BINARY: 1 file (labels.dcm)" in printed
+
+
+def test_slices_that_cannot_be_read_end_the_run_with_their_names(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(folders[0] / "P1" / "CT" / "IM0000", ImagePositionPatient=None)
+    output = refused(capsys, "dicom", *folders)
+    assert "1 of 6 files cannot be read or placed" in output
+    assert "no ImagePositionPatient: 1 file (IM0000)" in output
+
+
+def test_segmentations_among_the_series_are_masks_and_not_listed_as_unread(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    shutil.rmtree(masks)
+    for series in dicom.find_series(data):
+        write_segmentation(
+            series.files[0].with_name("seg.dcm"), mask_of(int(series.files[0].parts[-3][1]))[None], series, CLASSES
+        )
+    assert preprocess("dicom", data, None, tmp_path / "out").spec.classes == CLASSES
+    assert "not read" not in capsys.readouterr().out
+
+
 def shift(masks: Path) -> None:
     for path in masks.iterdir():
         image = nib.load(path)
