@@ -40,6 +40,7 @@ UNREAD_MASKS = {
     "1.2.840.10008.5.1.4.1.1.66.5": "surface segmentation; convert to DICOM-SEG or NIfTI",
     "1.2.840.10008.5.1.4.1.1.66.7": "DICOM-SEG of type LABELMAP; export as BINARY",
 }
+Add = Callable[[NDArray[np.uint8], int], None]
 REPAIR = f"{DAMAGED}, or written wrongly; export it again"
 # Largest distance of a frame's origin from that of its slice, in voxels.
 POSITION_TOLERANCE = 0.05
@@ -191,16 +192,14 @@ def read_header(path: Path) -> SegmentationHeader | None:
     return SegmentationHeader(path=path, names=names, series=series, header=header)
 
 
-def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
-    """Reads a DICOM-SEG file as classes on the grid of its series.
+def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int], add: Add) -> None:
+    """Reads a DICOM-SEG file as classes on the grid of its series, frame by frame.
 
-    Where segments overlap, the higher class wins. A fractional value is inside from half of the maximum.
+    A fractional value is inside from half of the maximum.
 
     Args:
         class_of: returns the class of a segment label.
-
-    Returns:
-        Classes, (1, columns, rows, slices).
+        add: is called for each frame of a class other than 0, with its classes (columns, rows) and slice index.
 
     Raises:
         UserError: the file is damaged, on another grid, or needs more than the free memory.
@@ -217,8 +216,6 @@ def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], 
         limit = float(dataset.get("MaximumFractionalValue", 1)) / 2
     except Exception:  # pydicom raises many types on a damaged file
         raise UserError(f"{path}: its pixels cannot be decoded; {REPAIR}") from None
-    mask = np.zeros((1, *geometry.shape), np.uint8)
     for frame, (segment, index) in zip(frames, positions, strict=True):
-        classes = np.where(limit <= frame.T, np.uint8(class_of(header.names[segment])), np.uint8(0))
-        np.maximum(mask[0, :, :, index], classes, out=mask[0, :, :, index])
-    return mask
+        if value := class_of(header.names[segment]):
+            add(np.where(limit <= frame.T, np.uint8(value), np.uint8(0)), index)

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
+from common.messages import note
 from data_loading.index import is_safe_case_id
 from data_loading.io.orientation import orientation_of, reorient, reorient_geometry, reorientation_to
 from data_loading.io.scan_discovery import NIFTI, stem
 from data_loading.io.volume import Geometry, Volume, check_same_geometry, read_geometry, read_nifti
 from data_loading.readers.label_map import Key, LabelMap
+from data_loading.readers.overlaps import ClassMerger
 
 DICOM_SEG = "data_loading.io.dicom_seg"
 # Corners of two equal grids may differ by this fraction of a voxel: DICOM positions are rounded decimals.
@@ -115,7 +117,7 @@ def find_keys(masks: Sequence[Path], by_name: bool) -> set[Key]:
 
 
 def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, case: str) -> Volume:
-    """Reads the masks of a scan as one, on the scan's grid; where two overlap, the higher class wins.
+    """Reads the masks of a scan as one, on the scan's grid, with a note where two overlap (see `ClassMerger`).
 
     A file named after a structure in `labels` is the mask of that structure, wherever it is not 0.
 
@@ -135,10 +137,10 @@ def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, ca
             f"{case}: {len(masks)} masks are on its grid ({names}); remove all but one, or name structures in "
             "--labels, such as liver=1"
         )
-    classes = np.zeros((1, *geometry.shape), np.uint8)
+    merger = ClassMerger(geometry.shape, labels.by_size)
     for path in masks:
         if not is_nifti(path):
-            found = _dicom_seg("read_segmentation")(path, geometry, labels.class_of)
+            _dicom_seg("read_segmentation")(path, geometry, labels.class_of, merger.add)
         else:
             mask = _to_grid(read_nifti(path, np.uint8), geometry, case)
             structure = labels.class_of(stem(path))
@@ -151,8 +153,10 @@ def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, ca
                         "because of its name or because other masks are on its scan's grid"
                     )
                 found = np.where(mask > 0, np.uint8(structure), np.uint8(0))
-        np.maximum(classes, found, out=classes)
-    return Volume(classes, geometry)
+            merger.add(found[0])
+    for line in merger.finish(labels.classes):
+        note(f"{case}: {line}")
+    return Volume(merger.classes[np.newaxis], geometry)
 
 
 def _to_grid(mask: Volume, geometry: Geometry, case: str) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from data_loading.io import dicom
 from data_loading.io.dicom_seg import read_header, read_segmentation, write_segmentation
 from data_loading.io.volume import Geometry
 from data_loading.readers.mask_matching import matching_grids
+from data_loading.readers.overlaps import ClassMerger
 from tests.data_loading.io.series import change, write_series
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
@@ -132,10 +133,11 @@ def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, P
         path = masks / f"{9 - number}.dcm"
         write_segmentation(path, mask_of(number)[np.newaxis], series, CLASSES)
         _, geometry = dicom.sorted_headers(series)
-        found = read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get)
-        np.testing.assert_array_equal(found[0], mask_of(number))
+        merger = ClassMerger(geometry.shape, by_size=False)
+        read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get, merger.add)
+        np.testing.assert_array_equal(merger.classes, mask_of(number))
         with pytest.raises(UserError, match=": not on the grid of its series"):
-            read_segmentation(path, grid(5), lambda _: 1)
+            read_segmentation(path, grid(5), lambda _: 1, merger.add)
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert index.spec.classes == CLASSES
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1))
@@ -159,7 +161,9 @@ def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
         try:
             if read_header(tmp_path / "m.dcm"):
                 assert matching_grids(tmp_path / "m.dcm", [geometry]) in ([0], [])
-                assert read_segmentation(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
+                merger = ClassMerger(geometry.shape, by_size=False)
+                read_segmentation(tmp_path / "m.dcm", geometry, lambda _: 1, merger.add)
+                assert merger.finish(("background", "all")) == []
         except UserError:
             refused_ones += 1
     assert 0 < refused_ones < 60
@@ -175,6 +179,42 @@ def test_one_file_per_organ(folders: tuple[Path, Path], tmp_path: Path) -> None:
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert index.spec.classes == CLASSES
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P2_CT")[1][0], mask_of(2))
+
+
+@pytest.mark.parametrize("name", ["head", "xhead"])
+def test_a_part_inside_a_whole_keeps_its_voxels_whatever_its_name(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    data, masks = folders
+    for number in range(3):
+        (masks / f"mask_{9 - number}.nii.gz").unlink()
+        for part, values in (("whole", mask_of(number) > 0), (name, mask_of(number) == 1)):
+            save_mask(masks / f"{number}" / f"{part}.nii.gz", values.astype("u1"), grid(number))
+    index = preprocess("dicom", data, masks, tmp_path / "out", "--num_workers 1")
+    value = index.spec.classes.index(name)
+    for number in range(3):
+        _, y = arrays(tmp_path / "out", f"P{number}_CT")
+        np.testing.assert_array_equal(y[0] == value, mask_of(number) == 1)
+    both = np.count_nonzero(mask_of(2) == 1)
+    output = capsys.readouterr().err
+    assert f"P2_CT: {both} voxels in both {name} and whole became {name}, as it has fewer voxels; the order" in output
+    preprocess("dicom", data, masks, tmp_path / "out", f"--num_workers 1 --labels {name}=1 whole=2")
+    assert f"P2_CT: {both} voxels in both whole and {name} became whole, as it is the higher" in capsys.readouterr().err
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "P0_CT")[1][0], 2 * (mask_of(0) > 0))
+
+
+def test_overlapping_segments_are_counted(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", image_of(0), grid(0))
+    (series,) = dicom.find_series(tmp_path / "in")
+    write_segmentation(tmp_path / "m.dcm", mask_of(0)[np.newaxis], series, CLASSES)
+    _, geometry = dicom.sorted_headers(series)
+    merger = ClassMerger(geometry.shape, by_size=False)
+    read_segmentation(tmp_path / "m.dcm", geometry, {"liver": 1, "spleen": 2}.get, merger.add)
+    read_segmentation(tmp_path / "m.dcm", geometry, {"liver": 3}.get, merger.add)
+    count = np.count_nonzero(mask_of(0) == 1)
+    (line,) = merger.finish(("background", "a", "b", "c"))
+    assert line.startswith(f"{count} voxels in both c and a became c, as it is the higher class")
+    np.testing.assert_array_equal(merger.classes, np.where(mask_of(0) == 1, 3, mask_of(0)))
 
 
 def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
