@@ -36,7 +36,7 @@ OPTIONAL = {
     },
     "mlflow": {"runtime/logging/mlflow.py"},
     "monai": {"data_loading/library_transforms.py", "runtime/case_table.py"},
-    "pydicom": {f"data_loading/io/{name}.py" for name in ("dicom", "dicom_headers", "dicom_pixels", "dicom_seg")},
+    "pydicom": {f"data_loading/io/{name}.py" for name in ("dicom", "dicom_headers", "dicom_pixels")},
     "tensorboard": {"runtime/logging/tensorboard.py"},
     "torch.utils.tensorboard": {"runtime/logging/tensorboard.py"},
     "torchio": {"data_loading/library_transforms.py"},

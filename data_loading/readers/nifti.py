@@ -48,6 +48,9 @@ class ScanCase(RawCase):
     series: Any = None
     slab: tuple[int, int] | None = None
 
+    def is_whole(self) -> bool:
+        return self.slab is None
+
     def files(self) -> list[list[Path]]:
         return [list(self.series.files) if self.series else [self.image], list(self.masks)]
 
