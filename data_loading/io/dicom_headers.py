@@ -34,6 +34,16 @@ SEARCH_TAGS = [
     "PixelSpacing",
     "PatientID",
 ]
+USED_TAGS = [
+    *SEARCH_TAGS,
+    "SpacingBetweenSlices",
+    "SliceThickness",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "PixelData",
+    "FloatPixelData",
+    "DoubleFloatPixelData",
+]
 # What places a slice in space, and the number of its values.
 PLACEMENT = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 DAMAGED = "cut off or damaged"
@@ -99,6 +109,8 @@ def read_dataset(path: Path, **options: Any) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd values of elements that are not used
             dataset = pydicom.dcmread(path, force=True, **options)
+            for keyword in USED_TAGS:  # pydicom converts an element, and fails if it is damaged, when it is first used
+                dataset.get(keyword)
             if not dataset.get("SOPClassUID"):
                 dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID
             if not dataset.file_meta.get("TransferSyntaxUID"):

@@ -82,7 +82,7 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
             )
             with replacing(path) as temporary:
                 segmentation.save_as(temporary)
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         missing = re.search(r"attribute '(\w+)'", str(error))
         raise UserError(
             f"{path}: series {series.name} lacks elements that DICOM-SEG requires"

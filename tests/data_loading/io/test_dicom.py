@@ -298,6 +298,23 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, keep: int) -> None:
     assert "\n" not in str(caught.value).strip()
 
 
+def test_a_damaged_slice_is_refused_or_harmless(tmp_path: Path) -> None:
+    files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN)
+    good = files[3].read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            content[place] = rng.integers(0, 256)
+        files[3].write_bytes(content)
+        try:
+            assert dicom.read_series(dicom.find_series(tmp_path)[0]).array.shape == (1, *PLAIN.shape)
+        except UserError:
+            refused += 1
+    assert 0 < refused < 60
+
+
 def test_a_folder_without_dicom(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no DICOM series of single slices \(none in it\)"):
         dicom.find_series(tmp_path)
