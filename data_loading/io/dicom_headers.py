@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from common.errors import UserError
 
@@ -126,9 +126,10 @@ def read_dataset(path: Path, **options: Any) -> Any:
 
 def object_name(header: Any) -> str:
     """Returns what kind of object other than an image a file is, such as "RT Structure Set"; "" for an image."""
-    uid = UID(str(header.SOPClassUID))
-    is_image = uid.name == uid or " Image Storage" in uid.name  # a private class has no name
-    return "" if is_image else uid.name.removesuffix(" Storage")
+    uid = header.SOPClassUID
+    name = str(getattr(uid, "name", uid))
+    is_image = name == uid or " Image Storage" in name  # a private class has no name
+    return "" if is_image else name.removesuffix(" Storage")
 
 
 def not_a_slice(header: Any) -> str:
