@@ -28,6 +28,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def failure_of(name: str, error: Exception) -> str:
+    """Returns why one scan of many failed, on one line; names the type of an error that is no user's mistake."""
+    if isinstance(error, UserError | OSError):
+        return one_line(error)
+    return f"{name}: unexpected {type(error).__name__} ({one_line(error)}); please report it with this scan's header"
+
+
 class RankLost(Exception):  # noqa: N818 - not an error of this process
     """Another rank of the run was killed, hangs or failed; the message names it if it is known."""
 

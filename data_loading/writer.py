@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, failure_of
 from common.files import replacing
 from common.messages import counted, logger
 from common.progress import track
@@ -33,8 +33,9 @@ from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, CaseRecord, Datas
 from data_loading.integrity import VERIFIED_NAME, Stamp, file_md5, file_stamp
 from data_loading.io.orientation import orientation_of
 from data_loading.io.volume import Volume
-from data_loading.preprocessing import GridTransform, foreground_boxes, preprocess_image, preprocess_label
+from data_loading.preprocessing import GridTransform, foreground_boxes, preprocess_label
 from data_loading.readers.base import RawCase, RawDataset
+from data_loading.scan_checks import preprocess_scan
 from data_loading.spec import KITS19, DatasetSpec
 
 
@@ -42,7 +43,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
     """Preprocesses every unfinished case, prints a line for each, and writes `dataset.json` last.
 
     Raises:
-        UserError: a bad case (finished cases are kept), or a folder that cannot be written.
+        UserError: bad cases (the others are preprocessed and kept), or a folder that cannot be written.
     """
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
@@ -56,14 +57,22 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         records = _intact_records(raw, results_dir)
         write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
         todo = [case for case in raw.cases if case.case not in records]
-        dropped = []
+        dropped: list[str] = []
+        failures: list[str] = []
         for case, record in track(_run(todo, results_dir, raw, num_workers), len(todo), "preprocessing", "case"):
+            if isinstance(record, str):
+                # The line that ends the program has the first reason.
+                tqdm.write(f"{case}: failed" + (f": {record}" if failures else ""))
+                failures.append(record)
+                continue
             tqdm.write(_describe_case(case, record))
             if record is None:
                 dropped.append(case)
                 continue
             records[case] = record
             write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
+        if failures:
+            raise UserError(_describe_failures(failures, len(raw.cases)))
         split = _without(raw.split, dropped)
         provenance = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
         write_json(
@@ -80,6 +89,13 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         logger.info(f"{counted(len(dropped), 'training case')} dropped because their masks are empty")
     for message in _data_warnings(raw.spec, split, records):
         logger.warning(message)
+
+
+def _describe_failures(failures: Sequence[str], total: int) -> str:
+    """Returns one line for the cases that could not be preprocessed."""
+    if total == 1:
+        return failures[0]
+    return f"{len(failures)} of {total} cases failed, the others are kept; the first: {failures[0]}"
 
 
 def _without(split: Mapping[str, Sequence[str]], dropped: Collection[str]) -> dict[str, list[str]]:
@@ -122,9 +138,10 @@ def _hash_files(folder: Path, case: str) -> tuple[dict[str, str], dict[str, Stam
 
 def _run(
     todo: list[RawCase], results_dir: Path, raw: RawDataset, num_workers: int
-) -> Iterator[tuple[str, CaseRecord | None]]:
+) -> Iterator[tuple[str, CaseRecord | str | None]]:
+    """Yields each case's id with its record, None if it was dropped, or why it could not be preprocessed."""
     droppable = frozenset(raw.split["train"]) if raw.drop_empty else frozenset()
-    work = partial(preprocess_case, results_dir=results_dir, spec=raw.spec, droppable=droppable)
+    work = partial(_try_case, results_dir=results_dir, spec=raw.spec, droppable=droppable)
     if num_workers == 1 or len(todo) < 2:
         yield from map(work, todo)
         return
@@ -161,6 +178,18 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
+def _try_case(
+    raw: RawCase, results_dir: Path, spec: DatasetSpec, droppable: frozenset[str]
+) -> tuple[str, CaseRecord | str | None]:
+    """Preprocesses one case; returns the reason instead of a record if its data does not allow it."""
+    try:
+        return preprocess_case(raw, results_dir, spec, droppable)
+    except OSError:  # a full disk ends the run
+        raise
+    except Exception as error:  # the other cases are still preprocessed
+        return raw.case, failure_of(raw.case, error)
+
+
 def preprocess_case(
     raw: RawCase, results_dir: Path, spec: DatasetSpec, droppable: frozenset[str] = frozenset()
 ) -> tuple[str, CaseRecord | None]:
@@ -173,7 +202,7 @@ def preprocess_case(
         The case id, and its record; None if the case was dropped.
 
     Raises:
-        UserError: image and mask do not match, or a file is damaged.
+        UserError: image and mask do not match, a file is damaged, or the scan's values are (see `preprocess_scan`).
     """
     image, label = raw.read()
     if raw.case in droppable and not label.array.any():
@@ -185,14 +214,12 @@ def preprocess_case(
             f"{raw.case}: expected {spec.channels} image channel(s) and 1 mask channel, "
             f"found {image.array.shape[0]} and {label.array.shape[0]}"
         )
-    if not np.isfinite(image.array).all():
-        raise UserError(f"{raw.image}: the scan contains NaN or infinity; repair or remove the case")
     if (highest := int(label.array.max())) >= len(spec.classes):
         raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")
     # Plane by plane: bincount converts to 64 bits.
     voxels = sum(np.bincount(plane.ravel(), minlength=len(spec.classes)) for plane in label.array[0])
     notes = (*image.notes, *label.notes)
-    array, transform = preprocess_image(image, spec)
+    array, transform = preprocess_scan(image, spec, raw.image, is_whole=raw.is_whole())
     mask = preprocess_label(label, transform, spec)
     labels_cut = _count_cropped_labels(label, transform)
     del image, label

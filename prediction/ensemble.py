@@ -15,7 +15,8 @@ from common.messages import note
 from common.progress import Progress, make_progress
 from data_loading.io.scan_discovery import Source, is_image_file, probabilities_file, stem
 from data_loading.io.volume import Geometry, Volume
-from data_loading.preprocessing import GridTransform, preprocess_image, to_source_grid
+from data_loading.preprocessing import GridTransform, to_source_grid
+from data_loading.scan_checks import preprocess_scan
 from data_loading.spec import DatasetSpec
 from prediction.memory import READ_BYTES, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
 from prediction.volumes import ClassVolume, measure
@@ -60,18 +61,22 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
     """Predicts one scan and writes its mask, with its probabilities beside it; returns each class's volume.
 
     Raises:
-        UserError: the scan is damaged, has other channels than the network, or needs too much memory.
+        UserError: the scan is damaged, unfit (see `preprocess_scan`), a picture for a network of volumes, has other
+            channels than the network, or needs too much memory.
     """
     spec = ensemble.spec
     slices = min(member.windows.window[0] for member in ensemble.members)
-    if source.file and is_image_file(source.file) and spec.size is None and slices > 1:
-        raise UserError(f"{source.name}: an image, but the network takes volumes, in windows of {slices} slices")
+    if slices > 1 and spec.size is None and source.file and is_image_file(source.file):
+        raise UserError(
+            f"{source.name}: {source.file} is a 2-D image, but the network was trained on volumes (windows of {slices} "
+            "slices)"
+        )
     ensemble.budget.check_host(READ_BYTES * spec.channels * source.voxels(), source.name)
     scan = source.read(spec.channels)
     geometry = scan.geometry
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
-    image, transform = preprocess_image(scan, spec)
+    image, transform = preprocess_scan(scan, spec, source.name)
     del scan  # may be half of the memory
     path = source.output.with_name(f"{stem(source.output)}_probabilities.nii.gz")
     probabilities = predict_image(image, transform, ensemble, source.name)

@@ -9,16 +9,17 @@ Each scan is reoriented and preprocessed like the checkpoint's training data and
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from common import registry
-from common.errors import UserError
+from common.errors import Interrupted, RankLost, UserError, failure_of
 from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
-from data_loading.io.scan_discovery import find_sources, is_file_name, stem
+from data_loading.io.scan_discovery import Source, find_sources, is_file_name, stem
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from model.registry import check_window
 from prediction.ensemble import Ensemble, Member, predict_scan
@@ -58,14 +59,7 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     if world.is_main:
         for line in notes:
             note(line)
-    rows: list[ClassVolume] = []
-    errors: list[str] = []
-    for source in world.shard(sources):
-        try:
-            rows += predict_scan(source, ensemble, config.save_probabilities)
-        except (UserError, OSError) as error:  # the other scans are still predicted
-            errors.append(str(error))
-            logger.error(str(error))
+    rows, errors = predict_scans(world.shard(sources), ensemble, config.save_probabilities, is_folder=len(sources) > 1)
     rows = sorted(itertools.chain.from_iterable(world.gather(rows)))
     errors = list(itertools.chain.from_iterable(world.gather(errors)))
     if world.is_main and rows:
@@ -74,8 +68,33 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     if len(errors) == 1 == len(sources):
         raise UserError(errors[0])
     if errors:
-        raise UserError(f"{len(errors)} of {len(sources)} scans could not be predicted; the first: {errors[0]}")
+        raise UserError(f"{len(errors)} of {len(sources)} scans could not be predicted, for the reasons above")
     return 0
+
+
+def predict_scans(
+    sources: Sequence[Source], ensemble: Ensemble, save_probabilities: bool, *, is_folder: bool
+) -> tuple[list[ClassVolume], list[str]]:
+    """Predicts scans one after another, whatever happens to one of them.
+
+    Args:
+        is_folder: reports each error at once; that of a single scan ends the program.
+
+    Returns:
+        The volumes of all that were predicted, and the errors of the others.
+    """
+    rows: list[ClassVolume] = []
+    errors: list[str] = []
+    for source in sources:
+        try:
+            rows += predict_scan(source, ensemble, save_probabilities)
+        except (RankLost, Interrupted):
+            raise
+        except Exception as error:
+            errors.append(failure_of(source.name, error))
+            if is_folder:
+                logger.error(errors[-1])
+    return rows, errors
 
 
 def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tuple[Ensemble, list[str]]:

@@ -42,7 +42,8 @@ from data_loading.index import (
 from data_loading.integrity import check_files, file_md5, file_stamp, split_digest, verify_changed
 from data_loading.io.orientation import common_orientation
 from data_loading.io.scan_discovery import Source, find_sources
-from data_loading.preprocessing import foreground_boxes, preprocess_image
+from data_loading.preprocessing import foreground_boxes
+from data_loading.scan_checks import preprocess_scan
 from data_loading.spec import DatasetSpec
 from prediction.ensemble import mean_probabilities
 from prediction.memory import MemoryPlan
@@ -200,7 +201,7 @@ def _preprocess(source: Source, spec: DatasetSpec) -> tuple[NDArray[np.float32],
     scan = source.read(spec.channels)
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
-    image, transform = preprocess_image(scan, spec)
+    image, transform = preprocess_scan(scan, spec, source.name)
     statistics = {"mean": float(image.mean(dtype=np.float64)), "std": float(image.std(dtype=np.float64))}
     record = CaseRecord(transform=transform, boxes={}, digests={}, source_stamp=[[0, 0], [0, 0]], statistics=statistics)
     return image, record

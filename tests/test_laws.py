@@ -36,7 +36,7 @@ OPTIONAL = {
     },
     "mlflow": {"runtime/logging/mlflow.py"},
     "monai": {"data_loading/library_transforms.py"},
-    "pydicom": {"data_loading/io/dicom.py", "data_loading/io/dicom_seg.py"},
+    "pydicom": {f"data_loading/io/{name}.py" for name in ("dicom", "dicom_headers", "dicom_pixels")},
     "requests": {"data_loading/http_download.py"},
     "tensorboard": {"runtime/logging/tensorboard.py"},
     "torch.utils.tensorboard": {"runtime/logging/tensorboard.py"},

@@ -1,77 +1,102 @@
-"""DICOM series: finds them in a folder and reads them as a Volume.
-
-Slices are ordered by their position only: file names and instance numbers may be in any order, and the slice thickness
-may differ from the slice distance. Needs `pip install '.[dicom]'`.
-"""
+"""DICOM series: finds them in a folder and reads them as a Volume. Needs `pip install '.[dicom]'`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from numpy.typing import NDArray
-from pydicom.pixels.processing import apply_rescale
 from pydicom.uid import generate_uid
 
-from common.compat import is_missing_dicom_decoder
 from common.errors import UserError
-from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory
+from common.messages import note
+from data_loading.io.dicom_geometry import cosines_note, sorted_headers
+from data_loading.io.dicom_headers import (
+    DAMAGED,
+    SEARCH_TAGS,
+    Series,
+    Unread,
+    describe,
+    instance_uid,
+    not_a_slice,
+    not_placed,
+    object_name,
+    read_header,
+)
+from data_loading.io.dicom_pixels import are_copies, read_pixels
+from data_loading.io.scan_discovery import endings, is_dicom
+from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Volume, check_memory
 
-# Largest deviation from even slice distances, as a fraction: positions are often rounded to 0.1 mm, and a missing slice
-# is a deviation of 1.
-STEP_TOLERANCE = 0.1
-# Largest difference between the direction cosines of one series.
-COSINE_TOLERANCE = 1e-3
-# DICOM's axes run to the patient's left, posterior, superior; NIfTI's to the right, anterior, superior.
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-SEARCH_TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SeriesDescription",
-    "Modality",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "PatientID",
+__all__ = [
+    "Series",
+    "choose_series",
+    "fill_missing_uids",
+    "find_series",
+    "read_series",
+    "search_folder",
+    "sorted_headers",
 ]
+# Files of these endings claim to be DICOM.
+SUFFIXES = (".dcm", ".dicom", ".ima")
+NOT_DICOM = "not DICOM"
+EMPTY = "empty"
+# Reasons of files whose series is unknown.
+LOST = (DAMAGED, NOT_DICOM, EMPTY)
+# The index of a DICOM medium, which describes files that are read anyway.
+DIRECTORY = "Media Storage Directory"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """The slices of one series, in no particular order.
+class DicomFolder:
+    """The DICOM files in a folder and its subfolders.
 
     Attributes:
-        name: value that selects it in `--series`: the series number, or the UID if the number is missing or not unique.
-        patient: PatientID, "" if an anonymiser emptied it.
+        series: those with slices, sorted by name.
+        unread: files that belong to none of them.
+        others: what else the folder holds, as text; "" for nothing.
     """
 
-    name: str
-    uid: str
-    description: str
-    files: tuple[Path, ...]
-    patient: str = ""
+    series: list[Series]
+    unread: list[Unread]
+    others: str
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.description or 'no description'}, {len(self.files)} slices)"
+    def holds_scans(self) -> bool:
+        """Returns whether there are series, or images that may be scans although they cannot be read."""
+        return bool(self.series) or not all(each.is_object for each in self.unread)
+
+    def require(self, flag: str, folder: Path) -> list[Series]:
+        """Returns the series. Raises UserError, saying what the folder holds instead, if there are none."""
+        if not self.series:
+            found = describe(self.unread) or ("none in it" + (f"; it holds {self.others}" if self.others else ""))
+            raise UserError(f"{flag} {folder}: no DICOM series of single slices ({found})")
+        return self.series
+
+    def notes(self) -> list[str]:
+        """Returns a line for what is not read as slices, and one for each series with repeated slices."""
+        lines = [f"not read: {describe(self.unread)}"] if self.unread else []
+        return lines + [
+            f"series {series.name}: {series.copies} file{'s' * (series.copies > 1)} repeat slices and count once"
+            for series in self.series
+            if series.copies
+        ]
 
 
-def is_dicom(path: Path) -> bool:
-    """Returns whether the file begins with the DICOM preamble."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+@dataclass(frozen=True, kw_only=True)
+class _Slice:
+    path: Path
+    header: Any
+
+    def key(self) -> tuple[str, str, str, str]:
+        """Returns what slices of one series have in common: UID, number, description, and the folder without a UID."""
+        uid, description = (str(self.header.get(name) or "") for name in ("SeriesInstanceUID", "SeriesDescription"))
+        number = "" if self.header.get("SeriesNumber") is None else str(self.header.SeriesNumber)
+        # Some anonymisers empty the UID; then series differ by folder, number and description.
+        return uid, number, description, "" if uid else str(self.path.parent)
 
 
 def find_series(folder: Path, flag: str = "--scan") -> list[Series]:
@@ -84,34 +109,109 @@ def find_series(folder: Path, flag: str = "--scan") -> list[Series]:
         The series, sorted by name.
 
     Raises:
-        UserError: there are none, or a file is damaged.
+        UserError: there are none.
     """
-    groups: dict[tuple[str, str, str, str], list[Any]] = {}
-    multi_frame = 0
-    for path in sorted(file for file in folder.rglob("*") if file.is_file() and is_dicom(file)):
-        header = _read_header(path, SEARCH_TAGS)
-        if int(header.get("NumberOfFrames") or 1) > 1:
-            multi_frame += 1
-        elif header.get("ImagePositionPatient") and header.get("PixelSpacing") and header.get("Rows"):
-            uid, description = (str(header.get(name) or "") for name in ("SeriesInstanceUID", "SeriesDescription"))
-            number = "" if header.get("SeriesNumber") is None else str(header.SeriesNumber)
-            # Some anonymisers empty the UID; then series differ by folder, number and description.
-            groups.setdefault((uid, number, description, "" if uid else str(path.parent)), []).append(header)
-    if not groups:
-        unsupported = f"{multi_frame} unsupported multi-frame file(s); convert them to NIfTI"
-        reason = unsupported if multi_frame else "none in it"
-        raise UserError(f"{flag} {folder}: no DICOM series of single slices ({reason})")
-    numbers = [number for _, number, _, _ in groups]
+    return search_folder(folder).require(flag, folder)
+
+
+def search_folder(folder: Path) -> DicomFolder:
+    """Finds the series of slices in a folder and its subfolders, and the files that are DICOM or claim to be, without
+    being slices of a series.
+    """
+    groups: dict[tuple[str, str, str, str], list[_Slice]] = {}
+    unplaced: list[tuple[_Slice, Unread]] = []
+    unread: list[Unread] = []
+    plain: list[Path] = []
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        if not is_dicom(path):
+            plain.append(path)
+            continue
+        found = _inspect(path)
+        if isinstance(found, Unread):
+            unread.append(found)
+        elif reason := not_placed(found.header):
+            unplaced.append((found, Unread(path=path, reason=reason)))
+        else:
+            groups.setdefault(found.key(), []).append(found)
+    unread += _claiming(plain, [path.path for group in groups.values() for path in group])
+    series = []
+    for key, group in sorted(groups.items(), key=lambda item: item[0][1:]):
+        missing = [why for slice_, why in unplaced if _is_of(slice_, group)]
+        folders = {slice_.path.parent for slice_ in group}
+        missing += [each for each in unread if each.reason in LOST and each.path.parent in folders]
+        series.append(_make_series(key, group, missing))
+    taken = {each.path for one in series for each in one.unread}
+    unread = [each for each in [*unread, *(why for _, why in unplaced)] if each.path not in taken]
+    unread = [each for each in unread if each.reason != DIRECTORY]
+    return DicomFolder(series=_named(series), unread=unread, others=endings(plain))
+
+
+def _inspect(path: Path) -> _Slice | Unread:
+    """Reads the header of a file that begins as DICOM: a slice with a place or without one, or why it is none."""
+    try:
+        header = read_header(path, SEARCH_TAGS)
+    except UserError:
+        return Unread(path=path, reason=DAMAGED)
+    if name := object_name(header):
+        return Unread(path=path, reason=name, is_object=True)
+    reason = not_a_slice(header)
+    return Unread(path=path, reason=reason) if reason else _Slice(path=path, header=header)
+
+
+def _claiming(plain: Iterable[Path], slices: Iterable[Path]) -> list[Unread]:
+    """Returns the files that are not DICOM but are named like it, or like the slices beside them (IM0007)."""
+    patterns = {(path.parent, _pattern(path)) for path in slices}
     return [
-        Series(
-            name=number if number and numbers.count(number) == 1 else uid or "unnamed",
-            uid=uid,
-            description=description,
-            files=tuple(Path(header.filename) for header in headers),
-            patient=str(headers[0].get("PatientID") or "").strip(),
-        )
-        for (uid, number, description, _), headers in sorted(groups.items(), key=lambda group: group[0][1:])
+        Unread(path=path, reason=NOT_DICOM if path.stat().st_size else EMPTY)
+        for path in plain
+        if not path.name.startswith(".")
+        and (path.suffix.lower() in SUFFIXES or (path.parent, _pattern(path)) in patterns)
     ]
+
+
+def _pattern(path: Path) -> str:
+    return re.sub(r"\d+", "#", path.name)
+
+
+def _is_of(lone: _Slice, group: Sequence[_Slice]) -> bool:
+    """Returns whether an image without a place belongs to a series; screenshots in it are of another class."""
+    uid, *_, folder = lone.key()
+    return any(
+        slice_.header.SOPClassUID == lone.header.SOPClassUID and (slice_.key()[0], slice_.key()[3]) == (uid, folder)
+        for slice_ in group
+    )
+
+
+def _make_series(key: tuple[str, str, str, str], group: Sequence[_Slice], unread: Sequence[Unread]) -> Series:
+    """Makes a series of slices, in which files of one SOP instance, place and pixels count once."""
+    seen: dict[tuple[object, ...], Path] = {}
+    files = []
+    for slice_ in group:
+        instance = instance_uid(slice_.header)
+        identity = (instance or slice_.path, *slice_.header.ImagePositionPatient)
+        first = seen.setdefault(identity, slice_.path)
+        if first == slice_.path or not are_copies(first, slice_.path):
+            files.append(slice_.path)
+    uid, number, description, _ = key
+    return Series(
+        name=number,
+        uid=uid,
+        description=description,
+        files=tuple(files),
+        patient=str(group[0].header.get("PatientID") or "").strip(),
+        unread=tuple(unread),
+        copies=len(group) - len(files),
+    )
+
+
+def _named(found: Sequence[Series]) -> list[Series]:
+    """Returns the series, called by their numbers so far, with unique names."""
+    numbers = Counter(series.name for series in found)
+    names = [s.name if s.name and numbers[s.name] == 1 else s.uid or s.name or "unnamed" for s in found]
+    unique = [
+        f"{name}_{names[:index].count(name) + 1}" if names.count(name) > 1 else name for index, name in enumerate(names)
+    ]
+    return [replace(series, name=name) for series, name in zip(found, unique, strict=True)]
 
 
 def choose_series(found: Sequence[Series], wanted: str | None, folder: Path) -> list[Series]:
@@ -127,7 +227,8 @@ def choose_series(found: Sequence[Series], wanted: str | None, folder: Path) -> 
         raise UserError(
             f"--scan {folder} holds {len(found)} series; choose one with --series, or use --series all: {listed}"
         )
-    matches = [series for series in found if wanted in (series.name, series.uid, series.description)]
+    named = [series for series in found if series.name == wanted]
+    matches = named or [series for series in found if wanted in (series.uid, series.description)]
     if len(matches) != 1:
         count = f"{len(matches) or 'no'} series"
         raise UserError(f"--series {wanted}: {count} of that number, UID or description in {folder}: {listed}")
@@ -138,121 +239,20 @@ def read_series(series: Series) -> Volume:
     """Reads a series as a volume (1, columns, rows, slices) float32, rescaled by each slice's own slope and intercept.
 
     Raises:
-        UserError: the slices do not form a volume (orientations or sizes differ, one is missing or duplicated), are
-            damaged, need more than the free memory, or no installed package decodes them.
+        UserError: the slices do not form a volume (orientations or sizes differ, one is missing or duplicated), files
+            that may be slices cannot be read or placed, are damaged, need more than the free memory, or no installed
+            package decodes them.
     """
     headers, geometry = sorted_headers(series)
+    if line := cosines_note(headers[0], f"series {series.name}"):
+        note(line)
     columns, rows, slices = geometry.shape
     needed = columns * rows * slices * WORKING_BYTES_PER_VOXEL
     check_memory(f"series {series.name}: {columns} x {rows} x {slices} voxels", needed)
     array = np.empty((1, columns, rows, slices), np.float32)
     for index, header in enumerate(headers):
-        array[0, :, :, index] = _read_pixels(Path(header.filename), (rows, columns)).T
+        array[0, :, :, index] = read_pixels(Path(header.filename), (rows, columns)).T
     return Volume(array, geometry)
-
-
-def sorted_headers(series: Series) -> tuple[list[pydicom.Dataset], Geometry]:
-    """Reads the headers, without pixels, of a series.
-
-    Returns:
-        The headers, sorted along the normal of the slice plane, and the geometry of the volume.
-
-    Raises:
-        UserError: see `read_series`.
-    """
-    headers = [_read_header(path) for path in series.files]
-    first = headers[0]
-    name = f"series {series.name}"
-    _check_consistent(headers, name)
-    cosines = _floats(first, "ImageOrientationPatient", 6)
-    along_row, along_column = cosines[:3], cosines[3:]
-    normal = np.cross(along_row, along_column)
-    headers.sort(key=lambda header: float(_floats(header, "ImagePositionPatient", 3) @ normal))
-    positions = np.stack([_floats(header, "ImagePositionPatient", 3) for header in headers])
-    between_rows, between_columns = _floats(first, "PixelSpacing", 2)  # in the standard's order
-    affine = np.eye(4)
-    affine[:3, 0] = along_row * between_columns
-    affine[:3, 1] = along_column * between_rows
-    affine[:3, 2] = _slice_step(positions, normal, first, name)
-    affine[:3, 3] = positions[0]
-    d, h, w = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    if not (np.isfinite(affine).all() and min(d, h, w) > 0):
-        raise UserError(f"{name}: positions, orientation or spacing are impossible; export it again")
-    shape = (int(first.Columns), int(first.Rows), len(headers))
-    return headers, Geometry(LPS_TO_RAS @ affine, shape, (d, h, w))
-
-
-def _check_consistent(headers: Sequence[Any], name: str) -> None:
-    """Raises UserError unless all slices have the same size, orientation and pixel spacing."""
-    first = headers[0]
-    cosines, spacing = _floats(first, "ImageOrientationPatient", 6), _floats(first, "PixelSpacing", 2)
-    for header in headers:
-        if (header.Rows, header.Columns) != (first.Rows, first.Columns):
-            raise UserError(
-                f"{name}: {header.filename} has {header.Columns} x {header.Rows} pixels, others "
-                f"{first.Columns} x {first.Rows}"
-            )
-        if np.abs(_floats(header, "ImageOrientationPatient", 6) - cosines).max() > COSINE_TOLERANCE:
-            raise UserError(f"{name}: {header.filename} is oriented differently from other slices; is it a localiser?")
-        if not np.allclose(_floats(header, "PixelSpacing", 2), spacing, rtol=1e-3):
-            raise UserError(f"{name}: {header.filename} has a different pixel spacing from other slices")
-
-
-def _slice_step(
-    positions: NDArray[np.float64], normal: NDArray[np.float64], header: Any, name: str
-) -> NDArray[np.float64]:
-    """Returns the vector (3,) from one slice to the next in mm; for a single slice, its thickness along the normal."""
-    if len(positions) == 1:
-        return normal * float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 1.0)
-    step = (positions[-1] - positions[0]) / (len(positions) - 1)
-    size = float(np.linalg.norm(step))
-    along = np.diff(positions @ normal)
-    if along.min() <= STEP_TOLERANCE * float(np.median(along)):
-        raise UserError(
-            f"{name}: several slices at one position; a series of several phases or echoes is not supported"
-        )
-    even = positions[0] + np.arange(len(positions))[:, None] * step
-    if np.linalg.norm(positions - even, axis=1).max() > STEP_TOLERANCE * size:
-        raise UserError(
-            f"{name}: slice distances range from {along.min():.4g} to {along.max():.4g} mm; is a slice missing?"
-        )
-    return step
-
-
-def _floats(header: Any, keyword: str, count: int) -> NDArray[np.float64]:
-    try:
-        values = np.asarray([float(value) for value in header[keyword].value], np.float64)
-        if values.shape == (count,):
-            return values
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(f"{header.filename}: {keyword} is missing or damaged; export it again")
-
-
-def _read_header(path: Path, tags: list[str] | None = None) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about odd values of elements that are not used
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    except Exception as error:  # pydicom raises many types on a damaged file
-        raise UserError(f"{path}: not a readable DICOM file ({error})") from None
-
-
-def _read_pixels(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Reads a slice (rows, columns), rescaled, which gives HU for CT."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dataset = pydicom.dcmread(path)
-            pixels = apply_rescale(dataset.pixel_array, dataset).astype(np.float32)
-    except (NotImplementedError, RuntimeError) as error:
-        if not is_missing_dicom_decoder(error):
-            raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
-        syntax = dataset.file_meta.TransferSyntaxUID.name
-        raise UserError(f"{path}: no installed package decodes {syntax}; pip install '.[dicom]'") from None
-    except Exception as error:  # pydicom raises many types on a damaged file
-        raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
-    if pixels.shape != shape:
-        raise UserError(f"{path}: holds pixels of shape {pixels.shape}, but its header states {shape}")
-    return pixels
 
 
 def fill_missing_uids(headers: Sequence[pydicom.Dataset]) -> bool:
@@ -264,14 +264,13 @@ def fill_missing_uids(headers: Sequence[pydicom.Dataset]) -> bool:
         Whether any were missing.
     """
     filled = False
-    instances = [str(header.file_meta.MediaStorageSOPInstanceUID) for header in headers]
+    instances = [instance_uid(header) or generate_uid(entropy_srcs=[header.filename]) for header in headers]
     generated = {
         level: generate_uid(entropy_srcs=[level, *sorted(instances)])
         for level in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
     }
     for header, instance in zip(headers, instances, strict=True):
-        known = {"SOPClassUID": str(header.file_meta.MediaStorageSOPClassUID), "SOPInstanceUID": instance, **generated}
-        for keyword, value in known.items():
+        for keyword, value in {"SOPInstanceUID": instance, **generated}.items():
             if not header.get(keyword):
                 setattr(header, keyword, value)
                 filled = True

@@ -5,6 +5,7 @@ Needs `pip install '.[dicom]'`.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from typing import Any
 
 import highdicom as hd
 import numpy as np
-import pydicom
 from highdicom.seg import Segmentation, SegmentDescription
 from highdicom.sr.coding import CodedConcept
 from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import replacing
-from data_loading.io.dicom import COSINE_TOLERANCE, LPS_TO_RAS, Series, fill_missing_uids, sorted_headers
+from data_loading.io.dicom import Series, fill_missing_uids, sorted_headers
+from data_loading.io.dicom_geometry import COSINE_TOLERANCE, LPS_TO_RAS, unit_cosines
+from data_loading.io.dicom_headers import DAMAGED, read_dataset
+from data_loading.io.dicom_headers import read_header as read_any_header
 from data_loading.io.volume import Geometry, check_memory
 
 # The standard requires codes for category and type of a segment; its label is the class name. These are SNOMED CT's
@@ -31,6 +34,14 @@ MANUFACTURER = "unet3d-benchmark"
 # As in pyproject.toml.
 VERSION = "0.2.0"
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
+# Masks in other forms, with what to do.
+UNREAD_MASKS = {
+    "1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT, which holds contours; convert to DICOM-SEG or NIfTI",
+    "1.2.840.10008.5.1.4.1.1.66.5": "surface segmentation; convert to DICOM-SEG or NIfTI",
+    "1.2.840.10008.5.1.4.1.1.66.7": "DICOM-SEG of type LABELMAP; export as BINARY",
+}
+Add = Callable[[NDArray[np.uint8], int], None]
+REPAIR = f"{DAMAGED}, or written wrongly; export it again"
 # Largest distance of a frame's origin from that of its slice, in voxels.
 POSITION_TOLERANCE = 0.05
 # Memory per pixel of a frame: one byte as stored, one as read.
@@ -71,9 +82,11 @@ def write_segmentation(path: Path, mask: NDArray[np.uint8], series: Series, clas
             )
             with replacing(path) as temporary:
                 segmentation.save_as(temporary)
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        missing = re.search(r"attribute '(\w+)'", str(error))
         raise UserError(
-            f"{path}: series {series.name} lacks elements that DICOM-SEG requires ({error}); "
+            f"{path}: series {series.name} lacks elements that DICOM-SEG requires"
+            f"{f' ({missing[1]})' if missing else ''}; "
             "write NIfTI instead, with --output FILE.nii.gz"
         ) from None
     note = f"{path}: some UIDs of the source are empty, probably due to anonymisation; new ones were generated"
@@ -122,8 +135,10 @@ class SegmentationHeader:
         """
         try:
             return self._frames_on(geometry)
-        except Exception as error:  # pydicom raises many types on a damaged file
-            raise UserError(f"{self.path}: not a readable DICOM-SEG file ({error})") from None
+        except UserError:
+            raise
+        except Exception:  # pydicom raises many types on a damaged file
+            raise UserError(f"{self.path}: its frames lack positions or segments; {REPAIR}") from None
 
     def _frames_on(self, geometry: Geometry) -> list[tuple[int, int]] | None:
         columns, rows, count = geometry.shape
@@ -134,11 +149,13 @@ class SegmentationHeader:
         frames = []
         for group in self.header.PerFrameFunctionalGroupsSequence:
             position = _item(group, self.header, "PlanePositionSequence").ImagePositionPatient
-            cosines = np.asarray(_item(group, self.header, "PlaneOrientationSequence").ImageOrientationPatient, float)
+            orientation = _item(group, self.header, "PlaneOrientationSequence")
+            orientation.filename = self.path
+            cosines = unit_cosines(orientation, str(self.path)).ravel()
             spacing = np.asarray(_item(group, self.header, "PixelMeasuresSequence").PixelSpacing, float)
             if np.abs(cosines - np.concatenate([across, down])).max() > COSINE_TOLERANCE:
                 return None
-            if not np.allclose(spacing, geometry.spacing_mm[1::-1], rtol=1e-3):
+            if not np.allclose(spacing, geometry.spacing_mm[1::-1], rtol=1e-3, atol=0):
                 return None
             origin = (to_voxels @ [*map(float, position), 1.0])[:3]
             index = round(float(origin[2]))
@@ -161,32 +178,28 @@ def _item(group: Any, header: Any, keyword: str) -> Any:
 
 def read_header(path: Path) -> SegmentationHeader | None:
     """Reads the header of a DICOM-SEG file; None for other DICOM objects. Raises UserError if it is damaged."""
+    header: Any = read_any_header(path)
+    if header.SOPClassUID != SEGMENTATION_STORAGE:
+        return None
     try:
-        with warnings.catch_warnings(action="ignore"):
-            header: Any = pydicom.dcmread(path, stop_before_pixels=True)
-        if header.get("SOPClassUID") != SEGMENTATION_STORAGE:
-            return None
         names = {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in header.SegmentSequence}
         series = frozenset(str(item.SeriesInstanceUID) for item in header.get("ReferencedSeriesSequence", []))
-        if header.SegmentationType not in ("BINARY", "FRACTIONAL"):
-            raise UserError(f"{path}: a segmentation of type {header.SegmentationType}; export it as BINARY")
-    except UserError:
-        raise
-    except Exception as error:  # pydicom raises many types on a damaged file
-        raise UserError(f"{path}: not a readable DICOM-SEG file ({error})") from None
+        kind = header.SegmentationType
+    except Exception:  # pydicom raises many types on a damaged file
+        raise UserError(f"{path}: lacks elements of DICOM-SEG; {REPAIR}") from None
+    if kind not in ("BINARY", "FRACTIONAL"):
+        raise UserError(f"{path}: a segmentation of type {kind}; export it as BINARY")
     return SegmentationHeader(path=path, names=names, series=series, header=header)
 
 
-def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int]) -> NDArray[np.uint8]:
-    """Reads a DICOM-SEG file as classes on the grid of its series.
+def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], int], add: Add) -> None:
+    """Reads a DICOM-SEG file as classes on the grid of its series, frame by frame.
 
-    Where segments overlap, the higher class wins. A fractional value is inside from half of the maximum.
+    A fractional value is inside from half of the maximum.
 
     Args:
         class_of: returns the class of a segment label.
-
-    Returns:
-        Classes, (1, columns, rows, slices).
+        add: is called for each frame of a class other than 0, with its classes (columns, rows) and slice index.
 
     Raises:
         UserError: the file is damaged, on another grid, or needs more than the free memory.
@@ -197,14 +210,12 @@ def read_segmentation(path: Path, geometry: Geometry, class_of: Callable[[str], 
         raise UserError(f"{path}: not on the grid of its series")
     columns, rows, _ = geometry.shape
     check_memory(f"{path}: {len(positions)} frames", len(positions) * columns * rows * WORKING_BYTES_PER_PIXEL)
+    dataset = read_dataset(path)
     try:
-        dataset: Any = pydicom.dcmread(path)
         frames = dataset.pixel_array.reshape(len(positions), *dataset.pixel_array.shape[-2:])
         limit = float(dataset.get("MaximumFractionalValue", 1)) / 2
-    except Exception as error:  # pydicom raises many types on a damaged file
-        raise UserError(f"{path}: its pixels cannot be decoded ({error})") from None
-    mask = np.zeros((1, *geometry.shape), np.uint8)
+    except Exception:  # pydicom raises many types on a damaged file
+        raise UserError(f"{path}: its pixels cannot be decoded; {REPAIR}") from None
     for frame, (segment, index) in zip(frames, positions, strict=True):
-        classes = np.where(limit <= frame.T, np.uint8(class_of(header.names[segment])), np.uint8(0))
-        np.maximum(mask[0, :, :, index], classes, out=mask[0, :, :, index])
-    return mask
+        if value := class_of(header.names[segment]):
+            add(np.where(limit <= frame.T, np.uint8(value), np.uint8(0)), index)

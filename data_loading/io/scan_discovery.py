@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from common import registry
 from common.errors import UserError
 from common.files import replacing
-from common.messages import counted, logger
+from common.messages import counted, is_main_rank, logger, note
 from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti, write_nifti
 
@@ -115,6 +116,32 @@ def is_image_file(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+def is_dicom(path: Path) -> bool:
+    """Returns whether the file begins with the DICOM preamble or, where it lacks that, with a DICOM element.
+
+    The first element of a file without preamble is of group 2 or 8, little-endian, followed by its type, two capital
+    letters, or its length.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(132)
+    except OSError:
+        return False
+    if start[128:] == b"DICM":
+        return True
+    if len(start) < 132:
+        return False
+    group, element, length = struct.unpack("<HHI", start[:8])
+    has_type = start[4:6].isalpha() and start[4:6].isupper()
+    return group in (2, 8) and element < 0x100 and (has_type or length <= 64)
+
+
+def endings(paths: Iterable[Path]) -> str:
+    """Returns the most frequent endings of files with their numbers, "" without files."""
+    found = Counter(path.suffix or path.name for path in paths if not path.name.startswith("."))
+    return ", ".join(f"{count} {ending}" for ending, count in found.most_common(3))
+
+
 def is_file_name(output: Path) -> bool:
     """Returns whether `--output` is a file rather than a folder."""
     return output.name.lower().endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
@@ -129,7 +156,7 @@ def stem(path: Path) -> str:
 
 
 def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
-    """Finds the scans of `--scan`: a file, or a folder's NIfTI files, else its 2-D images, else its DICOM series.
+    """Finds the scans of `--scan`: a file, or a folder's DICOM series, NIfTI files or 2-D images (see `_in_folder`).
 
     Args:
         output: a file for the mask of a single scan, or a folder in which masks are named after their scans.
@@ -141,14 +168,8 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     if not scan.exists():
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
-        found = sorted(file for file in scan.iterdir() if file.is_file() and not file.name.startswith("."))
-        files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
-        cases = [] if files else kits19_images(scan)
-        if line := passed_over(scan, files, f"--scan {scan}: passed over ") if files else "":
-            logger.info(line)
-        names = [file.parent.name for file in cases] if cases else [stem(file) for file in files]
-        files = files or cases
-        sources = _file_sources(files, output, names) if files else _series_sources(scan, output, series)
+        sources = _in_folder(scan, output, series)
+        files = [source.file for source in sources if source.file]
     elif is_nifti(scan) or is_image_file(scan):
         files, sources = [scan], _file_sources([scan], output, [stem(scan)])
     else:
@@ -188,19 +209,89 @@ def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> 
     ]
 
 
-def _series_sources(folder: Path, output: Path, wanted: str | None) -> list[Source]:
-    try:
-        found = registry.load(f"{DICOM}:find_series", "--scan", "dicom")(folder)
-    except UserError:
-        if below := sorted(path for path in folder.glob("*/*") if is_nifti(path)):
-            where = f"{len({path.parent for path in below})} of its folders, such as {below[0].parent}"
-            raise UserError(f"--scan {folder}: no scan in it, but NIfTI files in {where}; give that folder") from None
-        raise
-    chosen = registry.load(f"{DICOM}:choose_series", "--series", "dicom")(found, wanted, folder)
+def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
+    """Finds the scans in a folder, of one kind: DICOM series in it and its subfolders, NIfTI files, or 2-D images.
+
+    Where DICOM images lie, pictures are their previews, and NIfTI files are their copies or masks if they are on the
+    grid of a series. KiTS19's raw layout is NIfTI files called after their folders. What else lies beside the scans is
+    counted.
+
+    Raises:
+        UserError: no scans, or NIfTI files beside DICOM that are on no series' grid.
+    """
+    found = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
+    named: list[Path] = []  # in notes
+    if any(is_dicom(file) for file in folder.rglob("*") if file.is_file()):
+        dicom = registry.load(f"{DICOM}:search_folder", "--scan", "dicom")(folder)
+        if dicom.holds_scans() or not files:
+            _explain_files_beside(dicom.require("--scan", folder), folder, found, wanted)
+            return _series_sources(dicom, folder, output, wanted)
+        _note_once(dicom.notes())
+        named = [each.path for each in dicom.unread]
+    if files:
+        if line := passed_over(folder, [*files, *named], f"--scan {folder}: passed over "):
+            logger.info(line)
+        return _file_sources(files, output, [stem(file) for file in files])
+    if cases := kits19_images(folder):
+        return _file_sources(cases, output, [case.parent.name for case in cases])
+    below = sorted(path for path in folder.rglob("*") if is_nifti(path) or is_image_file(path))
+    if below:
+        raise UserError(
+            f"--scan {folder}: its scans are in sub-folders ({len(below)} files, such as "
+            f"{below[0].relative_to(folder)}); give one of them, such as --scan {below[0].parent}"
+        )
+    held = endings(found)
+    raise UserError(
+        f"--scan {folder}: no NIfTI file, 2-D image or DICOM series in it{f'; it holds {held}' if held else ''}"
+    )
+
+
+def _explain_files_beside(series: Sequence[Any], folder: Path, files: Sequence[Path], wanted: str | None) -> None:
+    """Notes which files beside DICOM series are not predicted. Raises UserError if one may be a scan of its own.
+
+    Args:
+        wanted: the series that the user chose, which answers the question.
+    """
+    from data_loading.readers.mask_matching import matching_grids  # it imports this module
+
+    grids = {}
+    for each in series:
+        with suppress(UserError):  # a localiser; reading the series reports others
+            grids[each.name] = registry.load(f"{DICOM}:sorted_headers", "--scan", "dicom")(each)[1]
+    of_series: list[str] = []
+    unknown: list[Path] = []
+    for file in files:
+        if is_nifti(file):
+            on = [list(grids)[index] for index in matching_grids(file, list(grids.values()))]
+            of_series += [f"{file.name} is on the grid of series {on[0]}, so a copy or a mask of it"] if on else []
+            unknown += [] if on else [file]
+    pictures = [file.name for file in files if is_image_file(file)]
+    if unknown and wanted is None:
+        raise UserError(
+            f"--scan {folder} holds DICOM series ({'; '.join(map(str, series))}) and NIfTI files on other grids "
+            f"({', '.join(file.name for file in unknown[:3])}); choose a series with --series, or give a file, such as "
+            f"--scan {unknown[0]}"
+        )
+    lines = of_series + [f"{file.name} is NIfTI beside DICOM" for file in unknown]
+    lines += [f"{len(pictures)} picture{'s' * (len(pictures) > 1)} beside DICOM ({pictures[0]})"] if pictures else []
+    _note_once([f"--scan {folder}: only its DICOM is predicted; {'; '.join(lines)}"] if lines else [])
+
+
+def _note_once(lines: Sequence[str]) -> None:
+    """Prints notes on rank 0 only: every rank looks for the scans."""
+    for line in lines if is_main_rank() else ():
+        note(line)
+
+
+def _series_sources(dicom: Any, folder: Path, output: Path, wanted: str | None) -> list[Source]:
+    chosen = registry.load(f"{DICOM}:choose_series", "--series", "dicom")(dicom.series, wanted, folder)
+    _note_once(dicom.notes())
     sources = []
     for series in chosen:
         # The name of a folder is a valid file name; a series' UID or number may not be.
-        name = folder.resolve().name if len(found) == 1 else "series_" + re.sub(r"[^\w.-]", "_", series.name)
+        only = len(dicom.series) == 1
+        name = folder.resolve().name if only else "series_" + re.sub(r"[^\w.-]", "_", series.name)
         target = output if is_file_name(output) else output / f"{name}.nii.gz"
         sources.append(Source(name, target, series=series))
     return sources

@@ -72,6 +72,10 @@ class RawCase:
     labels: LabelMap | None = None
     patient: str = ""
 
+    def is_whole(self) -> bool:
+        """Returns whether the case is a whole scan and not a part of one."""
+        return True
+
     def files(self) -> list[list[Path]]:
         """Returns the files of the image and the files of the mask."""
         return [[self.image], [self.label]]

@@ -15,14 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from common.errors import UserError
-from data_loading.io.dicom import Series, find_series, is_dicom, sorted_headers
-from data_loading.io.dicom_seg import read_header
-from data_loading.io.scan_discovery import is_nifti, stem
-from data_loading.io.volume import Geometry, read_channels, read_geometry
+from data_loading.io.dicom import Series, read_series, search_folder, sorted_headers
+from data_loading.io.dicom_geometry import check_complete
+from data_loading.io.dicom_headers import Unread, describe, object_name
+from data_loading.io.dicom_headers import read_header as read_any_header
+from data_loading.io.dicom_pixels import read_pixels
+from data_loading.io.dicom_seg import SEGMENTATION_STORAGE, UNREAD_MASKS, read_header
+from data_loading.io.orientation import to_grid
+from data_loading.io.scan_discovery import is_dicom, is_nifti, stem
+from data_loading.io.volume import Geometry, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawDataset, ReaderOptions
 from data_loading.readers.mask_matching import matching_grids, nifti_files
 from data_loading.readers.nifti import ScanCase, make_scan_dataset
+
+# Largest relative difference between the voxels of a series and those of its copy.
+COPY_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,10 @@ def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
         raise UserError(f"--labels_dir {options.labels_dir}: no such folder")
     masks_dir = options.labels_dir or data_dir
     scans, notes = find_scans(data_dir, None if masks_dir.samefile(data_dir) else masks_dir)
-    masks = find_masks(masks_dir)
+    masks, unread = find_masks(masks_dir, is_apart=not masks_dir.samefile(data_dir))
+    masks, copies = without_copies(masks, scans)
+    notes += _skipped("copies of their series", copies)
+    notes += [f"--labels_dir {masks_dir}: not read: {describe(unread)}"] if unread else []
     masks_of, unmatched = match_masks(masks, scans)
     notes += _skipped("not on the grid of any series", [str(path) for path in unmatched])
     notes += _skipped("no mask on its grid", [scan.case for index, scan in enumerate(scans) if index not in masks_of])
@@ -64,6 +77,7 @@ def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
         raise UserError(
             f"--labels_dir {masks_dir}: none of its {len(masks)} mask(s) is on the grid of a series in "
             f"{data_dir} ({shapes} voxels); masks must have the shape and affine of their series"
+            + (f"; not read: {describe(unread)}" if unread else "")
         )
     patients = patient_ids(scans)
     cases = [
@@ -95,8 +109,12 @@ def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Scan], list
         UserError: no scans, or two with the same case id.
     """
     scans: list[Scan] = []
-    notes = []
-    for series in find_series(data_dir, "--data_dir"):
+    found = search_folder(data_dir)
+    # `find_masks` lists the other objects among the masks.
+    listed = [each for each in found.unread if not (each.is_object and (masks_dir or data_dir) in each.path.parents)]
+    notes = [f"--data_dir {data_dir}: {line}" for line in replace(found, unread=listed).notes()]
+    for series in found.require("--data_dir", data_dir):
+        check_complete(series)  # leaving the scan out would change the split
         try:
             _, geometry = sorted_headers(series)
         except UserError as error:  # a localiser, a missing slice
@@ -105,8 +123,11 @@ def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Scan], list
         folder = series.files[0].parent
         suffix = f"_{series.name}" if any(folder == scan.path for scan in scans) else ""
         scans.append(_make_scan(data_dir, folder, geometry, series=series, suffix=suffix))
-    for path in nifti_files(data_dir) if masks_dir else []:
-        if masks_dir not in path.parents and read_channels(path) == 1:
+    files = [path for path in nifti_files(data_dir) if masks_dir and masks_dir not in path.parents]
+    files, copies = without_copies(files, scans)
+    notes += _skipped("copies of their series", copies)
+    for path in files:
+        if read_channels(path) == 1:
             scans.append(_make_scan(data_dir, path, read_geometry(path)))
     names = [scan.case for scan in scans]
     if duplicates := [name for name in names if names.count(name) > 1]:
@@ -131,10 +152,50 @@ def _make_scan(
     )
 
 
-def find_masks(folder: Path) -> list[Path]:
-    """Returns the NIfTI and DICOM-SEG files in a folder and its subfolders."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if is_nifti(path) or (is_dicom(path) and read_header(path) is not None)]
+def find_masks(folder: Path, is_apart: bool) -> tuple[list[Path], list[Unread]]:
+    """Returns the NIfTI and DICOM-SEG files in a folder and its subfolders, and DICOM that holds masks in other forms.
+
+    Args:
+        is_apart: the folder is not that of the series, so that images in it are listed too.
+    """
+    masks, unread = [], []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if is_nifti(path):
+            masks.append(path)
+        elif is_dicom(path):
+            try:
+                header = read_any_header(path, ["SOPClassUID"])
+            except UserError:
+                if is_apart:
+                    raise
+                continue  # `search_folder` has listed it
+            if header.SOPClassUID == SEGMENTATION_STORAGE:
+                masks.append(path)
+            elif reason := UNREAD_MASKS.get(str(header.SOPClassUID)) or object_name(header) or "image" * is_apart:
+                unread.append(Unread(path=path, reason=reason))
+    return masks, unread
+
+
+def without_copies(files: Sequence[Path], scans: Sequence[Scan]) -> tuple[list[Path], list[str]]:
+    """Divides files into those that are no copies of a series as NIfTI, and the names of those that are."""
+    copies = {path for path in files if is_nifti(path) and any(_is_copy(path, scan) for scan in scans if scan.series)}
+    return [path for path in files if path not in copies], [str(path) for path in sorted(copies)]
+
+
+def _is_copy(path: Path, scan: Scan) -> bool:
+    """Returns whether a NIfTI file has the grid and the voxels of a series; most differ in the slice in the middle."""
+    if scan.series is None or not matching_grids(path, [scan.geometry]):
+        return False
+    try:
+        headers, geometry = sorted_headers(scan.series)
+        array = to_grid(read_nifti(path, np.float32), geometry, scan.case).array[0]
+        middle = len(headers) // 2
+        plane = read_pixels(Path(headers[middle].filename), (geometry.shape[1], geometry.shape[0])).T
+        return np.allclose(array[:, :, middle], plane, COPY_TOLERANCE) and np.allclose(
+            array, read_series(scan.series).array[0], COPY_TOLERANCE
+        )
+    except UserError:  # reading the case reports it
+        return False
 
 
 def match_masks(masks: Sequence[Path], scans: Sequence[Scan]) -> tuple[dict[int, list[Path]], list[Path]]:

@@ -39,10 +39,12 @@ class LabelMap:
     Attributes:
         pairs: (value or name, class).
         classes: class names, the background first.
+        by_size: the user did not number the classes, so where two claim a voxel, the smaller structure gets it.
     """
 
     pairs: tuple[tuple[Key, int], ...]
     classes: tuple[str, ...]
+    by_size: bool = False
 
     @classmethod
     def parse(cls, entries: Sequence[str], known: Sequence[str] = ()) -> LabelMap:
@@ -96,7 +98,8 @@ class LabelMap:
             raise UserError(
                 f"{source}: the masks hold {len(found)} values; select and merge with --labels, such as 128-255=1"
             )
-        return cls(tuple((key, value) for value, key in enumerate(found, 1)), ("background", *map(str, found)))
+        pairs = tuple((key, value) for value, key in enumerate(found, 1))
+        return cls(pairs, ("background", *map(str, found)), by_size=True)
 
     def class_of(self, name: str) -> int:
         """Returns the class of a structure by its name, 0 if it is not listed."""

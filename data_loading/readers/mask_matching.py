@@ -5,7 +5,6 @@ A mask is a NIfTI file of values, several NIfTI files named after one structure 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
-from common.messages import counted
 from data_loading.index import is_safe_case_id
 from data_loading.io.mask_values import Found, find_values, merged
 from data_loading.io.orientation import same_grid, to_grid
 from data_loading.io.scan_discovery import is_nifti, passed_over, stem
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
 from data_loading.readers.label_map import LabelMap, normalised, quoted
+from data_loading.readers.overlaps import ClassMerger
 
 DICOM_SEG = "data_loading.io.dicom_seg"
 
@@ -104,10 +103,9 @@ def find_mask_values(masks: Sequence[Path]) -> tuple[set[str], Found]:
 
 
 def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, case: str) -> Volume:
-    """Reads the masks of a scan as one, on the scan's grid.
+    """Reads the masks of a scan as one, on the scan's grid, with a note where two overlap (see `ClassMerger`).
 
-    Where two overlap, the higher class wins, and a note counts the voxels. A file named after a structure in
-    `labels` is the mask of that structure, wherever it is not 0.
+    A file named after a structure in `labels` is the mask of that structure, wherever it is not 0.
 
     Args:
         geometry: of the scan.
@@ -126,18 +124,17 @@ def read_classes(masks: Sequence[Path], geometry: Geometry, labels: LabelMap, ca
             f"{case}: {len(masks)} masks are on its grid ({names}); remove all but one, or name structures in "
             f"--labels, such as {structures[0]}=1 {structures[1]}=2"
         )
-    classes = np.zeros((1, *geometry.shape), np.uint8)
+    merger = ClassMerger(geometry.shape, labels.by_size)
     notes: list[str] = []
     for path in masks:
         if not is_nifti(path):
-            found = _dicom_seg("read_segmentation")(path, geometry, labels.class_of)
+            _dicom_seg("read_segmentation")(path, geometry, labels.class_of, merger.add)
         else:
             mask = to_grid(read_nifti(path, np.int32), geometry, case)
             notes += mask.notes
-            found = _classes_of(path, mask.array, labels, is_only=len(masks) == 1)
-        notes += _overlaps(classes, found, labels.classes)
-        np.maximum(classes, found, out=classes)
-    return Volume(classes, geometry, tuple(notes))
+            merger.add(_classes_of(path, mask.array[0], labels, is_only=len(masks) == 1))
+    notes += merger.finish(labels.classes)
+    return Volume(merger.classes[np.newaxis], geometry, tuple(notes))
 
 
 def _classes_of(path: Path, mask: NDArray[Any], labels: LabelMap, *, is_only: bool) -> NDArray[np.uint8]:
@@ -150,19 +147,6 @@ def _classes_of(path: Path, mask: NDArray[Any], labels: LabelMap, *, is_only: bo
             "because of its name or because other masks are on its scan's grid"
         )
     return np.where(mask != 0, np.uint8(structure), np.uint8(0))
-
-
-def _overlaps(classes: NDArray[np.uint8], found: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
-    """Returns a note for each pair of classes that claim the same voxels: how many, and which class gets them."""
-    both = (classes > 0) & (found > 0) & (classes != found)
-    pairs = Counter(
-        zip(np.minimum(classes, found)[both].tolist(), np.maximum(classes, found)[both].tolist(), strict=True)
-    )
-    return [
-        f"{counted(count, 'voxel')} both {names[low]} and {names[high]}, counted as {names[high]}, the higher class "
-        f"(--labels {quoted(names[high])}=1 {quoted(names[low])}=2 chooses {names[low]})"
-        for (low, high), count in sorted(pairs.items())
-    ]
 
 
 def matching_grids(path: Path, geometries: Sequence[Geometry]) -> list[int]:

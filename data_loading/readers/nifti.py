@@ -51,11 +51,15 @@ class ScanCase(RawCase):
     series: Any = None
     slab: tuple[int, int] | None = None
 
+    def is_whole(self) -> bool:
+        return self.slab is None
+
     def files(self) -> list[list[Path]]:
         return [list(self.series.files) if self.series else [self.image], list(self.masks)]
 
     def settings(self) -> str:
-        return super().settings() + (f" slab {self.slab}" if self.slab else "")
+        by_size = self.labels is not None and self.labels.by_size and self.labels.has_names()
+        return super().settings() + " by size" * by_size + (f" slab {self.slab}" if self.slab else "")
 
     def read(self) -> tuple[Volume, Volume]:
         """Reads the case as `RawCase.read` does; the origin of a slab is at its first slice."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 
+from common.errors import UserError
 from data_loading.io.orientation import DIRECTIONS, orientation_of
 from data_loading.io.volume import Geometry, Volume, read_nifti
 from data_loading.preprocessing import (
@@ -36,6 +37,7 @@ from data_loading.preprocessing import (
     resampled_shape,
     to_source_grid,
 )
+from data_loading.scan_checks import preprocess_scan
 from data_loading.spec import KITS19, DatasetSpec
 from tests.data_loading.oblique import geometries
 
@@ -47,6 +49,25 @@ REAL_MASKS = (4, 7, 10, 15, 21, 30, 38, 41, 45, 61, 64, 70, 76, 87, 94, 110, 113
 def scan(array: NDArray[np.generic], spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Volume:
     """A (C, D, H, W) array as a volume with that spacing."""
     return Volume(array, Geometry(np.diag([*spacing_mm, 1.0]), as_shape(array.shape[1:]), spacing_mm))
+
+
+def test_values_that_no_network_can_use_are_refused_with_their_number() -> None:
+    good = np.arange(24, dtype=F32).reshape(1, 2, 3, 4)
+    spec = replace(PLAIN, mean=0.0, std=1e-3)
+    array, _ = preprocess_scan(scan(good), spec, "s")
+    np.testing.assert_array_equal(array, preprocess_image(scan(good), spec)[0])
+    for value, message in (
+        (np.nan, "s: the scan contains NaN or infinity: NaN in 3 of its 24 voxels"),
+        (np.inf, "infinity or values beyond float32 in 3 of its 24 voxels"),
+        (3e38, "s: 3 voxels are too large to be normalised"),
+    ):
+        bad = good.copy()
+        bad[0, 0, 0, :3] = value
+        with pytest.raises(UserError, match=message):
+            preprocess_scan(scan(bad), spec, "s")
+    with pytest.raises(UserError, match="s: all 24 voxels of the scan are 1; export it again"):
+        preprocess_scan(scan(np.ones_like(good)), spec, "s")
+    preprocess_scan(scan(np.ones_like(good)), spec, "s", is_whole=False)  # a slab of air
 
 
 @pytest.mark.real_data

@@ -196,7 +196,7 @@ def test_a_damaged_scan_leaves_the_others_predicted(
     arguments = ("--load_ckpt_path", trained / "checkpoint.pth", "--scan", damaged, "--output", tmp_path / "out")
     done = program("--exec_mode", "predict", *arguments, ranks=ranks, ok=False)
     assert done.returncode != 0
-    assert "1 of 3 scans could not be predicted; the first:" in done.stderr
+    assert "1 of 3 scans could not be predicted, for the reasons above" in done.stderr
     assert str(min(damaged.iterdir())) in done.stderr
     assert "UserError" not in done.stderr, "one line without a traceback (apart from torchrun's own)"
     assert len(list((tmp_path / "out").iterdir())) == 3, "two masks and the table"

@@ -25,6 +25,7 @@ from data_loading.spec import KITS19, DatasetSpec
 from prediction import ensemble as ensembles
 from prediction.ensemble import Ensemble, Member, arg_max, classes_on_source_grid, predict_scan
 from prediction.memory import MemoryBudget, MemoryPlan
+from prediction.predict import predict_scans
 from runtime.evaluation import SlidingWindowConfig
 from tests.data_loading.oblique import geometries
 
@@ -53,10 +54,14 @@ class Ramp(nn.Module):
 
 
 def make_ensemble(
-    spec: DatasetSpec, *networks: nn.Module, flips: tuple[tuple[int, ...], ...] = ((),), max_gb: float | None = None
+    spec: DatasetSpec,
+    *networks: nn.Module,
+    flips: tuple[tuple[int, ...], ...] = ((),),
+    max_gb: float | None = None,
+    window: tuple[int, int, int] = WINDOW,
 ) -> Ensemble:
     windows = SlidingWindowConfig(
-        window=WINDOW,
+        window=window,
         overlap=0.5,
         batch_size=3,
         classes=len(spec.classes),
@@ -242,6 +247,53 @@ def test_if_the_gpu_runs_out_of_memory_the_next_plan_is_tried(
     assert "note: scan: computed on the CPU (the GPU ran out of memory)" in capsys.readouterr().err
 
 
+class Fragile(Above):
+    """Fails on one value."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not image.is_meta and bool((image == 7).any()):
+            raise ValueError("seven")
+        return super().forward(image)
+
+
+def test_one_bad_scan_is_named_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = np.arange(-32, 32, dtype=np.float64).reshape(4, 4, 4)
+    good[good == 7] = 8
+    grid = Geometry(np.eye(4), (4, 4, 4), (1.0, 1.0, 1.0))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, value in {"a": np.nan, "b": -np.inf, "c": 1e300, "d": 7.0, "g": 0.5}.items():
+        array = good.copy()
+        array[0, 0, :2] = value
+        write_scan(folder / f"{name}.nii", array, grid)
+    write_scan(folder / "e.nii", np.zeros((4, 4, 4)), grid)
+    (folder / "f.nii").write_bytes(b"damaged")
+    sources = find_sources(folder, tmp_path, None)
+    rows, errors = predict_scans(sources, make_ensemble(PLAIN, Fragile()), False, is_folder=True)
+    assert [row.scan for row in rows] == ["g"]
+    assert errors[:5] == [
+        "a: the scan contains NaN or infinity: NaN in 2 of its 64 voxels; repair or remove it",
+        *(
+            f"{name}: the scan contains NaN or infinity: infinity or values beyond float32 in 2 of its 64 voxels; "
+            "repair or remove it"
+            for name in "bc"
+        ),
+        "d: unexpected ValueError (seven); please report it with this scan's header",
+        "e: all 64 voxels of the scan are 0; export it again or remove it",
+    ]
+    assert len(errors) == 6
+    assert [path.name for path in tmp_path.glob("*.nii")] == ["g.nii"], "no mask is written for the others"
+    assert capsys.readouterr().err == "".join(f"error: {line}\n" for line in errors)
+
+
+def test_a_network_of_volumes_refuses_pictures(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pip install '.[images]'")
+    image.fromarray(np.arange(42, dtype=np.uint8).reshape(6, 7)).save(tmp_path / "a.png")
+    (source,) = find_sources(tmp_path / "a.png", tmp_path / "out.png", None)
+    with pytest.raises(UserError, match=r"a\.png is a 2-D image, but .* trained on volumes \(windows of 4 slices\)"):
+        predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=False)
+
+
 @pytest.mark.parametrize("size", [None, (12, 14)])
 def test_2d_images_are_predicted_as_2d_images(tmp_path: Path, size: tuple[int, int] | None) -> None:
     image = pytest.importorskip("PIL.Image", reason="pip install '.[images]'")
@@ -251,14 +303,7 @@ def test_2d_images_are_predicted_as_2d_images(tmp_path: Path, size: tuple[int, i
     image.fromarray(seen).save(tmp_path / "in" / "a.tif")
     image.fromarray(seen.T.copy()).save(tmp_path / "in" / "b.jpg", quality=100)
     spec = replace(PLAIN, mean=100.0, std=10.0, size=size)
-    network = make_ensemble(spec, Above())
-    if size is None:  # a window of several slices is that of a network for volumes
-        (source, _) = find_sources(tmp_path / "in", tmp_path, None)
-        with pytest.raises(UserError, match=f"a: an image, but the network takes volumes, in windows of {WINDOW[0]}"):
-            predict_scan(source, network, save_probabilities=False)
-        (member,) = network.members
-        windows = replace(member.windows, window=(1, *WINDOW[1:]))
-        network = replace(network, members=(replace(member, windows=windows),))
+    network = make_ensemble(spec, Above(), window=(1, 4, 4))
     for source in find_sources(tmp_path / "in", tmp_path, None):
         assert source.voxels() == 42
         predict_scan(source, network, save_probabilities=False)

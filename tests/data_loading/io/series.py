@@ -62,7 +62,7 @@ def change(path: Path, **values: object) -> None:
     header = pydicom.dcmread(path)
     for keyword, value in values.items():
         if value is None:
-            delattr(header, keyword)
+            header.pop(keyword, None)
         else:
             setattr(header, keyword, value)
     header.save_as(path)

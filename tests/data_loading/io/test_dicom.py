@@ -16,7 +16,12 @@ from data_loading.io.volume import Geometry
 from tests.data_loading.oblique import geometries
 
 pytest.importorskip("pydicom", reason="pip install '.[dicom]'")
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.uid import BasicTextSRStorage, RTStructureSetStorage, SecondaryCaptureImageStorage
+
 from data_loading.io import dicom
+from data_loading.io.dicom_geometry import _slice_step
 from tests.data_loading.io.series import change, write_series
 
 PLAIN = Geometry(np.diag([-0.8, -0.6, 2.5, 1.0]), (5, 4, 6), (0.8, 0.6, 2.5))
@@ -60,7 +65,7 @@ def test_other_files_are_skipped_and_subfolders_are_searched(tmp_path: Path) -> 
     files = write_series(tmp_path / "a" / "b", numbered(PLAIN.shape), PLAIN)
     (tmp_path / "README").write_text("no scan")
     shutil.copy(files[0], tmp_path / "report")
-    change(tmp_path / "report", ImagePositionPatient=None, Rows=None)
+    change(tmp_path / "report", SOPClassUID=BasicTextSRStorage, ImagePositionPatient=None, Rows=None)
     (series,) = dicom.find_series(tmp_path)
     assert (series.name, series.description, len(series.files)) == ("4", "synthetic", 6)
 
@@ -83,6 +88,9 @@ def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"ImagePositionPatient": [0, 0, 400]}, "is a slice missing"),
+        ({"ImagePositionPatient": None}, r"1 of 6 files cannot be .*\(no ImagePositionPatient: 1 file \(IM0002\)\)"),
+        ({"PixelSpacing": [1.0]}, r"damaged PixelSpacing: 1 file \(IM0002\)"),
+        ({"RescaleSlope": 0}, "RescaleSlope is 0"),
         ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "is oriented differently from other slices"),
         ({"PixelSpacing": [2, 2]}, "has a different pixel spacing"),
         ({"Rows": 3}, "pixels, others"),
@@ -102,15 +110,183 @@ def test_slices_that_do_not_form_a_volume_are_rejected(
 def test_a_missing_slice_and_two_at_one_position(tmp_path: Path) -> None:
     files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN, seed=1)
     (series,) = dicom.find_series(tmp_path)
-    position = {path: float(dicom._read_header(path).ImagePositionPatient[2]) for path in files}
+    position = {path: position_of(path)[2] for path in files}
     second = sorted(files, key=position.__getitem__)[1]
     second.rename(tmp_path.parent / f"{tmp_path.name}.out")
     with pytest.raises(UserError, match=r"range from 2\.5 to 5 mm; is a slice missing"):
         dicom.read_series(dicom.find_series(tmp_path)[0])
-    shutil.copy(files[0] if files[0] != second else files[1], tmp_path / "again")
-    with pytest.raises(UserError, match="several slices at one position"):
+    again = shutil.copy(files[0] if files[0] != second else files[1], tmp_path / "again")
+    change(again, SOPInstanceUID="1.2.3")
+    with pytest.raises(UserError, match="are copies of one slice under two SOP instance UIDs"):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+    change(again, PixelData=bytes(40))
+    with pytest.raises(UserError, match=r"several slices at one position .* at 1 of 5 positions"):
         dicom.read_series(dicom.find_series(tmp_path)[0])
     assert len(series.files) == 6
+
+
+def position_of(path: Path) -> list[float]:
+    return [float(value) for value in pydicom.dcmread(path).ImagePositionPatient]
+
+
+def test_several_phases_and_a_wrong_orientation_are_told_apart(tmp_path: Path) -> None:
+    for phase in range(2):
+        for file in write_series(tmp_path / "phases" / str(phase), numbered(PLAIN.shape) + phase, PLAIN):
+            change(file, SeriesInstanceUID="1.2.3")
+    with pytest.raises(UserError, match="2 slices at each of 6 positions; several phases or echoes"):
+        dicom.read_series(dicom.find_series(tmp_path / "phases")[0])
+    for orientation in ([1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0.1, 0.995]):
+        for file in write_series(tmp_path / "sagittal", numbered(PLAIN.shape), PLAIN):
+            change(file, ImageOrientationPatient=orientation)
+        with pytest.raises(UserError, match="different positions, but not one after another along their normal"):
+            dicom.read_series(dicom.find_series(tmp_path / "sagittal")[0])
+
+
+def test_copies_of_slices_count_once(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "a", numbered(PLAIN.shape), PLAIN)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    found = dicom.search_folder(tmp_path)
+    assert found.notes() == ["series 4: 6 files repeat slices and count once"]
+    np.testing.assert_array_equal(dicom.read_series(found.series[0]).array[0], numbered(PLAIN.shape))
+    change(tmp_path / "b" / files[0].name, PixelData=bytes(40))  # no copy: which is right is unknown
+    with pytest.raises(UserError, match="several slices at one position"):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+
+
+@pytest.mark.parametrize("values", [("", ""), ("", "0"), ("1", ""), (None, "0"), ("1", None)])
+def test_an_empty_slope_or_intercept_is_absent(tmp_path: Path, values: tuple[str | None, str | None]) -> None:
+    for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN):
+        change(file, RescaleSlope=1, RescaleIntercept=0)
+        stored = numbered(PLAIN.shape)[:, :, round((position_of(file)[2] - PLAIN.affine[2, 3]) / 2.5)]
+        change(file, PixelData=stored.T.astype("<i2").tobytes())
+        change(file, RescaleSlope=values[0], RescaleIntercept=values[1])
+    np.testing.assert_array_equal(dicom.read_series(dicom.find_series(tmp_path)[0]).array[0], numbered(PLAIN.shape))
+
+
+@pytest.mark.parametrize(("distance", "decimals"), [(0.625, 1), (0.45, 1), (3.3, 0), (0.0125, 3)])
+def test_rounded_positions_are_equidistant_and_a_missing_slice_is_not(
+    tmp_path: Path, distance: float, decimals: int
+) -> None:
+    files = write_series(tmp_path, numbered((5, 4, 8)), PLAIN)
+    for index, file in enumerate(files):
+        change(file, ImagePositionPatient=[0, 0, round(index * distance, decimals)])
+    affine = dicom.read_series(dicom.find_series(tmp_path)[0]).geometry.affine
+    assert affine[2, 2] == pytest.approx(distance, abs=10.0**-decimals / 7)
+    files[3].unlink()
+    with pytest.raises(UserError, match="is a slice missing"):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+
+
+def test_a_missing_slice_is_noticed_at_any_place_however_positions_are_rounded() -> None:
+    for count in range(4, 12):
+        for missing in range(1, count - 1):
+            positions = np.delete(np.arange(count) * 10.0, missing)[:, None] * np.array([0, 0, 1])
+            with pytest.raises(UserError, match="is a slice missing"):
+                _slice_step(positions, np.array([0.0, 0, 1]), [], "series")
+
+
+def test_microscopic_voxels_are_held_to_the_same_fractions(tmp_path: Path) -> None:
+    """5 µm: a difference of 1e-3 of a voxel is accepted, one of a tenth is not."""
+    for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN):
+        change(file, PixelSpacing=[0.005, 0.005], ImagePositionPatient=[v / 500 for v in position_of(file)])
+    spacing = dicom.read_series(dicom.find_series(tmp_path)[0]).geometry.spacing_mm
+    assert spacing == pytest.approx((0.005, 0.005, 0.005), rel=1e-4)
+    change(tmp_path / "IM0003", PixelSpacing=[0.0055, 0.005])
+    with pytest.raises(UserError, match="different pixel spacing"):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+
+
+def test_cosines_of_another_length_are_normalised_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = None
+    for scale in (1.0, 0.5, 2.0):
+        for file in write_series(tmp_path / "in", numbered(PLAIN.shape), PLAIN):
+            change(file, ImageOrientationPatient=[scale, 0, 0, 0, scale, 0])
+        volume = dicom.read_series(dicom.find_series(tmp_path / "in")[0])
+        expected = volume if expected is None else expected
+        np.testing.assert_allclose(volume.geometry.affine, expected.geometry.affine, rtol=1e-12)
+        assert ("no unit vectors" in capsys.readouterr().err) == (scale != 1)
+
+
+@pytest.mark.parametrize(
+    ("cosines", "message"),
+    [
+        ([1, 0, 0, 0.3, 0.954, 0], r"at 72\.5° to each other"),
+        ([1, 0, 0, 1, 0, 0], r"at 0\.0° to each"),
+        ([1, 0, 0, 0, 0, 0], "of length 0"),
+    ],
+)
+def test_cosines_that_are_not_perpendicular_are_refused(tmp_path: Path, cosines: list[float], message: str) -> None:
+    for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN):
+        change(file, ImageOrientationPatient=cosines)
+    with pytest.raises(UserError, match=message):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+
+
+def without_preamble(path: Path, *, implicit: bool) -> None:
+    bare = Dataset()
+    bare.update(dict(pydicom.dcmread(path).items()))
+    with path.open("wb") as stream:
+        pydicom.dcmwrite(stream, bare, implicit_vr=implicit, little_endian=True, enforce_file_format=False)
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_files_without_preamble_are_read(tmp_path: Path, implicit: bool) -> None:
+    for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN)[::2]:
+        without_preamble(file, implicit=implicit)
+    volume = dicom.read_series(dicom.find_series(tmp_path)[0])
+    np.testing.assert_array_equal(volume.array[0], numbered(PLAIN.shape))
+
+
+def test_files_that_look_like_slices_are_counted_with_their_reasons(tmp_path: Path) -> None:
+    files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN)
+    files[0].write_bytes(b"<html>session expired</html>")
+    files[1].write_bytes(b"")
+    files[2].write_bytes(files[2].read_bytes()[:400])
+    (tmp_path / "IM.txt").write_text("no slice")
+    (tmp_path / "._IM0004.dcm").write_text("a Mac's file")
+    reasons = r"cut off or damaged: 1 file \(IM0002\); empty: 1 file \(IM0001\); not DICOM: 1 file \(IM0000\)"
+    with pytest.raises(UserError, match=rf"3 of 6 files cannot be read or placed, .*\({reasons}\)"):
+        dicom.read_series(dicom.find_series(tmp_path)[0])
+
+
+def test_other_objects_and_images_of_other_classes_are_listed(tmp_path: Path) -> None:
+    files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN)
+    for name, changes in {
+        "plan": {"SOPClassUID": RTStructureSetStorage, "Rows": None},
+        "screen": {"SOPClassUID": SecondaryCaptureImageStorage, "ImagePositionPatient": None},
+        "cine": {"NumberOfFrames": 2},
+    }.items():
+        change(shutil.copy(files[0], tmp_path / name), **changes)
+    found = dicom.search_folder(tmp_path)
+    assert len(dicom.read_series(found.series[0]).array[0, 0, 0]) == 6
+    assert found.notes() == [
+        "not read: RT Structure Set: 1 file (plan); no ImagePositionPatient: 1 file (screen); "
+        "unsupported multi-frame, convert to NIfTI: 1 file (cine)"
+    ]
+
+
+def test_a_folder_without_slices_says_what_it_holds(tmp_path: Path) -> None:
+    for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN):
+        change(file, PixelSpacing=None)
+    with pytest.raises(UserError, match=r"no DICOM series of single slices \(no PixelSpacing: 6 files \(IM0000, "):
+        dicom.find_series(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.nrrd").touch()
+    with pytest.raises(UserError, match=r"\(none in it; it holds 1 \.nrrd\)"):
+        dicom.find_series(tmp_path / "other")
+
+
+def test_one_series_uid_with_two_descriptions_gets_two_names(tmp_path: Path) -> None:
+    for number, name in ((4, "T1"), (4, "T2")):
+        for file in write_series(tmp_path / name, numbered(PLAIN.shape), PLAIN, number=number, name=name):
+            change(file, SeriesInstanceUID="1.2.3")
+    found = dicom.find_series(tmp_path)
+    assert [series.name for series in found] == ["1.2.3_1", "1.2.3_2"]
+    for series in found:
+        assert dicom.choose_series(found, series.name, tmp_path) == [series]
+        assert dicom.choose_series(found, series.description, tmp_path) == [series]
 
 
 @pytest.mark.parametrize("keep", [140, 400, -8])
@@ -120,6 +296,25 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, keep: int) -> None:
     with pytest.raises(UserError) as caught:
         dicom.read_series(dicom.find_series(tmp_path)[0])
     assert "\n" not in str(caught.value).strip()
+
+
+def test_a_damaged_slice_is_refused_or_harmless(tmp_path: Path) -> None:
+    files = write_series(tmp_path, numbered(PLAIN.shape), PLAIN)
+    good = files[3].read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            content[place] = rng.integers(0, 256)
+        files[3].write_bytes(content)
+        try:
+            found = dicom.find_series(tmp_path)
+            slices = [dicom.read_series(series).array.shape[3] for series in found]
+            assert sum(slices) == 6, "in two series if the damage is in the UID or the description"
+        except UserError:
+            refused += 1
+    assert 0 < refused < 60
 
 
 def test_a_folder_without_dicom(tmp_path: Path) -> None:

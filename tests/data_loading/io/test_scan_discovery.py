@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
 from data_loading.io.scan_discovery import find_sources
+from data_loading.io.volume import Geometry, Volume, write_nifti
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -45,14 +48,6 @@ def test_the_raw_layout_of_kits19_is_a_folder_of_scans(tmp_path: Path) -> None:
     assert sources[1].file == tmp_path / "raw" / "case_00001" / "imaging.nii.gz"
 
 
-def test_scans_one_level_down_are_named(tmp_path: Path) -> None:
-    pytest.importorskip("pydicom", reason="pip install '.[dicom]'")
-    touch(tmp_path / "in" / "imagesTs", "a.nii.gz")
-    touch(tmp_path / "in" / "labelsTs", "a.nii.gz")
-    with pytest.raises(UserError, match=r"no scan in it, but NIfTI files in 2 of its folders, such as .*imagesTs"):
-        find_sources(tmp_path / "in", tmp_path / "out", None)
-
-
 def test_a_mask_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz")
     for output, expected in (("m.nii", "m.nii"), ("out", "out/a.nii.gz")):
@@ -82,3 +77,70 @@ def test_contradictory_arguments_are_refused(
     touch(tmp_path, "picture.png")
     with pytest.raises(UserError, match=message):
         find_sources(tmp_path / scan, tmp_path / output, series)
+
+
+PLAIN = Geometry(np.diag([-1.0, -1.0, 2.0, 1.0]), (5, 4, 3), (1.0, 1.0, 2.0))
+
+
+def series_folder(folder: Path) -> Path:
+    pytest.importorskip("pydicom", reason="pip install '.[dicom]'")
+    from tests.data_loading.io.series import write_series
+
+    write_series(folder, np.arange(60, dtype=np.int16).reshape(5, 4, 3), PLAIN)
+    return folder
+
+
+def test_dicom_counts_beside_pictures_and_masks_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = series_folder(tmp_path / "CT")
+    touch(folder, "preview.jpg", "notes.txt")
+    write_nifti(folder / "mask.nii.gz", Volume(np.ones((1, 5, 4, 3), np.uint8), PLAIN))
+    (source,) = find_sources(folder, tmp_path / "out", None)
+    assert (source.name, source.file) == ("CT", None)
+    printed = capsys.readouterr().err
+    assert "mask.nii.gz is on the grid of series 4, so a copy or a mask of it" in printed
+    assert "1 picture beside DICOM (preview.jpg)" in printed
+
+
+def test_nifti_on_another_grid_beside_dicom_is_asked_about(tmp_path: Path) -> None:
+    folder = series_folder(tmp_path / "CT")
+    affine = PLAIN.affine.copy()
+    affine[0, 3] += 0.5
+    write_nifti(folder / "other.nii", Volume(np.ones((1, 5, 4, 3), np.uint8), replace(PLAIN, affine=affine)))
+    with pytest.raises(UserError, match=r"holds DICOM series \(4 \(.*\) and NIfTI files on other grids \(other\.nii\)"):
+        find_sources(folder, tmp_path / "out", None)
+    (source,) = find_sources(folder, tmp_path / "out", "4")
+    assert source.file is None
+
+
+def test_unreadable_slices_beside_a_picture_are_not_passed_over(tmp_path: Path) -> None:
+    folder = series_folder(tmp_path / "CT")
+    touch(folder, "preview.jpg")
+    from tests.data_loading.io.series import change
+
+    for file in folder.glob("IM*"):
+        change(file, PixelSpacing=None)
+    with pytest.raises(UserError, match="no PixelSpacing: 3 files"):
+        find_sources(folder, tmp_path / "out", None)
+
+
+def test_a_report_beside_nifti_leaves_the_nifti(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = series_folder(tmp_path / "CT")
+    from pydicom.uid import RTStructureSetStorage
+
+    from tests.data_loading.io.series import change
+
+    for file in folder.glob("IM*"):
+        change(file, SOPClassUID=RTStructureSetStorage)
+    touch(folder, "a.nii.gz")
+    (source,) = find_sources(folder, tmp_path / "out", None)
+    assert source.name == "a"
+    assert "not read: RT Structure Set: 3 files" in capsys.readouterr().err
+
+
+def test_scans_one_level_down_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "own" / "scans", "a.nii", "b.nii")
+    with pytest.raises(UserError, match=r"in sub-folders \(2 files, such as scans/a\.nii\); give one of them"):
+        find_sources(tmp_path / "own", tmp_path / "out", None)
+    touch(tmp_path / "nrrd", "a.nrrd", "b.nrrd")
+    with pytest.raises(UserError, match=r"no NIfTI file, 2-D image or DICOM series in it; it holds 2 \.nrrd"):
+        find_sources(tmp_path / "nrrd", tmp_path / "out", None)

@@ -15,6 +15,10 @@ import pytest
 
 from common.errors import UserError, run_program
 from data_loading.index import INDEX_NAME
+from data_loading.io.volume import Geometry, Volume
+from data_loading.readers.base import RawCase, RawDataset
+from data_loading.spec import DatasetSpec
+from data_loading.writer import preprocess
 from preprocess_dataset import main
 from tests.data_loading.preprocess.program import (
     F32,
@@ -244,3 +248,25 @@ def test_masks_of_kits23_are_named(copy: tuple[Path, Path]) -> None:
         UserError, match=r"label 3, but the highest class is 2; the masks of KiTS21 and KiTS23 have cysts"
     ):
         main(["--data_dir", str(raw), "--results_dir", str(out), "--num_workers", "1"])
+
+
+class Odd(RawCase):
+    """A case that fails in a way nobody expected."""
+
+    def read(self) -> tuple[Volume, Volume]:
+        if self.case == "odd":
+            raise np.linalg.LinAlgError("Singular matrix")
+        grid = Geometry(np.eye(4), (2, 2, 2), (1.0, 1.0, 1.0))
+        array = np.arange(8, dtype=F32).reshape(1, 2, 2, 2)
+        return Volume(array, grid), Volume((array > 3).astype(np.uint8), grid)
+
+
+def test_an_unexpected_error_in_one_case_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cases = [Odd(case=name, image=tmp_path / "file", label=tmp_path / "file") for name in ("odd", "other")]
+    spec = DatasetSpec(name="x", classes=("background", "one"), mean=0.0, std=1.0)
+    raw = RawDataset(spec=spec, cases=cases, split={"train": ["odd", "other"], "evaluation": []})
+    with pytest.raises(UserError, match=r"^1 of 2 cases failed, .*; the first: odd: unexpected LinAlgError \(Sing"):
+        preprocess(raw, tmp_path / "out", 1)
+    assert (tmp_path / "out" / "other_x.npy").exists()
+    assert not (tmp_path / "out" / INDEX_NAME).exists()

@@ -35,6 +35,8 @@ from tests.data_loading.preprocess.program import (
     verify,
 )
 
+AXES = [[0, 0, -1], [0, -1, 0], [-1, 0, 0]]  # KiTS19's: slices, rows, columns
+
 
 def test_a_second_run_does_nothing(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     raw, out = copy
@@ -61,7 +63,7 @@ def test_a_changed_source_is_preprocessed_again(copy: tuple[Path, Path], write_s
     before = times(out)
     mask = np.zeros((10, 12, 14), np.uint8)
     mask[5, 5, 5] = 2
-    write_scan(raw / "case_00001" / "segmentation.nii.gz", mask, (3.0, 1.5, 2.0))
+    write_scan(raw / "case_00001" / "segmentation.nii.gz", mask, (3.0, 1.5, 2.0), AXES)
     preprocess(raw, out)
     assert redone(out, before) == {"case_00001_x.npy", "case_00001_y.npy"}
     assert sorted(read_index(out / INDEX_NAME).cases["case_00001"].boxes) == [2]
@@ -91,7 +93,7 @@ def test_verified_content_does_not_vouch_for_later_content(
     assert (out / VERIFIED_NAME).exists()
     assert to_hash(out) == []
     shutil.copy2(out / "case_00001_y.npy", tmp_path)
-    write_scan(raw / "case_00001" / "segmentation.nii.gz", np.ones((10, 12, 14), np.uint8), (3.0, 1.5, 2.0))
+    write_scan(raw / "case_00001" / "segmentation.nii.gz", np.ones((10, 12, 14), np.uint8), (3.0, 1.5, 2.0), AXES)
     preprocess(raw, out)
     assert not (out / VERIFIED_NAME).exists()
     assert to_hash(out) == []
@@ -119,13 +121,14 @@ def test_a_bad_case_keeps_the_others_and_the_set_incomplete(copy: tuple[Path, Pa
     flip_byte(path, len(good) // 2)
     with pytest.raises(UserError, match=r"case_00001/imaging\.nii\.gz: damaged"):
         preprocess(raw, out)
-    assert sorted(contents(out)) == ["case_00000_x.npy", "case_00000_y.npy", PARTIAL_INDEX_NAME]
+    kept = [f"case_0000{number}_{kind}.npy" for number in (0, 2) for kind in "xy"]
+    assert sorted(contents(out)) == [*kept, PARTIAL_INDEX_NAME]
     before = times(out)
     path.write_bytes(good)
     os.utime(path, ns=(written, written))
     preprocess(raw, out)
     assert contents(out) == contents(done)
-    assert {"case_00000_x.npy", "case_00000_y.npy"}.isdisjoint(redone(out, before))
+    assert set(kept).isdisjoint(redone(out, before))
 
 
 def test_no_complete_index_exists_while_cases_are_missing(
@@ -222,13 +225,13 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
 
 # Python imports a module of this name in every process; a process that opens the third scan blocks forever.
 HANGING_SCAN = """
-import gzip, signal
-whole = gzip.open
-def hang(path, *how):
-    if "case_00002" in str(path):
-        signal.pause()
-    return whole(path, *how)
-gzip.open = hang
+import gzip, multiprocessing, signal
+class Hanging(gzip.GzipFile):
+    def __init__(self, *args, fileobj=None, **how):
+        if "case_00002" in str(getattr(fileobj, "name", "")) and multiprocessing.parent_process():
+            signal.pause()
+        super().__init__(*args, fileobj=fileobj, **how)
+gzip.GzipFile = Hanging
 """
 
 
@@ -271,7 +274,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def test_a_killed_worker_is_reported_in_one_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "preprocess_case", die)
+    monkeypatch.setattr(writer, "_try_case", die)
     with pytest.raises(
         UserError, match="process was killed, most likely because memory ran out; use a smaller --num_workers"
     ):

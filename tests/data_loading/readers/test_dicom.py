@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from data_loading.io import dicom
 from data_loading.io.dicom_seg import read_header, read_segmentation, write_segmentation
 from data_loading.io.volume import Geometry
 from data_loading.readers.mask_matching import matching_grids
+from data_loading.readers.overlaps import ClassMerger
 from tests.data_loading.io.series import change, write_series
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
@@ -133,10 +135,11 @@ def test_dicom_seg_is_read_back_and_named_by_its_segments(folders: tuple[Path, P
         path = masks / f"{9 - number}.dcm"
         write_segmentation(path, mask_of(number)[np.newaxis], series, CLASSES)
         _, geometry = dicom.sorted_headers(series)
-        found = read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get)
-        np.testing.assert_array_equal(found[0], mask_of(number))
+        merger = ClassMerger(geometry.shape, by_size=False)
+        read_segmentation(path, geometry, {"liver": 1, "spleen": 2}.get, merger.add)
+        np.testing.assert_array_equal(merger.classes, mask_of(number))
         with pytest.raises(UserError, match=": not on the grid of its series"):
-            read_segmentation(path, grid(5), lambda _: 1)
+            read_segmentation(path, grid(5), lambda _: 1, merger.add)
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert index.spec.classes == CLASSES
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P1_CT")[1][0], mask_of(1))
@@ -160,7 +163,9 @@ def test_a_damaged_dicom_seg_is_refused_or_harmless(tmp_path: Path) -> None:
         try:
             if read_header(tmp_path / "m.dcm"):
                 assert matching_grids(tmp_path / "m.dcm", [geometry]) in ([0], [])
-                assert read_segmentation(tmp_path / "m.dcm", geometry, lambda _: 1).max() <= 1
+                merger = ClassMerger(geometry.shape, by_size=False)
+                read_segmentation(tmp_path / "m.dcm", geometry, lambda _: 1, merger.add)
+                assert merger.finish(("background", "all")) == []
         except UserError:
             refused_ones += 1
     assert 0 < refused_ones < 60
@@ -178,6 +183,43 @@ def test_one_file_per_organ(folders: tuple[Path, Path], tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays(tmp_path / "out", "P2_CT")[1][0], mask_of(2))
 
 
+@pytest.mark.parametrize("name", ["head", "xhead"])
+def test_a_part_inside_a_whole_keeps_its_voxels_whatever_its_name(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    data, masks = folders
+    for number in range(3):
+        (masks / f"mask_{9 - number}.nii.gz").unlink()
+        for part, values in (("whole", mask_of(number) > 0), (name, mask_of(number) == 1)):
+            save_mask(masks / f"{number}" / f"{part}.nii.gz", values.astype("u1"), grid(number))
+    index = preprocess("dicom", data, masks, tmp_path / "out", "--num_workers 1")
+    value = index.spec.classes.index(name)
+    for number in range(3):
+        _, y = arrays(tmp_path / "out", f"P{number}_CT")
+        np.testing.assert_array_equal(y[0] == value, mask_of(number) == 1)
+    both = np.count_nonzero(mask_of(2) == 1)
+    noted = f"P2_CT: .*; {both} voxels in both {name} and whole became {name}, as it has fewer voxels"
+    assert re.search(noted, capsys.readouterr().out)
+    preprocess("dicom", data, masks, tmp_path / "out", f"--num_workers 1 --labels {name}=1 whole=2")
+    noted = f"P2_CT: .*; {both} voxels in both whole and {name} became whole, as it is the higher class"
+    assert re.search(noted, capsys.readouterr().out)
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "P0_CT")[1][0], 2 * (mask_of(0) > 0))
+
+
+def test_overlapping_segments_are_counted(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", image_of(0), grid(0))
+    (series,) = dicom.find_series(tmp_path / "in")
+    write_segmentation(tmp_path / "m.dcm", mask_of(0)[np.newaxis], series, CLASSES)
+    _, geometry = dicom.sorted_headers(series)
+    merger = ClassMerger(geometry.shape, by_size=False)
+    read_segmentation(tmp_path / "m.dcm", geometry, {"liver": 1, "spleen": 2}.get, merger.add)
+    read_segmentation(tmp_path / "m.dcm", geometry, {"liver": 3}.get, merger.add)
+    count = np.count_nonzero(mask_of(0) == 1)
+    (line,) = merger.finish(("background", "a", "b", "c"))
+    assert line.startswith(f"{count} voxels in both c and a became c, as it is the higher class")
+    np.testing.assert_array_equal(merger.classes, np.where(mask_of(0) == 1, 3, mask_of(0)))
+
+
 def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +230,68 @@ def test_masks_of_series_on_one_grid_are_matched_by_name_or_rejected(
     (masks / "mask_9.nii.gz").rename(masks / "P0_venous.nii.gz")
     index = preprocess("dicom", data, masks, tmp_path / "out")
     assert list(index.cases) == ["P0_venous", "P1_CT", "P2_CT"]
+
+
+def test_a_nifti_copy_of_a_series_is_neither_a_scan_nor_a_mask(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    save_mask(data / "P0" / "CT" / "copy.nii.gz", image_of(0), grid(0))
+    for number in (1, 2):  # on the grid of a series without being its copy
+        save_mask(data / "P0" / f"later_{number}.nii.gz", image_of(number + 5), grid(number + 5))
+        save_mask(masks / f"later_{number}.nii.gz", mask_of(number + 5), grid(number + 5))
+    index = preprocess("dicom", data, masks, tmp_path / "out")
+    assert list(index.cases) == ["P0_CT", "P0_later_1", "P0_later_2", "P1_CT", "P2_CT"]
+    assert "skipped, copies of their series: " in capsys.readouterr().out
+    for path in [*masks.glob("later*"), *(data / "P0").glob("later*")]:
+        path.unlink()
+    for path in masks.iterdir():
+        shutil.move(path, data)
+    assert list(preprocess("dicom", data, None, tmp_path / "out2").cases) == ["P0_CT", "P1_CT", "P2_CT"]
+
+
+def test_masks_in_other_forms_are_named_with_the_reason(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    (masks / "mask_9.nii.gz").unlink()
+    for number, (kind, name) in enumerate({"481.3": "plan", "66.7": "labels", "88.11": "report"}.items()):
+        path = shutil.copy(next((data / f"P{number}" / "CT").iterdir()), masks / f"{name}.dcm")
+        change(path, SOPClassUID=f"1.2.840.10008.5.1.4.1.1.{kind}", Rows=None, PixelData=None)
+    shutil.copy(next((data / "P1" / "CT").iterdir()), masks / "slice")
+    preprocess("dicom", data, masks, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert "RTSTRUCT, which holds contours; convert to DICOM-SEG or NIfTI: 1 file (plan.dcm)" in output
+    assert "DICOM-SEG of type LABELMAP; export as BINARY: 1 file (labels.dcm)" in output
+    assert "Basic Text SR: 1 file (report.dcm)" in output
+    assert "image: 1 file (slice)" in output
+    assert "skipped, no mask on its grid: P0_CT" in output
+    for path in masks.glob("*.nii.gz"):
+        path.unlink()
+    assert "none of its 0 mask(s) is on the grid of a series in" in (printed := refused(capsys, "dicom", data, masks))
+    assert "LABELMAP; export as BINARY: 1 file (labels.dcm)" in printed
+
+
+def test_slices_that_cannot_be_read_end_the_run_with_their_names(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(folders[0] / "P1" / "CT" / "IM0000", ImagePositionPatient=None)
+    output = refused(capsys, "dicom", *folders)
+    assert "1 of 6 files cannot be read or placed" in output
+    assert "no ImagePositionPatient: 1 file (IM0000)" in output
+
+
+def test_segmentations_among_the_series_are_masks_and_not_listed_as_unread(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, masks = folders
+    shutil.rmtree(masks)
+    for series in dicom.find_series(data):
+        write_segmentation(
+            series.files[0].with_name("seg.dcm"), mask_of(int(series.files[0].parts[-3][1]))[None], series, CLASSES
+        )
+    assert preprocess("dicom", data, None, tmp_path / "out").spec.classes == CLASSES
+    assert "not read" not in capsys.readouterr().out
 
 
 def shift(masks: Path) -> None:
