@@ -28,7 +28,7 @@ CASES = (0, 1, 41)
 
 
 def content(name: str) -> bytes:
-    size = 200_000 if "imaging" in name else 2_000
+    size = 1_000_000 if "imaging" in name else 2_000
     return gzip.compress(random.Random(name).randbytes(size), mtime=0)
 
 
@@ -210,7 +210,7 @@ def start(server: Server, folder: Path) -> subprocess.Popen[str]:
 
 def kill_while_bytes_arrive(server: Server, folder: Path, rng: random.Random) -> None:
     """Kills a download after a random number of further bytes."""
-    server.limit = server.sent + rng.randrange(1, 20_000)
+    server.limit = server.sent + rng.randrange(1, 130_000)
     process = start(server, folder)
     while server.sent < server.limit and process.poll() is None:
         time.sleep(0.001)
@@ -226,7 +226,7 @@ def test_killed_downloads_end_complete(server: Server, tmp_path: Path, kills: in
 
     def in_small_pieces(path: str, n: int) -> Answer:
         answer = answers(path, n)
-        answer.chunk = 1000
+        answer.chunk = 2000
         return answer
 
     server.behave = in_small_pieces
