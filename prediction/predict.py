@@ -65,7 +65,8 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
             rows += predict_scan(source, ensemble, config.save_probabilities)
         except (UserError, OSError) as error:  # the other scans are still predicted
             errors.append(str(error))
-            logger.error(str(error))
+            if len(sources) > 1:  # a single one's error ends the program
+                logger.error(str(error))
     rows = sorted(itertools.chain.from_iterable(world.gather(rows)))
     errors = list(itertools.chain.from_iterable(world.gather(errors)))
     if world.is_main and rows:
