@@ -35,6 +35,9 @@ from tests.data_loading.preprocess.program import (
     verify,
 )
 
+# The axes of KiTS19's files: slices, rows, columns.
+IPL = [[0, 0, -1], [0, -1, 0], [-1, 0, 0]]
+
 
 def test_a_second_run_does_nothing(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     raw, out = copy
@@ -61,7 +64,7 @@ def test_a_changed_source_is_preprocessed_again(copy: tuple[Path, Path], write_s
     before = times(out)
     mask = np.zeros((10, 12, 14), np.uint8)
     mask[5, 5, 5] = 2
-    write_scan(raw / "case_00001" / "segmentation.nii.gz", mask, (3.0, 1.5, 2.0))
+    write_scan(raw / "case_00001" / "segmentation.nii.gz", mask, (3.0, 1.5, 2.0), IPL)
     preprocess(raw, out)
     assert redone(out, before) == {"case_00001_x.npy", "case_00001_y.npy"}
     assert sorted(read_index(out / INDEX_NAME).cases["case_00001"].boxes) == [2]
@@ -91,7 +94,7 @@ def test_verified_content_does_not_vouch_for_later_content(
     assert (out / VERIFIED_NAME).exists()
     assert to_hash(out) == []
     shutil.copy2(out / "case_00001_y.npy", tmp_path)
-    write_scan(raw / "case_00001" / "segmentation.nii.gz", np.ones((10, 12, 14), np.uint8), (3.0, 1.5, 2.0))
+    write_scan(raw / "case_00001" / "segmentation.nii.gz", np.ones((10, 12, 14), np.uint8), (3.0, 1.5, 2.0), IPL)
     preprocess(raw, out)
     assert not (out / VERIFIED_NAME).exists()
     assert to_hash(out) == []
