@@ -187,9 +187,11 @@ def _receive(url: str, part: _Part, stop: Event, on_bytes: Callable[[int], objec
 
 
 def _check_status(response: requests.Response, part: _Part) -> None:
-    """Raises `_Failure` for a status that may change, and UserError for any other than 200 and 206."""
+    """Raises `_Failure` for a page in place of the file or a status that may change, UserError for any other status."""
     status = response.status_code
     if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+        if response.headers.get("Content-Type", "").startswith("text/html"):  # must not replace what has arrived
+            raise _Failure("the server sends a web page, not the file")
         return
     answer = f"the server answers {status} {response.reason}"
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:

@@ -218,7 +218,7 @@ def _record(folder: Path, name: str, label: NDArray[np.uint8], *, like: CaseReco
     files = {kind: case_file(folder, name, kind) for kind in "xy"}
     stamps = {kind: file_stamp(path) for kind, path in files.items()}
     digests = {kind: file_md5(path) for kind, path in files.items()}
-    return replace(like, boxes=foreground_boxes(label, classes), digests=digests, stamps=stamps)
+    return replace(like, boxes=foreground_boxes(label, classes), digests=digests, stamps=stamps, voxels=())
 
 
 def write_index(index: DatasetIndex, labelled: list[Labelled], options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from data_loading.index import is_safe_case_id
+from data_loading.io.scan_discovery import stem
 from data_loading.readers.base import (
     RawDataset,
     ReaderOptions,
@@ -34,7 +35,7 @@ def read_msd(data_dir: Path, options: ReaderOptions) -> RawDataset:
     spec, pairs = _read_index(index, data_dir)
     cases = []
     for image, label in sorted(pairs):
-        case = Path(image).name.removesuffix(".gz").removesuffix(".nii")
+        case = stem(Path(image))
         for path in (Path(image), Path(label)):
             if path.is_absolute() or ".." in path.parts or not is_safe_case_id(case):
                 raise UserError(f"{index}: {str(path)!r} is outside the data folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -26,7 +27,6 @@ class Answer:
         body: instead of the file.
         ignores_range: sends the whole file where a part was asked for.
         chunk: bytes sent at a time.
-        pause_s: after each of them.
     """
 
     status: int = 200
@@ -37,7 +37,6 @@ class Answer:
     body: bytes | None = None
     ignores_range: bool = False
     chunk: int = 1 << 14
-    pause_s: float = 0.0
 
 
 Behaviour = Callable[[str, int], Answer]
@@ -50,6 +49,7 @@ class Server:
         requests: number of requests by path.
         ranges: Range headers that were received, in their order.
         sent: bytes of bodies.
+        limit: where `sent` stops for as long as this is not raised.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -58,6 +58,7 @@ class Server:
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
         self.sent = 0
+        self.limit = math.inf
         self.url = ""
         self.lock = Lock()
 
@@ -118,10 +119,11 @@ def answer_request(handler: BaseHTTPRequestHandler, server: Server) -> None:
     body = body[: answer.cut]
     for start in range(0, len(body), answer.chunk):
         piece = body[start : start + answer.chunk]
+        while server.sent >= server.limit:
+            time.sleep(0.001)
         handler.wfile.write(piece)
         with server.lock:
             server.sent += len(piece)
-        time.sleep(answer.pause_s)
 
 
 def misbehaving(seed: int) -> Behaviour:

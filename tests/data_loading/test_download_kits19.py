@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -27,7 +28,7 @@ CASES = (0, 1, 41)
 
 
 def content(name: str) -> bytes:
-    size = 200_000 if "imaging" in name else 2_000
+    size = 1_000_000 if "imaging" in name else 2_000
     return gzip.compress(random.Random(name).randbytes(size), mtime=0)
 
 
@@ -118,7 +119,12 @@ def test_a_missing_file_is_one_line_and_the_others_arrive(
 
 
 def test_it_stops_where_every_file_fails(server: Server, tmp_path: Path) -> None:
-    server.behave = lambda path, n: Answer(status=401)
+
+    def refuse(path: str, n: int) -> Answer:
+        time.sleep(0.2 * (server.requests.total() > 3))  # while the fourth waits, the rest is cancelled
+        return Answer(status=401)
+
+    server.behave = refuse
     with pytest.raises(UserError, match="401 Unauthorized; stopped after 3 files that failed"):
         main(arguments(server, tmp_path, "--num_workers", "1"))
     assert server.requests.total() <= 4
@@ -204,12 +210,13 @@ def start(server: Server, folder: Path) -> subprocess.Popen[str]:
 
 def kill_while_bytes_arrive(server: Server, folder: Path, rng: random.Random) -> None:
     """Kills a download after a random number of further bytes."""
-    enough = server.sent + rng.randrange(1, 20_000)
+    server.limit = server.sent + rng.randrange(1, 130_000)
     process = start(server, folder)
-    while server.sent < enough and process.poll() is None:
+    while server.sent < server.limit and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    server.limit = math.inf
     assert process.returncode == -signal.SIGKILL, "it was not done yet"
 
 
@@ -217,12 +224,12 @@ def kill_while_bytes_arrive(server: Server, folder: Path, rng: random.Random) ->
 def test_killed_downloads_end_complete(server: Server, tmp_path: Path, kills: int) -> None:
     rng, answers = random.Random(kills), misbehaving(seed=kills)
 
-    def slowly(path: str, n: int) -> Answer:
+    def in_small_pieces(path: str, n: int) -> Answer:
         answer = answers(path, n)
-        answer.chunk, answer.pause_s = 1000, 0.0005
+        answer.chunk = 2000
         return answer
 
-    server.behave = slowly
+    server.behave = in_small_pieces
     for _ in range(kills):
         kill_while_bytes_arrive(server, tmp_path, rng)
     last = start(server, tmp_path)

@@ -111,6 +111,16 @@ def test_without_a_validator_nothing_is_continued(server: Server, tmp_path: Path
     assert server.ranges == []
 
 
+def test_a_web_page_does_not_replace_what_has_arrived(server: Server, tmp_path: Path) -> None:
+    page = Answer(body=b"<html>log in</html>", headers={"Content-Type": "text/html; charset=utf-8"}, ignores_range=True)
+    server.behave = only(Answer(cut=70_000), page, Answer())
+    assert get(server, tmp_path) == SHA256
+    assert server.ranges == ["bytes=70000-", "bytes=70000-"]
+    server.behave = only(page)
+    with pytest.raises(UserError, match="the server sends a web page, not the file"):
+        get(server, tmp_path)
+
+
 def test_a_file_that_is_shorter_than_announced_starts_over(server: Server, tmp_path: Path) -> None:
     server.behave = only(Answer(length=10_000_000), Answer())
     assert get(server, tmp_path) == SHA256

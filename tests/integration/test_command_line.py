@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +59,11 @@ def test_programs_answer_before_importing_torch(run_python: RunPython, status: i
     done = run_python("-c", ANSWERS, json.dumps(commands))
     assert done.stdout.splitlines()[-1] == f"STATUSES {[status] * len(commands)} False", done.stderr
     assert done.stderr.count("\n") == (len(commands) if status else 0), "one line per mistake"
+
+
+def test_a_run_leaves_no_file_open_and_raises_no_warning(run_python: RunPython, tmp_path: Path) -> None:
+    shape = ("--input_shape", "8", "8", "8", "--model", "unet3d(filters=(2,4))", "--num_workers", "0")
+    flags = ("--loader", "synthetic", *shape, "--log_dir", tmp_path, "--no_report")
+    done = run_python("main.py", *flags, PYTHONWARNINGS="error")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].endswith(" s: there are no evaluation cases")

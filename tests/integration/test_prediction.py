@@ -202,6 +202,12 @@ def test_a_damaged_scan_leaves_the_others_predicted(
     assert len(list((tmp_path / "out").iterdir())) == 3, "two masks and the table"
 
 
+def test_the_only_scan_s_error_is_printed_once(program: Program, trained: Path, damaged: Path, tmp_path: Path) -> None:
+    arguments = ("--load_ckpt_path", trained / "checkpoint.pth", "--scan", min(damaged.iterdir()))
+    done = program("--exec_mode", "predict", *arguments, "--output", tmp_path / "m.nii", ok=False)
+    assert (done.returncode, done.stderr.count(str(min(damaged.iterdir())))) == (2, 1)
+
+
 def test_a_checkpoint_of_an_earlier_version_asks_for_its_folder(
     program: Program, balls: Path, trained: Path, unseen: Path, tmp_path: Path
 ) -> None:

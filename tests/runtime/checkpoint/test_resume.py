@@ -210,6 +210,7 @@ OTHERS = {
     "activation": "leaky_relu",
     "optimizer": "adam",
     "freeze": ("input_block.*",),
+    "exclude": ("case_00023",),
 }
 
 
@@ -218,7 +219,7 @@ def test_another_network_or_optimizer_is_another_run(flag: str, make_config: Mak
     stored, current = make_config().to_json(), make_config(**{flag: OTHERS[flag]}, epochs=9).to_json()
     with pytest.raises(UserError) as caught:
         changes(of(config=stored), current, "d1635")
-    other, was = (" ".join(OTHERS[flag]), "none") if flag == "freeze" else (OTHERS[flag], stored[flag])
+    other, was = (" ".join(OTHERS[flag]), "none") if flag in ("freeze", "exclude") else (OTHERS[flag], stored[flag])
     assert str(caught.value) == (
         f"c.pth belongs to another run: --{flag} {other}, was {was}; give those flags as they were"
     )

@@ -180,7 +180,7 @@ def test_tensorboard_has_the_curves_the_configuration_and_the_pictures(
     assert "| model | a&#124;b |" in text(read, "config"), "a bar would end the table's cell"
     assert "| torch | 2.13 |" in text(read, "environment")
     assert "| seed | 1234 |" in text(read, "run")
-    assert text(read, "end") == "success after 2 epochs: mean Dice 0.6000 reached 0.6"
+    assert text(read, "end") == "target reached after 2 epochs: mean Dice 0.6000 reached 0.6"
     assert str(tmp_path / "checkpoint.pth") in text(read, "files")
     (picture,) = read.Images("pictures/curves")
     assert (picture.width, picture.height, picture.step) == (3, 2, 2)
