@@ -8,7 +8,8 @@ An image is a volume of one slice; colours are three channels. Needs `pip instal
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,18 +213,20 @@ def _to_volume(array: NDArray[Any]) -> Volume:
     return Volume(np.ascontiguousarray(array.reshape(channels, 1, rows, columns)), geometry)
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about large images, which are compared with free memory below
-            image = Image.open(path, formats=FORMATS)
-            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-    except Exception as error:  # each format raises its own types
-        raise UserError(f"{path}: not a readable image ({error})") from None
-    if pages > 1:
-        raise UserError(f"{path}: holds {pages} images; save each as a file, or the stack as NIfTI")
-    size = f"{image.width} x {image.height} pixels"
-    check_memory(f"{path}: {size}", image.width * image.height * 4 * WORKING_BYTES_PER_VOXEL)
-    return image
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    with ExitStack() as stack:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about large images: their size is checked below
+                image = stack.enter_context(Image.open(path, formats=FORMATS))
+                pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        except Exception as error:  # each format raises its own types
+            raise UserError(f"{path}: not a readable image ({error})") from None
+        if pages > 1:
+            raise UserError(f"{path}: holds {pages} images; save each as a file, or the stack as NIfTI")
+        size = f"{image.width} x {image.height} pixels"
+        check_memory(f"{path}: {size}", image.width * image.height * 4 * WORKING_BYTES_PER_VOXEL)
+        yield image
 
 
 def _pixels(path: Path, image: Image.Image, mode: str = "") -> NDArray[Any]:
