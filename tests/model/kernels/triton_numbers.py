@@ -318,5 +318,10 @@ def test_a_network_of_kernels_has_the_plain_network_s_numbers(monkeypatch: pytes
         results.append([logits.detach().float(), *(p.grad for p in network.parameters())])
     # On a CPU the gradient of a 16-bit convolution with stride 2 may not be channels-last: PyTorch then adds it.
     assert calls | {"add_part"} == set(triton_kernels.__all__) - {"sums_forward", "sums_backward"}
-    for right, plain, found in zip(*results, strict=True):
-        assert (found - right).norm() <= 2 * (plain - right).norm() + 1e-3 * right.norm()
+    errors = [
+        [float((tensor - right).norm() / right.norm()) for tensor in (plain, found)]
+        for right, plain, found in zip(*results, strict=True)
+    ]
+    # A small network in fp16 is off by some percent; a wrong kernel, by all of it.
+    assert sum(found for _, found in errors) <= 2 * sum(plain for plain, _ in errors)
+    assert max(found for _, found in errors) <= 4 * max(plain for plain, _ in errors)
