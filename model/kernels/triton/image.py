@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.triton.tiles import shares
+
 ROWS = 128
 # Programs that share the sum over voxels, over all samples.
 SUM_PROGRAMS = 1024
@@ -119,9 +121,7 @@ def image_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     n, channels, *size = x.shape
     filters = grad.shape[1]
     voxels = math.prod(size)
-    programs = max(1, min(SUM_PROGRAMS // n, triton.cdiv(voxels, ROWS)))
-    per_program = triton.cdiv(triton.cdiv(voxels, ROWS), programs) * ROWS
-    programs = triton.cdiv(voxels, per_program)
+    programs, per_program = shares(voxels, ROWS, max(1, SUM_PROGRAMS // n))
     partial = grad.new_empty(n * programs, TAPS * channels, filters, dtype=torch.float32)
     _image_weight_gradient[programs, n](
         x, grad, partial, *size, per_program, channels, filters, *_padded(channels, filters), ROWS

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.triton.tiles import shares
+
 ROWS, COLUMNS, DEPTH = 128, 64, 32
 # Programs that share the sums over voxels of a weight's gradient.
 SUM_PROGRAMS = 1024
@@ -182,9 +184,7 @@ def join_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     rows, step, columns = n * voxels, 64, 128
     blocks = triton.cdiv(8 * filters, columns)
     products = triton.cdiv(channels, COLUMNS) * blocks
-    programs = max(1, min(SUM_PROGRAMS // products, triton.cdiv(rows, 4 * step)))
-    per_program = triton.cdiv(triton.cdiv(rows, step), programs) * step
-    programs = triton.cdiv(rows, per_program)
+    programs, per_program = shares(rows, step, max(1, min(SUM_PROGRAMS // products, triton.cdiv(rows, 4 * step))))
     weights = x.new_empty(programs, channels, 8 * filters, dtype=torch.float32)
     biases = x.new_empty(programs, 8 * filters, dtype=torch.float32)
     _join_weight_gradient[products, programs](

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.triton.tiles import shares
+
 # Voxels of a tile, which are whole rows of the image; of a step of the weight's gradient. Measured on an H200.
 ROWS, SUM_ROWS = 128, 32
 # Loads under way at a time.
@@ -157,9 +159,7 @@ def narrow_weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """
     n, channels, *size = x.shape
     filters = grad.shape[1]
-    steps = triton.cdiv(math.prod(size), SUM_ROWS)
-    per_program = triton.cdiv(steps, SUM_PROGRAMS) * SUM_ROWS
-    programs = triton.cdiv(steps * SUM_ROWS, per_program)
+    programs, per_program = shares(math.prod(size), SUM_ROWS, SUM_PROGRAMS)
     partial = x.new_empty(n * programs, 3, 3, 3, filters, channels, dtype=torch.float32)
     _narrow_weight_gradient[programs, 3, n](
         x, grad, partial, *size, per_program, channels, filters, SUM_ROWS, num_stages=SUM_STAGES

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.triton.tiles import shares
+
 ROWS = 128
 SUM_PROGRAMS = 1024
 
@@ -109,9 +111,7 @@ def output_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     n, channels, *size = x.shape
     classes = len(weight)
     voxels = math.prod(size)
-    programs = max(1, min(SUM_PROGRAMS // n, triton.cdiv(voxels, ROWS)))
-    per_program = triton.cdiv(triton.cdiv(voxels, ROWS), programs) * ROWS
-    programs = triton.cdiv(voxels, per_program)
+    programs, per_program = shares(voxels, ROWS, max(1, SUM_PROGRAMS // n))
     dx = torch.empty_like(x)
     weights = x.new_empty(n * programs, classes, channels, dtype=torch.float32)
     biases = x.new_empty(n * programs, classes, dtype=torch.float32)

@@ -8,17 +8,18 @@ import triton
 PROGRAMS = 512
 
 
-def tiles(channels: int, voxels: int, tile: int, programs: int = 0) -> tuple[int, int, int, int]:
+def tiles(channels: int, voxels: int, tile: int) -> tuple[int, int, int, int]:
     """Returns channels padded to a power of two, voxels per tile, programs per sample and voxels per program.
-
-    A program gets whole tiles, except for the last one.
 
     Args:
         tile: elements of a tile.
-        programs: at most this many per sample; 0: `PROGRAMS`.
     """
     padded = triton.next_power_of_2(channels)
     rows = max(1, tile // padded)
-    count = triton.cdiv(voxels, rows)
-    per_program = triton.cdiv(count, programs or PROGRAMS) * rows
-    return padded, rows, triton.cdiv(voxels, per_program), per_program
+    return padded, rows, *shares(voxels, rows, PROGRAMS)
+
+
+def shares(voxels: int, rows: int, programs: int) -> tuple[int, int]:
+    """Returns the number of programs, at most `programs`, and voxels per program: whole tiles of `rows` voxels each."""
+    per_program = triton.cdiv(triton.cdiv(voxels, rows), programs) * rows
+    return triton.cdiv(voxels, per_program), per_program
