@@ -33,16 +33,19 @@ def write_patients(folder: Path, count: int, shape: Shape) -> list[str]:
     Returns:
         The case ids.
     """
-    records = {}
-    for number in range(count):
-        image, mask = make_phantom(0, number, shape)
-        case = f"case_{number:05d}"
-        boxes = foreground_boxes(mask.array, len(KITS19.classes))
-        records[case] = save_case(
-            folder, case, image=normalise(image.array.astype(np.float32), KITS19), label=mask.array, boxes=boxes
-        )
+    records = dict(write_patient(folder, shape, number) for number in range(count))
     write_index(folder, records)
     return list(records)
+
+
+def write_patient(folder: Path, shape: Shape, number: int) -> tuple[str, CaseRecord]:
+    """Writes one phantom; returns its case id and its entry in the index."""
+    image, mask = make_phantom(0, number, shape)
+    case = f"case_{number:05d}"
+    boxes = foreground_boxes(mask.array, len(KITS19.classes))
+    return case, save_case(
+        folder, case, image=normalise(image.array.astype(np.float32), KITS19), label=mask.array, boxes=boxes
+    )
 
 
 def save_case(

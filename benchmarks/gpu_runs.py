@@ -16,14 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.data import save_case, write_index, write_patients
+from benchmarks.data import write_index, write_patient, write_patients
 from benchmarks.gpu_checks import checked
 from benchmarks.harness import Options, Table
 from benchmarks.scaling import LAUNCHER, PROJECT
 from common.errors import UserError
-from data_loading.phantom import make_phantom
-from data_loading.preprocessing import Shape, foreground_boxes, normalise
-from data_loading.spec import KITS19
 from runtime.checkpoint import format as checkpoints
 
 TIMEOUT_S = 120
@@ -108,27 +105,13 @@ def resumed(options: Options) -> Table:
     return checked("Killed and resumed", rows, ["SIGKILL; --cudnn_deterministic."], ["what", "value", "verdict"])
 
 
-def patient(folder: Path, shape: Shape, number: int) -> Any:
-    """Writes one synthetic patient; returns its entry in the index."""
-    image, mask = make_phantom(0, number, shape)
-    boxes = foreground_boxes(mask.array, len(KITS19.classes))
-    return save_case(
-        folder,
-        f"case_{number:05d}",
-        image=normalise(image.array.astype("float32"), KITS19),
-        label=mask.array,
-        boxes=boxes,
-    )
-
-
 def to_target(options: Options) -> Table:
     """The single-GPU recipe of the closed division on synthetic patients for a few minutes: loss and samples/s."""
     data, log_dir = options.work_dir / "patients_data", options.work_dir / "target"
     count, shape = (4, (40, 40, 40)) if options.quick else (PATIENTS, PATIENT_SHAPE)
     data.mkdir()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        records = list(pool.map(partial(patient, data, shape), range(count)))
-    write_index(data, {f"case_{number:05d}": record for number, record in enumerate(records)})
+        write_index(data, dict(pool.map(partial(write_patient, data, shape), range(count))))
     arguments = ["@recipes/kits19_1xgpu.args", "--data_dir", str(data), "--seed", "1", "--ckpt_every", "never"]
     if options.quick:
         small = "--batch_size 2 --input_shape 32 32 32 --val_input_shape 32 32 32 --epochs 3"
