@@ -46,6 +46,7 @@ from runtime.remote_evaluation import RemoteEvaluator
 from runtime.run_spec import RunSpec
 from runtime.train_state import TrainState
 from runtime.training import StepConfig, TrainLoop
+from runtime.weight_average import WeightAverage
 
 Emit = Callable[[Event], None]
 
@@ -69,6 +70,7 @@ def make_step_config(run: RunSpec) -> StepConfig:
         layout=config.layout,
         seed=run.seeds.ranks[run.groups.index],  # a group's ranks mix the same samples
         objective=objective,
+        max_grad_norm=config.max_grad_norm,
     )
 
 
@@ -85,7 +87,11 @@ def build_state(run: RunSpec) -> TrainState:
         weight_decay=config.weight_decay,
     )
     state = TrainState(
-        network=network, model=world.wrap(network), optimizer=optimizer, scaler=run.precision.make_scaler()
+        network=network,
+        model=world.wrap(network),
+        optimizer=optimizer,
+        scaler=run.precision.make_scaler(),
+        average=None if config.ema_decay is None else WeightAverage(network, config.ema_decay),
     )
     if run.loaded:
         resume.restore(state, run.loaded, world.rank)

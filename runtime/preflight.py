@@ -136,7 +136,7 @@ def check_disk(folder: Path, keep: int, state_bytes: int) -> Check:
 def checkpoint_bytes(network: nn.Module, optimizer: torch.optim.Optimizer, networks: int = 2) -> int:
     """Returns the size of a checkpoint, to within some KB: the last network, the best one, the optimizer's moments.
 
-    With `--eval_ranks` there are three networks: the one under evaluation too.
+    With `--eval_ranks` there is one more network, that under evaluation, and another with `--ema_decay`, the average.
     Before the first step the optimizer has no moments yet: SGD with momentum will have one, Adam and LAMB two.
     """
     state = sum(tensor.nbytes for tensor in network.state_dict().values())

@@ -19,7 +19,7 @@ from runtime.distributed.roles import POLL_S, Roles, RunEnded
 from runtime.distributed.signals import SignalHandler
 from runtime.evaluation import Evaluator
 from runtime.logging.events import EvaluationStarted, EvaluationStopped, Event, Waiting
-from runtime.train_state import PendingEvaluation, TrainState, weights_on_host
+from runtime.train_state import PendingEvaluation, TrainState, on_host
 
 # Until then no rank leaves the watchdog, where its silence would be taken for a fault.
 EVERYONE_HEARD = "every rank knows that the run has ended"
@@ -41,7 +41,7 @@ class RemoteEvaluator:
     def start(self, state: TrainState) -> None:
         """Has the evaluating ranks score the state's weights, which it keeps in `pending`."""
         self.roles.own.broadcast_buffers(state.network)  # as every evaluation does
-        state.pending = PendingEvaluation(state.epoch, weights_on_host(state.network))
+        state.pending = PendingEvaluation(state.epoch, on_host(state.evaluated_weights))
         self.hand_over(state.pending)
 
     def hand_over(self, pending: PendingEvaluation) -> None:

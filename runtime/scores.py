@@ -10,7 +10,7 @@ from torch import Tensor
 from common.errors import DIVERGED_EXIT
 from runtime.logging.events import EvaluationStopped
 from runtime.remote_evaluation import RemoteEvaluator
-from runtime.train_state import Stop, TrainState, first_stop, other_weights, weights_on_host
+from runtime.train_state import Stop, TrainState, first_stop, on_host, other_weights
 
 if TYPE_CHECKING:
     from runtime.training import TrainLoop
@@ -28,7 +28,9 @@ def evaluate_if_due(state: TrainState, loop: TrainLoop) -> Stop | None:
     if not loop.schedule.evaluates(state.epoch) or started >= state.epoch:
         return None
     if not isinstance(loop.evaluate, RemoteEvaluator):
-        return act_on_scores(state, loop, loop.evaluate(state.epoch))
+        with state.evaluating():
+            result = loop.evaluate(state.epoch)
+        return act_on_scores(state, loop, result)
     stop = take_scores(state, loop, wait=True)
     if not stop:
         loop.evaluate.start(state)
@@ -99,10 +101,10 @@ def keep_if_best(state: TrainState, result: EvaluationStopped, weights: dict[str
     """Keeps the weights on the host if their mean Dice is the highest so far; returns whether it is.
 
     Args:
-        weights: those evaluated, on the host; None: the network's.
+        weights: those evaluated, on the host; None: the state's.
     """
     if not result.mean_dice > state.best_dice:
         return False
     state.best_dice, state.best_epoch = result.mean_dice, result.epoch
-    state.best_network = weights_on_host(state.network) if weights is None else weights
+    state.best_network = on_host(state.evaluated_weights) if weights is None else weights
     return True

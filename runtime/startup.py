@@ -43,7 +43,7 @@ def run_preflight(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit)
     config, path = run.config, checkpoint_path(run.config)
     if config.local_rank != 0:
         return
-    networks = 3 if run.roles.has_evaluators else 2
+    networks = 2 + run.roles.has_evaluators + (state.average is not None)
     demand = dataclasses.replace(
         evaluation_demand(run, state.network),
         training=run.split["train"],
@@ -104,6 +104,8 @@ def estimate_memory(run: RunSpec, state: TrainState, step: StepConfig) -> Networ
     else:
         in_step = step_memory(state, step, sample, kernels.uses_triton(run.world.device))
     held = state_bytes(state.network, state.optimizer, run.world.size)
+    if state.average:  # an evaluation sets the network's own weights aside
+        held += sum(tensor.nbytes for tensor in state.average.weights.values())
     return NetworkMemory(step=in_step, windows=estimate_windows(run, state.network), state_bytes=held)
 
 

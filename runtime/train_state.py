@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import interrupted_exit
 from common.messages import counted
+from runtime.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class PendingEvaluation:
     weights: dict[str, Tensor]
 
 
-def weights_on_host(network: nn.Module) -> dict[str, Tensor]:
-    """Returns a copy of a network's state dict on the host. Waits for the device."""
+def on_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copy of a state dict on the host. Waits for the device."""
     return {
         name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for name, tensor in network.state_dict().items()
+        for name, tensor in weights.items()
     }
 
 
@@ -71,6 +72,7 @@ class TrainState:
     Attributes:
         network: the bare network.
         model: the network, wrapped for gradient averaging where there are several ranks.
+        average: of `--ema_decay`; None without it.
         epoch: the last completed epoch, 0 before the first.
         step: optimizer steps of the run so far.
         batch: micro-batches of the next epoch that are done, up to its last whole step.
@@ -87,6 +89,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None = None
     epoch: int = 0
     step: int = 0
     batch: int = 0
@@ -99,11 +102,20 @@ class TrainState:
     best_network: dict[str, Tensor] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """What an evaluation scores: the average of `--ema_decay`, otherwise the network's own weights."""
+        return self.average.weights if self.average else self.network.state_dict()
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Gives the network its `evaluated_weights` for a while."""
+        return other_weights(self.network, self.average.weights) if self.average else nullcontext()
+
 
 @contextmanager
 def other_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Gives a network other weights and buffers for a while; restores its own afterwards, bit for bit."""
-    own = weights_on_host(network)
+    own = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     network.load_state_dict(dict(weights))
     try:
         yield

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.compat import is_dataloader_worker_error, loss_scale
 from common.errors import DIVERGED_EXIT, Interrupted, UserError
@@ -59,6 +59,7 @@ class StepConfig:
         ga_steps: micro-batches accumulated into one optimizer step.
         layout: "NCDHW" or "NDHWC", the memory order of the images.
         seed: this rank's seed, for random numbers of the network (dropout) and the objective (mixup).
+        max_grad_norm: largest norm of a step's gradients; None: any.
     """
 
     loss: nn.Module
@@ -67,6 +68,7 @@ class StepConfig:
     layout: str
     seed: int = 0
     objective: Objective = plain
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +175,15 @@ def train_epoch(state: TrainState, loop: TrainLoop, epoch: int) -> Stop | None:
         loss = forward_backward(state, batch, config, communicate=completes_step)
         emit(PhaseEnd("forward and backward"))
         if completes_step:
-            gradient_norm = state.gradient_norm = optimizer_step(state)
+            gradient_norm = state.gradient_norm = optimizer_step(state, config.max_grad_norm)
         samples += len(batch["image"])
         loss_sum = loss_sum + loss
         step_losses.append(loss)
         emit(MicroBatchEnd(epoch, index, len(batch["image"])))
         if completes_step:
             state.step, state.batch, state.loss_sum = state.step + 1, index + 1, loss_sum
+            if state.average:
+                state.average.update(state.step)
             mean_loss = torch.stack(step_losses).mean()
             step_losses.clear()
             for step in loop.step_sync.submit(
@@ -235,18 +239,25 @@ def forward_backward(state: TrainState, batch: Batch, config: StepConfig, *, com
     return loss.detach()
 
 
-def optimizer_step(state: TrainState) -> Tensor:
+def optimizer_step(state: TrainState, max_grad_norm: float | None = None) -> Tensor:
     """Updates the weights from the accumulated gradients, then clears the gradients.
 
+    Args:
+        max_grad_norm: gradients with a larger norm are first scaled down to it.
+
     Returns:
-        The gradients' norm, the loss scale divided out: a scalar that stays on the device.
+        The gradients' norm before that, the loss scale divided out: a scalar that stays on the device.
     """
     scale = loss_scale(state.scaler)
     norm = get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
+    norm = norm if scale is None else norm / scale
+    if max_grad_norm is not None:
+        # By the true norm; the gradients keep the loss scale, which the scaler divides out.
+        clip_grads_with_norm_(state.network.parameters(), max_grad_norm, norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return norm if scale is None else norm / scale
+    return norm
 
 
 def finish_step(state: TrainState, loop: TrainLoop, step: StepEnd) -> Stop | None:

@@ -172,6 +172,21 @@ class OptimizerFlags:
         metavar=("BETA1", "BETA2"),
     )
     weight_decay: float = flag(0.0, "L2 penalty (decoupled weight decay with lamb)", type=NONNEGATIVE)
+    max_grad_norm: float | None = flag(
+        None,
+        "largest norm of a step's gradients, over all parameters; larger ones are scaled down to it",
+        type=number(float, 1e-6),
+        metavar="NORM",
+        closed=True,
+    )
+    ema_decay: float | None = flag(
+        None,
+        "decay per step of an exponential moving average of the weights, such as 0.999; the averages are evaluated and "
+        "saved as the best state",
+        type=number(float, 0, 1, open_ended=True),
+        metavar="X",
+        closed=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def warm_up(state: TrainState, batch: Batch, window_batch: Batch, config: StepCo
             state.model.train()
             for index in range(config.ga_steps):
                 forward_backward(state, batch, config, communicate=index == config.ga_steps - 1)
-            optimizer_step(state)
+            optimizer_step(state, config.max_grad_norm)
             state.network.eval()
             with torch.inference_mode(), config.precision.autocast():
                 state.network(window_batch["image"])
@@ -131,7 +131,7 @@ def _exposed_communication_ms(state: TrainState, batch: Batch, config: StepConfi
                 work = partial(forward_backward, state, batch, config, communicate=communicate)
                 times.append(seconds(work, world.device))
                 if communicate:
-                    optimizer_step(state)
+                    optimizer_step(state, config.max_grad_norm)
             medians.append(sorted(times[1:])[REPETITIONS // 2])
     return max(0.0, 1e3 * (medians[0] - medians[1]))
 

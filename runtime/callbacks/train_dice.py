@@ -27,7 +27,8 @@ class TrainDice(Callback):
     def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> None:
         if self._evaluate is None:  # reads the volumes' headers, so not before the clock runs
             self._evaluate = self._run.make_evaluate_fn(self._cases, lambda event: None)
-        scores = self._evaluate(result.epoch)
+        with state.evaluating():
+            scores = self._evaluate(result.epoch)
         self._run.emit(
             TrainDiceEnd(
                 epoch=result.epoch,

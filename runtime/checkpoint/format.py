@@ -53,6 +53,7 @@ class Checkpoint:
         loss_sums: of the last state, one per rank of the run.
         pending: the evaluation that was under way, see `TrainState`.
         optimizer, scaler: state dicts of the last state, None if the file has none.
+        average: the averaged weights of the last state, None without `--ema_decay`.
     """
 
     path: Path
@@ -72,11 +73,12 @@ class Checkpoint:
     pending: PendingEvaluation | None = None
     optimizer: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
+    average: dict[str, Tensor] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def state(self, name: str) -> tuple[dict[str, Tensor], int]:
-        """Returns the weights of the "best" or the "last" state, and its epoch."""
-        return (self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)
+        """Returns the weights that evaluate the "best" or the "last" state, averaged if the run averages, and its epoch."""
+        return (self.average or self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)
 
 
 def snapshot(
@@ -107,6 +109,7 @@ def snapshot(
         "network": state.network.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "average": state.average.weights if state.average else None,
         "callback_state": copy.deepcopy(state.callback_state),
     }
     # The best network and the one under evaluation are on the host already, as copies.
@@ -190,7 +193,8 @@ def load(path: Path, flag: str = "--load_ckpt_path") -> Checkpoint:
 
 def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     last, best = content["last"], content["best"]
-    best_or_last = last if best["network"] is None else best
+    averaged = last.get("average")
+    best_or_last = {**last, "network": averaged or last["network"]} if best["network"] is None else best
     pending = content.get("pending")
     return Checkpoint(
         path=path,
@@ -210,6 +214,7 @@ def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         pending=pending and PendingEvaluation(pending["epoch"], pending["network"]),
         optimizer=last["optimizer"],
         scaler=last["scaler"],
+        average=averaged,
         callback_state=last.get("callback_state", last.get("records", {})),
     )
 

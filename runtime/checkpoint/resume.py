@@ -133,6 +133,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:
             raise UserError(f"{checkpoint.path}: saved with another --optimizer ({error})") from None
         if checkpoint.scaler and state.scaler.is_enabled():
             state.scaler.load_state_dict(checkpoint.scaler)
+    if state.average:
+        state.average.load(checkpoint.average or checkpoint.last)
     state.epoch, state.evaluated = checkpoint.last_epoch, checkpoint.evaluated
     state.step, state.batch, state.pending = checkpoint.step, checkpoint.batch, checkpoint.pending
     sums = checkpoint.loss_sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,3 +204,35 @@ def test_a_step_reports_its_mean_loss_and_gradient_norm(
             assert step.loss_scale == (scale or 1.0)
             other.network.zero_grad()
     assert steps == []
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_gradients_above_the_largest_norm_are_scaled_down_to_it(
+    share: float, scale: float | None, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """SGD without momentum moves the weights by rate * gradient; the reported norm is that before clipping."""
+    start, free, clipped = make_state(), make_state(momentum=0.0), make_state(momentum=0.0)
+    if scale is not None:
+        clipped.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+    (step,) = steps_of(run_epoch(free, make_batches(1, 1)))
+    limit = share * step.gradient_norm
+    config = replace(step_config(), max_grad_norm=limit)
+    (same_step,) = steps_of(run_epoch(clipped, make_batches(1, 1), step=config))
+    assert same_step.gradient_norm == pytest.approx(step.gradient_norm, rel=1e-5)
+    for before, expected, actual in zip(
+        start.network.parameters(), free.network.parameters(), clipped.network.parameters(), strict=True
+    ):
+        moved = min(share, 1.0) * (expected - before)
+        torch.testing.assert_close(actual - before, moved, rtol=1e-3, atol=2e-7)
+
+
+def test_clipping_leaves_a_step_that_overflows_to_the_loss_scaler(
+    make_state: MakeState, make_batches: MakeBatches, same_weights: SameWeights
+) -> None:
+    state, start = make_state(), make_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    state.network.output.conv.bias.register_hook(lambda gradient: gradient * math.inf)
+    run_epoch(state, make_batches(1, 1), step=replace(step_config(), max_grad_norm=1.0))
+    assert same_weights(state.network, start.network)
+    assert state.scaler.get_scale() == 512
