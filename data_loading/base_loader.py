@@ -42,6 +42,7 @@ class LoaderConfig:
     Attributes:
         patch: shape (D, H, W) of a crop.
         oversampling: probability that a crop contains foreground.
+        class_weights: with which its class is drawn, see `draw_crop`.
         batch_size: samples per rank per micro-batch.
         num_workers: worker processes of `--loader pytorch`.
         worker_timeout_s: limit for the wait for a batch from a worker.
@@ -68,6 +69,7 @@ class LoaderConfig:
     device: torch.device = CPU
     augment: RandomTransform = draw_augmentation
     fixed_batches: int | None = None
+    class_weights: tuple[float, ...] = ()
     pseudo_labels: PseudoLabelCap = PseudoLabelCap()  # noqa: RUF009
 
     @property

@@ -41,7 +41,14 @@ def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: Loader
         The crop's first voxel (D, H, W), and the augmentation.
     """
     rng = sample_rng(config.sample_seed, *key)
-    start = draw_crop(rng, shape=shape, patch=config.patch, boxes=boxes, oversampling=config.oversampling)
+    start = draw_crop(
+        rng,
+        shape=shape,
+        patch=config.patch,
+        boxes=boxes,
+        oversampling=config.oversampling,
+        class_weights=config.class_weights,
+    )
     return start, config.augment(rng)
 
 

@@ -74,7 +74,15 @@ class RandomCompose:
         return Compose(tuple(draw(rng) for draw in self.transforms))
 
 
-def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, *, boxes: Boxes, oversampling: float) -> Shape:
+def draw_crop(
+    rng: np.random.Generator,
+    shape: Shape,
+    patch: Shape,
+    *,
+    boxes: Boxes,
+    oversampling: float,
+    class_weights: Sequence[float] = (),
+) -> Shape:
     """Draws the first voxel of a crop, biased to the foreground.
 
     With probability `oversampling` the crop is placed around a foreground component (a class drawn among those
@@ -85,16 +93,25 @@ def draw_crop(rng: np.random.Generator, shape: Shape, patch: Shape, *, boxes: Bo
         patch: (D, H, W) of the crop.
         boxes: as `foreground_boxes` returns them.
         oversampling: probability of a foreground crop.
+        class_weights: with which classes 1, 2, … are drawn among those present; () draws them equally often, as
+            the reference does. Where all that are present weigh nothing the crop is uniform.
     """
-    if rng.random() < oversampling and boxes:
-        classes = sorted(boxes)
-        candidates = boxes[classes[rng.integers(len(classes))]]
+    if rng.random() < oversampling and (drawn := _draw_class(rng, sorted(boxes), class_weights)):
+        candidates = boxes[drawn]
         box = candidates[rng.integers(len(candidates))]
         starts = [_draw_start(rng, box[axis : axis + 4 : 3], patch[axis], shape[axis]) for axis in range(3)]
     else:
         # The reference never draws the last offset: [0, size - patch).
         starts = [int(rng.integers(0, max(size - length, 1))) for size, length in zip(shape, patch, strict=True)]
     return starts[0], starts[1], starts[2]
+
+
+def _draw_class(rng: np.random.Generator, classes: list[int], weights: Sequence[float]) -> int:
+    """Draws one of these classes; returns 0 if there are none, or none with a weight."""
+    if not weights:
+        return classes[rng.integers(len(classes))] if classes else 0
+    shares = np.array([weights[value - 1] for value in classes])
+    return int(rng.choice(classes, p=shares / shares.sum())) if shares.any() else 0
 
 
 def _draw_start(rng: np.random.Generator, span: tuple[int, ...], patch: int, size: int) -> int:

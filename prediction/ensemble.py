@@ -1,4 +1,4 @@
-"""Predicts one scan with an ensemble of networks and flips, within the memory that it may use."""
+"""Predicts one scan with an ensemble of networks, within the memory that it may use."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import sliding_window
 from runtime.memory_format import to_device
 from runtime.precision import choose_precision
+from runtime.test_time_flips import mean_over_flips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,10 @@ class Ensemble:
 
     Attributes:
         members: all with the same batch size.
-        flips: each the axes to flip, as indices of (N, C, D, H, W); the mean is taken over all of them.
     """
 
     members: tuple[Member, ...]
     spec: DatasetSpec
-    flips: tuple[tuple[int, ...], ...]
     budget: MemoryBudget
 
 
@@ -138,7 +137,7 @@ def predict_image(
             image.shape,
             transform,
             member.windows,
-            is_mean=len(members) * len(ensemble.flips) > 1,
+            is_mean=len(members) > 1,
             window_bytes=window_bytes(member.network, channels, member.windows.window),
         )
         for member in members
@@ -158,24 +157,23 @@ def predict_image(
 
 @torch.inference_mode()
 def mean_probabilities(image: Tensor, ensemble: Ensemble, plan: MemoryPlan, name: str) -> NDArray[np.float32]:
-    """Returns the mean of the members' softmax over all flips, (1, C, D, H, W) -> (K, D, H, W), on the host."""
+    """Returns the mean of the members' softmax, (1, C, D, H, W) -> (K, D, H, W), on the host."""
     total: Tensor | None = None
-    windows = sum(member.windows.windows(image.shape[2:]) for member in ensemble.members)
-    progress = make_progress(windows * len(ensemble.flips), name, "window", leave=False)
+    each = [member.windows for member in ensemble.members]
+    passes = sum(windows.windows(image.shape[2:]) * len(windows.flips) for windows in each)
+    progress = make_progress(passes, name, "window", leave=False)
     image = image.to(plan.volume_device)
     for member in ensemble.members:
         to_device(member.network, plan.network_device, member.layout)
-        for axes in ensemble.flips:
-            probabilities = _logits(image.flip(axes) if axes else image, member, plan, progress)
-            # Softmax in place: another K volumes would be the largest tensor in memory.
-            probabilities.sub_(probabilities.amax(dim=1, keepdim=True)).exp_()
-            probabilities.div_(probabilities.sum(dim=1, keepdim=True))
-            probabilities = probabilities.flip(axes) if axes else probabilities
-            total = probabilities if total is None else total.add_(probabilities)
-            del probabilities
+        probabilities = _logits(image, member, plan, progress)
+        # Softmax in place: another K volumes would be the largest tensor in memory.
+        probabilities.sub_(probabilities.amax(dim=1, keepdim=True)).exp_()
+        probabilities.div_(probabilities.sum(dim=1, keepdim=True))
+        total = probabilities if total is None else total.add_(probabilities)
+        del probabilities
     progress.close()
     assert total is not None
-    total /= len(ensemble.members) * len(ensemble.flips)
+    total /= len(ensemble.members)
     return total[0].cpu().numpy()
 
 
@@ -191,7 +189,7 @@ def _logits(image: Tensor, member: Member, plan: MemoryPlan, progress: Progress)
     windows = member.windows
     return sliding_window(
         image,
-        predict,
+        mean_over_flips(predict, windows.flips),
         windows.window,
         windows.overlap,
         padding_value=windows.padding_value,

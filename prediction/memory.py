@@ -60,7 +60,7 @@ class MemoryEstimate:
         """Estimates the prediction of a preprocessed image of shape (C, D, H, W).
 
         Args:
-            is_mean: whether probabilities are averaged over networks or flips.
+            is_mean: whether probabilities are averaged over networks.
             window_bytes: see `window_bytes`.
         """
         channels, *shape = image_shape

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from common import registry
 from common.errors import Interrupted, RankLost, UserError, failure_of
 from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
@@ -33,10 +32,9 @@ from runtime.distributed.world import World
 from runtime.memory_format import to_device
 from runtime.network import make_network
 from runtime.seeding import seed_process
+from runtime.test_time_flips import untrained_flips
 
 TABLE_NAME = "volumes.csv"
-# Augmentations that flip, and their argument that names the axes: all axes if it is left out.
-FLIPPING = {"mlperf": "flips", "flips": "axes"}
 
 
 def main(config: RunConfig, given: frozenset[str], world: World) -> int:
@@ -112,16 +110,14 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
         evaluated = with_checkpoint_network(config, given, checkpoint.config)
         members.append(_load_member(checkpoint, spec, evaluated, world.device))
         specs.append(spec)
-        notes += filter(None, (spec_note, flips_note(config.test_time_flips, checkpoint)))
+        notes += filter(None, (spec_note, untrained_flips(evaluated.test_time_flips, checkpoint.augment, str(path))))
         if spec != specs[0]:
             raise UserError(
                 f"--load_ckpt_path {path}: its data set ({spec.name}) or preprocessing is not that of the first "
                 f"({specs[0].name}); only predictions for the same data can be averaged"
             )
-    axes = ["DHW".index(axis) + 2 for axis in config.test_time_flips]
-    flips = tuple(itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)))
     budget = MemoryBudget(config.max_memory_gb, world.device)
-    ensemble = Ensemble(members=tuple(members), spec=specs[0], flips=flips, budget=budget)
+    ensemble = Ensemble(members=tuple(members), spec=specs[0], budget=budget)
     return ensemble, list(dict.fromkeys(notes))
 
 
@@ -133,20 +129,6 @@ def _load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, d
     to_device(network.eval(), device, config.layout)
     windows = replace(build.make_sliding_window_config(config, spec), crops_remainder=False)
     return Member(network=network, windows=windows, amp=config.amp, amp_dtype=config.amp_dtype, layout=config.layout)
-
-
-def flips_note(flips: str, checkpoint: Checkpoint) -> str:
-    """Returns a note if the network was not trained with some of the flips, which lowers its score, else ""."""
-    stored = checkpoint.config.get("augment", "mlperf")
-    specs = [stored] if isinstance(stored, str) else stored
-    trained = ""
-    for name, arguments in (registry.parse(spec, "--augment") for spec in specs):
-        if name in FLIPPING:
-            trained += arguments.get(FLIPPING[name], "DHW")
-    if not (unknown := "".join(axis for axis in flips if axis not in trained)):
-        return ""
-    augmentation = " ".join(specs) or "no augmentation"
-    return f"--test_time_flips {unknown}: {checkpoint.path} was trained without these flips ({augmentation})"
 
 
 def spec_of(checkpoint: Checkpoint, data_dir: Path | None) -> tuple[DatasetSpec, str]:

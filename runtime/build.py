@@ -44,6 +44,7 @@ from runtime.objective import make_objective, split_specs
 from runtime.optimizer import make_optimizer
 from runtime.remote_evaluation import RemoteEvaluator
 from runtime.run_spec import RunSpec
+from runtime.test_time_flips import flips_of
 from runtime.train_state import TrainState
 from runtime.training import StepConfig, TrainLoop
 from runtime.weight_average import WeightAverage
@@ -190,6 +191,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
     loader_config = LoaderConfig(
         patch=config.input_shape,
         oversampling=config.oversampling,
+        class_weights=config.class_sampling_weights,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         worker_timeout_s=config.worker_timeout,
@@ -226,6 +228,7 @@ def make_sliding_window_config(config: RunConfig, dataset: DatasetSpec) -> Slidi
         classes=len(dataset.classes),
         padding_value=dataset.padding_value,
         crops_remainder=dataset.crops_remainder,
+        flips=flips_of(config.test_time_flips),
     )
 
 

@@ -17,6 +17,7 @@ from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
+from runtime.test_time_flips import NO_FLIPS, Flips, mean_over_flips
 
 
 def do_nothing() -> None:
@@ -25,7 +26,7 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindowConfig:
-    """How sliding windows cover a case; `classes` and the fields after it belong to the data set (see `DatasetSpec`).
+    """How sliding windows cover a case, and how each is predicted; see `DatasetSpec` for what belongs to the data set.
 
     Attributes:
         window: voxels (D, H, W).
@@ -33,6 +34,7 @@ class SlidingWindowConfig:
         batch_size: number of windows per forward pass.
         classes: K, the background included.
         padding_value, crops_remainder: as in the data set's spec.
+        flips: of each window, over which the logits are averaged.
     """
 
     window: tuple[int, int, int]
@@ -41,6 +43,7 @@ class SlidingWindowConfig:
     classes: int
     padding_value: float | None
     crops_remainder: bool
+    flips: Flips = NO_FLIPS
 
     def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
         """Returns the part of a volume of this shape (D, H, W) that is scored."""
@@ -176,7 +179,7 @@ class CaseScorer:
                 logits: Tensor = self.network(batch)
             return logits
 
-        for volume in predict_windows(cut(), predict, windows.batch_size):
+        for volume in predict_windows(cut(), mean_over_flips(predict, windows.flips), windows.batch_size):
             name, label = labels.popleft()
             logits = volume.logits(lambda own: subgroup.sum(own, self.check_waiting))
             figures = [self.loss(logits, label).double().view(1), dice_score(logits, label)[0]]

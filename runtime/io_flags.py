@@ -225,10 +225,12 @@ class PredictionFlags:
     )
     test_time_flips: str = flag(
         "",
-        "average over all flips of these axes, such as HW; leave out axes along which a class has a direction",
+        "average over all flips of these axes, such as HW, in evaluation and prediction; leave out axes along which a "
+        "class has a direction",
         type=axes,
         metavar="AXES",
-        mode="predict",
+        closed=True,
+        network=True,
     )
     save_probabilities: bool = flag(
         False, "also write each class's probabilities, to MASK_probabilities.nii.gz", mode="predict"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from common.errors import DIVERGED_EXIT, UserError
-from common.messages import notes_held
+from common.messages import note, notes_held
 from model.registry import check_window
 from runtime import build, startup
 from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_network
@@ -25,6 +25,7 @@ from runtime.precision import choose_precision
 from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
 from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
 from runtime.seeding import seed_process
+from runtime.test_time_flips import untrained_flips
 from runtime.training import train
 
 
@@ -113,6 +114,9 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
         raise UserError(
             f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {others or 'none'}"
         )
+    flips_note = untrained_flips(config.test_time_flips, loaded.augment, str(loaded.path))
+    if flips_note and world.is_main:
+        note(flips_note)
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = make_network(config, dataset)
     check_window(

@@ -93,6 +93,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     dataset, split = read_dataset(config)
     if config.eval_ranks and not split["evaluation"]:
         raise UserError(f"--eval_ranks {config.eval_ranks}, but --data_dir {config.data_dir} has no evaluation cases")
+    check_class_weights(config, dataset)
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir, split)
@@ -149,6 +150,16 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         seeds=draw_seeds(seed, world, roles.training),
         precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
+
+
+def check_class_weights(config: RunConfig, dataset: DatasetSpec) -> None:
+    """Raises UserError unless `--class_sampling_weights` is empty or has a weight for each foreground class."""
+    weights, names = config.class_sampling_weights, dataset.classes[1:]
+    if weights and (len(weights) != len(names) or not any(weights)):
+        raise UserError(
+            f"--class_sampling_weights {' '.join(f'{weight:g}' for weight in weights)}: give one weight for each of "
+            f"{', '.join(names)}, and one of them above 0"
+        )
 
 
 def read_dataset(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:

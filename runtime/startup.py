@@ -24,6 +24,7 @@ from runtime.memory import BatchMemory, batch_memory, state_bytes, step_memory, 
 from runtime.network import make_network
 from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
+from runtime.test_time_flips import untrained_flips
 from runtime.train_state import TrainState
 from runtime.training import StepConfig
 from runtime.warmup import calibrate, dummy_batch, warm_up, warm_up_evaluation
@@ -149,7 +150,9 @@ def describe_start(run: RunSpec) -> events.InitStarted:
 def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
     """Returns everything known about a run before its clock starts; logs its notes."""
     config, world = run.config, run.world
-    for text in (run.precision.note, kernels.note(world.device), "" if config.benchmark else run.schedule.note()):
+    flips = untrained_flips(config.test_time_flips, config.augment, "the network")
+    schedule = "" if config.benchmark else run.schedule.note()
+    for text in (run.precision.note, kernels.note(world.device), schedule, flips):
         if text:
             note(text)
     return events.InitStopped(

@@ -176,7 +176,6 @@ class OptimizerFlags:
         None,
         "largest norm of a step's gradients, over all parameters; larger ones are scaled down to it",
         type=number(float, 1e-6),
-        metavar="NORM",
         closed=True,
     )
     ema_decay: float | None = flag(
@@ -241,6 +240,14 @@ class SamplingFlags:
     )
     oversampling: float = flag(
         0.4, "share of training crops around foreground", type=SHARE, metavar="SHARE", closed=True
+    )
+    class_sampling_weights: tuple[float, ...] = flag(
+        (),
+        "weights with which the classes 1, 2, ... are drawn for crops around foreground, among those in a case "
+        "(default: equal)",
+        type=NONNEGATIVE,
+        nargs="+",
+        closed=True,
     )
     overlap: float = flag(
         0.5,

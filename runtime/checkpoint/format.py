@@ -76,8 +76,14 @@ class Checkpoint:
     average: dict[str, Tensor] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def augment(self) -> list[str]:
+        """The `--augment` of the run; that of the MLPerf reference if the file does not state it."""
+        stored = self.config.get("augment", "mlperf")
+        return [stored] if isinstance(stored, str) else list(stored)
+
     def state(self, name: str) -> tuple[dict[str, Tensor], int]:
-        """Returns the weights that evaluate the "best" or the "last" state, averaged if the run averages, and its epoch."""
+        """Returns the weights of the "best" or the "last" state, averages if the run makes them, and its epoch."""
         return (self.average or self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)
 
 

@@ -137,12 +137,18 @@ def test_nothing_drawn_changes_nothing() -> None:
     np.testing.assert_array_equal(same[1], label)
 
 
-def starts(shape: Shape, patch: Shape, boxes: Boxes, oversampling: float, draws: int = 6000) -> np.ndarray:
+def starts(
+    shape: Shape,
+    patch: Shape,
+    boxes: Boxes,
+    oversampling: float,
+    draws: int = 6000,
+    class_weights: tuple[float, ...] = (),
+) -> np.ndarray:
     """Crop starts of many draws, (draws, 3)."""
     rng = np.random.default_rng(1)
-    return np.array(
-        [draw_crop(rng, shape=shape, patch=patch, boxes=boxes, oversampling=oversampling) for _ in range(draws)]
-    )
+    settings = {"boxes": boxes, "oversampling": oversampling, "class_weights": class_weights}
+    return np.array([draw_crop(rng, shape=shape, patch=patch, **settings) for _ in range(draws)])
 
 
 def test_a_uniform_crop_starts_anywhere_but_at_the_last_offset() -> None:
@@ -204,6 +210,24 @@ def test_classes_are_drawn_alike_and_then_their_components() -> None:
     for start, probability in ((4, 1 / 4), (20, 1 / 4), (40, 1 / 2)):
         assert within((drawn[:, 0] == start).sum(), probability, len(drawn))
     assert (drawn == drawn[:, :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [((1.0, 3.0, 9.0), (1 / 4, 3 / 4)), ((0.0, 0.2, 1.0), (0.0, 1.0)), ((5.0, 5.0, 0.0), (1 / 2, 1 / 2))],
+)
+def test_classes_are_drawn_by_their_weights_among_those_in_the_case(
+    weights: tuple[float, ...], shares: tuple[float, float]
+) -> None:
+    boxes = {1: [corner(4)], 2: [corner(40)]}
+    drawn = starts((64, 64, 64), (8, 8, 8), boxes, 1.0, class_weights=weights)
+    for start, share in zip((4, 40), shares, strict=True):
+        assert within((drawn[:, 0] == start).sum(), share, len(drawn))
+
+
+def test_a_case_with_no_class_that_weighs_anything_is_cropped_uniformly() -> None:
+    drawn = starts((12, 9, 8), (8, 8, 8), {1: [corner(0)]}, 1.0, draws=500, class_weights=(0.0, 1.0))
+    np.testing.assert_array_equal(drawn.max(axis=0), [3, 0, 0])
 
 
 def test_without_foreground_every_crop_is_uniform() -> None:

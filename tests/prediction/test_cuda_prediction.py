@@ -31,7 +31,7 @@ class Blur(nn.Module):
 
 
 def predict(volumes: torch.device, windows: torch.device, layout: str = "NCDHW") -> np.ndarray:
-    ensemble = make_ensemble(PLAIN, Blur(), Blur(), flips=((), (2,), (3, 4)))
+    ensemble = make_ensemble(PLAIN, Blur(), Blur(), flips="DH")
     ensemble = replace(ensemble, members=tuple(replace(member, layout=layout) for member in ensemble.members))
     plan = MemoryPlan(volume_device=volumes, network_device=windows, batch_size=3)
     return ensembles.mean_probabilities(IMAGE, ensemble, plan, "scan")

@@ -27,6 +27,7 @@ from prediction.ensemble import Ensemble, Member, arg_max, classes_on_source_gri
 from prediction.memory import MemoryBudget, MemoryPlan
 from prediction.predict import predict_scans
 from runtime.evaluation import SlidingWindowConfig
+from runtime.test_time_flips import flips_of
 from tests.data_loading.oblique import geometries
 
 CPU = torch.device("cpu")
@@ -45,18 +46,10 @@ class Above(nn.Module):
         return torch.cat((torch.zeros_like(image), self.sharpness * image), dim=1)
 
 
-class Ramp(nn.Module):
-    """A logit that grows along the window's first axis, independent of the image."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        rising = torch.arange(image.shape[2], dtype=torch.float32).view(1, 1, -1, 1, 1).expand_as(image)
-        return torch.cat((torch.zeros_like(image), rising), dim=1)
-
-
 def make_ensemble(
     spec: DatasetSpec,
     *networks: nn.Module,
-    flips: tuple[tuple[int, ...], ...] = ((),),
+    flips: str = "",
     max_gb: float | None = None,
     window: tuple[int, int, int] = WINDOW,
 ) -> Ensemble:
@@ -67,9 +60,10 @@ def make_ensemble(
         classes=len(spec.classes),
         padding_value=spec.padding_value,
         crops_remainder=False,
+        flips=flips_of(flips),
     )
     members = (Member(network=n, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW") for n in networks)
-    return Ensemble(members=tuple(members), spec=spec, flips=flips, budget=MemoryBudget(max_gb, CPU))
+    return Ensemble(members=tuple(members), spec=spec, budget=MemoryBudget(max_gb, CPU))
 
 
 def write_scan(path: Path, array: NDArray[Any], geometry: Geometry) -> Source:
@@ -183,19 +177,6 @@ def test_an_ensemble_averages_probabilities_not_logits() -> None:
     expected = (1 / (1 + np.exp(-2.0)) + 1 / (1 + np.exp(1.0))) / 2
     np.testing.assert_allclose(found[1], expected, rtol=1e-5)
     np.testing.assert_allclose(found.sum(0), 1, rtol=1e-5)
-
-
-def test_flips_are_undone_and_averaged() -> None:
-    image = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
-    np.testing.assert_allclose(
-        probabilities(make_ensemble(PLAIN, Above(), flips=((), (2,), (3, 4))), image),
-        probabilities(make_ensemble(PLAIN, Above()), image),
-        rtol=1e-5,
-    )
-    plain = probabilities(make_ensemble(PLAIN, Ramp()), image)
-    both = probabilities(make_ensemble(PLAIN, Ramp(), flips=((), (2,))), image)
-    np.testing.assert_allclose(both, (plain + plain[:, ::-1]) / 2, rtol=1e-5)
-    assert plain[1, 0, 0, 0] < 0.51 < plain[1, 3, 0, 0]
 
 
 def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None:

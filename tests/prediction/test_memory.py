@@ -116,13 +116,14 @@ from runtime.evaluation import SlidingWindowConfig
 torch.manual_seed(0)
 spec = DatasetSpec(name="own", classes=tuple("abcdefgh"), spacing_mm=(0.9, 1.1, 1.0))
 windows = SlidingWindowConfig(
-    window=(64, 64, 64), overlap=0.0, batch_size=64, classes=8, padding_value=spec.padding_value, crops_remainder=False
+    window=(64, 64, 64), overlap=0.0, batch_size=64, classes=8, padding_value=spec.padding_value, crops_remainder=False,
+    flips=((), (2,)),
 )
 network = Unet3d(1, 8, filters=(4, 8)).eval()
 member = Member(network=network, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW")
 started = resident_bytes() / GIB
 budget = MemoryBudget(started + float(sys.argv[1]), torch.device("cpu"))
-ensemble = Ensemble(members=(member,), spec=spec, flips=((), (2,)), budget=budget)
+ensemble = Ensemble(members=(member,), spec=spec, budget=budget)
 predict_scan(Source("scan", Path("{tmp_path}/mask.nii"), Path("{tmp_path}/scan.nii")), ensemble, False)
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
 print(int(peak) * 1024 / GIB - started)

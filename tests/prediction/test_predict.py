@@ -1,4 +1,4 @@
-"""What prediction takes from a checkpoint: its data set's constants, and the flips of its training."""
+"""What prediction takes from a checkpoint: its data set's constants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from common.errors import UserError
 from data_loading.index import INDEX_NAME, DatasetIndex, write_json
 from data_loading.spec import KITS19, DatasetSpec
-from prediction.predict import flips_note, spec_of
+from prediction.predict import spec_of
 from runtime.checkpoint.format import Checkpoint
 
 PLAIN = DatasetSpec(name="synthetic", classes=("background", "object"), mean=0.0, std=1.0)
@@ -42,15 +42,3 @@ def test_another_program_s_checkpoint_is_assumed_to_be_for_kits19(tmp_path: Path
     assert "written by another program: assuming that it was trained on KiTS19" in note
     write_json(tmp_path / INDEX_NAME, DatasetIndex(spec=PLAIN, split={"train": []}, cases={}).to_json())
     assert spec_of(checkpoint(spec=None, config={}), tmp_path) == (PLAIN, "")
-
-
-def test_flips_that_training_never_made_are_noted() -> None:
-    loaded = checkpoint(config={"augment": "mlperf(flips='HW')"})
-    assert flips_note("HW", loaded) == ""
-    expected = "--test_time_flips D: c.pth was trained without these flips (mlperf(flips='HW'))"
-    assert flips_note("DHW", loaded) == expected
-    assert flips_note("DHW", checkpoint(config={})) == ""
-    several = checkpoint(config={"augment": ["torchio:RandomGamma(p=0.3)", "flips(axes='W')", "mlperf(flips='H')"]})
-    assert flips_note("HW", several) == ""
-    assert "--test_time_flips D: c.pth was trained without these flips (torchio" in flips_note("DHW", several)
-    assert "without these flips (no augmentation)" in flips_note("D", checkpoint(config={"augment": []}))

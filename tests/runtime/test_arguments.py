@@ -75,6 +75,8 @@ DEFAULTS: dict[str, Any] = {
     "lr_schedule": "multistep",
     "lamb_betas": (0.9, 0.999),
     "weight_decay": 0.0,
+    "max_grad_norm": None,
+    "ema_decay": None,
     "model": Spec("unet3d", trusted=True),
     "normalization": "instancenorm",
     "activation": "relu",
@@ -86,6 +88,7 @@ DEFAULTS: dict[str, Any] = {
     "augment": (Spec("mlperf", trusted=True),),
     "loss": Spec("dice_ce", trusted=True),
     "oversampling": 0.4,
+    "class_sampling_weights": (),
     "overlap": 0.5,
     "cudnn_benchmark": False,
     "cudnn_deterministic": False,
@@ -173,6 +176,10 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--loader", "synthetic"], "loader", "synthetic"),
     (["--local_rank", "3"], "local_rank", 3),
     (["--batch_size", "7"], "batch_size", 7),
+    (["--max_grad_norm", "12"], "max_grad_norm", 12.0),
+    (["--ema_decay", "0.99"], "ema_decay", 0.99),
+    (["--class_sampling_weights", "1", "3.5"], "class_sampling_weights", (1.0, 3.5)),
+    (["--test_time_flips", "WD"], "test_time_flips", "WD"),
     (["--ga_steps", "4"], "ga_steps", 4),
     (["--epochs", "4000"], "epochs", 4000),
     (["--evaluate_every", "20"], "evaluate_every", 20),
@@ -464,7 +471,6 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], expected:
         (["--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not train"),
         ([*PREDICT, "--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not predict"),
         (["--exec_mode", "evaluate", "--load_ckpt_path", "c", "--eval_split", "all"], "invalid choice: 'all'"),
-        (["--test_time_flips", "H"], "--test_time_flips requires --exec_mode predict"),
         (["--amp_dtype", "bf16"], "--amp_dtype bf16 has no effect without --amp"),
         (["--lamb_betas", "0.9", "0.99"], "--lamb_betas applies only to --optimizer lamb, not to sgd"),
         (["--optimizer", "adam", "--lamb_betas", "0.9", "0.99"], "not to adam"),
@@ -585,7 +591,7 @@ def test_a_stored_configuration_gets_the_present_names() -> None:
 
 
 def test_flags_of_other_modes() -> None:
-    predict = {"scan", "output", "series", "test_time_flips", "save_probabilities", "max_memory_gb"}
+    predict = {"scan", "output", "series", "save_probabilities", "max_memory_gb"}
     assert set(flag_names(RunConfig, mode="predict")) == predict
     assert flag_names(RunConfig, mode="evaluate") == ("eval_split",)
 
@@ -604,7 +610,7 @@ def test_order_flags() -> None:
 INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
-    submission_org submission_platform submission_status division scan output series checkpoint test_time_flips
+    submission_org submission_platform submission_status division scan output series checkpoint
     save_probabilities max_memory_gb eval_ranks
 """
 REPORTED = """
@@ -612,7 +618,7 @@ REPORTED = """
     compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs
     lr_decay_factor
     lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
-    cudnn_deterministic ruleset
+    cudnn_deterministic ruleset max_grad_norm ema_decay class_sampling_weights test_time_flips
 """
 
 
@@ -636,6 +642,7 @@ STORED: dict[str, Any] = {
     "layout": "NDHWC",
     "val_input_shape": (16, 16, 32),
     "overlap": 0.25,
+    "test_time_flips": "HW",
     "amp": True,
     "amp_dtype": "bf16",
 }

@@ -45,6 +45,10 @@ SCHEDULE = make_schedule(10_000, 168, None, None)
 def test_the_fixed_flags_and_their_values() -> None:
     assert CLOSED_FLAGS == {
         "exclude": (),
+        "max_grad_norm": None,
+        "ema_decay": None,
+        "class_sampling_weights": (),
+        "test_time_flips": "",
         "optimizer": "sgd",
         "augment": ("mlperf",),
         "oversampling": 0.4,
