@@ -116,7 +116,7 @@ def adapt_monai(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
     if not issubclass(target, MapTransform):
         counterpart = getattr(monai.transforms, f"{target.__name__}d", None)
         if is_intensity or counterpart is None:
-            return RandomLibraryTransform(resolved.name, partial(_apply_monai_to_image, resolved.call({})))
+            return RandomLibraryTransform(resolved.name, partial(apply_monai_to_image, resolved.call({})))
         resolved = replace(resolved, target=counterpart)
     fixed: dict[str, Any] = {"keys": ("image",) if is_intensity else ("image", "label")}
     if "mode" in resolved.parameters and not is_intensity and "mode" not in resolved.arguments:
@@ -124,7 +124,8 @@ def adapt_monai(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
     return RandomLibraryTransform(resolved.name, partial(_apply_monai, resolved.call(fixed)))
 
 
-def _apply_monai_to_image(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+def apply_monai_to_image(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+    """Applies a MONAI transform of arrays to the image alone."""
     return np.asarray(_seed_monai(transform, seed)(image)), label
 
 

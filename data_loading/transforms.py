@@ -181,7 +181,7 @@ def mlperf(flips: str = AXES) -> RandomTransform:
     Raises:
         UserError: `flips` is not a subset of "DHW".
     """
-    _check_axes(flips, "mlperf(flips=…)")
+    check_axes(flips, "mlperf(flips=…)")
     return partial(draw_augmentation, flips=flips)
 
 
@@ -205,7 +205,7 @@ def flips(p: float = 0.5, axes: str = AXES) -> RandomTransform:
         UserError: p is not a probability, or `axes` not a subset of "DHW".
     """
     _check_probability(p, "flips(p=…)")
-    _check_axes(axes, "flips(axes=…)")
+    check_axes(axes, "flips(axes=…)")
     return partial(_draw_flips_alone, p, axes)
 
 
@@ -242,7 +242,7 @@ def rot90(p: float = 0.5, axes: str = "HW") -> RandomTransform:
         UserError: p is not a probability, or `axes` not two of "DHW".
     """
     _check_probability(p, "rot90(p=…)")
-    _check_axes(axes, "rot90(axes=…)")
+    check_axes(axes, "rot90(axes=…)")
     if len(axes) != 2:
         raise UserError(f"--augment rot90(axes={axes!r}): expected the two axes of a plane, such as 'HW'")
     return partial(_draw_turns, p, (AXES.index(axes[0]) + 1, AXES.index(axes[1]) + 1))
@@ -253,7 +253,8 @@ def _draw_turns(p: float, plane: tuple[int, int], rng: np.random.Generator) -> Q
     return QuarterTurns(turns if rng.random() < p else 0, plane)
 
 
-def _check_axes(axes: str, argument: str) -> None:
+def check_axes(axes: str, argument: str) -> None:
+    """Raises UserError unless `axes` is a subset of "DHW"."""
     if not isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) != len(axes):
         raise UserError(f"--augment {argument}: {axes!r}, expected axes of 'DHW', such as 'HW', or '' for none")
 
@@ -263,7 +264,12 @@ def _check_probability(p: float, argument: str) -> None:
         raise UserError(f"--augment {argument}: {p!r} is not a probability")
 
 
-AUGMENTATIONS: registry.Table[RandomTransform] = {"mlperf": mlperf, "flips": flips, "rot90": rot90}
+AUGMENTATIONS: registry.Table[RandomTransform] = {
+    "mlperf": mlperf,
+    "flips": flips,
+    "rot90": rot90,
+    "nnunet": "data_loading.nnunet_augmentation:nnunet",
+}
 # Packages whose transforms are adapted; anything else that a spec imports must return a `RandomTransform`.
 ADAPTERS = {
     "torchio": "data_loading.library_transforms:adapt_torchio",

@@ -15,7 +15,7 @@ from runtime.inference import Predictor
 Flips = tuple[tuple[int, ...], ...]
 NO_FLIPS: Flips = ((),)
 # Augmentations that flip, and their argument that names the axes: all axes if it is left out.
-FLIPPING = {"mlperf": "flips", "flips": "axes"}
+FLIPPING = {"mlperf": "flips", "flips": "axes", "nnunet": "flip_axes"}
 
 
 def flips_of(axes: str) -> Flips:

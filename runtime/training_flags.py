@@ -233,7 +233,7 @@ class SamplingFlags:
     augment: tuple[Spec, ...] = flag(
         (trusted_spec("mlperf"),),
         "augmentations in order: mlperf, \"mlperf(flips='HW')\" if a class depends on the direction of D, "
-        "'flips(p=0.5)', rot90, 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "
+        "'flips(p=0.5)', rot90, nnunet, 'torchio:RandomGamma(p=0.3)', 'monai.transforms:RandGaussianNoise(prob=0.2)', "
         "'mixup(alpha=0.2)', 'manifold_mixup(alpha=0.2)' or your own package.module:name",
         group="sampling and arithmetic",
         closed=True,

@@ -135,7 +135,7 @@ def test_quarter_turns_are_alike_for_image_and_label_and_keep_the_shape() -> Non
         ("flips(axes='XY')", "expected axes of 'DHW'"),
         ("rot90(axes='DHW')", "the two axes of a plane"),
         ("rot90(p='a')", "'a' is not a probability"),
-        ("rot9", "'rot9': unknown name; available: flips, mlperf, rot90"),
+        ("rot9", "'rot9': unknown name; available: flips, mlperf, nnunet, rot90"),
         (f"{HERE}:no_draw", "returns a int, expected a callable"),
         ("torchio:RandomGama", "has no callable RandomGama; similar: RandomGamma"),
         ("torchio:RandomGamma(q=1)", "unexpected keyword argument 'q'; it takes log_gamma"),

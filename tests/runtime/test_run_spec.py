@@ -21,9 +21,7 @@ SYNTHETIC = {"loader": "synthetic", "data_dir": Path("synthetic"), "input_shape"
 def test_each_foreground_class_needs_a_sampling_weight(
     weights: tuple[float, ...], make_config: Callable[..., RunConfig], world: World
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"--class_sampling_weights .*: give one weight for each of kidney, tumour"
-    ):
+    with pytest.raises(UserError, match=r"--class_sampling_weights .*: give one weight for each of kidney, tumour"):
         make_run_spec(make_config(**SYNTHETIC, class_sampling_weights=weights), world)
 
 
