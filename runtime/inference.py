@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -73,7 +74,10 @@ def tile(
 
 
 class WindowedVolume:
-    """A volume cut into windows, and the weighted sum of their logits.
+    """A volume cut into windows, whose logits are averaged where they overlap, a slab of planes at a time.
+
+    Windows come in the order of their first plane, so that a plane is final once the windows that begin above it are
+    all there. Only the planes of one window are summed at a time: with many classes, logits are by far the largest.
 
     Args:
         image: (N, C, D, H, W), any size.
@@ -104,60 +108,111 @@ class WindowedVolume:
         self._image = _pad(image, self._padding, padding_value)
         self._weights = gaussian_map(tuple(window), image.device)
         self._norm = torch.zeros(self._image.shape[2:], device=image.device)
-        self._total: Tensor | None = None
         for slices in windows:
             self._norm[slices] += self._weights
         self.windows = windows[member::members]
         self.missing = len(self.windows)
+        self._starts = sorted({slices[0].start for slices in windows})
+        # The sums of the planes from `_starts[_row]` on, one window deep.
+        self._row = 0
+        self._sums: Tensor | None = None
+        self._final: deque[tuple[int, Tensor]] = deque()
 
     def window(self, slices: WindowSlices) -> Tensor:
         """Returns a window of the padded image, (N, C, *window)."""
         return self._image[..., *slices]
 
     def add(self, slices: WindowSlices, logits: Tensor) -> None:
-        """Adds a window's logits (N, K, *window)."""
-        if self._total is None:
-            shape = (logits.shape[0], logits.shape[1], *self._image.shape[2:])
-            self._total = torch.zeros(shape, device=self._image.device)
-        self._total[..., *slices] += logits.float() * self._weights
+        """Adds a window's logits (N, K, *window); the windows come in their order."""
+        if self._sums is None:
+            depth, *plane = self._weights.shape[0], *self._image.shape[3:]
+            self._sums = torch.zeros(*logits.shape[:2], depth, *plane, device=self._image.device)
+        while self._starts[self._row] < slices[0].start:
+            self._complete_row()
+        self._sums[..., *slices[1:]] += logits.float() * self._weights
         self.missing -= 1
+        while not self.missing and self._row < len(self._starts):
+            self._complete_row()
 
-    def logits(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> Tensor:
-        """Returns the windows' logits averaged with the weights of `gaussian_map`: (N, K, D, H, W) float32.
+    def _complete_row(self) -> None:
+        """Sets the planes aside that no later window adds to, and moves the others up."""
+        assert self._sums is not None, "every member has a window"
+        first, depth = self._starts[self._row], self._weights.shape[0]
+        self._row += 1
+        if self._row == len(self._starts):
+            # No more than a usual slab at a time, since what follows makes copies of it.
+            step = first - self._starts[self._row - 2] if self._row > 1 else depth
+            self._final += [(first + at, self._sums[:, :, at : at + step]) for at in range(0, depth, step)]
+            self._sums = None
+            return
+        step = self._starts[self._row] - first
+        self._final.append((first, self._sums[:, :, :step].clone()))
+        for at in range(0, depth - step, step):  # in place, and never onto planes that are still to be moved
+            count = min(step, depth - step - at)
+            self._sums[:, :, at : at + count] = self._sums[:, :, at + step : at + step + count]
+        self._sums[:, :, max(0, depth - step) :] = 0
+
+    def slabs(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> Iterator[Slab]:
+        """Yields the slabs that have become final since the last call, in order; together they are the volume.
 
         Args:
-            total: sums a tensor over the ranks that share the volume.
+            total: sums a tensor over the ranks that share the volume, each of which calls it for the same slabs.
         """
-        assert self._total is not None, "every member has a window"
-        mean = total(self._total) / self._norm
-        d, h, w = (slice(before, before + size) for (before, _), size in zip(self._padding, self._shape, strict=True))
-        return mean[..., d, h, w]
+        (before, _), *plane = self._padding
+        h, w = (slice(n, n + size) for (n, _), size in zip(plane, self._shape[1:], strict=True))
+        while self._final:
+            first, sums = self._final.popleft()
+            planes = slice(first, first + sums.shape[2])
+            mean = total(sums).div_(self._norm[planes])
+            low, high = max(first, before), min(planes.stop, before + self._shape[0])
+            if low < high:
+                yield Slab(slice(low - before, high - before), mean[:, :, low - first : high - first, h, w])
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Consecutive planes of a volume's mean logits.
+
+    Attributes:
+        planes: their place along D.
+        logits: (N, K, planes, H, W) float32.
+    """
+
+    planes: slice
+    logits: Tensor
 
 
 def predict_windows(
-    volumes: Iterable[WindowedVolume], predictor: Predictor, batch_size: int
-) -> Iterator[WindowedVolume]:
+    volumes: Iterable[WindowedVolume],
+    predictor: Predictor,
+    batch_size: int,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> Iterator[tuple[WindowedVolume, Slab]]:
     """Fills the volumes, in order, from batches of windows; a batch may hold windows of several volumes.
 
     Args:
         volumes: consumed only as far as the next batch needs, so that few are in memory at a time.
         predictor: maps (B, C, *window) to (B, K, *window).
         batch_size: windows per batch.
+        total: as in `WindowedVolume.slabs`.
 
     Yields:
-        Each volume as soon as all its windows have been added.
+        Each volume's slabs, as soon as they are final; volume after volume.
     """
     open_volumes: deque[WindowedVolume] = deque()
     batch: list[tuple[WindowedVolume, WindowSlices]] = []
 
-    def run() -> Iterator[WindowedVolume]:
+    def run() -> Iterator[tuple[WindowedVolume, Slab]]:
         windows = [volume.window(slices) for volume, slices in batch]
         outputs = predictor(torch.cat(windows)).split([len(window) for window in windows])
         for (volume, slices), logits in zip(batch, outputs, strict=True):
             volume.add(slices, logits)
         batch.clear()
-        while open_volumes and not open_volumes[0].missing:
-            yield open_volumes.popleft()
+        while open_volumes:
+            yield from ((open_volumes[0], slab) for slab in open_volumes[0].slabs(total))
+            if open_volumes[0].missing:
+                return
+            open_volumes.popleft()
 
     for volume in volumes:
         open_volumes.append(volume)
@@ -186,8 +241,7 @@ def sliding_window(
         (N, K, D, H, W) float32.
     """
     volume = WindowedVolume(image, window, overlap, padding_value=padding_value)
-    (filled,) = predict_windows([volume], predictor, batch_size)
-    return filled.logits()
+    return torch.cat([slab.logits for _, slab in predict_windows([volume], predictor, batch_size)], dim=2)
 
 
 def window_slices(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[WindowSlices]:
