@@ -48,6 +48,18 @@ def dice_sums(logits: Tensor, labels: Tensor) -> DiceSums:
     return DiceSums(*_DiceSumsFunction.apply(logits, labels))
 
 
+def joined(sums: DiceSums) -> Tensor:
+    """Returns the sums as one tensor (N, 1 + 3 K), to add up those of several slabs."""
+    return torch.cat([sums.cross_entropy[:, None], sums.intersection, sums.predicted, sums.true], 1)
+
+
+def split(sums: Tensor) -> DiceSums:
+    """Undoes `joined`."""
+    classes = sums.shape[1] // 3
+    cross_entropy, *overlaps = sums.split([1, classes, classes, classes], 1)
+    return DiceSums(cross_entropy[:, 0], *overlaps)
+
+
 class _DiceSumsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,6 +169,36 @@ class DiceCELoss(nn.Module):
         return (sums.cross_entropy.sum() / voxels + self.dice.from_sums(sums, voxels)) / 2
 
 
+class LossOfSlabs:
+    """The loss of a volume whose logits come slab by slab. Only a loss that follows from no sums needs all of them.
+
+    Args:
+        loss: as `build_loss` returns it.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        self._loss = loss
+        self._sums: list[Tensor] = []
+        self._whole: list[tuple[Tensor, Tensor]] = []
+        self._voxels = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a slab's logits (N, K, planes, H, W) and labels (N, 1, planes, H, W), in the order of the planes."""
+        self._voxels += labels.numel()
+        if isinstance(self._loss, DiceLoss | DiceCELoss):
+            self._sums.append(joined(dice_sums(logits, labels)).double())
+        else:
+            self._whole.append((logits, labels))
+
+    def value(self) -> Tensor:
+        """Returns the loss, a scalar; float64 if it follows from sums."""
+        if isinstance(self._loss, DiceLoss | DiceCELoss):
+            return self._loss.from_sums(split(torch.stack(self._sums).sum(0)), self._voxels)
+        logits, labels = (torch.cat(parts, dim=2) for parts in zip(*self._whole, strict=True))
+        loss: Tensor = self._loss(logits, labels)
+        return loss
+
+
 class SlabLoss(nn.Module):
     """The loss of whole windows on every rank, from its slabs' logits and labels. See `SumOverSlabs` for its gradient.
 
@@ -173,11 +215,8 @@ class SlabLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) of a slab -> scalar."""
-        own = dice_sums(logits, labels)
-        columns = [own.cross_entropy[:, None], own.intersection, own.predicted, own.true]
-        total = SumOverSlabs.apply(torch.cat(columns, 1), self.slabs)
-        cross_entropy, *overlaps = total.split([part.shape[1] for part in columns], 1)
-        return self.loss.from_sums(DiceSums(cross_entropy[:, 0], *overlaps), labels.numel() * self.slabs.count)
+        total = SumOverSlabs.apply(joined(dice_sums(logits, labels)), self.slabs)
+        return self.loss.from_sums(split(total), labels.numel() * self.slabs.count)
 
 
 class LibraryLoss(nn.Module):

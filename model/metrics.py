@@ -17,20 +17,30 @@ def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
 
 
 def dice_score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes the Dice score of the arg-max for every class but the background.
-
-    Voxel counts are integers, exact in float64 up to 2^53; a class that neither side contains scores 1.0.
+    """Computes the Dice score of the arg-max for every class but the background, as `dice_of_classes` does.
 
     Args:
         logits: (N, K, D, H, W).
         labels: (N, 1, D, H, W).
+    """
+    return dice_of_classes(logits.argmax(dim=1, keepdim=True), labels, logits.shape[1])
+
+
+def dice_of_classes(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Computes the Dice score of every class but the background.
+
+    Voxel counts are integers, exact in float64 up to 2^53; a class that neither side contains scores 1.0.
+
+    Args:
+        prediction: the predicted classes, (N, 1, D, H, W).
+        labels: (N, 1, D, H, W).
+        classes: K, the background included.
 
     Returns:
         (N, K - 1) float64.
     """
-    prediction = logits.argmax(dim=1, keepdim=True)
     scores = []
-    for value in range(1, logits.shape[1]):
+    for value in range(1, classes):
         predicted, true = prediction == value, labels == value
         intersection = (predicted & true).sum(SPATIAL).double()
         total = predicted.sum(SPATIAL).double() + true.sum(SPATIAL).double()

@@ -44,18 +44,17 @@ class CaseTable:
         self._columns = [f"{name}_{kind}" for kind in kinds for name in self._classes]
         self.size = len(self._columns)
 
-    def __call__(self, case: str, logits: Tensor, label: Tensor) -> Tensor:
+    def __call__(self, case: str, prediction: Tensor, label: Tensor) -> Tensor:
         """Returns volumes, then surface Dice and Hausdorff distance, for each foreground class in turn."""
-        predicted = logits.argmax(dim=1, keepdim=True)
         steps_mm = self._steps_of(case)
-        masks = [(predicted == value, label == value) for value in range(1, len(self._classes) + 1)]
+        masks = [(prediction == value, label == value) for value in range(1, len(self._classes) + 1)]
         voxel_ml = volume_ml(steps_mm)
         volumes = [voxel_ml * mask.sum().double() for side in zip(*masks, strict=True) for mask in side]
         surfaces = [
             surface_figures(one[0, 0].cpu().numpy(), other[0, 0].cpu().numpy(), steps_mm) for one, other in masks
         ]
         distances = torch.tensor(surfaces, dtype=torch.float64).T.flatten()
-        return torch.cat([torch.stack(volumes).to(logits.device), distances.to(logits.device)])
+        return torch.cat([torch.stack(volumes), distances.to(label.device)])
 
     def _steps_of(self, case: str) -> NDArray[np.float64]:
         """Returns the steps (mm) between the voxels of the preprocessed grid, as the columns of a (3, 3) matrix."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data_loading.data_loader import EvaluationCase
-from model.metrics import dice_score
+from model.losses import LossOfSlabs
+from model.metrics import dice_of_classes
 from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
@@ -119,8 +120,8 @@ class CaseMetric(Protocol):
 
     size: int
 
-    def __call__(self, case: str, logits: Tensor, label: Tensor) -> Tensor:
-        """(size,) float64 on the logits' device; logits (1, K, D, H, W), label (1, 1, D, H, W)."""
+    def __call__(self, case: str, prediction: Tensor, label: Tensor) -> Tensor:
+        """(size,) float64 on the label's device; the predicted and the true classes are (1, 1, D, H, W) uint8."""
         ...
 
     def keep(self, figures: dict[str, list[float]]) -> None:
@@ -150,19 +151,21 @@ class CaseScorer:
     def score(self, cases: Iterable[EvaluationCase], subgroup: World) -> Iterator[Tensor]:
         """Scores each case: the loss of its logits, its Dice per foreground class, then the metric's figures.
 
+        The logits of a case are never all in memory, unless its loss needs them, see `LossOfSlabs`.
+
         Args:
             subgroup: the ranks that share the windows of these cases; each gets the whole score.
 
         Yields:
             (K + metric.size,) float64 on the device, one per case.
         """
-        labels: deque[tuple[str, Tensor]] = deque()
+        waiting: deque[tuple[str, Tensor]] = deque()
         device, windows = self.precision.device, self.windows
 
         def cut() -> Iterator[WindowedVolume]:
             for case in cases:
                 kept = windows.kept(case.image.shape[2:])
-                labels.append((case.case, case.label[..., *kept].to(device, non_blocking=True)))
+                waiting.append((case.case, case.label[..., *kept].to(device, non_blocking=True)))
                 image = case.image[..., *kept].to(device, non_blocking=True)
                 yield WindowedVolume(
                     image,
@@ -179,11 +182,20 @@ class CaseScorer:
                 logits: Tensor = self.network(batch)
             return logits
 
-        for volume in predict_windows(cut(), mean_over_flips(predict, windows.flips), windows.batch_size):
-            name, label = labels.popleft()
-            logits = volume.logits(lambda own: subgroup.sum(own, self.check_waiting))
-            figures = [self.loss(logits, label).double().view(1), dice_score(logits, label)[0]]
-            yield torch.cat([*figures, self.metric(name, logits, label)] if self.metric else figures)
+        def total(own: Tensor) -> Tensor:
+            return subgroup.sum(own, self.check_waiting)
+
+        flipped = mean_over_flips(predict, windows.flips)
+        slabs = predict_windows(cut(), flipped, windows.batch_size, total)
+        for slab in slabs:
+            if slab.planes.start == 0:
+                name, label = waiting.popleft()
+                loss, prediction = LossOfSlabs(self.loss), torch.empty_like(label)
+            loss.add(slab.logits, label[:, :, slab.planes])
+            prediction[:, :, slab.planes] = slab.logits.argmax(1, keepdim=True)
+            if slab.planes.stop == label.shape[2]:
+                figures = [loss.value().double().view(1), dice_of_classes(prediction, label, windows.classes)[0]]
+                yield torch.cat([*figures, self.metric(name, prediction, label)] if self.metric else figures)
 
 
 @dataclass(frozen=True, kw_only=True)

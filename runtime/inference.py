@@ -187,7 +187,7 @@ def predict_windows(
     predictor: Predictor,
     batch_size: int,
     total: Callable[[Tensor], Tensor] = lambda own: own,
-) -> Iterator[tuple[WindowedVolume, Slab]]:
+) -> Iterator[Slab]:
     """Fills the volumes, in order, from batches of windows; a batch may hold windows of several volumes.
 
     Args:
@@ -197,19 +197,20 @@ def predict_windows(
         total: as in `WindowedVolume.slabs`.
 
     Yields:
-        Each volume's slabs, as soon as they are final; volume after volume.
+        The slabs, as soon as they are final, volume after volume; each volume's first slab begins at plane 0.
     """
     open_volumes: deque[WindowedVolume] = deque()
     batch: list[tuple[WindowedVolume, WindowSlices]] = []
 
-    def run() -> Iterator[tuple[WindowedVolume, Slab]]:
+    def run() -> Iterator[Slab]:
         windows = [volume.window(slices) for volume, slices in batch]
         outputs = predictor(torch.cat(windows)).split([len(window) for window in windows])
         for (volume, slices), logits in zip(batch, outputs, strict=True):
             volume.add(slices, logits)
         batch.clear()
+        del windows, outputs, logits  # not held while the slabs are used
         while open_volumes:
-            yield from ((open_volumes[0], slab) for slab in open_volumes[0].slabs(total))
+            yield from open_volumes[0].slabs(total)
             if open_volumes[0].missing:
                 return
             open_volumes.popleft()
@@ -241,7 +242,7 @@ def sliding_window(
         (N, K, D, H, W) float32.
     """
     volume = WindowedVolume(image, window, overlap, padding_value=padding_value)
-    return torch.cat([slab.logits for _, slab in predict_windows([volume], predictor, batch_size)], dim=2)
+    return torch.cat([slab.logits for slab in predict_windows([volume], predictor, batch_size)], dim=2)
 
 
 def window_slices(shape: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[WindowSlices]:

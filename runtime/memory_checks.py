@@ -6,6 +6,7 @@ A check fails only where the estimate alone exceeds what is free. The estimate l
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,22 +161,32 @@ def _compare(what: str, found: str, memory: BatchMemory, batch: int, *, free: in
 
 
 def case_memory(shape: Shape, channels: int, scoring: SlidingWindowConfig, windows: BatchMemory) -> BatchMemory:
-    """Returns the peak memory of scoring a case (D, H, W): the case, its `WindowedVolume`, and the larger of two.
+    """Returns the peak memory of scoring a case (D, H, W): the case, its `WindowedVolume`, and the largest of three.
 
-    These are the network's `windows` (see `memory.window_memory`), and the mean logits with their loss, once the last
-    window is back. Counted on a CPU, exact to the percent. Triton's loss takes less.
+    These are the network's `windows` (see `memory.window_memory`), the slabs that are final once a batch is back, with
+    the loss of one of them, and the case's Dice. Counted on a CPU for losses that follow from sums, exact to the percent. Triton's loss
+    takes less; a library's loss also needs the logits of the whole case.
     """
     kept = [len(range(size)[part]) for size, part in zip(shape, scoring.kept(shape), strict=True)]
-    padding, _ = tile(kept, scoring.window, scoring.overlap, scoring.padding_value)
-    padded = math.prod(size + before + after for size, (before, after) in zip(kept, padding, strict=True))
-    case = (4 * channels + 1) * math.prod(shape)
+    padding, slices = tile(kept, scoring.window, scoring.overlap, scoring.padding_value)
+    depth, *plane = (size + before + after for size, (before, after) in zip(kept, padding, strict=True))
+    padded, padded_plane = depth * math.prod(plane), math.prod(plane)
+    starts = sorted({window[0].start for window in slices})
+    step = max((after - before for before, after in itertools.pairwise(starts)), default=depth)
+    # The case, and its prediction.
+    case = (4 * channels + 1) * math.prod(shape) + math.prod(kept)
     image = 4 * channels * padded if padded > math.prod(kept) else 0  # else the case's own
-    # The sum of the windows' weights, and the sum of the weighted logits; then the quotient of the two.
-    sums, mean = 4 * (1 + scoring.classes) * padded, 4 * scoring.classes * padded
+    # The sum of the windows' weights, and the sums of the weighted logits.
+    sums = 4 * padded + 4 * scoring.classes * scoring.window[0] * padded_plane
+    slab = 4 * scoring.classes * step * padded_plane if len(starts) > 1 else 0  # else a view of the sums
     # Softmax and its logarithm; one class's truth and its sum, which torch computes in int64.
-    loss = (4 * 2 * scoring.classes + 1 + 8) * math.prod(kept)
+    loss = (4 * 2 * scoring.classes + 1 + 8) * min(step, kept[0]) * math.prod(kept[1:])
+    # Where one class is predicted, where it is true, both, and a sum.
+    dice = (3 + 8) * math.prod(kept)
     held = case + image + sums
-    return BatchMemory((*windows.plus(held).stages, (held + mean + loss, 0)))
+    of_window = slab * len(starts) // len(slices)  # a batch completes the more slabs the more windows it has
+    stages = (held + loss + slab - of_window, of_window), (held + dice, 0)
+    return BatchMemory((*windows.plus(held).stages, *stages))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -62,10 +62,6 @@ def block(*slices: slice, shape: tuple[int, int, int] = (10, 20, 20), value: int
     return label
 
 
-def logits_of(label: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(label[:, 0].long(), 3).movedim(-1, 1).float()
-
-
 TRUE = block(slice(2, 7), slice(4, 14), slice(4, 14))
 # One voxel further along the first axis, 2 mm.
 MOVED = block(slice(3, 8), slice(4, 14), slice(4, 14))
@@ -73,7 +69,7 @@ MOVED = block(slice(3, 8), slice(4, 14), slice(4, 14))
 
 def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
     table = CaseTable(data_dir, SPEC, "evaluation")
-    figures = table("a", logits_of(MOVED), TRUE)
+    figures = table("a", MOVED, TRUE)
     assert figures.dtype == torch.float64
     assert table.size == 8
     assert figures[:4].tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])  # 500 voxels of 2 mm3 each
@@ -83,14 +79,14 @@ def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
     assert distance_mm == pytest.approx(2.0)
     assert not math.isfinite(none)
     assert not math.isfinite(no_distance)
-    assert table("a", logits_of(TRUE), TRUE)[[4, 6]].tolist() == [1.0, 0.0]
+    assert table("a", TRUE, TRUE)[[4, 6]].tolist() == [1.0, 0.0]
 
 
 def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:
     shape = (19, 20, 20)
     true = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=shape)
     moved = block(slice(5, 10), slice(4, 14), slice(4, 14), shape=shape)
-    figures = CaseTable(data_dir, SPEC, "evaluation")("b", logits_of(moved), true)
+    figures = CaseTable(data_dir, SPEC, "evaluation")("b", moved, true)
     assert figures[0] == pytest.approx(0.5)
     assert figures[6] == pytest.approx(3.0)
 
@@ -136,17 +132,17 @@ def test_volumes_of_a_sheared_grid_are_those_that_prediction_measures(data_dir: 
     }
     write_index(data_dir, transforms)
     table = CaseTable(data_dir, SPEC, "evaluation")
-    figures = table("a", logits_of(TRUE), TRUE)
+    figures = table("a", TRUE, TRUE)
     (row, _) = measure("a", TRUE[0, 0].numpy(), source, SPEC.classes)
     assert figures[0].item() == pytest.approx(row.volume_ml) == 500 * 0.9 * 0.9 * 1.2e-3
     fine = block(slice(2, 7), slice(4, 14), slice(4, 14), shape=(39, 20, 19))
-    assert table("b", logits_of(fine), fine)[0].item() == pytest.approx(row.volume_ml / 4)
+    assert table("b", fine, fine)[0].item() == pytest.approx(row.volume_ml / 4)
 
 
 def test_a_picture_has_surfaces_too(data_dir: Path) -> None:
     shape = (1, 20, 20)
     true, moved = (block(slice(0, 1), slice(4, 14), slice(a, a + 8), shape=shape) for a in (4, 7))
-    figures = CaseTable(data_dir, SPEC, "evaluation")("none", logits_of(moved), true)
+    figures = CaseTable(data_dir, SPEC, "evaluation")("none", moved, true)
     assert figures[6] == pytest.approx(3.0)
 
 

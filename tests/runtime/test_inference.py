@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.inference import gaussian_map, remainder_crop, sliding_window, stride_of, window_padding, window_slices
+from runtime.inference import (
+    Slab,
+    WindowedVolume,
+    gaussian_map,
+    predict_windows,
+    remainder_crop,
+    sliding_window,
+    stride_of,
+    window_padding,
+    window_slices,
+)
+from runtime.memory import LiveMemory
 
 CPU = torch.device("cpu")
 PADDING = -2.2
@@ -27,6 +38,10 @@ overlaps = st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.6, 0.75, 0.9, 0.99])
 
 def plus_one(windows: Tensor) -> Tensor:
     return windows + 1
+
+
+def many_classes(windows: Tensor) -> Tensor:
+    return windows.expand(-1, 50, -1, -1, -1)
 
 
 @settings(max_examples=120, deadline=None)
@@ -300,3 +315,59 @@ def test_the_image_itself_is_left_alone() -> None:
     before = image.clone()
     sliding_window(image, plus_one, (4, 4, 4), 0.5, padding_value=PADDING)
     assert torch.equal(image, before)
+
+
+def test_a_slab_is_final_once_no_later_window_adds_to_it() -> None:
+    """Windows of 4 planes, 2 apart, over 10 planes; one window per plane's row, then two at a time."""
+    image = torch.rand(1, 1, 10, 4, 4)
+    predicted: list[int] = []
+
+    def predictor(windows: Tensor) -> Tensor:
+        predicted.append(len(windows))
+        return windows
+
+    for batch_size in (1, 2):
+        predicted.clear()
+        seen = []
+        for slab in predict_windows([WindowedVolume(image, (4, 4, 4), 0.5)], predictor, batch_size):
+            seen.append((slab.planes.start, slab.planes.stop, sum(predicted)))
+            torch.testing.assert_close(slab.logits, image[:, :, slab.planes])
+        whole_batches = [-(-count // batch_size) * batch_size for count in (2, 3, 4, 4, 4)]
+        assert seen == [(at, at + 2, count) for at, count in zip(range(0, 10, 2), whole_batches, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, window=windows, overlap=overlaps, members=st.integers(1, 3), edge=st.booleans())
+def test_slabs_cover_the_planes_in_order_on_any_number_of_ranks(
+    shape: tuple[int, int, int], window: tuple[int, int, int], overlap: float, members: int, edge: bool
+) -> None:
+    """Each rank's sums of a slab, added up, make its mean; every rank has the same slabs."""
+    image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(sum(shape)))
+    value = None if edge else PADDING
+
+    def slabs(member: int, of: int, total: Callable[[Tensor], Tensor]) -> list[Slab]:
+        volume = WindowedVolume(image, window, overlap, padding_value=value, member=member, members=of)
+        return list(predict_windows([volume], plus_one, 3, total))
+
+    members = min(members, len(WindowedVolume(image, window, overlap, padding_value=value).windows))
+    own: list[list[Tensor]] = [[] for _ in range(members)]
+    for member in range(members):
+        slabs(member, members, lambda sums, member=member: own[member].append(sums.clone()) or sums)  # type: ignore[misc]
+    sums = iter([sum(parts[1:], start=parts[0]) for parts in zip(*own, strict=True)])
+    found = slabs(0, members, lambda _: next(sums))
+    assert [slab.planes.start for slab in found] == [0, *(slab.planes.stop for slab in found[:-1])]
+    assert found[-1].planes.stop == shape[0]
+    torch.testing.assert_close(torch.cat([slab.logits for slab in found], 2), image + 1, rtol=0, atol=1e-5)
+
+
+def test_the_sums_are_one_window_deep_however_long_the_volume() -> None:
+    def peak(depth: int) -> int:
+        image = torch.zeros(1, 1, depth, 8, 8)
+        with LiveMemory([]) as memory:
+            for slab in predict_windows([WindowedVolume(image, (8, 8, 8), 0.5)], many_classes, 1):
+                del slab
+        return memory.peak
+
+    of_a_plane = 4 * 50 * 8 * 8
+    assert peak(80) - peak(40) < 40 * of_a_plane / 10
+    assert peak(80) < 35 * of_a_plane, "a window, the sums and a slab, with the copies of each"
