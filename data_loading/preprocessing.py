@@ -297,32 +297,3 @@ def preprocess_label(label: Volume, transform: GridTransform, spec: DatasetSpec)
             resize_label(array, (h, w)) if transform.half_pixel else resample_label(array, transform.resampled_shape)
         )
     return pad_with_edges(array, edge_padding(transform.resampled_shape, spec.min_shape))
-
-
-def to_source_grid(array: NDArray[np.float32], transform: GridTransform, first: int = 0) -> NDArray[np.float32]:
-    """Maps probabilities back to the scan's own grid: undoes padding, resampling, crop and reorientation.
-
-    Outside the crop the background has probability 1, every other class 0.
-
-    Args:
-        array: (K, D, H, W) probabilities on the network's grid. Interpolate probabilities and take the arg-max
-            afterwards: nearest-neighbour labels cost small objects up to half their Dice.
-        transform: what `preprocess_image` returned.
-        first: the first class of `array`.
-
-    Returns:
-        (K, *source shape) float32.
-    """
-    windows = zip(transform.padding_before, transform.resampled_shape, strict=True)
-    inside = array[(slice(None), *(slice(start, start + size) for start, size in windows))]
-    shape = transform.cropped.shape
-    if transform.resampled_shape != shape:
-        inside = np.ascontiguousarray(inside)
-        inside = resize_image(inside, shape[1:]) if transform.half_pixel else resample_image(inside, shape)
-    if transform.crop:
-        full = np.zeros((len(array), *transform.reoriented.shape), np.float32)
-        if first == 0:
-            full[0] = 1
-        full[_slices_of(transform.crop)] = inside
-        inside = full
-    return transform.reorientation.undo(inside) if transform.reorientation else inside

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +19,15 @@ from common.errors import UserError
 from common.messages import note
 from common.progress import Progress, make_progress
 from data_loading.io.scan_discovery import Source, is_image_file, probabilities_file, stem
-from data_loading.io.volume import Geometry, Volume
-from data_loading.preprocessing import GridTransform, to_source_grid
+from data_loading.io.volume import Volume
+from data_loading.preprocessing import GridTransform
 from data_loading.scan_checks import preprocess_scan
+from data_loading.source_grid import SourceGrid
 from data_loading.spec import DatasetSpec
 from prediction.memory import READ_BYTES, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
 from prediction.volumes import ClassVolume, measure
 from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import sliding_window
+from runtime.inference import WindowedVolume, predict_windows
 from runtime.memory_format import to_device
 from runtime.precision import choose_precision
 from runtime.test_time_flips import mean_over_flips
@@ -77,56 +83,47 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
         raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
     image, transform = preprocess_scan(scan, spec, source.name)
     del scan  # may be half of the memory
-    path = source.output.with_name(f"{stem(source.output)}_probabilities.nii.gz")
-    probabilities = predict_image(image, transform, ensemble, source.name)
-    classes = (values[0] for values in classes_on_source_grid(probabilities, transform))
-    if save_probabilities:
-        with probabilities_file(path, geometry, len(spec.classes)) as add:
-            mask = arg_max(_write_each(add, classes), geometry)
-    else:
-        mask = arg_max(classes, geometry)
+    with ExitStack() as stack:
+        shape = (len(spec.classes), *transform.reoriented.shape)
+        kept = stack.enter_context(zeros_on_disk(shape, source.output.parent)) if save_probabilities else None
+        grid = predict_image(image, transform, ensemble, source.name, kept=kept)
+        mask = grid.mask()
+        if save_probabilities:
+            path = source.output.with_name(f"{stem(source.output)}_probabilities.nii.gz")
+            with probabilities_file(path, geometry, len(spec.classes)) as add:
+                for value in range(len(spec.classes)):
+                    add(grid.probabilities(value))
     for line in source.write(Volume(mask[np.newaxis], geometry), spec.classes):
         note(line)
     return measure(source.name, mask, geometry, spec.classes)
 
 
-def _write_each(
-    add: Callable[[NDArray[np.float32]], None], classes: Iterator[NDArray[np.float32]]
-) -> Iterator[NDArray[np.float32]]:
-    """Passes each class's probabilities to `add` before yielding them."""
-    for values in classes:
-        add(values)
-        yield values
+@contextmanager
+def zeros_on_disk(shape: Sequence[int], folder: Path) -> Iterator[NDArray[np.float32]]:
+    """Yields an array of zeros in a nameless file of this folder, which vanishes with the program at the latest.
 
-
-def classes_on_source_grid(
-    probabilities: NDArray[np.float32], transform: GridTransform
-) -> Iterator[NDArray[np.float32]]:
-    """Resamples probabilities (K, D, H, W) from the network's grid; yields (1, *source shape) for each class.
-
-    One at a time: all together would be the largest array in memory, and the numbers are the same.
+    Raises:
+        OSError: the disk is too full. Without the reservation, writing to the array would end the program (SIGBUS).
     """
-    for value in range(len(probabilities)):
-        yield to_source_grid(probabilities[value : value + 1], transform, first=value)
-
-
-def arg_max(classes: Iterator[NDArray[np.float32]], geometry: Geometry) -> NDArray[np.uint8]:
-    """Returns each voxel's most probable class, the first of equal ones: (D, H, W) uint8."""
-    mask = np.zeros(geometry.shape, np.uint8)
-    best = np.full(geometry.shape, -np.inf, np.float32)
-    for value, probability in enumerate(classes):
-        is_larger = probability > best
-        np.copyto(mask, np.uint8(value), where=is_larger)
-        np.maximum(best, probability, out=best)
-    return mask
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        yield np.memmap(file, np.float32, "r+", shape=tuple(shape))
 
 
 def predict_image(
-    image: NDArray[np.float32], transform: GridTransform, ensemble: Ensemble, name: str
-) -> NDArray[np.float32]:
-    """Returns mean probabilities of a preprocessed scan, (C, D, H, W) -> (K, D, H, W).
+    image: NDArray[np.float32],
+    transform: GridTransform,
+    ensemble: Ensemble,
+    name: str,
+    *,
+    kept: NDArray[np.float32] | None = None,
+) -> SourceGrid:
+    """Predicts a preprocessed scan (C, D, H, W) on its own grid.
 
     Runs where memory allows: on the GPU; with windows on the GPU and the volume on the host; on the CPU.
+
+    Args:
+        kept: see `SourceGrid`.
 
     Raises:
         UserError: even the host has too little memory.
@@ -137,7 +134,7 @@ def predict_image(
             image.shape,
             transform,
             member.windows,
-            is_mean=len(members) > 1,
+            members=len(members),
             window_bytes=window_bytes(member.network, channels, member.windows.window),
         )
         for member in members
@@ -147,8 +144,11 @@ def predict_image(
     for plan in memory_plans(largest, ensemble.budget, members[0].windows.batch_size, name):
         if plan.note:
             note(f"{name}: {plan.note}{failure}")
+        grid = SourceGrid(transform, kept)
         try:
-            return mean_probabilities(torch.from_numpy(image)[None], ensemble, plan, name)
+            for planes in mean_probabilities(torch.from_numpy(image)[None], ensemble, plan, name):
+                grid.add(planes)
+            return grid
         except torch.OutOfMemoryError:
             failure = " (the GPU ran out of memory)"
             torch.cuda.empty_cache()
@@ -156,42 +156,44 @@ def predict_image(
 
 
 @torch.inference_mode()
-def mean_probabilities(image: Tensor, ensemble: Ensemble, plan: MemoryPlan, name: str) -> NDArray[np.float32]:
-    """Returns the mean of the members' softmax, (1, C, D, H, W) -> (K, D, H, W), on the host."""
-    total: Tensor | None = None
+def mean_probabilities(image: Tensor, ensemble: Ensemble, plan: MemoryPlan, name: str) -> Iterator[Tensor]:
+    """Yields the mean of the members' softmax for an image (1, C, D, H, W), in slabs (K, planes, H, W) on the host."""
     each = [member.windows for member in ensemble.members]
     passes = sum(windows.windows(image.shape[2:]) * len(windows.flips) for windows in each)
-    progress = make_progress(passes, name, "window", leave=False)
-    image = image.to(plan.volume_device)
-    for member in ensemble.members:
-        to_device(member.network, plan.network_device, member.layout)
-        probabilities = _logits(image, member, plan, progress)
-        # Softmax in place: another K volumes would be the largest tensor in memory.
-        probabilities.sub_(probabilities.amax(dim=1, keepdim=True)).exp_()
-        probabilities.div_(probabilities.sum(dim=1, keepdim=True))
-        total = probabilities if total is None else total.add_(probabilities)
-        del probabilities
-    progress.close()
-    assert total is not None
-    total /= len(ensemble.members)
-    return total[0].cpu().numpy()
+    with closing(make_progress(passes, name, "window", leave=False)) as progress:
+        image = image.to(plan.volume_device)
+        for member in ensemble.members:
+            to_device(member.network, plan.network_device, member.layout)
+        for mean in _means([_probabilities(image, member, plan, progress) for member in ensemble.members]):
+            yield mean.cpu()
 
 
-def _logits(image: Tensor, member: Member, plan: MemoryPlan, progress: Progress) -> Tensor:
-    precision = choose_precision(member.amp, member.amp_dtype, plan.network_device)
+def _means(members: Sequence[Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Averages volumes that come in slabs (K, planes, H, W), which may be of other depths for each."""
+    waiting = [next(slabs) for slabs in members]
+    while True:
+        depth = min(slab.shape[1] for slab in waiting)
+        total = waiting[0][:, :depth]
+        for slab in waiting[1:]:
+            total = total + slab[:, :depth]
+        yield total / len(waiting) if len(waiting) > 1 else total
+        for index, slab in enumerate(waiting):
+            rest = slab[:, depth:] if slab.shape[1] > depth else next(members[index], None)
+            if rest is None:  # for every member, since all have the same planes
+                return
+            waiting[index] = rest
 
-    def predict(windows: Tensor) -> Tensor:
+
+def _probabilities(image: Tensor, member: Member, plan: MemoryPlan, progress: Progress) -> Iterator[Tensor]:
+    """Yields a member's softmax in slabs (K, planes, H, W)."""
+    precision, windows = choose_precision(member.amp, member.amp_dtype, plan.network_device), member.windows
+
+    def predict(batch: Tensor) -> Tensor:
         with precision.autocast():
-            logits: Tensor = member.network(windows.to(plan.network_device))
-        progress.update(len(windows))
+            logits: Tensor = member.network(batch.to(plan.network_device))
+        progress.update(len(batch))
         return logits.to(plan.volume_device)
 
-    windows = member.windows
-    return sliding_window(
-        image,
-        mean_over_flips(predict, windows.flips),
-        windows.window,
-        windows.overlap,
-        padding_value=windows.padding_value,
-        batch_size=plan.batch_size,
-    )
+    volume = WindowedVolume(image, windows.window, windows.overlap, padding_value=windows.padding_value)
+    for slab in predict_windows([volume], mean_over_flips(predict, windows.flips), plan.batch_size):
+        yield slab.logits[0].softmax(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,8 @@ USABLE_SHARE = 0.9
 RESERVED_BYTES = 64 * 2**20
 # Bytes per voxel while a scan is read: the file's bytes twice, their scaled float64 values or a float32 copy.
 READ_BYTES = 16
-# Bytes per voxel of the source while the mask is made: best probability, the next one, a comparison, the mask.
-MASK_BYTES = 4 + 4 + 4 + 1 + 1
+# Bytes per voxel of the source: the mask, in the network's orientation and the scan's, and as it is written.
+MASK_BYTES = 4
 # A convolution's own copies of its input and weights in another memory order.
 CONVOLUTION_FACTOR = 1.5
 
@@ -38,9 +39,9 @@ class MemoryEstimate:
     """Bytes that the prediction of a scan takes.
 
     Attributes:
-        volume: while windows are computed, for the padded image, the windows' sums and the probabilities.
+        volume: while windows are computed, for the padded image, the sums of one row of windows, and a slab.
         window: for the network's tensors, per window of a batch.
-        host: before and after that, always on the host.
+        host: at the same time and after that, always on the host.
     """
 
     volume: int
@@ -54,24 +55,29 @@ class MemoryEstimate:
         transform: GridTransform,
         windows: SlidingWindowConfig,
         *,
-        is_mean: bool,
+        members: int,
         window_bytes: int,
     ) -> MemoryEstimate:
         """Estimates the prediction of a preprocessed image of shape (C, D, H, W).
 
         Args:
-            is_mean: whether probabilities are averaged over networks.
+            members: number of networks whose probabilities are averaged.
             window_bytes: see `window_bytes`.
         """
         channels, *shape = image_shape
-        padding, _ = tile(shape, windows.window, windows.overlap, windows.padding_value)
-        padded = math.prod(size + before + after for size, (before, after) in zip(shape, padding, strict=True))
-        floats = 2 * channels + 1 + 2 * windows.classes + is_mean * (channels + windows.classes)
-        source, network = math.prod(transform.source.shape), math.prod(shape)
-        # The probabilities of a cropped scan are pasted into a full-size array.
-        full_size = MASK_BYTES + 4 * (transform.crop is not None)
-        host = full_size * source + 4 * network * (windows.classes + 1)
-        return cls(volume=4 * padded * floats, window=window_bytes, host=host)
+        padding, slices = tile(shape, windows.window, windows.overlap, windows.padding_value)
+        depth, *plane = (size + before + after for size, (before, after) in zip(shape, padding, strict=True))
+        starts = sorted({window[0].start for window in slices})
+        step = max((after - before for before, after in itertools.pairwise(starts)), default=depth)
+        # The sums, then a slab of logits and its softmax, for every member; the mean of the members.
+        planes = members * (windows.window[0] + 2 * step) + (members > 1) * step
+        floats = windows.classes * planes * math.prod(plane) + members * (channels + 1) * depth * math.prod(plane)
+        floats += channels * math.prod(shape)
+        # A slab, and its planes resized; then two planes at a time of the scan's grid and their mean.
+        source = transform.reoriented.shape
+        resized = (2 * step + 4) * windows.classes * max(math.prod(shape[1:]), math.prod(source[1:]))
+        host = MASK_BYTES * math.prod(source) + 4 * resized
+        return cls(volume=4 * floats, window=window_bytes, host=host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +148,14 @@ def memory_plans(estimate: MemoryEstimate, budget: MemoryBudget, batch_size: int
             batch = min(batch_size, fitting)
             yield MemoryPlan(volume_device=budget.device, network_device=budget.device, batch_size=batch)
         reason = f"needs {(estimate.volume + estimate.window) / GIB:.2f} GiB, the GPU has {gpu_bytes / GIB:.2f}"
-        if (fitting := gpu_bytes // estimate.window) > 0 and estimate.volume <= budget.host_bytes():
+        if (fitting := gpu_bytes // estimate.window) > 0 and estimate.volume + estimate.host <= budget.host_bytes():
             note = f"{reason}: its volume stays in host memory, windows are computed on the GPU"
             batch = min(batch_size, fitting)
             yield MemoryPlan(volume_device=cpu, network_device=budget.device, batch_size=batch, note=note)
         reason += ": computed on the CPU"
-    budget.check_host(estimate.volume + estimate.window, name)
-    batch = min(batch_size, (budget.host_bytes() - estimate.volume) // estimate.window)
+    held = estimate.volume + estimate.host
+    budget.check_host(held + estimate.window, name)
+    batch = min(batch_size, (budget.host_bytes() - held) // estimate.window)
     yield MemoryPlan(volume_device=cpu, network_device=cpu, batch_size=batch, note=reason)
 
 

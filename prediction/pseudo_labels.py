@@ -136,7 +136,11 @@ def load_teacher(path: Path, data_dir: Path, model: str | None) -> Predict:
     world = World.join(config.local_rank)
     ensemble, _ = load_ensemble(config, given, world)
     plan = MemoryPlan(volume_device=world.device, network_device=world.device, batch_size=config.val_batch_size)
-    return lambda image: mean_probabilities(torch.from_numpy(image)[None], ensemble, plan, "teacher")
+
+    def predict(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        return torch.cat(list(mean_probabilities(torch.from_numpy(image)[None], ensemble, plan, "teacher")), 1).numpy()
+
+    return predict
 
 
 def copy_cases(index: DatasetIndex, data_dir: Path, results_dir: Path) -> None:

@@ -30,9 +30,10 @@ from report.figures import Plane, draw_plane
 from report.records import Evaluation, Run
 from runtime.checkpoint.format import Checkpoint, load, load_network
 from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import sliding_window
+from runtime.inference import WindowedVolume, predict_windows
 from runtime.memory_format import to_device
 from runtime.precision import Precision, choose_precision
+from runtime.test_time_flips import mean_over_flips
 
 # Axes that run towards left, back and feet give planes in the radiological convention: the patient's right on the
 # left of the image, head or nose at the top.
@@ -93,15 +94,12 @@ class _Predictor:
                 logits: Tensor = self.network(windows)
             return logits
 
-        logits = sliding_window(
-            image.to(self.precision.device),
-            predict,
-            self.windows.window,
-            self.windows.overlap,
-            padding_value=self.windows.padding_value,
-            batch_size=self.windows.batch_size,
+        windows = self.windows
+        volume = WindowedVolume(
+            image.to(self.precision.device), windows.window, windows.overlap, padding_value=windows.padding_value
         )
-        return logits.argmax(1)[0].to("cpu", torch.uint8)
+        slabs = predict_windows([volume], mean_over_flips(predict, windows.flips), windows.batch_size)
+        return torch.cat([slab.logits.argmax(1)[0].to("cpu", torch.uint8) for slab in slabs])
 
 
 def mean_of(row: Sequence[float]) -> float:

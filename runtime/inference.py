@@ -150,7 +150,7 @@ class WindowedVolume:
         for at in range(0, depth - step, step):  # in place, and never onto planes that are still to be moved
             count = min(step, depth - step - at)
             self._sums[:, :, at : at + count] = self._sums[:, :, at + step : at + step + count]
-        self._sums[:, :, max(0, depth - step) :] = 0
+        self._sums[:, :, depth - step :].zero_()
 
     def slabs(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> Iterator[Slab]:
         """Yields the slabs that have become final since the last call, in order; together they are the volume.

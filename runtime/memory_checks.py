@@ -164,8 +164,8 @@ def case_memory(shape: Shape, channels: int, scoring: SlidingWindowConfig, windo
     """Returns the peak memory of scoring a case (D, H, W): the case, its `WindowedVolume`, and the largest of three.
 
     These are the network's `windows` (see `memory.window_memory`), the slabs that are final once a batch is back, with
-    the loss of one of them, and the case's Dice. Counted on a CPU for losses that follow from sums, exact to the percent. Triton's loss
-    takes less; a library's loss also needs the logits of the whole case.
+    the loss of one of them, and the case's Dice. Counted on a CPU for losses that follow from sums, exact to the
+    percent. Triton's loss takes less; a library's loss also needs the logits of the whole case.
     """
     kept = [len(range(size)[part]) for size, part in zip(shape, scoring.kept(shape), strict=True)]
     padding, slices = tile(kept, scoring.window, scoring.overlap, scoring.padding_value)

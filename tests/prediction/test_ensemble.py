@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from common.errors import UserError
 from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.io.volume import Geometry, read_nifti
-from data_loading.preprocessing import GridTransform, edge_padding, preprocess_label, resampled_shape, to_source_grid
+from data_loading.preprocessing import GridTransform, edge_padding, preprocess_label, resampled_shape
 from data_loading.spec import KITS19, DatasetSpec
 from prediction import ensemble as ensembles
-from prediction.ensemble import Ensemble, Member, arg_max, classes_on_source_grid, predict_scan
+from prediction.ensemble import Ensemble, Member, predict_scan
 from prediction.memory import MemoryBudget, MemoryPlan
 from prediction.predict import predict_scans
 from runtime.evaluation import SlidingWindowConfig
 from runtime.test_time_flips import flips_of
 from tests.data_loading.oblique import geometries
+from tests.data_loading.source_grid import to_source_grid
 
 CPU = torch.device("cpu")
 WINDOW = (4, 4, 4)
@@ -148,18 +149,6 @@ def test_outside_the_foreground_crop_everything_is_background(
     assert (probabilities[outside] == [1, 0]).all()
 
 
-def test_class_by_class_is_the_arg_max_of_all() -> None:
-    source = Geometry(np.eye(4), (7, 9, 5), (1.0, 1.0, 1.0))
-    transform = GridTransform(source=source, resampled_shape=(4, 6, 8), padding_before=(1, 0, 2), shape=(6, 6, 11))
-    values = np.random.default_rng(0).random((4, 6, 6, 11)).astype(np.float32)
-    whole = to_source_grid(values, transform)
-    np.testing.assert_array_equal(np.concatenate(list(classes_on_source_grid(values, transform))), whole)
-    single = (one[0] for one in classes_on_source_grid(values, transform))
-    np.testing.assert_array_equal(arg_max(single, source), whole.argmax(0))
-    equal = np.zeros((3, 7, 9, 5), np.float32)
-    assert not arg_max(iter(equal), source).any(), "the first of equal ones, as in numpy"
-
-
 def probabilities(ensemble: Ensemble, image: NDArray[np.float32]) -> NDArray[np.float32]:
     d, h, w = image.shape
     transform = GridTransform(
@@ -168,7 +157,9 @@ def probabilities(ensemble: Ensemble, image: NDArray[np.float32]) -> NDArray[np.
         padding_before=(0, 0, 0),
         shape=(d, h, w),
     )
-    return ensembles.predict_image(image[None], transform, ensemble, "scan")
+    kept = np.zeros((2, d, h, w), np.float32)
+    ensembles.predict_image(image[None], transform, ensemble, "scan", kept=kept)
+    return kept
 
 
 def test_an_ensemble_averages_probabilities_not_logits() -> None:
@@ -307,7 +298,7 @@ def test_real_masks_survive_the_network_s_grid(real_data: Callable[[str], Path],
     transform = GridTransform(source=geometry, resampled_shape=shape, padding_before=(d, h, w), shape=shape)
     label = preprocess_label(truth, transform, KITS19)
     known = np.concatenate([label == value for value in range(3)]).astype(np.float32)
-    found = arg_max((one[0] for one in classes_on_source_grid(known, transform)), geometry)
+    found = to_source_grid(known, transform).argmax(0)
 
     def dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
         return float(2 * np.count_nonzero(one & other) / (np.count_nonzero(one) + np.count_nonzero(other)))

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from common.errors import UserError
 from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
+from data_loading.source_grid import SourceGrid
+from data_loading.spec import DatasetSpec
+from prediction.ensemble import Ensemble, Member, mean_probabilities
 from prediction.memory import GIB, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
 from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import sliding_window
+from runtime.memory import LiveMemory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ESTIMATE = MemoryEstimate(volume=10 * GIB, window=3 * GIB, host=2 * GIB)
@@ -55,7 +58,7 @@ def test_if_the_volume_does_not_fit_only_windows_are_on_the_gpu() -> None:
 
 
 def test_if_no_window_fits_everything_is_on_the_cpu() -> None:
-    plan = next(plans(17, 2))
+    plan = next(plans(19, 2))
     assert (plan.volume_device, plan.network_device, plan.batch_size) == (CPU, CPU, 2)
     assert plan.note == "needs 13.00 GiB, the GPU has 2.00: computed on the CPU"
 
@@ -94,6 +97,13 @@ class Two(nn.Module):
         return wide[:, :4] + 1
 
 
+class Copies(nn.Module):
+    """50 classes that cost nothing: the image each time."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.expand(-1, 50, -1, -1, -1)
+
+
 def test_a_window_takes_the_peak_of_live_tensors() -> None:
     voxel = 4 * 6 * 6 * 6
     assert window_bytes(Two(), 1, (6, 6, 6)) == pytest.approx(1.5 * (8 + 4) * voxel, rel=0.15)
@@ -111,6 +121,9 @@ from data_loading.io.scan_discovery import Source
 from data_loading.spec import DatasetSpec
 from model.unet3d import Unet3d
 from prediction.ensemble import Ensemble, Member, predict_scan
+from data_loading.source_grid import SourceGrid
+from data_loading.spec import DatasetSpec
+from prediction.ensemble import Ensemble, Member, mean_probabilities
 from prediction.memory import GIB, MemoryBudget, resident_bytes
 from runtime.evaluation import SlidingWindowConfig
 torch.manual_seed(0)
@@ -135,17 +148,41 @@ print(int(peak) * 1024 / GIB - started)
     assert "are left of --max_memory_gb" in run_python("-c", program, 0.15).stderr
 
 
-def test_the_estimate_covers_the_tensors_of_a_sliding_window() -> None:
-    image = torch.zeros(1, 1, 9, 10, 11)
-    logits = sliding_window(image, Two(), (4, 4, 4), 0.5, padding_value=-2.2)
-    transform = GridTransform(
-        source=Geometry(np.eye(4), (9, 10, 11), (1, 1, 1)),
-        resampled_shape=(9, 10, 11),
-        padding_before=(0, 0, 0),
-        shape=(9, 10, 11),
-    )
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("depth", [9, 40])
+def test_the_estimate_covers_what_torch_holds_at_once(members: int, depth: int) -> None:
+    """With 50 classes, and a network that costs nothing: the image, the sums of one row of windows, the slabs."""
+    shape = (depth, 10, 11)
+    network = Copies()
     windows = SlidingWindowConfig(
-        window=(4, 4, 4), overlap=0.5, batch_size=1, classes=4, padding_value=-2.2, crops_remainder=False
+        window=(8, 8, 8), overlap=0.5, batch_size=1, classes=50, padding_value=-2.2, crops_remainder=False
     )
-    estimate = MemoryEstimate.make((1, 9, 10, 11), transform, windows, is_mean=False, window_bytes=1)
-    assert estimate.volume >= 2 * logits.numel() * 4 + 2 * image.numel() * 4
+    member = Member(network=network, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW")
+    spec = DatasetSpec(name="own", classes=tuple(map(str, range(50))))
+    ensemble = Ensemble(members=(member,) * members, spec=spec, budget=MemoryBudget(None, CPU))
+    transform = GridTransform(
+        source=Geometry(np.eye(4), shape, (1, 1, 1)), resampled_shape=shape, padding_before=(0, 0, 0), shape=shape
+    )
+    estimate = MemoryEstimate.make((1, *shape), transform, windows, members=members, window_bytes=1)
+    with LiveMemory([]) as memory:
+        grid = SourceGrid(transform)
+        plan = MemoryPlan(volume_device=CPU, network_device=CPU, batch_size=1)
+        for planes in mean_probabilities(torch.zeros(1, 1, *shape), ensemble, plan, "scan"):
+            grid.add(planes)
+    a_window = 2 * 4 * 50 * 8**3  # its weighted logits
+    assert memory.peak - members * a_window < estimate.volume < 1.6 * memory.peak
+
+
+def test_more_planes_of_a_scan_take_no_more_than_their_image() -> None:
+    windows = SlidingWindowConfig(
+        window=(8, 8, 8), overlap=0.5, batch_size=1, classes=100, padding_value=-2.2, crops_remainder=False
+    )
+
+    def volume(depth: int) -> int:
+        shape = (depth, 16, 16)
+        transform = GridTransform(
+            source=Geometry(np.eye(4), shape, (1, 1, 1)), resampled_shape=shape, padding_before=(0, 0, 0), shape=shape
+        )
+        return MemoryEstimate.make((1, *shape), transform, windows, members=1, window_bytes=1).volume
+
+    assert volume(80) - volume(40) == 3 * 4 * 40 * 16 * 16

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import preprocess_dataset
 from data_loading.index import INDEX_NAME, read_index
 from data_loading.io.volume import read_nifti
-from data_loading.preprocessing import foreground_boxes, preprocess_image, to_source_grid
+from data_loading.preprocessing import foreground_boxes, preprocess_image
 from data_loading.readers.base import ReaderOptions
 from data_loading.readers.kits19 import read_kits19
 from data_loading.readers.msd import read_msd
@@ -29,6 +29,7 @@ from tests.data_loading.preprocess.program import (
     contents,
     preprocess,
 )
+from tests.data_loading.source_grid import to_source_grid
 
 
 def test_volumes_are_what_the_reference_computes(raw: Path, done: Path) -> None:
