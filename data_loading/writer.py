@@ -209,10 +209,9 @@ def preprocess_case(
         for kind in "xy":  # left by an earlier run with another mask
             case_file(results_dir, raw.case, kind).unlink(missing_ok=True)
         return raw.case, None
-    if image.array.shape[0] != spec.channels or label.array.shape[0] != 1:
+    if len(image.array) != spec.channels:
         raise UserError(
-            f"{raw.case}: expected {spec.channels} image channel(s) and 1 mask channel, "
-            f"found {image.array.shape[0]} and {label.array.shape[0]}"
+            f"{raw.image}: has {counted(len(image.array), 'channel')}, but the data set states {spec.channels}"
         )
     if (highest := int(label.array.max())) >= len(spec.classes):
         raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")

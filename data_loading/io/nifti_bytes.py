@@ -45,8 +45,14 @@ def read_up_to(path: Path, stream: BinaryStream, size: int) -> bytes:
     """Reads up to `size` bytes. Raises UserError if a packed stream is damaged."""
     try:
         return stream.read(size)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged ({error}); download or export it again") from None
+    except EOFError:
+        raise UserError(f"{path}: damaged (its packed content ended early); download or export it again") from None
+    except (gzip.BadGzipFile, zlib.error):
+        raise UserError(
+            f"{path}: damaged (its packed content or its CRC checksum is wrong); download or export it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_header_bytes(path: Path, stream: BinaryStream) -> bytes:

@@ -94,21 +94,43 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(NIFTI) and not path.name.startswith(".")
 
 
+def kits19_file(folder: Path, name: str) -> Path:
+    """Returns a file of a KiTS19 case: packed, or plain as some tools leave it if there is no packed one."""
+    packed, plain = folder / f"{name}.nii.gz", folder / f"{name}.nii"
+    return plain if plain.exists() and not packed.exists() else packed
+
+
 def kits19_images(folder: Path) -> list[Path]:
     """Returns the scans of a folder with KiTS19's raw layout, case_00000/imaging.nii.gz …."""
-    return sorted(folder.glob("case_*/imaging.nii.gz"))
+    images = (kits19_file(case, "imaging") for case in sorted(folder.glob("case_*")))
+    return [image for image in images if image.exists()]
+
+
+def count_kinds(paths: Iterable[Path]) -> str:
+    """Returns how many folders and files of each ending there are, most frequent first; "" without any.
+
+    Files without an ending are counted by their names, in which # stands for a number: IM0001 is IM#. Hidden ones do
+    not count.
+    """
+    kinds = Counter(_kind(path) for path in paths if not path.name.startswith("."))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    ending = "".join(path.suffixes[-2:]) if path.suffix.lower() == ".gz" else path.suffix
+    return re.sub(r"\d+", "#", path.name) if ending[1:].isdecimal() or not ending else ending
 
 
 def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
-    """Returns a line that counts what a folder holds besides the files that are used, by ending; "" for nothing.
+    """Returns a line that counts what a folder holds besides the files that are used, by kind; "" for nothing.
 
     Args:
         begin: what the line begins with.
     """
-    others = [path for path in sorted(set(folder.iterdir()) - set(used)) if not path.name.startswith(".")]
-    kinds = Counter("folder" if path.is_dir() else "".join(path.suffixes[-2:]) or path.name for path in others)
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
-    return f"{begin}{counted(len(others), 'other')} ({listed})" if others else ""
+    others = [path for path in set(folder.iterdir()) - set(used) if not path.name.startswith(".")]
+    return f"{begin}{counted(len(others), 'other')} ({count_kinds(sorted(others))})" if others else ""
 
 
 def is_image_file(path: Path) -> bool:
@@ -134,12 +156,6 @@ def is_dicom(path: Path) -> bool:
     group, element, length = struct.unpack("<HHI", start[:8])
     has_type = start[4:6].isalpha() and start[4:6].isupper()
     return group in (2, 8) and element < 0x100 and (has_type or length <= 64)
-
-
-def endings(paths: Iterable[Path]) -> str:
-    """Returns the most frequent endings of files with their numbers, "" without files."""
-    found = Counter(path.suffix or path.name for path in paths if not path.name.startswith("."))
-    return ", ".join(f"{count} {ending}" for ending, count in found.most_common(3))
 
 
 def is_file_name(output: Path) -> bool:
@@ -234,14 +250,16 @@ def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
             logger.info(line)
         return _file_sources(files, output, [stem(file) for file in files])
     if cases := kits19_images(folder):
+        if line := passed_over(folder, [case.parent for case in cases], f"--scan {folder}: passed over "):
+            logger.info(line)
         return _file_sources(cases, output, [case.parent.name for case in cases])
     below = sorted(path for path in folder.rglob("*") if is_nifti(path) or is_image_file(path))
     if below:
         raise UserError(
-            f"--scan {folder}: its scans are in sub-folders ({len(below)} files, such as "
+            f"--scan {folder}: its scans are in sub-folders ({counted(len(below), 'file')}, such as "
             f"{below[0].relative_to(folder)}); give one of them, such as --scan {below[0].parent}"
         )
-    held = endings(found)
+    held = count_kinds(found)
     raise UserError(
         f"--scan {folder}: no NIfTI file, 2-D image or DICOM series in it{f'; it holds {held}' if held else ''}"
     )

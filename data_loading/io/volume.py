@@ -273,8 +273,10 @@ def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd extensions, which are not used
             image = HEADER_TYPES[header_size(content)][1].from_bytes(content)
-    except Exception as error:  # nibabel raises many types on a bad header
-        raise UserError(f"{path}: not a readable NIfTI file ({error})") from None
+    except Exception:  # nibabel raises many types on a bad header
+        raise UserError(
+            f"{path}: not a readable NIfTI file: the header's scaling or rotation is impossible; export it again"
+        ) from None
     if not np.isfinite(image.affine).all():
         raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
     _check_spacing(path, geometry_of(image))

@@ -199,7 +199,7 @@ def divide_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCa
     if not slabs:
         longest = max(scan.slices for scan in cases)
         raise UserError(f"--slices_per_case {size}: no scan is that long; the longest has {longest} slices")
-    note = f"{len(slabs)} slabs of {size} slices"
+    note = f"{counted(len(slabs), 'slab')} of {counted(size, 'slice')}"
     if remainders := [scan.slices % size for scan in cases if scan.slices % size]:
-        note += f"; {sum(remainders)} slices at the ends of {len(remainders)} scan(s) fill no slab and are dropped"
+        note += f"; {counted(sum(remainders), 'slice')} at the ends of {counted(len(remainders), 'scan')} dropped"
     return slabs, note
