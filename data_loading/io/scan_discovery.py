@@ -75,7 +75,7 @@ class Source:
 
     def write(self, mask: Volume, classes: Sequence[str]) -> list[str]:
         """Writes the mask (1, D, H, W) on the scan's grid, atomically. Returns messages for the user."""
-        if self.output.suffix == DICOM_SEG:
+        if self.output.suffix.lower() == DICOM_SEG:
             write = registry.load(f"{DICOM}_seg:write_segmentation", "--output", "dicom")
             return write(self.output, mask.array, self.series, classes)
         if is_image_file(self.output):
@@ -188,6 +188,10 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
         files = [source.file for source in sources if source.file]
     elif is_nifti(scan) or is_image_file(scan):
         files, sources = [scan], _file_sources([scan], output, [stem(scan)])
+    elif is_dicom(scan):
+        raise UserError(
+            f"--scan {scan}: one file of DICOM; give the folder of its series, such as --scan {scan.parent}"
+        )
     else:
         raise UserError(
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
@@ -195,11 +199,11 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     kind, suffix = ("2-D images", PNG) if files and is_image_file(files[0]) else ("NIfTI", ".nii.gz")
     if files and series is not None:
         raise UserError(f"--series {series} applies only to DICOM, but {scan} contains {kind}")
-    if files and output.suffix == DICOM_SEG:
+    if files and output.suffix.lower() == DICOM_SEG:
         raise UserError(
             f"--output {output}: DICOM-SEG refers to DICOM slices, but {scan} contains {kind}; write {suffix}"
         )
-    if kind == "NIfTI" and output.suffix == PNG and not output.is_dir():
+    if kind == "NIfTI" and output.suffix.lower() == PNG and not output.is_dir():
         raise UserError(f"--output {output}: an image has one slice, but {scan} is a volume; write .nii.gz")
     if is_file_name(output) and len(sources) > 1:
         raise UserError(f"--output {output} is a file, but {scan} holds {len(sources)} scans; give a folder")

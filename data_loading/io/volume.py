@@ -173,7 +173,7 @@ def write_nifti(path: Path, volume: Volume) -> None:
     image = nib.Nifti1Image(volume.array[0], volume.geometry.affine)
     image.header["pixdim"][1:4] = volume.geometry.spacing_mm
     content = image.to_bytes()
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         # mtime=0: otherwise gzip writes the current time. Level 1: noise hardly compresses.
         content = gzip.compress(content, compresslevel=1, mtime=0)
     with replacing(path) as temporary:

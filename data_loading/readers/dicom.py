@@ -97,7 +97,11 @@ def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
         )
         for index, files in sorted(masks_of.items())
     ]
-    raw = make_scan_dataset(cases, options, data_dir=data_dir, masks_dir=masks_dir, channels=1, drops_empty=True)
+    try:
+        raw = make_scan_dataset(cases, options, data_dir=data_dir, masks_dir=masks_dir, channels=1, drops_empty=True)
+    except UserError as error:  # too few cases, perhaps, because of what was left out
+        left_out = [line for line in notes if "skipped" in line]
+        raise UserError("; ".join([str(error), *left_out])) from None
     return replace(raw, notes=[*notes, *raw.notes])
 
 

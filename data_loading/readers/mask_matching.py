@@ -69,9 +69,11 @@ def pair_by_stem(
         if missing := sorted(present.keys() - absent.keys()):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             flag, name = labels if missing_kind == "mask" else data, present[missing[0]].name
-            names = sorted(path.name for path in folder.iterdir())
-            others = [other for other in names if normalised(other).startswith(f"{missing[0]}.")]
-            unread = f"; {others[0]} lies there, but its ending is not read" if others else "; stems must be equal"
+            others = [path for path in sorted(folder.iterdir()) if normalised(path.name).startswith(f"{missing[0]}.")]
+            unread = "; stems must be equal"
+            if others:
+                why = "is a folder" if others[0].is_dir() else "its ending is not read"
+                unread = f"; {others[0].name} lies there, but {why}"
             raise UserError(f"{flag}: no {missing_kind} {missing[0]} for {name}{more}{unread}")
     return [(name, path, mask_of[name]) for name, path in scan_of.items()]
 

@@ -93,8 +93,8 @@ def read_nifti_folders(data_dir: Path, options: ReaderOptions) -> RawDataset:
         UserError: a scan without its mask or a mask without its scan, or a bad option.
     """
     masks_dir = check_labels_dir(options.labels_dir, data_dir, "nifti")
-    scans = [path for path in sorted(data_dir.iterdir()) if is_nifti(path)]
-    found = [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))]
+    scans = [path for path in sorted(data_dir.iterdir()) if is_nifti(path) and path.is_file()]
+    found = [path for path in sorted(masks_dir.iterdir()) if (nifti_files(path) if path.is_dir() else is_nifti(path))]
     pairs = pair_by_stem(scans, found, data_dir=data_dir, labels_dir=masks_dir, kind="scan")
     cases = []
     for case, scan, mask in pairs:

@@ -69,6 +69,8 @@ def test_a_mask_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
         ("in", "in", None, "is a scan or another scan's mask"),
         ("in", "mask.nii.gz", None, "is a file, but .* holds 2 scans"),
         ("in/a.nii", "mask.dcm", None, "DICOM-SEG refers to DICOM slices"),
+        ("in/a.nii", "MASK.DCM", None, "DICOM-SEG refers to DICOM slices"),
+        ("in/a.nii", "MASK.PNG", None, "an image has one slice"),
         ("in/a.nii", "in/a.nii", None, "is a scan or another scan's mask"),
         ("in", "out", "4", "--series 4 applies only to DICOM, but .* contains NIfTI"),
         ("in/a.nii", "mask.png", None, "an image has one slice"),
@@ -105,6 +107,15 @@ def test_dicom_counts_beside_pictures_and_masks_of_it(tmp_path: Path, capsys: py
     printed = capsys.readouterr().err
     assert "mask.nii.gz is on the grid of series 4, so a copy or a mask of it" in printed
     assert "1 picture beside DICOM (preview.jpg)" in printed
+
+
+def test_a_mask_in_capitals_is_dicom_seg_and_one_slice_asks_for_its_folder(tmp_path: Path) -> None:
+    folder = series_folder(tmp_path / "in")
+    (source,) = find_sources(folder, tmp_path / "MASK.DCM", None)
+    source.write(Volume(np.ones((1, *PLAIN.shape), np.uint8), PLAIN), ("background", "organ"))
+    assert (tmp_path / "MASK.DCM").read_bytes()[128:132] == b"DICM"
+    with pytest.raises(UserError, match=r"IM0000: one file of DICOM; give the folder of its series, such as --scan "):
+        find_sources(folder / "IM0000", tmp_path / "out", None)
 
 
 def test_nifti_on_another_grid_beside_dicom_is_asked_about(tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ def test_the_same_volume_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     write_nifti(tmp_path / "a.nii.gz", scan)
     monkeypatch.setattr("time.time", lambda: 1e9)  # gzip would write the current time into its header
     write_nifti(tmp_path / "b.nii.gz", scan)
+    write_nifti(tmp_path / "C.NII.GZ", scan)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "C.NII.GZ").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

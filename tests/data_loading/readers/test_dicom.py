@@ -324,6 +324,12 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "a split needs at least 2 cases, found 3, all of one patient; --split_ratios 1 0 trains on all",
     ),
     (
+        "two broken series",
+        lambda data, masks: [change(path, PixelSpacing=[0, 0]) for path in data.rglob("P[12]/CT/IM*")],
+        "",
+        "found 1; --split_ratios 1 0 trains on all; skipped: series",
+    ),
+    (
         "two values in an organ",
         lambda data, masks: (
             [save_mask(masks / f"{name}.nii.gz", mask_of(1), grid(1)) for name in ("liver", "spleen")]

@@ -267,6 +267,12 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "",
         "no mask p3 for p3.nii.gz; p3.nrrd lies there, but its ending is not read",
     ),
+    (
+        "a folder named like a scan",
+        lambda data, masks: ((data / "p3.nii").mkdir(), (data / "p3.nii.gz").rename(data / "p3.nii" / "p3.nii.gz")),
+        "",
+        "no scan p3 for p3.nii.gz; p3.nii lies there, but is a folder",
+    ),
     ("no mask", lambda data, masks: (masks / "p3.nii.gz").unlink(), "", "no mask p3 for p3.nii.gz; stems must"),
     (
         "no scans",
