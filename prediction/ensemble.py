@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.messages import counted, note
 from common.progress import Progress, make_progress
-from data_loading.io.scan_discovery import Source, is_image_file, probabilities_file, stem
+from data_loading.io.file_kinds import is_image_file, stem
+from data_loading.io.scan_discovery import Source, probabilities_file
 from data_loading.io.volume import Geometry, Volume
 from data_loading.preprocessing import GridTransform, to_source_grid
 from data_loading.scan_checks import preprocess_scan

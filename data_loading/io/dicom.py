@@ -30,7 +30,7 @@ from data_loading.io.dicom_headers import (
     read_header,
 )
 from data_loading.io.dicom_pixels import are_copies, read_pixels
-from data_loading.io.scan_discovery import count_kinds, is_dicom
+from data_loading.io.file_kinds import count_kinds, is_dicom
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Volume, check_memory
 
 __all__ = [

@@ -26,8 +26,8 @@ from data_loading.io.dicom_headers import Unread, describe, object_name
 from data_loading.io.dicom_headers import read_header as read_any_header
 from data_loading.io.dicom_pixels import read_pixels
 from data_loading.io.dicom_seg import SEGMENTATION_STORAGE, UNREAD_MASKS, read_header
+from data_loading.io.file_kinds import is_dicom, is_nifti, stem
 from data_loading.io.orientation import to_grid
-from data_loading.io.scan_discovery import is_dicom, is_nifti, stem
 from data_loading.io.volume import Geometry, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawDataset, ReaderOptions
 from data_loading.readers.mask_matching import matching_grids, nifti_files

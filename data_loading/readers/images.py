@@ -21,8 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted
+from data_loading.io.file_kinds import is_image_file, passed_over
 from data_loading.io.mask_values import check_not_interpolated, find_values, merged, whole_numbers
-from data_loading.io.scan_discovery import is_image_file, passed_over
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.messages import counted
+from data_loading.io.file_kinds import kits19_file
 from data_loading.io.orientation import orientation_of, reorient, reorientation_to
-from data_loading.io.scan_discovery import kits19_file
 from data_loading.io.volume import Volume, read_geometry
 from data_loading.readers.base import (
     RawCase,

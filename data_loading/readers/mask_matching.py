@@ -16,9 +16,9 @@ from common import registry
 from common.errors import UserError
 from common.files import normalised
 from data_loading.index import is_safe_case_id
+from data_loading.io.file_kinds import is_nifti, passed_over, stem
 from data_loading.io.mask_values import Found, find_values, merged
 from data_loading.io.orientation import same_grid, to_grid
-from data_loading.io.scan_discovery import is_nifti, passed_over, stem
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
 from data_loading.readers.label_map import LabelMap, quoted
 from data_loading.readers.overlaps import ClassMerger

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import normalised
 from common.messages import counted
 from data_loading.index import is_safe_case_id
-from data_loading.io.scan_discovery import is_nifti, stem
+from data_loading.io.file_kinds import is_nifti, stem
 from data_loading.readers.base import (
     RawDataset,
     ReaderOptions,

@@ -19,8 +19,9 @@ import numpy as np
 from common import registry
 from common.errors import UserError
 from common.messages import counted
+from data_loading.io.file_kinds import is_nifti, passed_over
 from data_loading.io.mask_values import check_not_interpolated, merged
-from data_loading.io.scan_discovery import DICOM, is_nifti, passed_over
+from data_loading.io.scan_discovery import DICOM
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import LabelMap
