@@ -20,7 +20,7 @@ from common.errors import UserError
 
 GzipFile: type[gzip.GzipFile] = gzip.GzipFile
 GZIP_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
-with suppress(ImportError):  # inflates three times as fast as zlib
+with suppress(ImportError):  # optional: inflates three times as fast as zlib
     from isal import igzip, isal_zlib
 
     GzipFile = igzip.IGzipFile
