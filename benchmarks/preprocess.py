@@ -144,7 +144,7 @@ def compare_with_reference(options: Options, workers: int) -> Table:
         (QUICK_SHAPE, QUICK_CASES, QUICK_PAIRS) if options.quick else (FULL_SHAPE, FULL_CASES, FULL_PAIRS)
     )
     raw, results = options.work_dir / "raw_full", options.work_dir / "full"
-    write_scans(raw, cases, cases, shape, np.float64)
+    write_scans(raw, cases, cases, shape, dtype=np.float64)
     packed = sum(path.stat().st_size for path in raw.glob("*/imaging.nii.gz")) / cases
     flags = ["--data_dir", str(raw), "--results_dir", str(results), "--num_workers", str(workers)]
     program = options.work_dir / "with_zlib.py"
@@ -200,7 +200,7 @@ def time_program(command: list[str]) -> tuple[float, float]:
 
 
 def write_scans(
-    folder: Path, cases: int, distinct: int, shape: tuple[int, int, int], dtype: type[np.generic] = np.int16
+    folder: Path, cases: int, distinct: int, shape: tuple[int, int, int], *, dtype: type[np.generic] = np.int16
 ) -> None:
     """Writes `cases` raw scans in KiTS19's layout, stored as `dtype`: `distinct` phantoms, and links to them."""
     for number in range(cases):
