@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -167,6 +166,8 @@ def _run(
 def _start_worker() -> None:
     # From now on Ctrl-C ends this process at once and silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch  # in the workers only: this process can hand out cases without it
+
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
