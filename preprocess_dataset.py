@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     for contents, folder in (("raw scans", data_dir), ("masks", arguments.get("labels_dir"))):
         if folder and folder.exists() and results_dir.exists() and results_dir.samefile(folder):
             raise UserError(f"--results_dir {results_dir} is the folder of the {contents}; choose another folder")
-    # Importing torch takes seconds: --help and mistakes on the command line are answered before.
+    # --help and mistakes on the command line are answered before these imports, which take half a second.
     from data_loading.writer import preprocess
 
     raw = read_raw(dataset, data_dir, seed, arguments)

@@ -1,16 +1,19 @@
-"""`--suite preprocess`: preprocessing of synthetic raw scans on one core and on all, and its peak memory."""
+"""`--suite preprocess`: preprocessing of synthetic scans: the reference's way, one core, all cores, peak memory."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,15 @@ import numpy as np
 from benchmarks.data import MB, worker_count
 from benchmarks.harness import Options, Table
 from common.errors import UserError
+from data_loading.integrity import file_md5
 from data_loading.io.volume import write_nifti
 from data_loading.phantom import make_phantom
 
 PROJECT = Path(__file__).resolve().parents[1]
 # Between KiTS19's smallest and median scan. With 48 of them the start of the workers is a few per cent of a run.
 SHAPE, CASES, DISTINCT, PAIRS = (96, 512, 512), 48, 4, 3
+# KiTS19's mean number of voxels, stored as float64, as its owners publish it.
+FULL_SHAPE, FULL_CASES, FULL_PAIRS = (216, 512, 512), 4, 5
 QUICK_SHAPE, QUICK_CASES, QUICK_DISTINCT, QUICK_PAIRS = (16, 24, 24), 2, 1, 1
 
 # Runs in a process of its own and is timed inside it, to exclude Python's start. VmHWM (kB) is this process's own peak;
@@ -47,6 +53,15 @@ if __name__ == "__main__":
     base, started = peak(), time.perf_counter()
     preprocess(read_kits19(raw, ReaderOptions(), []), results, workers)
     print(json.dumps({"seconds": time.perf_counter() - started, "base": base, "peak": peak()}))
+"""
+
+# Worker processes import this file too, so that none of them finds ISA-L.
+WITH_ZLIB = """
+import sys
+sys.modules["isal"] = None
+from preprocess_dataset import main
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
@@ -100,6 +115,7 @@ def run(options: Options) -> list[Table]:
     ]
     scans = f"{cases} synthetic scans ({distinct} different ones) of {' x '.join(map(str, shape))} voxels"
     return [
+        compare_with_reference(options, workers),
         Table(
             "Preprocessing: cases per second",
             ["processes", "cases/s", "s", "ratio to one core"],
@@ -122,8 +138,71 @@ def run(options: Options) -> list[Table]:
     ]
 
 
-def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, int]) -> None:
-    """Writes `cases` raw scans in KiTS19's layout: `distinct` phantoms, and links to them."""
+def compare_with_reference(options: Options, workers: int) -> Table:
+    """Runs the whole programs, Python's start included, on full-sized cases, alternately, and compares their files."""
+    shape, cases, pairs = (
+        (QUICK_SHAPE, QUICK_CASES, QUICK_PAIRS) if options.quick else (FULL_SHAPE, FULL_CASES, FULL_PAIRS)
+    )
+    raw, results = options.work_dir / "raw_full", options.work_dir / "full"
+    write_scans(raw, cases, cases, shape, dtype=np.float64)
+    packed = sum(path.stat().st_size for path in raw.glob("*/imaging.nii.gz")) / cases
+    flags = ["--data_dir", str(raw), "--results_dir", str(results), "--num_workers", str(workers)]
+    program = options.work_dir / "with_zlib.py"
+    program.write_text(WITH_ZLIB, encoding="utf-8")
+    commands = {
+        "the reference's way, 1 process": ["-m", "benchmarks.naive_preprocessing", str(raw), str(results)],
+        f"this project, {workers} process(es), zlib": [str(program), *flags],
+    }
+    if importlib.util.find_spec("isal"):
+        commands[f"this project, {workers} process(es), ISA-L"] = [str(PROJECT / "preprocess_dataset.py"), *flags]
+    rounds: list[list[tuple[float, float]]] = []
+    digests = set()
+    for _ in range(pairs):
+        rounds.append([])
+        for command in commands.values():
+            rounds[-1].append(time_program(command))
+            digests.add(tuple((path.name, file_md5(path)) for path in sorted(results.glob("*.npy"))))
+            shutil.rmtree(results)
+    rows: list[list[str | float]] = []
+    for which, name in enumerate(commands):
+        wall, cpu = (statistics.median(each[which][kind] for each in rounds) for kind in range(2))
+        gains = [[each[0][kind] / each[which][kind] for each in rounds] for kind in range(2)]
+        rows.append([name, wall, statistics.median(gains[0]), min(gains[0]), cpu, statistics.median(gains[1])])
+    return Table(
+        "Preprocessing: the reference's way and this project",
+        ["program", "s", "times as fast", "lowest", "processor s", "ratio of processor time"],
+        rows,
+        [
+            f"{cases} synthetic scans of {' x '.join(map(str, shape))} voxels, stored as float64 and packed to "
+            f"{packed / math.prod(shape):.2g} bytes per voxel. {pairs} alternating runs of the whole programs, with "
+            "Python's start; times are medians, ratios medians over the rounds. The files of all are compared byte for "
+            "byte. The reference's way is a plain script from its description. Target: 1.6 times on 2 cores."
+        ],
+        problem="" if len(digests) == 1 else "preprocessing: the files differ from those of the reference's way",
+    )
+
+
+def time_program(command: list[str]) -> tuple[float, float]:
+    """Runs `python3 COMMAND`; returns its seconds, and the processor time of its processes in seconds.
+
+    Raises:
+        UserError: it failed, with the last line of its output.
+    """
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    _check_status(done)
+    return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def write_scans(
+    folder: Path, cases: int, distinct: int, shape: tuple[int, int, int], *, dtype: type[np.generic] = np.int16
+) -> None:
+    """Writes `cases` raw scans in KiTS19's layout, stored as `dtype`: `distinct` phantoms, and links to them."""
     for number in range(cases):
         case = folder / f"case_{number:05d}"
         case.mkdir(parents=True)
@@ -132,7 +211,7 @@ def write_scans(folder: Path, cases: int, distinct: int, shape: tuple[int, int, 
                 os.link(folder / f"case_{number % distinct:05d}" / name, case / name)
             continue
         image, mask = make_phantom(0, number, shape)
-        write_nifti(case / "imaging.nii.gz", image)
+        write_nifti(case / "imaging.nii.gz", replace(image, array=image.array.astype(dtype)))
         write_nifti(case / "segmentation.nii.gz", mask)
 
 
@@ -158,9 +237,13 @@ def preprocess_once(program: Path, raw: Path, results: Path, processes: int, thr
         )
     finally:
         shutil.rmtree(results, ignore_errors=True)
+    _check_status(done)
+    return PreprocessingRun(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _check_status(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode != 0:
         raise UserError(f"preprocessing failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return PreprocessingRun(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def largest_case_bytes(shape: tuple[int, int, int]) -> int:

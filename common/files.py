@@ -1,8 +1,9 @@
-"""Replacing files atomically, so that a reader always finds a whole one, old or new, and keeping earlier ones."""
+"""Replacing files atomically, so that a reader always finds a whole one, old or new; earlier ones; and names."""
 
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,3 +40,8 @@ def rotate(files: Sequence[Path]) -> None:
 
 def _numbered(file: Path, number: int) -> Path:
     return file.with_name(f"{file.stem}.{number}{file.suffix}")
+
+
+def normalised(name: str) -> str:
+    """Returns a name with composed accents: file systems and keyboards differ in how they write é."""
+    return unicodedata.normalize("NFC", name)

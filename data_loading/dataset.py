@@ -112,8 +112,8 @@ def map_array(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
         raise UserError(f"{path}: missing; run preprocess_dataset.py again") from None
     except OSError as error:  # no permission, too many open files, a failing disk
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # numpy parses the header as Python: a damaged one may raise anything
-        raise UserError(f"{path}: damaged ({error}); run preprocess_dataset.py --mode verify, then again") from None
+    except Exception:  # numpy parses the header as Python: a damaged one may raise anything
+        raise UserError(f"{path}: damaged; run preprocess_dataset.py --mode verify, then again") from None
     if array.dtype != dtype or array.ndim != 4:
         raise UserError(f"{path}: expected a 4-D {np.dtype(dtype)} array, found {array.ndim}-D {array.dtype}")
     return array

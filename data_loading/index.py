@@ -166,8 +166,8 @@ def read_index(path: Path) -> DatasetIndex:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); preprocess again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise UserError(f"{path}: damaged, or written by another program; preprocess again") from None
     listed = [case for subset in index.split.values() for case in subset]
     if len(set(listed)) != len(listed) or not set(listed) <= set(index.cases):
         raise UserError(f"{path}: the split lists a case twice or one that does not exist; preprocess again")

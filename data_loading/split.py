@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from common.errors import UserError
+from common.messages import counted
 
 SUBSETS = ("train", "evaluation", "test")
 # Separates the split's random stream from those of `sampler.py`, which use the same seed.
@@ -56,8 +57,8 @@ def split_patients(patients: Mapping[str, str], ratios: Sequence[float], seed: i
     for part, ratio, count in zip(SUBSETS, ratios, counts, strict=False):
         if ratio > 0 and count == 0:
             raise UserError(
-                f"--split_ratios: {len(ordered)} patient(s) leave none for {part} at a ratio of {ratio:g}; give "
-                "other ratios (0 omits a part)"
+                f"--split_ratios: a ratio of {ratio:g} leaves none of {counted(len(ordered), 'patient')} for {part}; "
+                "give other ratios (0 omits a part)"
             )
     # The permutation begins with evaluation, as in `split_cases`, then come test and train.
     ends = np.cumsum([*counts[1:], counts[0]])

@@ -108,8 +108,10 @@ def _read_checksums(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # some programs begin UTF-8 with a mark
         return {str(name): str(md5) for name, md5 in content.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--checksums {path}: not a JSON file of {{name: MD5}} ({error})") from None
+    except OSError as error:
+        raise UserError(f"--checksums {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError):
+        raise UserError(f"--checksums {path}: not a JSON file of {{name: MD5}}") from None
 
 
 def _compare(found: dict[str, str], expected: dict[str, str], source: str) -> bool:

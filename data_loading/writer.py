@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -167,6 +166,8 @@ def _run(
 def _start_worker() -> None:
     # From now on Ctrl-C ends this process at once and silently.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch  # in the workers only: this process can hand out cases without it
+
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -209,10 +210,9 @@ def preprocess_case(
         for kind in "xy":  # left by an earlier run with another mask
             case_file(results_dir, raw.case, kind).unlink(missing_ok=True)
         return raw.case, None
-    if image.array.shape[0] != spec.channels or label.array.shape[0] != 1:
+    if len(image.array) != spec.channels:
         raise UserError(
-            f"{raw.case}: expected {spec.channels} image channel(s) and 1 mask channel, "
-            f"found {image.array.shape[0]} and {label.array.shape[0]}"
+            f"{raw.image}: has {counted(len(image.array), 'channel')}, but the data set states {spec.channels}"
         )
     if (highest := int(label.array.max())) >= len(spec.classes):
         raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.messages import note
+from common.messages import counted, note
 from common.progress import Progress, make_progress
-from data_loading.io.scan_discovery import Source, is_image_file, probabilities_file, stem
+from data_loading.io.file_kinds import is_image_file, stem
+from data_loading.io.scan_discovery import Source, probabilities_file
 from data_loading.io.volume import Volume
 from data_loading.preprocessing import GridTransform
 from data_loading.scan_checks import preprocess_scan
@@ -80,7 +81,9 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
     scan = source.read(spec.channels)
     geometry = scan.geometry
     if len(scan.array) != spec.channels:
-        raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
+        raise UserError(f"{source.name}: has {counted(len(scan.array), 'channel')}, the network takes {spec.channels}")
+    if slices > 1 and spec.size is None and 1 in geometry.shape:
+        note(f"{source.name}: a single slice, but the network was trained on volumes (windows of {slices} slices)")
     image, transform = preprocess_scan(scan, spec, source.name)
     del scan  # may be half of the memory
     with ExitStack() as stack:

@@ -18,7 +18,8 @@ import torch
 from common.errors import Interrupted, RankLost, UserError, failure_of
 from common.messages import logger, note
 from data_loading.dataset import read_spec_and_split
-from data_loading.io.scan_discovery import Source, find_sources, is_file_name, stem
+from data_loading.io.file_kinds import is_file_name, stem
+from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
 from model.registry import check_window
 from prediction.ensemble import Ensemble, Member, predict_scan

@@ -204,7 +204,7 @@ def label_scans(index: DatasetIndex, options: argparse.Namespace, predict: Predi
 def _preprocess(source: Source, spec: DatasetSpec) -> tuple[NDArray[np.float32], CaseRecord]:
     scan = source.read(spec.channels)
     if len(scan.array) != spec.channels:
-        raise UserError(f"{source.name}: has {len(scan.array)} channel(s), the network takes {spec.channels}")
+        raise UserError(f"{source.name}: has {counted(len(scan.array), 'channel')}, the network takes {spec.channels}")
     image, transform = preprocess_scan(scan, spec, source.name)
     statistics = {"mean": float(image.mean(dtype=np.float64)), "std": float(image.std(dtype=np.float64))}
     record = CaseRecord(transform=transform, boxes={}, digests={}, source_stamp=[[0, 0], [0, 0]], statistics=statistics)

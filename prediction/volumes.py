@@ -29,7 +29,9 @@ class ClassVolume:
 
     def __str__(self) -> str:
         noun = "component" if self.components == 1 else "components"
-        return f"{self.scan} {self.name} {self.volume_ml:.3f} ml {self.components} {noun}"
+        # Of voxels of 5 µm, an organ has nanolitres.
+        volume = f"{self.volume_ml:.3g}" if 0 < self.volume_ml < 0.001 else f"{self.volume_ml:.3f}"
+        return f"{self.scan} {self.name} {volume} ml {self.components} {noun}"
 
 
 def measure(scan: str, mask: NDArray[np.uint8], geometry: Geometry, classes: Sequence[str]) -> list[ClassVolume]:

@@ -30,6 +30,7 @@ OPTIONAL = {
     "PIL": {"data_loading/readers/images.py"},
     "apex": {"runtime/optimizer.py"},
     "highdicom": {"data_loading/io/dicom_seg.py"},
+    "isal": {"data_loading/io/nifti_bytes.py"},
     "matplotlib": {
         "report/figures.py",
         "submission/plot.py",

@@ -14,7 +14,8 @@ import pydicom
 from pydicom.uid import generate_uid
 
 from common.errors import UserError
-from common.messages import note
+from common.files import normalised
+from common.messages import counted, note
 from data_loading.io.dicom_geometry import cosines_note, sorted_headers
 from data_loading.io.dicom_headers import (
     DAMAGED,
@@ -29,7 +30,7 @@ from data_loading.io.dicom_headers import (
     read_header,
 )
 from data_loading.io.dicom_pixels import are_copies, read_pixels
-from data_loading.io.scan_discovery import endings, is_dicom
+from data_loading.io.file_kinds import count_kinds, is_dicom
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Volume, check_memory
 
 __all__ = [
@@ -80,7 +81,7 @@ class DicomFolder:
         """Returns a line for what is not read as slices, and one for each series with repeated slices."""
         lines = [f"not read: {describe(self.unread)}"] if self.unread else []
         return lines + [
-            f"series {series.name}: {series.copies} file{'s' * (series.copies > 1)} repeat slices and count once"
+            f"series {series.name}: {counted(series.copies, 'repeated slice')} left out"
             for series in self.series
             if series.copies
         ]
@@ -143,7 +144,7 @@ def search_folder(folder: Path) -> DicomFolder:
     taken = {each.path for one in series for each in one.unread}
     unread = [each for each in [*unread, *(why for _, why in unplaced)] if each.path not in taken]
     unread = [each for each in unread if each.reason != DIRECTORY]
-    return DicomFolder(series=_named(series), unread=unread, others=endings(plain))
+    return DicomFolder(series=_named(series), unread=unread, others=count_kinds(plain))
 
 
 def _inspect(path: Path) -> _Slice | Unread:
@@ -228,7 +229,9 @@ def choose_series(found: Sequence[Series], wanted: str | None, folder: Path) -> 
             f"--scan {folder} holds {len(found)} series; choose one with --series, or use --series all: {listed}"
         )
     named = [series for series in found if series.name == wanted]
-    matches = named or [series for series in found if wanted in (series.uid, series.description)]
+    matches = named or [
+        series for series in found if normalised(wanted) in (series.uid, normalised(series.description))
+    ]
     if len(matches) != 1:
         count = f"{len(matches) or 'no'} series"
         raise UserError(f"--series {wanted}: {count} of that number, UID or description in {folder}: {listed}")

@@ -59,7 +59,7 @@ def whole_numbers(
         raise UserError(
             f"{path}: a mask must hold whole numbers from {limits.min} to {limits.max}, found {low} to {high}{remedy}"
         )
-    return array.astype(dtype), notes
+    return array.astype(dtype, copy=False), notes
 
 
 # {value: (voxels looked at, voxels between a lower and a higher neighbour)}

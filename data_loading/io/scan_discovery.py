@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import re
-import struct
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +20,22 @@ from common import registry
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted, is_main_rank, logger, note
+from data_loading.io.file_kinds import (
+    DICOM_SEG,
+    PNG,
+    count_kinds,
+    is_dicom,
+    is_file_name,
+    is_image_file,
+    is_nifti,
+    kits19_images,
+    passed_over,
+    stem,
+)
 from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti, write_nifti
+from data_loading.readers.mask_matching import matching_grids
 
-NIFTI = (".nii.gz", ".nii")
-DICOM_SEG = ".dcm"
-PNG = ".png"
-# 2-D images are read in these formats; their masks are written as PNG.
-IMAGE_SUFFIXES = (PNG, ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 DICOM = "data_loading.io.dicom"
 IMAGES = "data_loading.readers.images"
 
@@ -75,7 +81,7 @@ class Source:
 
     def write(self, mask: Volume, classes: Sequence[str]) -> list[str]:
         """Writes the mask (1, D, H, W) on the scan's grid, atomically. Returns messages for the user."""
-        if self.output.suffix == DICOM_SEG:
+        if self.output.suffix.lower() == DICOM_SEG:
             write = registry.load(f"{DICOM}_seg:write_segmentation", "--output", "dicom")
             return write(self.output, mask.array, self.series, classes)
         if is_image_file(self.output):
@@ -87,72 +93,6 @@ class Source:
 
 def _image_io(name: str) -> Callable[..., Any]:
     return registry.load(f"{IMAGES}:{name}", "--scan", "images")
-
-
-def is_nifti(path: Path) -> bool:
-    """Returns whether the file name is that of a NIfTI file, such as scan.nii.gz or SCAN.NII; hidden files are not."""
-    return path.name.lower().endswith(NIFTI) and not path.name.startswith(".")
-
-
-def kits19_images(folder: Path) -> list[Path]:
-    """Returns the scans of a folder with KiTS19's raw layout, case_00000/imaging.nii.gz …."""
-    return sorted(folder.glob("case_*/imaging.nii.gz"))
-
-
-def passed_over(folder: Path, used: Iterable[Path], begin: str) -> str:
-    """Returns a line that counts what a folder holds besides the files that are used, by ending; "" for nothing.
-
-    Args:
-        begin: what the line begins with.
-    """
-    others = [path for path in sorted(set(folder.iterdir()) - set(used)) if not path.name.startswith(".")]
-    kinds = Counter("folder" if path.is_dir() else "".join(path.suffixes[-2:]) or path.name for path in others)
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) + (", …" if len(kinds) > 5 else "")
-    return f"{begin}{counted(len(others), 'other')} ({listed})" if others else ""
-
-
-def is_image_file(path: Path) -> bool:
-    """Returns whether the file name is that of a 2-D image; hidden files are not."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def is_dicom(path: Path) -> bool:
-    """Returns whether the file begins with the DICOM preamble or, where it lacks that, with a DICOM element.
-
-    The first element of a file without preamble is of group 2 or 8, little-endian, followed by its type, two capital
-    letters, or its length.
-    """
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(132)
-    except OSError:
-        return False
-    if start[128:] == b"DICM":
-        return True
-    if len(start) < 132:
-        return False
-    group, element, length = struct.unpack("<HHI", start[:8])
-    has_type = start[4:6].isalpha() and start[4:6].isupper()
-    return group in (2, 8) and element < 0x100 and (has_type or length <= 64)
-
-
-def endings(paths: Iterable[Path]) -> str:
-    """Returns the most frequent endings of files with their numbers, "" without files."""
-    found = Counter(path.suffix or path.name for path in paths if not path.name.startswith("."))
-    return ", ".join(f"{count} {ending}" for ending, count in found.most_common(3))
-
-
-def is_file_name(output: Path) -> bool:
-    """Returns whether `--output` is a file rather than a folder."""
-    return output.name.lower().endswith((*NIFTI, DICOM_SEG, PNG)) and not output.is_dir()
-
-
-def stem(path: Path) -> str:
-    """Returns the file's name without its suffix, such as .nii.gz."""
-    for suffix in (*NIFTI, DICOM_SEG, *IMAGE_SUFFIXES):
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
 
 
 def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
@@ -172,6 +112,10 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
         files = [source.file for source in sources if source.file]
     elif is_nifti(scan) or is_image_file(scan):
         files, sources = [scan], _file_sources([scan], output, [stem(scan)])
+    elif is_dicom(scan):
+        raise UserError(
+            f"--scan {scan}: one file of DICOM; give the folder of its series, such as --scan {scan.parent}"
+        )
     else:
         raise UserError(
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
@@ -179,11 +123,11 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     kind, suffix = ("2-D images", PNG) if files and is_image_file(files[0]) else ("NIfTI", ".nii.gz")
     if files and series is not None:
         raise UserError(f"--series {series} applies only to DICOM, but {scan} contains {kind}")
-    if files and output.suffix == DICOM_SEG:
+    if files and output.suffix.lower() == DICOM_SEG:
         raise UserError(
             f"--output {output}: DICOM-SEG refers to DICOM slices, but {scan} contains {kind}; write {suffix}"
         )
-    if kind == "NIfTI" and output.suffix == PNG and not output.is_dir():
+    if kind == "NIfTI" and output.suffix.lower() == PNG and not output.is_dir():
         raise UserError(f"--output {output}: an image has one slice, but {scan} is a volume; write .nii.gz")
     if is_file_name(output) and len(sources) > 1:
         raise UserError(f"--output {output} is a file, but {scan} holds {len(sources)} scans; give a folder")
@@ -234,14 +178,16 @@ def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
             logger.info(line)
         return _file_sources(files, output, [stem(file) for file in files])
     if cases := kits19_images(folder):
+        if line := passed_over(folder, [case.parent for case in cases], f"--scan {folder}: passed over "):
+            logger.info(line)
         return _file_sources(cases, output, [case.parent.name for case in cases])
     below = sorted(path for path in folder.rglob("*") if is_nifti(path) or is_image_file(path))
     if below:
         raise UserError(
-            f"--scan {folder}: its scans are in sub-folders ({len(below)} files, such as "
+            f"--scan {folder}: its scans are in sub-folders ({counted(len(below), 'file')}, such as "
             f"{below[0].relative_to(folder)}); give one of them, such as --scan {below[0].parent}"
         )
-    held = endings(found)
+    held = count_kinds(found)
     raise UserError(
         f"--scan {folder}: no NIfTI file, 2-D image or DICOM series in it{f'; it holds {held}' if held else ''}"
     )
@@ -253,8 +199,6 @@ def _explain_files_beside(series: Sequence[Any], folder: Path, files: Sequence[P
     Args:
         wanted: the series that the user chose, which answers the question.
     """
-    from data_loading.readers.mask_matching import matching_grids  # it imports this module
-
     grids = {}
     for each in series:
         with suppress(UserError):  # a localiser; reading the series reports others

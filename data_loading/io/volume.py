@@ -32,6 +32,7 @@ from data_loading.io.nifti_bytes import (
     open_unpacked,
     read_header_bytes,
     read_up_to,
+    read_voxels,
 )
 
 ML_PER_MM3 = 1e-3
@@ -125,16 +126,23 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
         UserError: the file is missing, damaged, not NIfTI, has an impossible or inconsistent header, or needs more
             than the free memory.
     """
-    image = _parse(path, _read_bytes(path))
-    geometry = geometry_of(image)
+    is_mask = np.issubdtype(dtype, np.integer)
     notes: tuple[str, ...] = ()
     # Values too large for float32 become infinite, which preprocessing rejects.
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.asarray(image.dataobj)
-        array = np.moveaxis(array.reshape(*geometry.shape, -1), -1, 0)
-        if np.issubdtype(dtype, np.integer):
+    with open_unpacked(path) as stream, np.errstate(over="ignore", invalid="ignore"):
+        header = read_header_bytes(path, stream)
+        _check_header(path, header)
+        image = _parse(path, header)
+        array = read_voxels(path, stream, image, None if is_mask else dtype)
+        # gzip compares its checksum only at the end of the stream, so trailing bytes are read as well.
+        if len(read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+            raise UserError(
+                f"{path}: continues for more than {MAX_TRAILING_BYTES >> 20} MiB after the last voxel that its header "
+                "describes; export it again"
+            )
+        if is_mask:
             array, notes = whole_numbers(path, array, dtype)
-        return Volume(np.ascontiguousarray(array, dtype=dtype), geometry, notes)
+    return Volume(array, geometry_of(image), notes)
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -173,7 +181,7 @@ def write_nifti(path: Path, volume: Volume) -> None:
     image = nib.Nifti1Image(volume.array[0], volume.geometry.affine)
     image.header["pixdim"][1:4] = volume.geometry.spacing_mm
     content = image.to_bytes()
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         # mtime=0: otherwise gzip writes the current time. Level 1: noise hardly compresses.
         content = gzip.compress(content, compresslevel=1, mtime=0)
     with replacing(path) as temporary:
@@ -215,8 +223,8 @@ def check_memory(subject: str, needed_bytes: int) -> None:
         )
 
 
-def _check_header(path: Path, header: bytes) -> int:
-    """Returns the file size in bytes that the header implies. Raises UserError for a bad header or too large a scan."""
+def _check_header(path: Path, header: bytes) -> None:
+    """Raises UserError for a bad header or too large a scan."""
     header_type, _ = HEADER_TYPES[header_size(header)]
     try:
         parsed = header_type.from_fileobj(io.BytesIO(header))
@@ -250,31 +258,16 @@ def _check_header(path: Path, header: bytes) -> int:
     voxels = math.prod(shape)
     needed = offset + voxels * (stored.itemsize + WORKING_BYTES_PER_VOXEL)
     check_memory(f"{path}: the header claims {tuple(shape)} voxels, which", needed)
-    return offset + voxels * stored.itemsize
-
-
-def _read_bytes(path: Path) -> bytes:
-    with open_unpacked(path) as stream:
-        header = read_header_bytes(path, stream)
-        size = _check_header(path, header)
-        content = header + read_up_to(path, stream, size - len(header))
-        if len(content) < size:
-            raise UserError(f"{path}: ends after {len(content)} of {size} bytes; download or export it again")
-        # gzip compares its checksum only at the end of the stream, so trailing bytes are read as well.
-        if len(read_up_to(path, stream, MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
-            raise UserError(
-                f"{path}: continues for more than {MAX_TRAILING_BYTES >> 20} MiB after the last voxel that its header "
-                "describes; export it again"
-            )
-    return content
 
 
 def _parse(path: Path, content: bytes) -> nib.Nifti1Image:
     try:
         with warnings.catch_warnings(action="ignore"):  # about odd extensions, which are not used
             image = HEADER_TYPES[header_size(content)][1].from_bytes(content)
-    except Exception as error:  # nibabel raises many types on a bad header
-        raise UserError(f"{path}: not a readable NIfTI file ({error})") from None
+    except Exception:  # nibabel raises many types on a bad header
+        raise UserError(
+            f"{path}: not a readable NIfTI file: the header's scaling or rotation is impossible; export it again"
+        ) from None
     if not np.isfinite(image.affine).all():
         raise UserError(f"{path}: the header's affine holds NaN or infinity; export it again")
     _check_spacing(path, geometry_of(image))

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import normalised
 from data_loading.io.orientation import DIRECTIONS, is_orientation, to_grid
 from data_loading.io.volume import Volume, read_nifti
-from data_loading.readers.label_map import LabelMap, normalised
+from data_loading.readers.label_map import LabelMap
 from data_loading.spec import DatasetSpec
 from data_loading.split import split_patients
 

@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import normalised
+from common.messages import counted
 from data_loading.io.dicom import Series, read_series, search_folder, sorted_headers
 from data_loading.io.dicom_geometry import check_complete
 from data_loading.io.dicom_headers import Unread, describe, object_name
 from data_loading.io.dicom_headers import read_header as read_any_header
 from data_loading.io.dicom_pixels import read_pixels
 from data_loading.io.dicom_seg import SEGMENTATION_STORAGE, UNREAD_MASKS, read_header
+from data_loading.io.file_kinds import is_dicom, is_nifti, stem
 from data_loading.io.orientation import to_grid
-from data_loading.io.scan_discovery import is_dicom, is_nifti, stem
 from data_loading.io.volume import Geometry, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawDataset, ReaderOptions
 from data_loading.readers.mask_matching import matching_grids, nifti_files
@@ -74,9 +76,12 @@ def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
     notes += _skipped("no mask on its grid", [scan.case for index, scan in enumerate(scans) if index not in masks_of])
     if not masks_of:
         shapes = ", ".join(sorted({" x ".join(map(str, scan.geometry.shape)) for scan in scans}))
+        found = (
+            f"none of its {counted(len(masks), 'mask')} is on the grid of a series in {data_dir} ({shapes} voxels); "
+            "masks must have the shape and affine of their series"
+        )
         raise UserError(
-            f"--labels_dir {masks_dir}: none of its {len(masks)} mask(s) is on the grid of a series in "
-            f"{data_dir} ({shapes} voxels); masks must have the shape and affine of their series"
+            f"--labels_dir {masks_dir}: {found if masks else 'no masks in it, as NIfTI or DICOM-SEG'}"
             + (f"; not read: {describe(unread)}" if unread else "")
         )
     patients = patient_ids(scans)
@@ -92,7 +97,11 @@ def read_dicom(data_dir: Path, options: ReaderOptions) -> RawDataset:
         )
         for index, files in sorted(masks_of.items())
     ]
-    raw = make_scan_dataset(cases, options, data_dir=data_dir, masks_dir=masks_dir, channels=1, drops_empty=True)
+    try:
+        raw = make_scan_dataset(cases, options, data_dir=data_dir, masks_dir=masks_dir, channels=1, drops_empty=True)
+    except UserError as error:  # too few cases, perhaps, because of what was left out
+        left_out = [line for line in notes if "skipped" in line]
+        raise UserError("; ".join([str(error), *left_out])) from None
     return replace(raw, notes=[*notes, *raw.notes])
 
 
@@ -143,9 +152,9 @@ def _make_scan(
     relative = path.relative_to(data_dir)
     parts = [*relative.parts[:-1], stem(path)] if relative.parts else [data_dir.resolve().name]
     return Scan(
-        case=re.sub(r"[^\w.-]", "_", "_".join(parts) + suffix).lstrip(".") or "scan",
+        case=re.sub(r"[^\w.-]", "_", normalised("_".join(parts) + suffix)).lstrip(".") or "scan",
         path=path,
-        folder=path.name if series else path.parent.name,
+        folder=normalised(path.name if series else path.parent.name),
         top_folder=parts[0],
         geometry=geometry,
         series=series,
@@ -228,7 +237,7 @@ def _choose_scan(path: Path, indices: Sequence[int], scans: Sequence[Scan]) -> i
     found = [index for index in indices if (series := scans[index].series) is not None and series.uid in referenced]
     if not found:
         # A mask's own name says more than its folder's.
-        for name in (stem(path), path.parent.name):
+        for name in (normalised(stem(path)), normalised(path.parent.name)):
             found = found or [index for index in indices if scans[index].case == name]
             found = found or [index for index in indices if scans[index].folder == name]
     if len(found) != 1:

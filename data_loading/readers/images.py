@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted
+from data_loading.io.file_kinds import is_image_file, passed_over
 from data_loading.io.mask_values import check_not_interpolated, find_values, merged, whole_numbers
-from data_loading.io.scan_discovery import is_image_file, passed_over
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap
@@ -35,6 +35,7 @@ GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
 # Rows run down and columns to the right, as in an image of an axial slice; a pixel is 1 mm.
 AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
 ORIENTATION_TAG = 0x0112
+DAMAGED = "not a readable image: cut off or damaged; export it again"
 # RGB of the classes in written masks: black for the background, then colours that colour-blind readers can also
 # distinguish (Okabe and Ito's), repeated.
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -59,9 +60,8 @@ class ImageCase(RawCase):
         except UserError as error:
             if exif_orientation(self.image) == exif_orientation(self.label):
                 raise
-            raise UserError(
-                f"{error}: an EXIF tag turns one of them, but not the other; save both without the tag"
-            ) from None
+            reason = str(error).partition(";")[0]
+            raise UserError(f"{reason}: an EXIF tag turns only one of them; save both without the tag") from None
         return image, self.to_classes(label)
 
 
@@ -220,8 +220,14 @@ def _open(path: Path) -> Iterator[Image.Image]:
             with warnings.catch_warnings(action="ignore"):  # about large images: their size is checked below
                 image = stack.enter_context(Image.open(path, formats=FORMATS))
                 pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-        except Exception as error:  # each format raises its own types
-            raise UserError(f"{path}: not a readable image ({error})") from None
+        except UnidentifiedImageError:
+            raise UserError(f"{path}: not a readable image: no PNG, JPEG, TIFF or BMP by its content") from None
+        except OSError as error:
+            if error.strerror:  # not of the file's content
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{path}: {DAMAGED}") from None
+        except Exception:  # each format raises its own types
+            raise UserError(f"{path}: {DAMAGED}") from None
         if pages > 1:
             raise UserError(f"{path}: holds {pages} images; save each as a file, or the stack as NIfTI")
         size = f"{image.width} x {image.height} pixels"
@@ -234,5 +240,5 @@ def _pixels(path: Path, image: Image.Image, mode: str = "") -> NDArray[Any]:
     try:
         upright = ImageOps.exif_transpose(image)
         return np.asarray(upright.convert(mode) if mode else upright)
-    except Exception as error:  # each format raises its own types
-        raise UserError(f"{path}: damaged ({error}); export it again") from None
+    except Exception:  # each format raises its own types
+        raise UserError(f"{path}: {DAMAGED}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.messages import counted
+from data_loading.io.file_kinds import kits19_file
 from data_loading.io.orientation import orientation_of, reorient, reorientation_to
 from data_loading.io.volume import Volume, read_geometry
 from data_loading.readers.base import (
@@ -39,9 +40,9 @@ def read_kits19(data_dir: Path, options: ReaderOptions, evaluation_ids: Sequence
     Raises:
         UserError: no cases in the folder, or an image without its mask.
     """
-    folders = sorted(data_dir.glob("case_*"))
+    folders = sorted({*data_dir.glob("case_*"), *(file.parent for file in data_dir.glob("*/imaging.nii*"))})
     labelled = [folder for folder in folders if _is_labelled(folder)]
-    pairs = [(folder, *(_file(folder, name) for name in ("imaging", "segmentation"))) for folder in labelled]
+    pairs = [(folder, *(kits19_file(folder, name) for name in ("imaging", "segmentation"))) for folder in labelled]
     cases: list[RawCase] = [
         Kits19Case(**vars(make_case(folder.name, *files)), reorients=options.orientation is None)
         for folder, *files in pairs
@@ -94,21 +95,15 @@ class Kits19Case(RawCase):
         return False
 
 
-def _file(folder: Path, name: str) -> Path:
-    """Returns a case's file: packed, or plain as some tools leave it if there is no packed one."""
-    packed, plain = folder / f"{name}.nii.gz", folder / f"{name}.nii"
-    return plain if plain.exists() and not packed.exists() else packed
-
-
 def _notes(others: Sequence[Path]) -> list[str]:
-    """Returns lines about the entries case_… that are not used."""
+    """Returns lines about the entries case_…, and other folders with a scan, that are not used."""
     numbers = [folder.name.removeprefix("case_") for folder in others]
     unlabelled = [folder.name for folder, number in zip(others, numbers, strict=True) if _has_no_mask(number)]
     unknown = [folder.name for folder in others if folder.name not in unlabelled]
     notes = []
     for names, reason in (
         (unlabelled, f"KiTS19 publishes masks only below case_{LABELLED_CASES:05d}"),
-        (unknown, "not a folder named after a number"),
+        (unknown, "not a folder named case_ and a number"),
     ):
         if names:
             span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
@@ -122,7 +117,7 @@ def _has_no_mask(number: str) -> bool:
 
 def _is_labelled(folder: Path) -> bool:
     number = folder.name.removeprefix("case_")
-    return folder.is_dir() and number.isdecimal() and int(number) < LABELLED_CASES
+    return folder.is_dir() and number != folder.name and number.isdecimal() and int(number) < LABELLED_CASES
 
 
 def _hint(data_dir: Path) -> str:

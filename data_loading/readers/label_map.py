@@ -6,7 +6,6 @@ A key in double quotes is a name, whatever it holds: `--labels '"left, lower"=1'
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
+from common.files import normalised
 
 # A value of the mask, or the name of a structure that has a file or a segment of its own.
 Key = int | str
@@ -67,11 +67,11 @@ class LabelMap:
             if not match:
                 raise _bad_entry(entry, "expected VALUES=CLASS, such as 86,87=1 or 5=2:liver")
             value = int(match[2])
-            for key in _parse_keys(match[1], entry, known):
-                if key in pairs:
-                    raise _bad_entry(entry, f"{key} is listed twice")
-                pairs[key] = value
-                merged.setdefault(value, []).append(known[key] if isinstance(key, int) and known else str(key))
+            for keys, name in _parse_keys(match[1], entry, known):
+                if twice := [key for key in keys if key in pairs]:
+                    raise _bad_entry(entry, f"{twice[0]} is listed twice")
+                pairs.update(dict.fromkeys(keys, value))
+                merged.setdefault(value, []).append(name)
             if match[3] and names.setdefault(value, match[3]) != match[3]:
                 raise _bad_entry(entry, f"class {value} is already named {names[value]}")
         if sorted(merged) != list(range(1, len(merged) + 1)) or not merged or len(merged) > MAX_VALUE:
@@ -136,17 +136,13 @@ class LabelMap:
             raise UserError(f"--labels {missing[0]}: no mask of that name in {source}; available: {available}")
 
 
-def normalised(name: str) -> str:
-    """Returns a name with composed accents: file systems and keyboards differ in how they write é."""
-    return unicodedata.normalize("NFC", name)
-
-
 def quoted(name: str) -> str:
     """Returns a name as a key of `--labels`."""
     return name if re.fullmatch(r'[^,="]+', name) and not RANGE.fullmatch(name) else f'"{name}"'
 
 
-def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[Key]:
+def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[tuple[Sequence[Key], str]]:
+    """Yields the keys of each part of an entry with the part's name, such as (128, …, 255) and "128-255"."""
     for part in re.findall(KEY, text) if '"' in text else text.split(","):
         if not part and '"' in text:  # findall also finds the empty string after a key
             continue
@@ -157,7 +153,7 @@ def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[Key]:
                 raise _bad_entry(entry, f"unknown label {name!r}; available: {', '.join(known)}")
             if not name:
                 raise _bad_entry(entry, "a key is empty")
-            yield known.index(name) if known else name
+            yield [known.index(name) if known else name], name
             continue
         first, last = int(match[1]), int(match[2] or match[1])
         lowest, highest = (0, len(known) - 1) if known else (LOWEST, HIGHEST)
@@ -165,7 +161,8 @@ def _parse_keys(text: str, entry: str, known: Sequence[str]) -> Iterable[Key]:
             raise _bad_entry(entry, f"{part} is not a label from {lowest} to {highest}")
         if last - first >= LONGEST_RANGE:
             raise _bad_entry(entry, f"{part} holds more than {LONGEST_RANGE} values")
-        yield from range(first, last + 1)
+        keys = range(first, last + 1)
+        yield keys, "+".join(known[first : last + 1]) if known else part
 
 
 def _bad_entry(entry: str, reason: str) -> UserError:

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
+from common.files import normalised
 from data_loading.index import is_safe_case_id
+from data_loading.io.file_kinds import is_nifti, passed_over, stem
 from data_loading.io.mask_values import Found, find_values, merged
 from data_loading.io.orientation import same_grid, to_grid
-from data_loading.io.scan_discovery import is_nifti, passed_over, stem
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti
-from data_loading.readers.label_map import LabelMap, normalised, quoted
+from data_loading.readers.label_map import LabelMap, quoted
 from data_loading.readers.overlaps import ClassMerger
 
 DICOM_SEG = "data_loading.io.dicom_seg"
@@ -68,9 +69,11 @@ def pair_by_stem(
         if missing := sorted(present.keys() - absent.keys()):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             flag, name = labels if missing_kind == "mask" else data, present[missing[0]].name
-            names = sorted(path.name for path in folder.iterdir())
-            others = [other for other in names if normalised(other).startswith(f"{missing[0]}.")]
-            unread = f"; {others[0]} lies there, but its ending is not read" if others else "; stems must be equal"
+            others = [path for path in sorted(folder.iterdir()) if normalised(path.name).startswith(f"{missing[0]}.")]
+            unread = "; stems must be equal"
+            if others:
+                why = "is a folder" if others[0].is_dir() else "its ending is not read"
+                unread = f"; {others[0].name} lies there, but {why}"
             raise UserError(f"{flag}: no {missing_kind} {missing[0]} for {name}{more}{unread}")
     return [(name, path, mask_of[name]) for name, path in scan_of.items()]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import UserError
+from common.files import normalised
+from common.messages import counted
 from data_loading.index import is_safe_case_id
-from data_loading.io.scan_discovery import stem
+from data_loading.io.file_kinds import is_nifti, stem
 from data_loading.readers.base import (
     RawDataset,
     ReaderOptions,
@@ -20,6 +23,8 @@ from data_loading.readers.base import (
     split_by_patient,
 )
 from data_loading.spec import DatasetSpec
+
+Part = TypeVar("Part", dict[str, Any], list[Any], str)
 
 
 def read_msd(data_dir: Path, options: ReaderOptions) -> RawDataset:
@@ -44,7 +49,20 @@ def read_msd(data_dir: Path, options: ReaderOptions) -> RawDataset:
         raise UserError(f"{index}: lists a case twice")
     split = split_by_patient(cases, options, index)
     spec, cases = map_labels(apply_options(spec, options), cases, options)
-    return RawDataset(spec=spec, cases=cases, split=split, drop_empty=bool(options.drop_empty))
+    notes = _unlisted({data_dir / path for pair in pairs for path in pair}, {raw.image.parent for raw in cases})
+    return RawDataset(spec=spec, cases=cases, split=split, drop_empty=bool(options.drop_empty), notes=notes)
+
+
+def _unlisted(listed: Collection[Path], folders: Collection[Path]) -> list[str]:
+    """Returns a line about the images that lie beside the listed ones, if there are any."""
+    names = {normalised(path.name) for path in listed}
+    found: list[Path] = []
+    with suppress(OSError):  # a folder whose files may be read but not listed
+        found += [path for folder in folders for path in folder.iterdir() if is_nifti(path)]
+    others = sorted(path.name for path in found if normalised(path.name) not in names)
+    more = ", …" if len(others) > 3 else ""
+    what = f"passed over {counted(len(others), 'image')} that dataset.json does not list"
+    return [f"{what}: {', '.join(others[:3])}{more}"] if others else []
 
 
 def _read_index(index: Path, data_dir: Path) -> tuple[DatasetSpec, list[tuple[str, str]]]:
@@ -55,15 +73,18 @@ def _read_index(index: Path, data_dir: Path) -> tuple[DatasetSpec, list[tuple[st
         content = json.loads(index.read_text(encoding="utf-8-sig"))  # some programs begin UTF-8 with a mark
         if nnunet := _nnunet_advice(content):
             raise UserError(f"{index}: {nnunet}")
-        classes = {int(value): _string(name) for value, name in content["labels"].items()}
-        pairs = [(_string(entry["image"]), _string(entry["label"])) for entry in content["training"]]
-        channels = len(content["modality"].values())
+        classes = {_number(value): _string(name) for value, name in _part(content, "labels", dict).items()}
+        pairs = [(_part(entry, "image", str), _part(entry, "label", str)) for entry in _part(content, "training", list)]
+        channels = len(_part(content, "modality", dict))
         name = _string(content.get("name", data_dir.name)).lower()
     except FileNotFoundError:
         raise UserError(f"--data_dir {data_dir}: no dataset.json in it{_hint(data_dir)}") from None
-    # RecursionError: thousands of nested brackets.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not a Decathlon dataset.json ({error!r})") from None
+    except TypeError as error:
+        raise UserError(f"{index}: not a Decathlon dataset.json ({error})") from None
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        raise UserError(f"{index}: not a Decathlon dataset.json (not JSON, or damaged)") from None
     if sorted(classes) != list(range(len(classes))) or len(classes) < 2:
         raise UserError(f"{index}: labels must be numbered 0, 1, …, found {sorted(classes)}")
     if not channels:
@@ -73,12 +94,30 @@ def _read_index(index: Path, data_dir: Path) -> tuple[DatasetSpec, list[tuple[st
 
 def _nnunet_advice(content: Any) -> str:
     """Returns what to do with nnU-Net's `dataset.json`, which has other keys; "" for any other."""
-    if not isinstance(content, dict) or "channel_names" not in content or "training" in content:
+    if not isinstance(content, dict) or "channel_names" not in content or "modality" in content:
         return ""
     return (
-        "nnU-Net's list, which names no cases; use --dataset nifti --data_dir imagesTr --labels_dir labelsTr, with "
+        "nnU-Net's list, not the Decathlon's; use --dataset nifti --data_dir imagesTr --labels_dir labelsTr, with "
         "images renamed from CASE_0000.nii.gz to CASE.nii.gz"
     )
+
+
+def _part(content: Any, key: str, kind: type[Part]) -> Part:
+    """Returns a part of the list. Raises TypeError, with the reason, if it is missing or of another type."""
+    names = {dict: "an object", list: "a list", str: "a string"}
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object with {key}, found {repr(content)[:40]}")
+    if key not in content:
+        raise TypeError(f"it lacks {key}")
+    if not isinstance(value := content[key], kind):
+        raise TypeError(f"{key}: expected {names[kind]}, found {repr(value)[:40]}")
+    return value
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise TypeError(f"labels: expected numbers with names, found {text[:40]!r}")
+    return int(text)
 
 
 def _string(value: Any) -> str:

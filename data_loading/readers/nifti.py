@@ -19,8 +19,9 @@ import numpy as np
 from common import registry
 from common.errors import UserError
 from common.messages import counted
+from data_loading.io.file_kinds import is_nifti, passed_over
 from data_loading.io.mask_values import check_not_interpolated, merged
-from data_loading.io.scan_discovery import DICOM, is_nifti, passed_over
+from data_loading.io.scan_discovery import DICOM
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
 from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
 from data_loading.readers.label_map import LabelMap
@@ -93,8 +94,8 @@ def read_nifti_folders(data_dir: Path, options: ReaderOptions) -> RawDataset:
         UserError: a scan without its mask or a mask without its scan, or a bad option.
     """
     masks_dir = check_labels_dir(options.labels_dir, data_dir, "nifti")
-    scans = [path for path in sorted(data_dir.iterdir()) if is_nifti(path)]
-    found = [path for path in sorted(masks_dir.iterdir()) if is_nifti(path) or (path.is_dir() and nifti_files(path))]
+    scans = [path for path in sorted(data_dir.iterdir()) if is_nifti(path) and path.is_file()]
+    found = [path for path in sorted(masks_dir.iterdir()) if (nifti_files(path) if path.is_dir() else is_nifti(path))]
     pairs = pair_by_stem(scans, found, data_dir=data_dir, labels_dir=masks_dir, kind="scan")
     cases = []
     for case, scan, mask in pairs:
@@ -199,7 +200,7 @@ def divide_into_slabs(cases: Sequence[ScanCase], size: int) -> tuple[list[ScanCa
     if not slabs:
         longest = max(scan.slices for scan in cases)
         raise UserError(f"--slices_per_case {size}: no scan is that long; the longest has {longest} slices")
-    note = f"{len(slabs)} slabs of {size} slices"
+    note = f"{counted(len(slabs), 'slab')} of {counted(size, 'slice')}"
     if remainders := [scan.slices % size for scan in cases if scan.slices % size]:
-        note += f"; {sum(remainders)} slices at the ends of {len(remainders)} scan(s) fill no slab and are dropped"
+        note += f"; {counted(sum(remainders), 'slice')} at the ends of {counted(len(remainders), 'scan')} dropped"
     return slabs, note

@@ -60,10 +60,15 @@ class ClassMerger:
             winners, losers = np.where(wins, claimed, before), np.where(wins, before, claimed)
             pairs += np.bincount(256 * winners.astype(np.int64) + losers, minlength=len(pairs))
         self.claims.clear()
-        reason = "it has fewer voxels" if self.by_size else "it is the higher class"
         return [
             f"{counted(int(pairs[pair]), 'voxel')} in both {names[winner]} and {names[loser]} became {names[winner]}, "
-            f"as {reason} (--labels {quoted(names[winner])}=1 {quoted(names[loser])}=2 chooses {names[loser]})"
+            f"{self._why(winner, loser)} (--labels with {quoted(names[loser])} numbered above {quoted(names[winner])} "
+            f"chooses {names[loser]})"
             for pair in np.flatnonzero(pairs).tolist()
             if (winner := pair // 256) != (loser := pair % 256)
         ]
+
+    def _why(self, winner: int, loser: int) -> str:
+        if not self.by_size:
+            return "as it is the higher class"
+        return "as it has fewer voxels" if self.voxels[winner] < self.voxels[loser] else "the later of two of one size"

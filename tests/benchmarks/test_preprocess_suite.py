@@ -34,7 +34,17 @@ def test_a_case_in_memory_is_its_float32_and_its_mask() -> None:
 
 
 def test_the_suite_measures_one_core_all_cores_and_memory(tmp_path: Path) -> None:
-    rates, memory = run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
+    compared, rates, memory = run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
+    assert compared.problem == "", "the reference's way and this project write the same bytes"
+    assert [row[0] for row in compared.rows][:2] == [
+        "the reference's way, 1 process",
+        "this project, 1 process(es), zlib",
+    ]
+    assert [compared.rows[0][column] for column in (2, 3, 5)] == [1.0, 1.0, 1.0]
+    for row in compared.rows:
+        assert all(math.isfinite(cell) and cell > 0 for cell in row[1:])
+    _, seconds, ratio, *_ = compared.rows[1]
+    assert seconds * ratio == pytest.approx(compared.rows[0][1]), "of one pair"
     names = ["1 process, 1 thread", "1 process, torch's own threads", "1 process(es)"]
     assert [row[0] for row in rates.rows] == names
     assert rates.rows[0][3] == 1.0

@@ -337,7 +337,7 @@ def test_no_array_and_an_archive_are_one_clear_line(tmp_path: Path) -> None:
         map_array(tmp_path / "a_y.npy", np.uint8)
     with zipfile.ZipFile(tmp_path / "a_y.npy", "w") as archive:
         archive.writestr("array.npy", GOOD)
-    with pytest.raises(UserError, match=r"a_y\.npy: damaged"):
+    with pytest.raises(UserError, match=r"a_y\.npy: damaged; run preprocess_dataset.py --mode verify, then again$"):
         map_array(tmp_path / "a_y.npy", np.uint8)
 
 

@@ -186,7 +186,7 @@ def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None
 def test_a_scan_with_other_channels_is_refused(tmp_path: Path) -> None:
     geometry = Geometry(np.eye(4), (3, 4, 5), (1.0, 1.0, 1.0))
     source = write_scan(tmp_path / "scan.nii", np.zeros((3, 4, 5, 2), np.float32), geometry)
-    with pytest.raises(UserError, match=r"scan: has 2 channel\(s\), the network takes 1"):
+    with pytest.raises(UserError, match=r"scan: has 2 channels, the network takes 1"):
         predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=False)
 
 
@@ -264,6 +264,19 @@ def test_a_network_of_volumes_refuses_pictures(tmp_path: Path) -> None:
     (source,) = find_sources(tmp_path / "a.png", tmp_path / "out.png", None)
     with pytest.raises(UserError, match=r"a\.png is a 2-D image, but .* trained on volumes \(windows of 4 slices\)"):
         predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=False)
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (6, 7, 1), (1, 6, 7)])
+def test_a_single_slice_for_a_network_of_volumes_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...]
+) -> None:
+    nib.save(nib.Nifti1Image(np.arange(42, dtype=np.int16).reshape(shape), np.eye(4)), tmp_path / "a.nii")
+    (source,) = find_sources(tmp_path / "a.nii", tmp_path / "out.nii", None)
+    predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=False)
+    line = "note: a: a single slice, but the network was trained on volumes (windows of 4 slices)\n"
+    assert line in capsys.readouterr().err
+    predict_scan(source, make_ensemble(PLAIN, Above(), window=(1, 4, 4)), save_probabilities=False)
+    assert "slice" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [None, (12, 14)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ def test_volumes_follow_the_affine_and_components_share_faces() -> None:
     ]
     assert [row.volume_ml for row in rows] == pytest.approx([0.09, 0.03, 0])
     assert str(rows[1]) == "scan tumour 0.030 ml 1 component"
+    assert str(replace(rows[1], volume_ml=5.864e-5)) == "scan tumour 5.86e-05 ml 1 component"
 
 
 def test_the_table_is_read_back(tmp_path: Path) -> None:

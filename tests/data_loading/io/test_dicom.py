@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -79,6 +81,8 @@ def test_several_series_are_named_and_chosen(tmp_path: Path) -> None:
     for wanted in ("2", "arterial", found[0].uid):
         assert dicom.choose_series(found, wanted, tmp_path) == [found[0]]
     assert dicom.choose_series(found, "all", tmp_path) == found
+    composed = [replace(found[0], description="Schädel"), found[1]]
+    assert dicom.choose_series(composed, unicodedata.normalize("NFD", "Schädel"), tmp_path) == composed[:1]
     for wanted, message in (("venous", "2 series"), ("9", "no series")):
         with pytest.raises(UserError, match=f"--series {wanted}: {message} of that number"):
             dicom.choose_series(found, wanted, tmp_path)
@@ -146,7 +150,7 @@ def test_copies_of_slices_count_once(tmp_path: Path) -> None:
     files = write_series(tmp_path / "a", numbered(PLAIN.shape), PLAIN)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     found = dicom.search_folder(tmp_path)
-    assert found.notes() == ["series 4: 6 files repeat slices and count once"]
+    assert found.notes() == ["series 4: 6 repeated slices left out"]
     np.testing.assert_array_equal(dicom.read_series(found.series[0]).array[0], numbered(PLAIN.shape))
     change(tmp_path / "b" / files[0].name, PixelData=bytes(40))  # no copy: which is right is unknown
     with pytest.raises(UserError, match="several slices at one position"):

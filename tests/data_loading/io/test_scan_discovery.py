@@ -39,13 +39,19 @@ def test_endings_count_in_any_case_and_what_is_not_read_is_counted(
     assert source.output == tmp_path / "m.NII"
 
 
-def test_the_raw_layout_of_kits19_is_a_folder_of_scans(tmp_path: Path) -> None:
+def test_the_raw_layout_of_kits19_is_a_folder_of_scans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         touch(tmp_path / "raw" / f"case_{number:05d}", "imaging.nii.gz", "segmentation.nii.gz")
     sources = find_sources(tmp_path / "raw", tmp_path / "out", None)
     assert [source.name for source in sources] == ["case_00000", "case_00001"]
     assert [source.output.name for source in sources] == ["case_00000.nii.gz", "case_00001.nii.gz"]
     assert sources[1].file == tmp_path / "raw" / "case_00001" / "imaging.nii.gz"
+    touch(tmp_path / "raw" / "case_00002", "imaging.nii")
+    touch(tmp_path / "raw" / "case_00003", "segmentation.nii")
+    touch(tmp_path / "raw", "kits.json")
+    *_, last = find_sources(tmp_path / "raw", tmp_path / "out", None)
+    assert last.file == tmp_path / "raw" / "case_00002" / "imaging.nii"
+    assert capsys.readouterr().out == f"--scan {tmp_path / 'raw'}: passed over 2 others (1 folder, 1 .json)\n"
 
 
 def test_a_mask_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
@@ -63,6 +69,8 @@ def test_a_mask_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
         ("in", "in", None, "is a scan or another scan's mask"),
         ("in", "mask.nii.gz", None, "is a file, but .* holds 2 scans"),
         ("in/a.nii", "mask.dcm", None, "DICOM-SEG refers to DICOM slices"),
+        ("in/a.nii", "MASK.DCM", None, "DICOM-SEG refers to DICOM slices"),
+        ("in/a.nii", "MASK.PNG", None, "an image has one slice"),
         ("in/a.nii", "in/a.nii", None, "is a scan or another scan's mask"),
         ("in", "out", "4", "--series 4 applies only to DICOM, but .* contains NIfTI"),
         ("in/a.nii", "mask.png", None, "an image has one slice"),
@@ -99,6 +107,15 @@ def test_dicom_counts_beside_pictures_and_masks_of_it(tmp_path: Path, capsys: py
     printed = capsys.readouterr().err
     assert "mask.nii.gz is on the grid of series 4, so a copy or a mask of it" in printed
     assert "1 picture beside DICOM (preview.jpg)" in printed
+
+
+def test_a_mask_in_capitals_is_dicom_seg_and_one_slice_asks_for_its_folder(tmp_path: Path) -> None:
+    folder = series_folder(tmp_path / "in")
+    (source,) = find_sources(folder, tmp_path / "MASK.DCM", None)
+    source.write(Volume(np.ones((1, *PLAIN.shape), np.uint8), PLAIN), ("background", "organ"))
+    assert (tmp_path / "MASK.DCM").read_bytes()[128:132] == b"DICM"
+    with pytest.raises(UserError, match=r"IM0000: one file of DICOM; give the folder of its series, such as --scan "):
+        find_sources(folder / "IM0000", tmp_path / "out", None)
 
 
 def test_nifti_on_another_grid_beside_dicom_is_asked_about(tmp_path: Path) -> None:
@@ -141,6 +158,12 @@ def test_scans_one_level_down_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "own" / "scans", "a.nii", "b.nii")
     with pytest.raises(UserError, match=r"in sub-folders \(2 files, such as scans/a\.nii\); give one of them"):
         find_sources(tmp_path / "own", tmp_path / "out", None)
+    touch(tmp_path / "one" / "scans", "a.nii")
+    with pytest.raises(UserError, match=r"in sub-folders \(1 file, such as scans/a\.nii\)"):
+        find_sources(tmp_path / "one", tmp_path / "out", None)
+    touch(tmp_path / "names", "IM0001", "IM0002", "1.2.840.1", "1.2.840.2", "a.tar.gz")
+    with pytest.raises(UserError, match=r"it holds 2 #\.#\.#\.#, 2 IM#, 1 \.tar\.gz"):
+        find_sources(tmp_path / "names", tmp_path / "out", None)
     touch(tmp_path / "nrrd", "a.nrrd", "b.nrrd")
     with pytest.raises(UserError, match=r"no NIfTI file, 2-D image or DICOM series in it; it holds 2 \.nrrd"):
         find_sources(tmp_path / "nrrd", tmp_path / "out", None)

@@ -240,7 +240,9 @@ def test_the_same_volume_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     write_nifti(tmp_path / "a.nii.gz", scan)
     monkeypatch.setattr("time.time", lambda: 1e9)  # gzip would write the current time into its header
     write_nifti(tmp_path / "b.nii.gz", scan)
+    write_nifti(tmp_path / "C.NII.GZ", scan)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "C.NII.GZ").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,8 +342,8 @@ def test_bytes_after_the_last_voxel_are_read_up_to_a_limit(tmp_path: Path, name:
 
     write(MAX_TRAILING_BYTES)
     np.testing.assert_array_equal(read_nifti(tmp_path / name, np.float32).array[0], noise(np.int16))
-    # If more were read, the junk would be reported as "not a gzipped file".
-    write(MAX_TRAILING_BYTES + 1, end=b"junk")
+    # If much more were read (streams read some KB ahead), the junk would be reported as "not a gzipped file".
+    write(MAX_TRAILING_BYTES + (1 << 16), end=b"junk")
     with pytest.raises(UserError, match="continues for more than 1 MiB after the last voxel"):
         read_nifti(tmp_path / name, np.float32)
 

@@ -142,7 +142,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "another modality": (
         "msd",
         lambda raw: raw.change("image", lambda scan: nib.Nifti1Image(np.zeros((8, 10, 10, 2), F32), scan.affine)),
-        "scan_1: expected 1 image channel(s) and 1 mask channel, found 2 and 1",
+        "scan_1.nii.gz: has 2 channels, but the data set states 1",
     ),
     "results below a file": ("msd", below_a_file, "file/out: cannot be written: Not a directory"),
     "results in a file": ("msd", a_file, "out: cannot be written: File exists"),
@@ -177,7 +177,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
     "too few for three": (
         "msd",
         lambda raw: raw.arguments.extend(["--split_ratios", "0.6", "0.2", "0.2"]),
-        "2 patient(s) leave none for evaluation at a ratio of 0.2",
+        "a ratio of 0.2 leaves none of 2 patients for evaluation",
     ),
     "a label too many": (
         "msd",

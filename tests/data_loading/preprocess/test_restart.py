@@ -225,13 +225,13 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
 
 # Python imports a module of this name in every process; a process that opens the third scan blocks forever.
 HANGING_SCAN = """
-import gzip, multiprocessing, signal
-class Hanging(gzip.GzipFile):
-    def __init__(self, *args, fileobj=None, **how):
-        if "case_00002" in str(getattr(fileobj, "name", "")) and multiprocessing.parent_process():
-            signal.pause()
-        super().__init__(*args, fileobj=fileobj, **how)
-gzip.GzipFile = Hanging
+import multiprocessing, pathlib, signal
+opened = pathlib.Path.open
+def open_or_hang(path, *args, **how):
+    if "case_00002" in str(path) and multiprocessing.parent_process():
+        signal.pause()
+    return opened(path, *args, **how)
+pathlib.Path.open = open_or_hang
 """
 
 

@@ -268,7 +268,9 @@ def test_masks_in_other_forms_are_named_with_the_reason(
     assert "skipped, no mask on its grid: P0_CT" in output
     for path in masks.glob("*.nii.gz"):
         path.unlink()
-    assert "none of its 0 mask(s) is on the grid of a series in" in (printed := refused(capsys, "dicom", data, masks))
+    assert "masks: no masks in it, as NIfTI or DICOM-SEG; not read: " in (
+        printed := refused(capsys, "dicom", data, masks)
+    )
     assert "LABELMAP; export as BINARY: 1 file (labels.dcm)" in printed
 
 
@@ -306,15 +308,26 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "shifted by half a voxel",
         lambda data, masks: shift(masks),
         "",
-        "none of its 3 mask(s) is on the grid of a series in",
+        "none of its 3 masks is on the grid of a series in",
     ),
-    ("no masks", lambda data, masks: [path.unlink() for path in masks.iterdir()], "", "none of its 0 mask(s) is on"),
+    (
+        "no masks",
+        lambda data, masks: [path.unlink() for path in masks.iterdir()],
+        "",
+        "no masks in it, as NIfTI or DICOM-SEG",
+    ),
     ("no series", lambda data, masks: [path.unlink() for path in data.rglob("IM*")], "", "no DICOM series of single"),
     (
         "one patient",
         lambda data, masks: [change(path, PatientID="1") for path in data.rglob("IM*")],
         "",
         "a split needs at least 2 cases, found 3, all of one patient; --split_ratios 1 0 trains on all",
+    ),
+    (
+        "two broken series",
+        lambda data, masks: [change(path, PixelSpacing=[0, 0]) for path in data.rglob("P[12]/CT/IM*")],
+        "",
+        "found 1; --split_ratios 1 0 trains on all; skipped: series",
     ),
     (
         "two values in an organ",

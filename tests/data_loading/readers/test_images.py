@@ -155,7 +155,7 @@ def test_an_exif_tag_on_one_side_only_is_pointed_out(
     save_turned(other, np.asarray(Image.open(other)))
     output = refused(capsys, "images", *folders)
     assert "2: the image has shape" in output
-    assert output.endswith("an EXIF tag turns one of them, but not the other; save both without the tag")
+    assert output.endswith("): an EXIF tag turns only one of them; save both without the tag")
 
 
 def test_both_sides_turned_the_same_way_are_taken(
@@ -280,9 +280,14 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "truncated",
         lambda data, masks: (masks / "3.bmp").write_bytes((masks / "3.bmp").read_bytes()[:-20]),
         "",
-        "3.bmp: damaged",
+        "3.bmp: not a readable image: cut off or damaged; export it again",
     ),
-    ("not an image", lambda data, masks: (data / "3.png").write_bytes(b"text"), "", "3.png: not a readable"),
+    (
+        "not an image",
+        lambda data, masks: (data / "3.png").write_bytes(b"text"),
+        "",
+        "3.png: not a readable image: no PNG, JPEG, TIFF or BMP by its content",
+    ),
     (
         "images instead of masks",
         lambda data, masks: [noise(path) for path in masks.iterdir()],

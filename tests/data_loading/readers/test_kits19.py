@@ -43,11 +43,15 @@ def test_kits19_without_labels_and_other_things_are_skipped(tmp_path: Path) -> N
     (tmp_path / "case_00299").mkdir()
     (tmp_path / "case_00002").touch()  # a file
     (tmp_path / "kits.json").touch()
+    for name in ("Case_00003", "00004", "RESULTS"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Case_00003" / "imaging.nii.gz").touch()
+    (tmp_path / "00004" / "imaging.nii").touch()
     raw = read_kits19(tmp_path, ReaderOptions(), [])
     assert case_ids(raw) == ["case_00001"]
     assert raw.notes == [
         "passed over 2 cases, case_00210 to case_00299: KiTS19 publishes masks only below case_00210",
-        "passed over 3 cases, case_00002 to case_²: not a folder named after a number",
+        "passed over 5 cases, 00004 to case_²: not a folder named case_ and a number",
     ]
 
 

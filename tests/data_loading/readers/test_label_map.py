@@ -30,6 +30,11 @@ def test_values_are_merged_and_selected_and_the_rest_is_background() -> None:
     }
 
 
+def test_a_class_is_named_as_its_keys_are_written() -> None:
+    assert LabelMap.parse(["128-255=1", "86,88-90=2"]).classes == ("background", "128-255", "86+88-90")
+    assert LabelMap.parse(["1-2=1"], KNOWN).classes == ("background", "kidney+tumour")
+
+
 def test_0_may_be_a_class_and_keys_may_be_names() -> None:
     assert LabelMap.parse(["0=1:membrane"]).apply(np.array([0, 255], np.uint8)).tolist() == [1, 0]
     labels = LabelMap.parse(["autochthon_left,autochthon_right=1", "liver=2"])

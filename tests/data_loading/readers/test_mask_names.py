@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -10,9 +11,11 @@ import pytest
 
 pytest.importorskip("pydicom", reason="pip install '.[dicom]'")
 from common.errors import UserError
+from data_loading.io.dicom_headers import Series
 from data_loading.io.volume import Geometry
-from data_loading.readers.dicom import Scan, match_masks
+from data_loading.readers.dicom import Scan, _make_scan, match_masks
 
+SERIES = Series(name="1", uid="1.2", description="", files=())
 GEOMETRY = Geometry(np.eye(4), (3, 4, 5), (1.0, 1.0, 1.0))
 
 
@@ -38,6 +41,17 @@ def test_a_mask_s_own_name_says_more_than_its_folder_s(tmp_path: Path, mask: str
     path.parent.mkdir()
     nib.save(nib.Nifti1Image(np.zeros(GEOMETRY.shape, np.uint8), np.eye(4)), path)
     assert match_masks([path], SCANS) == ({index: [path]}, [])
+
+
+def test_composed_accents_are_the_same_name(tmp_path: Path) -> None:
+    folders = [tmp_path / unicodedata.normalize("NFD", name) for name in ("André", "Zoë")]
+    scans = [_make_scan(tmp_path, folder, GEOMETRY, series=SERIES) for folder in folders]
+    assert [scan.case for scan in scans] == ["André", "Zoë"]
+    for form in ("NFC", "NFD"):
+        path = tmp_path / form / f"{unicodedata.normalize(form, 'Zoë')}.nii.gz"
+        path.parent.mkdir()
+        nib.save(nib.Nifti1Image(np.zeros(GEOMETRY.shape, np.uint8), np.eye(4)), path)
+        assert match_masks([path], scans) == ({1: [path]}, [])
 
 
 def test_a_mask_without_a_name_is_refused(tmp_path: Path) -> None:

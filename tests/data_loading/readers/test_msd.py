@@ -99,9 +99,20 @@ def test_a_byte_order_mark_and_composed_accents_are_the_same_list(tmp_path: Path
 
 def test_the_list_of_nnunet_is_recognised(tmp_path: Path) -> None:
     content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 3}
-    (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="nnU-Net's list, which names no cases; use --dataset nifti"):
-        read_msd(tmp_path, ReaderOptions())
+    for more in ({}, {"dataset": {}}, {"training": [GOOD]}):
+        (tmp_path / "dataset.json").write_text(json.dumps({**content, **more}))
+        with pytest.raises(UserError, match="nnU-Net's list, not the Decathlon's; use --dataset nifti"):
+            read_msd(tmp_path, ReaderOptions())
+
+
+def test_images_that_the_list_lacks_are_named(tmp_path: Path, write_msd: WriteRaw) -> None:
+    folder = write_msd(tmp_path, 2)
+    assert read_msd(folder, ReaderOptions()).notes == []
+    for name in ("scan_2.nii.gz", "scan_3.NII", "._scan_0.nii.gz", "notes.txt"):
+        (folder / "imagesTr" / name).touch()
+    raw = read_msd(folder, ReaderOptions())
+    assert raw.notes == ["passed over 2 images that dataset.json does not list: scan_2.nii.gz, scan_3.NII"]
+    assert case_ids(raw) == ["scan_0", "scan_1"]
 
 
 def test_a_decathlon_case_needs_both_files(tmp_path: Path, write_msd: WriteRaw) -> None:
@@ -142,18 +153,21 @@ GOOD = {"image": "imagesTr/scan_0.nii.gz", "label": "labelsTr/scan_0.nii.gz"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": None}, "not a Decathlon dataset.json .*labels"),
-        ({"training": None}, "not a Decathlon dataset.json .*training"),
-        ({"modality": None}, "not a Decathlon dataset.json .*modality"),
-        ({"labels": ["background"]}, "not a Decathlon dataset.json"),
-        ({"labels": {"zero": "background"}}, "not a Decathlon dataset.json"),
+        ({"labels": None}, r"not a Decathlon dataset.json \(it lacks labels\)"),
+        ({"training": None}, r"not a Decathlon dataset.json \(it lacks training\)"),
+        ({"modality": None}, r"not a Decathlon dataset.json \(it lacks modality\)"),
+        ({"labels": ["background"]}, r"\(labels: expected an object, found \['background'\]\)"),
+        ({"labels": {"zero": "background"}}, r"\(labels: expected numbers with names, found 'zero'\)"),
         ({"labels": {"0": "background", "2": "organ"}}, r"labels must be numbered 0, 1, …, found \[0, 2\]"),
         ({"labels": {"0": "background"}}, "labels must be numbered"),
         ({"labels": {"0": "background", "1": ["organ"]}}, r"expected a string, found \['organ'\]"),
         ({"modality": {}}, "dataset.json: lists no modality"),
-        ({"modality": "CT"}, "not a Decathlon dataset.json"),
+        ({"modality": "CT"}, r"\(modality: expected an object, found 'CT'\)"),
         ({"name": 5}, "not a Decathlon dataset.json .*expected a string, found 5"),
-        ({"training": ["imagesTr/scan_0.nii.gz"]}, "not a Decathlon dataset.json"),
+        (
+            {"training": ["imagesTr/scan_0.nii.gz"]},
+            r"\(expected an object with image, found 'imagesTr/scan_0.nii.gz'\)",
+        ),
         ({"training": []}, "dataset.json: a split needs at least 2 cases, found 0"),
         ({"training": [GOOD]}, "a split needs at least 2 cases, found 1"),
         ({"training": [GOOD, GOOD]}, "lists a case twice"),

@@ -76,7 +76,7 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_do_not_train(
         "nifti", *folders, out, "--slices_per_case 3 --labels 7=1:cyst 3=2 --split_ratios 0.5 0.5 --intensity none"
     )
     output = capsys.readouterr().out
-    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scan(s) fill no slab and are dropped" in output
+    assert "12 slabs of 3 slices; 12 slices at the ends of 6 scans dropped" in output
     # Slices 0 to 2 and slice 3 hold label 3, so no slab is empty with these labels.
     assert len(index.cases) == 12
     for subset, cases in index.split.items():
@@ -171,7 +171,7 @@ def test_overlaps_of_organs_are_counted(
     reason = "it is the higher class" if flags else "it has fewer voxels"
     expected = (
         f"12 voxels in both {winner} and {loser} became {winner}, as {reason} "
-        f"(--labels {winner}=1 {loser}=2 chooses {loser})"
+        f"(--labels with {loser} numbered above {winner} chooses {loser})"
     )
     output = capsys.readouterr().out
     assert f"; {expected}\n" in output
@@ -197,7 +197,7 @@ def test_interpolated_masks_need_labels(
     output = refused(capsys, "nifti", data, masks)
     assert "masks: value 5 lies only between lower and higher values, as interpolation makes them" in output
     assert output.endswith("such as --labels 5=1 10=2")
-    assert preprocess("nifti", data, masks, tmp_path / "out", "--labels 5-10=1").spec.classes[1] == "5+6+7+8+9+10"
+    assert preprocess("nifti", data, masks, tmp_path / "out", "--labels 5-10=1").spec.classes[1] == "5-10"
 
 
 def test_labels_reach_any_integer(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -267,6 +267,12 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "",
         "no mask p3 for p3.nii.gz; p3.nrrd lies there, but its ending is not read",
     ),
+    (
+        "a folder named like a scan",
+        lambda data, masks: ((data / "p3.nii").mkdir(), (data / "p3.nii.gz").rename(data / "p3.nii" / "p3.nii.gz")),
+        "",
+        "no scan p3 for p3.nii.gz; p3.nii lies there, but is a folder",
+    ),
     ("no mask", lambda data, masks: (masks / "p3.nii.gz").unlink(), "", "no mask p3 for p3.nii.gz; stems must"),
     (
         "no scans",
@@ -321,7 +327,12 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "--orientation RAL",
         "--orientation RAL: expected three letters such as",
     ),
-    ("too few", lambda data, masks: None, "--split_ratios 0.9 0.05 0.05", "6 patient(s) leave none for evaluation"),
+    (
+        "too few",
+        lambda data, masks: None,
+        "--split_ratios 0.9 0.05 0.05",
+        "a ratio of 0.05 leaves none of 6 patients for evaluation",
+    ),
     (
         "no shares",
         lambda data, masks: None,

@@ -48,9 +48,18 @@ def test_each_pair_is_counted_and_the_remedy_named() -> None:
     merger.add(two)
     merger.add(one)
     assert merger.finish(NAMES) == [
-        "20 voxels in both a and b became a, as it has fewer voxels (--labels a=1 b=2 chooses b)"
+        "20 voxels in both a and b became a, as it has fewer voxels (--labels with b numbered above a chooses b)"
     ]
     np.testing.assert_array_equal(merger.classes[2], np.ones((5, 4)))
+
+
+def test_of_two_of_one_size_the_later_wins() -> None:
+    merger = ClassMerger(SHAPE, by_size=True)
+    for value in (2, 1):
+        merger.add(np.full(SHAPE, value, np.uint8))
+    assert merger.finish(NAMES) == [
+        "120 voxels in both b and a became b, the later of two of one size (--labels with a numbered above b chooses a)"
+    ]
 
 
 def test_masks_of_one_class_do_not_overlap() -> None:
