@@ -36,7 +36,7 @@ def leave_to_parent(_: int) -> None:
 def _end_for_parent() -> None:
     """Waits for a SIGTERM of the parent, with which torch and Python end a worker that does not end by itself.
 
-    A thread, since a handler is not told who sent the signal.
+    A thread, since a handler does not learn who sent the signal.
     """
     parent = multiprocessing.parent_process()
     while parent is not None:
