@@ -22,7 +22,7 @@ from data_loading.transforms import MLPerfAugmentation, RandomTransform, make_au
 
 HERE = "tests.data_loading.test_library_transforms"
 TORCHIO = [
-    "torchio:RandomElasticDeformation(num_control_points=5, max_displacement=4.0)",
+    "torchio:RandomElasticDeformation(num_control_points=5, max_displacement=0.9)",
     "torchio:RandomGamma",
     "torchio:RandomBiasField",
     "torchio:RandomAffine(degrees=40)",
