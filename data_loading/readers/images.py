@@ -136,7 +136,8 @@ def exif_orientation(path: Path) -> int:
     """Returns the camera's orientation tag, 1 for an upright image. Raises UserError if the header is damaged."""
     with _open(path) as image:
         try:
-            found = int(image.getexif().get(ORIENTATION_TAG, 1))
+            with warnings.catch_warnings(action="ignore"):
+                found = int(image.getexif().get(ORIENTATION_TAG, 1))
         except Exception:  # a damaged tag turns nothing
             return 1
         return found if found in range(1, 9) else 1
@@ -238,7 +239,8 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _pixels(path: Path, image: Image.Image, mode: str = "") -> NDArray[Any]:
     """Returns (H, W) or (H, W, C), rotated upright by the camera's orientation tag."""
     try:
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(upright.convert(mode) if mode else upright)
+        with warnings.catch_warnings(action="ignore"):  # about damaged tags, which are not used
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert(mode) if mode else upright)
     except Exception:  # each format raises its own types
         raise UserError(f"{path}: {DAMAGED}") from None
