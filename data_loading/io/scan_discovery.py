@@ -9,7 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from common import registry
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted, is_main_rank, logger, note
+from data_loading.io.channel_files import channels_beside, read_channel_files, scans_of
 from data_loading.io.nifti_bytes import FIRST_VOXEL_BYTE
 from data_loading.io.volume import Geometry, Volume, read_geometry, read_nifti, write_nifti
 
@@ -43,12 +44,14 @@ class Source:
         output: the file of the mask.
         file: a NIfTI scan or a 2-D image; None for a DICOM series.
         series: a `dicom.Series`; None for a file.
+        channels: NIfTI files of a scan whose channels are files of their own; `file` is the first.
     """
 
     name: str
     output: Path
     file: Path | None = None
     series: Any = None
+    channels: tuple[Path, ...] = ()
 
     def voxels(self) -> int:
         """Returns the number of voxels, from the headers only. Raises UserError as `read` does."""
@@ -71,6 +74,8 @@ class Source:
             return registry.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
         if is_image_file(self.file):
             return _image_io("read_image")(self.file, channels)
+        if self.channels:
+            return read_channel_files(self.channels, self.name)
         return read_nifti(self.file, np.float32)
 
     def write(self, mask: Volume, classes: Sequence[str]) -> list[str]:
@@ -155,12 +160,13 @@ def stem(path: Path) -> str:
     return path.name
 
 
-def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
+def find_sources(scan: Path, output: Path, series: str | None, channels: int = 1) -> list[Source]:
     """Finds the scans of `--scan`: a file, or a folder's DICOM series, NIfTI files or 2-D images (see `_in_folder`).
 
     Args:
         output: a file for the mask of a single scan, or a folder in which masks are named after their scans.
         series: selects a DICOM series (see `dicom.choose_series`).
+        channels: of the network, for scans under nnU-Net's names, which have a file for each (see `channel_files.py`).
 
     Raises:
         UserError: no scans, an ambiguous series, an unsuitable output format, or a mask that would replace a scan.
@@ -168,10 +174,13 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     if not scan.exists():
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
-        sources = _in_folder(scan, output, series)
+        sources = _in_folder(scan, output, series, channels)
         files = [source.file for source in sources if source.file]
     elif is_nifti(scan) or is_image_file(scan):
-        files, sources = [scan], _file_sources([scan], output, [stem(scan)])
+        beside = channels_beside(scan)
+        is_joined = bool(scans_of(beside, channels))
+        sources = _nifti_sources(beside, output, channels) if is_joined else _file_sources([scan], output, [stem(scan)])
+        files = [scan]
     else:
         raise UserError(
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
@@ -193,7 +202,7 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
 
 def _check_targets(sources: Sequence[Source]) -> None:
     """Raises UserError if a mask would replace a scan or another mask."""
-    taken = {source.file.resolve() for source in sources if source.file}
+    taken = {file.resolve() for source in sources for file in (source.file, *source.channels) if file}
     for source in sources:
         target = source.output.resolve()
         if target in taken:
@@ -209,7 +218,15 @@ def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> 
     ]
 
 
-def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
+def _nifti_sources(files: Sequence[Path], output: Path, channels: int) -> list[Source]:
+    """Returns the sources of NIfTI files or 2-D images; masks of scans with nnU-Net's names are called CASE.nii.gz."""
+    if not (scans := scans_of(files, channels)):
+        return _file_sources(files, output, [stem(file) for file in files])
+    sources = _file_sources([parts[0] for parts in scans.values()], output, list(scans))
+    return [replace(source, channels=tuple(scans[source.name])) for source in sources] if channels > 1 else sources
+
+
+def _in_folder(folder: Path, output: Path, wanted: str | None, channels: int) -> list[Source]:
     """Finds the scans in a folder, of one kind: DICOM series in it and its subfolders, NIfTI files, or 2-D images.
 
     Where DICOM images lie, pictures are their previews, and NIfTI files are their copies or masks if they are on the
@@ -232,7 +249,7 @@ def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
     if files:
         if line := passed_over(folder, [*files, *named], f"--scan {folder}: passed over "):
             logger.info(line)
-        return _file_sources(files, output, [stem(file) for file in files])
+        return _nifti_sources(files, output, channels)
     if cases := kits19_images(folder):
         return _file_sources(cases, output, [case.parent.name for case in cases])
     below = sorted(path for path in folder.rglob("*") if is_nifti(path) or is_image_file(path))

@@ -46,4 +46,5 @@ READERS: dict[str, ReaderEntry] = {
         function="data_loading.readers.nifti:read_nifti_folders",
         options=(*BASIC, *VOLUME, "labels_dir", "slices_per_case"),
     ),
+    "nnunet": ReaderEntry(function="data_loading.readers.nnunet:read_nnunet", options=(*BASIC, *VOLUME)),
 }

@@ -100,7 +100,7 @@ def test_a_byte_order_mark_and_composed_accents_are_the_same_list(tmp_path: Path
 def test_the_list_of_nnunet_is_recognised(tmp_path: Path) -> None:
     content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 3}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="nnU-Net's list, which names no cases; use --dataset nifti"):
+    with pytest.raises(UserError, match=r"nnU-Net's list, which names no cases; use --dataset nnunet$"):
         read_msd(tmp_path, ReaderOptions())
 
 
