@@ -52,7 +52,8 @@ Emit = Callable[[Event], None]
 
 
 def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Module:
-    return build_loss(config.loss, config.include_background, len(dataset.classes)).to(world.device)
+    classes, ignored = len(dataset.classes), dataset.ignore_label
+    return build_loss(config.loss, config.include_background, classes, ignored).to(world.device)
 
 
 def make_step_config(run: RunSpec) -> StepConfig:
@@ -221,6 +222,7 @@ def make_sliding_window_config(config: RunConfig, dataset: DatasetSpec) -> Slidi
         classes=len(dataset.classes),
         padding_value=dataset.padding_value,
         crops_remainder=dataset.crops_remainder,
+        ignore_label=dataset.ignore_label,
     )
 
 

@@ -118,6 +118,8 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         other_violations.append(
             RuleViolation("training cases", f"with {pseudo_labels.count} pseudo-labelled", "MLPerf's")
         )
+    if dataset.ignore_label is not None:
+        other_violations.append(RuleViolation("voxels", "left out by an ignore label", "all"))
     if loaded and config.resume:
         other_violations.append(RESUMED)
     identity = identify_dataset(config, dataset.name, split)

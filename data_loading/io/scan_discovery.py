@@ -35,7 +35,7 @@ DICOM = "data_loading.io.dicom"
 IMAGES = "data_loading.readers.images"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A scan on disk and the output file of its mask.
 
@@ -213,7 +213,7 @@ def _check_targets(sources: Sequence[Source]) -> None:
 def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> list[Source]:
     endings = [PNG if is_image_file(file) else file.name[len(stem(file)) :].lower() for file in files]
     return [
-        Source(name, output if is_file_name(output) else output / f"{name}{ending}", file)
+        Source(name=name, output=output if is_file_name(output) else output / f"{name}{ending}", file=file)
         for name, ending, file in zip(names, endings, files, strict=True)
     ]
 
@@ -310,7 +310,7 @@ def _series_sources(dicom: Any, folder: Path, output: Path, wanted: str | None) 
         only = len(dicom.series) == 1
         name = folder.resolve().name if only else "series_" + re.sub(r"[^\w.-]", "_", series.name)
         target = output if is_file_name(output) else output / f"{name}.nii.gz"
-        sources.append(Source(name, target, series=series))
+        sources.append(Source(name=name, output=target, series=series))
     return sources
 
 

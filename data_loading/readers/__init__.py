@@ -25,7 +25,7 @@ class ReaderEntry:
     extra: str = ""
 
 
-BASIC = ("split_ratios", "labels", "drop_empty")
+BASIC = ("split_ratios", "labels", "drop_empty", "ignore_label")
 INTENSITY = ("intensity_window", "intensity")
 VOLUME = (*INTENSITY, "spacing", "orientation", "foreground_crop")
 

@@ -6,11 +6,9 @@ preprocess_dataset.py --dataset nnunet --data_dir nnUNet_raw/Dataset004_Hippocam
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from common.errors import UserError
 from common.messages import counted
@@ -29,6 +27,8 @@ from data_loading.readers.base import (
 from data_loading.spec import DatasetSpec
 
 ENDINGS = (".nii.gz", ".nii")
+# Not a class: the label of voxels without one.
+IGNORE_NAME = "ignore"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class ChannelsCase(RawCase):
     def read(self) -> tuple[Volume, Volume]:
         """Reads the case as `RawCase.read` does."""
         image = read_channel_files(self.channels, self.case)
-        label = read_nifti(self.label, np.int32 if self.labels else np.uint8)
+        label = read_nifti(self.label, self.mask_type())
         return image, self.to_classes(to_grid(label, image.geometry, self.case))
 
 
@@ -57,11 +57,13 @@ class RawIndex:
 
     Attributes:
         spec: classes and channels.
+        ignore_label: value of the label "ignore", if there is one.
         ending: of the files' names, such as .nii.gz.
         cases: number of training cases, as the file states it; None if it does not.
     """
 
     spec: DatasetSpec
+    ignore_label: int | None
     ending: str
     cases: int | None
 
@@ -96,6 +98,8 @@ def read_nnunet(data_dir: Path, options: ReaderOptions) -> RawDataset:
     if index.cases not in (None, len(cases)):
         notes.append(f"{data_dir}: dataset.json has numTraining {index.cases}, found {counted(len(cases), 'case')}")
     split = split_by_patient(cases, options, data_dir)
+    if options.ignore_label is None:
+        options = replace(options, ignore_label=index.ignore_label)
     spec, mapped = map_labels(apply_options(index.spec, options), cases, options)
     return RawDataset(
         spec=spec, cases=mapped, split=split, drop_empty=bool(options.drop_empty), notes=[*filter(None, notes)]
@@ -126,7 +130,9 @@ def read_raw_index(data_dir: Path) -> RawIndex:
         ending = content.get("file_ending", ENDINGS[0])
         if ending not in ENDINGS:
             raise UserError(f"{path}: file_ending {ending!r}; only {' and '.join(ENDINGS)} are read")
-        classes = _read_classes(path, content["labels"])
+        labels = dict(content["labels"])
+        ignore_label = int(labels.pop(IGNORE_NAME)) if IGNORE_NAME in labels else None
+        classes = _read_classes(path, labels)
         channels = len(content["channel_names"].values())
         cases = int(content["numTraining"]) if "numTraining" in content else None
     except FileNotFoundError:
@@ -139,7 +145,8 @@ def read_raw_index(data_dir: Path) -> RawIndex:
     if not channels:
         raise UserError(f"{path}: channel_names is empty")
     name = str(content.get("name", data_dir.resolve().name)).lower()
-    return RawIndex(spec=DatasetSpec(name=name, classes=classes, channels=channels), ending=ending, cases=cases)
+    spec = DatasetSpec(name=name, classes=classes, channels=channels)
+    return RawIndex(spec=spec, ignore_label=ignore_label, ending=ending, cases=cases)
 
 
 def _read_classes(path: Path, labels: dict[str, Any]) -> tuple[str, ...]:
