@@ -118,7 +118,8 @@ class InputOutputFlags:
     )
     init_from: Path | None = flag(
         None,
-        "checkpoint whose weights a new run starts from; its output layer may have other classes",
+        "checkpoint whose weights a new run starts from; its output layer may have other classes, its input "
+        "layer other channels",
         closed=True,
         resume="incidental",
     )
