@@ -96,21 +96,22 @@ class LabelledCases:
         split = {"train": [*fold.train, *added], "evaluation": list(fold.val)}
         return split | ({"test": held_back} if held_back else {})
 
-    def check(self, fold: Fold, source: str) -> None:
+    def check(self, fold: Fold, source: str, remedy: str) -> None:
         """Raises UserError if a fold names other cases than these, or a patient in both of its parts.
 
         Args:
             source: where the fold comes from, for the message.
+            remedy: what to do, for the message.
         """
         held_back = {*self.split.get("test", ()), *self.pseudo_labelled}
         for case in (*fold.train, *fold.val):
             if case in held_back:
                 kind = "pseudo-labelled" if case in self.pseudo_labelled else "a test case of --data_dir"
-                raise UserError(f"{source} names {case}, which is {kind}; take it out of the file")
+                raise UserError(f"{source} names {case}, which is {kind}; {remedy}")
             if case not in self.patients:
-                raise UserError(f"{source} names {case}, which --data_dir does not have; preprocess it as well")
+                raise UserError(f"{source} names {case}, which --data_dir does not have; {remedy}")
         if both := {self.patients[case] for case in fold.train} & {self.patients[case] for case in fold.val}:
-            raise UserError(f"{source}: patient {min(both)} is in its training and in its validation part")
+            raise UserError(f"{source}: patient {min(both)} is in its training and in its validation part; {remedy}")
 
 
 def make_folds(patients: Mapping[str, str], count: int) -> list[Fold]:
@@ -152,7 +153,7 @@ def find_folds(labelled: LabelledCases, count: int, file: Path | None) -> list[F
         return make_folds({case: labelled.patients[case] for case in available}, count)
     folds = read_splits(file)
     for number, fold in enumerate(folds):
-        labelled.check(fold, f"--splits {file}: fold {number}")
+        labelled.check(fold, f"--splits {file}: fold {number}", "correct the file, or preprocess the cases it names")
     return folds
 
 

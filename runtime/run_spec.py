@@ -215,7 +215,8 @@ def _choose_fold(
     if not {*trained_on.train, *trained_on.val} & labelled.patients.keys():
         note(f"{config.load_ckpt_path[0]} was trained on a fold of another data set; that of --data_dir is not divided")
         return None
-    labelled.check(trained_on, f"--load_ckpt_path {config.load_ckpt_path[0]}: its fold")
+    source = f"--load_ckpt_path {config.load_ckpt_path[0]}: its fold"
+    labelled.check(trained_on, source, "give the --data_dir that it was trained on")
     return trained_on
 
 
