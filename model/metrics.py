@@ -16,7 +16,7 @@ def dice_ratio(intersection: Tensor, total: Tensor) -> Tensor:
     return (2.0 * intersection + SMOOTHING) / (total + SMOOTHING)
 
 
-def dice_score(logits: Tensor, labels: Tensor) -> Tensor:
+def dice_score(logits: Tensor, labels: Tensor, ignore_label: int | None = None) -> Tensor:
     """Computes the Dice score of the arg-max for every class but the background.
 
     Voxel counts are integers, exact in float64 up to 2^53; a class that neither side contains scores 1.0.
@@ -24,11 +24,12 @@ def dice_score(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (N, K, D, H, W).
         labels: (N, 1, D, H, W).
+        ignore_label: label of the voxels that do not count.
 
     Returns:
         (N, K - 1) float64.
     """
-    prediction = logits.argmax(dim=1, keepdim=True)
+    prediction = predicted_classes(logits, labels, ignore_label)
     scores = []
     for value in range(1, logits.shape[1]):
         predicted, true = prediction == value, labels == value
@@ -36,3 +37,9 @@ def dice_score(logits: Tensor, labels: Tensor) -> Tensor:
         total = predicted.sum(SPATIAL).double() + true.sum(SPATIAL).double()
         scores.append(dice_ratio(intersection, total)[:, 0])
     return torch.stack(scores, dim=1)
+
+
+def predicted_classes(logits: Tensor, labels: Tensor, ignore_label: int | None) -> Tensor:
+    """Returns the arg-max of logits (N, K, D, H, W), (N, 1, D, H, W) int64; the background where nothing counts."""
+    prediction = logits.argmax(dim=1, keepdim=True)
+    return prediction if ignore_label is None else prediction.masked_fill_(labels == ignore_label, 0)

@@ -17,6 +17,7 @@ from common.files import replacing
 from data_loading.index import INDEX_NAME, CaseRecord, read_index
 from data_loading.io.volume import volume_ml
 from data_loading.spec import DatasetSpec
+from model.metrics import predicted_classes
 from runtime.logging.events import EvaluationStopped
 from runtime.surface_distance import PERCENTILE, TOLERANCE_MM, surface_figures
 
@@ -36,6 +37,7 @@ class CaseTable:
         self._subset = subset
         self._classes = spec.classes[1:]
         self._spacing_mm = spec.spacing_mm
+        self._ignore_label = spec.ignore_label
         self._records: dict[str, CaseRecord] = {}
         if (data_dir / INDEX_NAME).is_file():
             self._records = read_index(data_dir / INDEX_NAME).cases
@@ -46,7 +48,7 @@ class CaseTable:
 
     def __call__(self, case: str, logits: Tensor, label: Tensor) -> Tensor:
         """Returns volumes, then surface Dice and Hausdorff distance, for each foreground class in turn."""
-        predicted = logits.argmax(dim=1, keepdim=True)
+        predicted = predicted_classes(logits, label, self._ignore_label)
         steps_mm = self._steps_of(case)
         masks = [(predicted == value, label == value) for value in range(1, len(self._classes) + 1)]
         voxel_ml = volume_ml(steps_mm)

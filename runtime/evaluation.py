@@ -32,7 +32,7 @@ class SlidingWindowConfig:
         overlap: of neighbouring windows, in [0, 1).
         batch_size: number of windows per forward pass.
         classes: K, the background included.
-        padding_value, crops_remainder: as in the data set's spec.
+        padding_value, crops_remainder, ignore_label: as in the data set's spec.
     """
 
     window: tuple[int, int, int]
@@ -41,6 +41,7 @@ class SlidingWindowConfig:
     classes: int
     padding_value: float | None
     crops_remainder: bool
+    ignore_label: int | None = None
 
     def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
         """Returns the part of a volume of this shape (D, H, W) that is scored."""
@@ -179,7 +180,7 @@ class CaseScorer:
         for volume in predict_windows(cut(), predict, windows.batch_size):
             name, label = labels.popleft()
             logits = volume.logits(lambda own: subgroup.sum(own, self.check_waiting))
-            figures = [self.loss(logits, label).double().view(1), dice_score(logits, label)[0]]
+            figures = [self.loss(logits, label).double().view(1), dice_score(logits, label, windows.ignore_label)[0]]
             yield torch.cat([*figures, self.metric(name, logits, label)] if self.metric else figures)
 
 

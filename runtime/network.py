@@ -71,7 +71,9 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
     if config.init_from is not None and run.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
-        summary = load_part(network, weights, output, f"--init_from {loaded.path}")
+        source, channels = f"--init_from {loaded.path}", run.dataset.channels
+        before = DatasetSpec.from_json(loaded.spec).channels if loaded.spec else None
+        summary = load_part(network, weights, output, source, channels=channels, trained_channels=before)
         note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, output)}")

@@ -108,7 +108,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
 
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
-    dataset, split = read_dataset(config)
+    dataset, split, _ = read_dataset(config, loaded.fold)
     cases = split.get(config.eval_split)
     if not cases:
         others = ", ".join(f"{len(ids)} of {subset}" for subset, ids in split.items() if ids)
