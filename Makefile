@@ -22,7 +22,8 @@ test-all: $(VENV)/dev
 # The lowest and the highest torch of pyproject.toml's range that can be had, each in an environment of its own (for
 # Linux a build for CUDA, which runs on a CPU): the tests of what depends on it, and a run.
 TORCH_VERSIONS ?= 2.11.0 2.14.1
-# Triton's interpreter and compiler are those of each torch, not the pinned ones: they are left out.
+# Triton's interpreter and compiler are those of each torch, not the pinned ones: they are left out. What other versions
+# warn of is printed and fails nothing.
 VERSION_TESTS := tests/model tests/runtime tests/data_loading tests/common tests/test_fake_gpu.py \
 	--ignore tests/model/kernels
 
@@ -32,7 +33,7 @@ test-versions: requirements-dev.txt pyproject.toml
 		$(PYTHON) -m venv $(VENV)-torch-$$version; \
 		$(VENV)-torch-$$version/bin/python -m pip install --quiet --disable-pip-version-check torch==$$version \
 			--requirement $(VENV)-requirements.txt .; \
-		$(VENV)-torch-$$version/bin/python -m pytest -n $(WORKERS) -m "not slow" $(VERSION_TESTS); \
+		$(VENV)-torch-$$version/bin/python -m pytest -n $(WORKERS) -W default -m "not slow" $(VERSION_TESTS); \
 	done
 
 # Injects every fault of docs/reliability.md and writes its table.

@@ -161,6 +161,13 @@ def _add_reader_options(parser: Parser) -> None:
         action="store_true",
         help="crop to the bounding box of all voxels above the window's LOW (above the mean without a window)",
     )
+    add(
+        "--ignore_label",
+        type=int,
+        metavar="VALUE",
+        help="value of voxels without a class in the masks: they count in no loss and no score (default: none; "
+        'nnunet: the label "ignore")',
+    )
     parser.add_old_spelling("--split", split_ratios)
     parser.add_old_spelling("--slab", slices_per_case)
     parser.add_old_spelling("--window", intensity_window)

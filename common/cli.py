@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         cause = cause.__cause__ or cause.__context__ if isinstance(cause, argparse.ArgumentError) else cause
         if isinstance(cause, OSError):  # the only files that argparse opens
             message = f"argument file {cause.filename}: {cause.strerror}"
+        message = message.replace("ignored explicit argument", "takes no value, not")
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
     def add_old_spelling(self, old: str, new: argparse.Action) -> None:
@@ -57,6 +58,7 @@ def near_flags(words: Sequence[str], flags: Sequence[str]) -> str:
         name = word.partition("=")[0].strip("-").lower().replace("-", "_")
         if word.startswith("-") and name:
             longer = [other for other in by_name if other.startswith(f"{name}_")]
+            found += [other for other in by_name if "".join(part[0] for part in other.split("_")) == name]
             found += difflib.get_close_matches(name, by_name, n=SUGGESTIONS) or longer[:SUGGESTIONS]
         elif name in by_name:  # without its dashes
             found.append(name)

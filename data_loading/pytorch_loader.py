@@ -27,6 +27,7 @@ from data_loading.integrity import FileWatch, check_files
 from data_loading.preprocessing import Boxes, Shape, as_shape, edge_padding, pad_with_edges
 from data_loading.sampler import EpochSampler, sample_rng
 from data_loading.transforms import Transform, draw_crop
+from data_loading.worker_signals import blocked_in_new_workers, leave_to_parent
 
 
 def draw_sample(key: tuple[int, int], shape: Shape, boxes: Boxes, config: LoaderConfig) -> tuple[Shape, Transform]:
@@ -146,6 +147,7 @@ class PytorchLoader:
             # A worker that hangs (dead disk, deadlock) ends the run instead of blocking the cluster.
             timeout=config.worker_timeout_s if workers else 0,
             pin_memory=config.device.type == "cuda",
+            worker_init_fn=leave_to_parent,
         )
 
     def __len__(self) -> int:
@@ -156,7 +158,9 @@ class PytorchLoader:
         self._sampler.epoch, self._sampler.start = epoch, start
         pending = iter(self._sampler.sampler.batches(epoch)[start:])
         try:
-            for batch in self._loader:
+            with blocked_in_new_workers():
+                batches = iter(self._loader)
+            for batch in batches:
                 next(pending)
                 yield batch
         except UserError as error:

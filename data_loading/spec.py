@@ -7,6 +7,8 @@ from typing import Any
 
 from common.errors import UserError
 
+# The ignore label of preprocessed labels: above every class.
+IGNORED = 255
 INTENSITIES = ("zscore", "minmax", "none")
 
 # Keys and values of `dataset.json` and of a checkpoint's spec that earlier versions wrote, and their current names.
@@ -41,6 +43,8 @@ class DatasetSpec:
             new scan is reoriented to what the network was trained on.
         foreground_crop: crop scans to their foreground (`preprocessing.foreground_box`).
         size: (H, W) in pixels that 2-D images are resized to, slice by slice; None: no resizing.
+        ignore_label: `IGNORED` if the labels have voxels without a class, which count in no loss and no score; None:
+            every voxel has one.
     """
 
     name: str
@@ -57,9 +61,11 @@ class DatasetSpec:
     intensity: str = "zscore"
     foreground_crop: bool = False
     size: tuple[int, int] | None = None
+    ignore_label: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the fields; `ignore_label` only if there is one, since earlier versions refuse unknown fields."""
+        return {name: value for name, value in asdict(self).items() if name != "ignore_label" or value is not None}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> DatasetSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def leave_out(split: Mapping[str, Sequence[str]], excluded: Sequence[str]) -> di
         UserError: no such case, or no training case would be left.
     """
     known = sorted(case for cases in split.values() for case in cases)
-    ids = {f"case_{int(case):05d}" if case.isdecimal() and case not in known else case for case in excluded}
+    ids = excluded_ids(excluded, known)
     if unknown := sorted(ids.difference(known)):
         listed = f"{known[0]} to {known[-1]}" if known else "no cases"
         raise UserError(f"--exclude {' '.join(excluded)}: there is no {unknown[0]}; the data set has {listed}")
@@ -89,6 +89,11 @@ def leave_out(split: Mapping[str, Sequence[str]], excluded: Sequence[str]) -> di
     if ids and not left["train"]:
         raise UserError(f"--exclude {' '.join(excluded)}: no training case is left")
     return left
+
+
+def excluded_ids(excluded: Iterable[str], known: Collection[str]) -> set[str]:
+    """Returns the case ids that `--exclude` names; a number that is no id stands for one of KiTS19's."""
+    return {f"case_{int(case):05d}" if case.isdecimal() and case not in known else case for case in excluded}
 
 
 def _count_held_out(patients: Sequence[str], ratios: Sequence[float], seed: int) -> list[int]:

@@ -206,7 +206,10 @@ def preprocess_case(
         UserError: image and mask do not match, a file is damaged, or the scan's values are (see `preprocess_scan`).
     """
     image, label = raw.read()
-    if raw.case in droppable and not label.array.any():
+    labelled = label.array
+    if spec.ignore_label is not None:
+        labelled = np.where(labelled == spec.ignore_label, np.uint8(0), labelled)
+    if raw.case in droppable and not labelled.any():
         for kind in "xy":  # left by an earlier run with another mask
             case_file(results_dir, raw.case, kind).unlink(missing_ok=True)
         return raw.case, None
@@ -214,21 +217,25 @@ def preprocess_case(
         raise UserError(
             f"{raw.image}: has {counted(len(image.array), 'channel')}, but the data set states {spec.channels}"
         )
-    if (highest := int(label.array.max())) >= len(spec.classes):
+    if (highest := int(labelled.max())) >= len(spec.classes):
         raise UserError(f"{raw.label}: label {highest}, but the highest class is {len(spec.classes) - 1}{_hint(spec)}")
     # Plane by plane: bincount converts to 64 bits.
-    voxels = sum(np.bincount(plane.ravel(), minlength=len(spec.classes)) for plane in label.array[0])
+    voxels = np.asarray(sum(np.bincount(plane.ravel(), minlength=len(spec.classes)) for plane in labelled[0]))
+    ignored = 0 if spec.ignore_label is None else int(np.count_nonzero(label.array == spec.ignore_label))
+    voxels[0] -= ignored
     notes = (*image.notes, *label.notes)
     array, transform = preprocess_scan(image, spec, raw.image, is_whole=raw.is_whole())
     mask = preprocess_label(label, transform, spec)
     labels_cut = _count_cropped_labels(label, transform)
-    del image, label
+    del image, label, labelled
     _save(case_file(results_dir, raw.case, "x"), array)
     _save(case_file(results_dir, raw.case, "y"), mask)
     digests, stamps = _hash_files(results_dir, raw.case)
     statistics = {"mean": float(array.mean(dtype=np.float64)), "std": float(array.std(dtype=np.float64))}
     if labels_cut:
         statistics["labelled_voxels_cut"] = labels_cut
+    if ignored:
+        statistics["ignored_voxels"] = ignored
     boxes = foreground_boxes(mask, len(spec.classes))
     return raw.case, CaseRecord(
         transform=transform,
@@ -238,7 +245,7 @@ def preprocess_case(
         statistics=statistics,
         stamps=stamps,
         patient=raw.patient,
-        voxels=tuple(np.asarray(voxels).tolist()),
+        voxels=tuple(voxels.tolist()),
         notes=notes,
     )
 
@@ -275,8 +282,10 @@ def _describe_case(case: str, record: CaseRecord | None) -> str:
         return f"{case}: dropped, its mask is empty"
     shape = record.transform.shape if record.transform else ()
     labels_cut = record.statistics.get("labelled_voxels_cut")
+    ignored = record.statistics.get("ignored_voxels")
     return (
         f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
+        f"{f', {ignored:g} voxels with the ignore label' if ignored else ''}"
         f"{f', {labels_cut:g} labelled voxels outside the foreground crop' if labels_cut else ''}"
         f"{''.join(f'; {line}' for line in record.notes)}"
     )
@@ -302,6 +311,9 @@ def _describe_classes(spec: DatasetSpec, records: Mapping[str, CaseRecord]) -> s
     listed = ", ".join(
         f"{name} {sum(counts)} in {counted(sum(count > 0 for count in counts), 'case')}" for name, counts in totals
     )
+    if spec.ignore_label is not None:
+        ignored = [n for record in records.values() if (n := record.statistics.get("ignored_voxels"))]
+        listed += f"; with the ignore label {sum(ignored):g} in {counted(len(ignored), 'case')}"
     unknown = len(records) - len(known)
     return f"voxels of the classes: {listed}" + (f" (not counted: {counted(unknown, 'older case')})" if unknown else "")
 

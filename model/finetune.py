@@ -58,12 +58,24 @@ def _other_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> l
     return [name for name in own if name in weights and own[name].shape != weights[name].shape]
 
 
-def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, source: str) -> str:
-    """Loads weights of the same network. An output layer with another number of classes keeps its initial weights.
+def load_part(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    output: str,
+    source: str,
+    *,
+    channels: int,
+    trained_channels: int | None = None,
+) -> str:
+    """Loads weights of the same network, which may have been trained on other channels and classes.
+
+    An output layer with another number of classes keeps its initial weights; for an input layer see `_refit_input`.
 
     Args:
         output: name of the output layer.
         source: where the weights come from, for the message.
+        channels: C of this network's images.
+        trained_channels: C of the images that the weights were trained on, if that is known.
 
     Returns:
         A phrase that states what was loaded and what is new.
@@ -71,14 +83,55 @@ def load_part(network: nn.Module, weights: Mapping[str, Tensor], output: str, so
     Raises:
         UserError: the weights belong to another network.
     """
+    own = network.state_dict()
+    refitted = {
+        name: fitting
+        for name in _other_shapes(own, weights)
+        if not name.startswith(f"{output}.") and (fitting := _refit_input(weights[name], own[name], channels))
+    }
+    found = {before for _, before in refitted.values()}
+    if len(found) > 1 or trained_channels not in (None, *found):
+        refitted = {}  # what differs is no input layer
+    weights = {**weights, **{name: weight for name, (weight, _) in refitted.items()}}
     if details := differences(network, weights, output):
         raise UserError(f"{source}: not the network of --model and --normalization: it {' and '.join(details)}")
-    own = network.state_dict()
     other = _other_shapes(own, weights)
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
-    if not other:
-        return "all of the network"
-    return f"all but {output}, which is new: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
+    summary = "all of the network"
+    if other:
+        summary = f"all but {output}, which is new: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
+    if refitted:
+        (before,) = found
+        summary += (
+            f"; {', '.join(refitted)} for {channels} input channel(s) instead of {before}: the mean over the channels, "
+            f"repeated, times {before}/{channels}"
+        )
+    return summary
+
+
+def _refit_input(stored: Tensor, own: Tensor, channels: int) -> tuple[Tensor, int] | None:
+    """Returns the weight of a convolution of the image for another number of channels; None for any other layer.
+
+    The weight (O, S * C, …), with the channels of S slices one after another, is averaged over C, repeated, and scaled
+    by old / new C: an image whose channels are all the same gives the response that it gave before.
+
+    Args:
+        stored: the weight that was trained.
+        own: the weight in this network, of the same shape but for its second axis.
+        channels: the new C.
+
+    Returns:
+        The weight for this network, and the C that it was trained on.
+    """
+    if stored.dim() < 3 or own.dim() != stored.dim() or stored.shape[0] != own.shape[0]:
+        return None
+    slices, rest = divmod(own.shape[1], channels)
+    if rest or stored.shape[2:] != own.shape[2:] or stored.shape[1] % slices:
+        return None
+    before = stored.shape[1] // slices
+    mean = stored.unflatten(1, (slices, before)).mean(2, keepdim=True)
+    repeated = mean.expand(-1, -1, channels, *own.shape[2:]).flatten(1, 2)
+    return repeated * (before / channels), before
 
 
 def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:

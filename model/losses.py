@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class DiceSums:
     true: Tensor
 
 
-def dice_sums(logits: Tensor, labels: Tensor) -> DiceSums:
+def dice_sums(logits: Tensor, labels: Tensor, ignore_label: int | None = None) -> DiceSums:
     """Computes the sums in fp32 (float64 stays), with one pass over the voxels forward and one backward.
 
     Neither a one-hot tensor nor probabilities are kept: the backward pass recomputes the softmax.
@@ -44,8 +45,9 @@ def dice_sums(logits: Tensor, labels: Tensor) -> DiceSums:
     Args:
         logits: (N, K, D, H, W).
         labels: (N, 1, D, H, W).
+        ignore_label: label of the voxels that count in no sum; PyTorch computes these sums, not Triton.
     """
-    return DiceSums(*_DiceSumsFunction.apply(logits, labels))
+    return DiceSums(*_DiceSumsFunction.apply(logits, labels, ignore_label))
 
 
 def joined(sums: DiceSums) -> Tensor:
@@ -62,31 +64,41 @@ def split(sums: Tensor) -> DiceSums:
 
 class _DiceSumsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_label: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(logits, labels)
-        kernels = triton_for(logits, "loss")
-        forward = kernels.sums_forward if kernels else sums_forward
+        ctx.ignore_label = ignore_label
+        kernels = triton_for(logits, "loss") if ignore_label is None else None
+        forward = kernels.sums_forward if kernels else partial(sums_forward, ignore_label=ignore_label)
         cross_entropy, intersection, predicted, true = forward(logits, labels)
         ctx.mark_non_differentiable(true)
         return cross_entropy, intersection, predicted, true
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
-        kernels = triton_for(logits, "loss")
-        backward = kernels.sums_backward if kernels else sums_backward
-        return backward(logits, labels, DiceSums(*grads)), None
+        kernels = triton_for(logits, "loss") if ctx.ignore_label is None else None
+        backward = kernels.sums_backward if kernels else partial(sums_backward, ignore_label=ctx.ignore_label)
+        return backward(logits, labels, DiceSums(*grads)), None, None
 
 
-def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sums_forward(
+    logits: Tensor, labels: Tensor, ignore_label: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes `dice_sums` with PyTorch operators.
 
     Returns:
         The fields of `DiceSums`.
     """
     logarithms = _at_least_fp32(logits).log_softmax(1)
-    probabilities = logarithms.exp()
+    if ignore_label is None:
+        probabilities = logarithms.exp()
+    else:
+        is_ignored = labels == ignore_label
+        logarithms = logarithms.masked_fill(is_ignored, 0)  # also where they are infinite
+        probabilities = logarithms.exp().masked_fill_(is_ignored, 0)
     cross_entropy = logarithms.new_zeros(len(logits))
     intersection, true = logarithms.new_empty(2, *logits.shape[:2])
     for value in range(logits.shape[1]):
@@ -97,7 +109,7 @@ def sums_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return cross_entropy, intersection, probabilities.sum(SPATIAL), true
 
 
-def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
+def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums, ignore_label: int | None = None) -> Tensor:
     """Computes the gradient with respect to the logits from `grads`, those with respect to the sums.
 
     With p the softmax, t the one-hot truth and q = predicted + intersection * t, the gradient of class j is
@@ -121,6 +133,8 @@ def sums_backward(logits: Tensor, labels: Tensor, grads: DiceSums) -> Tensor:
     gradient *= probabilities
     for value in range(logits.shape[1]):
         gradient[:, value] -= column(grads.cross_entropy) * (labels[:, 0] == value)
+    if ignore_label is not None:
+        gradient.masked_fill_(labels == ignore_label, 0)
     return gradient.to(logits.dtype)
 
 
@@ -133,15 +147,17 @@ class DiceLoss(nn.Module):
 
     Args:
         include_background: whether to average over class 0 too.
+        ignore_label: label of the voxels that do not count.
     """
 
-    def __init__(self, include_background: bool = False) -> None:
+    def __init__(self, include_background: bool = False, ignore_label: int | None = None) -> None:
         super().__init__()
         self.first_class = 0 if include_background else 1
+        self.ignore_label = ignore_label
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        return self.from_sums(dice_sums(logits, labels), labels.numel())
+        return self.from_sums(dice_sums(logits, labels, self.ignore_label), labels.numel())
 
     def from_sums(self, sums: DiceSums, voxels: int) -> Tensor:
         """Computes the loss from the sums over the voxels of all samples, `voxels` of them."""
@@ -154,19 +170,23 @@ class DiceCELoss(nn.Module):
 
     Args:
         include_background: whether the Dice term includes class 0; cross-entropy always includes every voxel.
+        ignore_label: label of the voxels that do not count; the cross-entropy is the mean over all others.
     """
 
-    def __init__(self, include_background: bool = False) -> None:
+    def __init__(self, include_background: bool = False, ignore_label: int | None = None) -> None:
         super().__init__()
-        self.dice = DiceLoss(include_background)
+        self.dice = DiceLoss(include_background, ignore_label)
+        self.ignore_label = ignore_label
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        return self.from_sums(dice_sums(logits, labels), labels.numel())
+        return self.from_sums(dice_sums(logits, labels, self.ignore_label), labels.numel())
 
     def from_sums(self, sums: DiceSums, voxels: int) -> Tensor:
         """Computes the loss from the sums over the voxels of all samples, `voxels` of them."""
-        return (sums.cross_entropy.sum() / voxels + self.dice.from_sums(sums, voxels)) / 2
+        # Every voxel that counts is one of a class; without any the loss is 0.
+        counted = voxels if self.ignore_label is None else sums.true.sum().clamp(min=1)
+        return (sums.cross_entropy.sum() / counted + self.dice.from_sums(sums, voxels)) / 2
 
 
 class LossOfSlabs:
@@ -186,7 +206,7 @@ class LossOfSlabs:
         """Adds a slab's logits (N, K, planes, H, W) and labels (N, 1, planes, H, W), in the order of the planes."""
         self._voxels += labels.numel()
         if isinstance(self._loss, DiceLoss | DiceCELoss):
-            self._sums.append(joined(dice_sums(logits, labels)).double())
+            self._sums.append(joined(dice_sums(logits, labels, self._loss.ignore_label)).double())
         else:
             self._whole.append((logits, labels))
 
@@ -215,7 +235,7 @@ class SlabLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) of a slab -> scalar."""
-        total = SumOverSlabs.apply(joined(dice_sums(logits, labels)), self.slabs)
+        total = SumOverSlabs.apply(joined(dice_sums(logits, labels, self.loss.ignore_label)), self.slabs)
         return self.loss.from_sums(split(total), labels.numel() * self.slabs.count)
 
 
@@ -247,7 +267,7 @@ ALLOWED = Allowlist(
 PROBABILITIES = ("softmax", "use_softmax", "sigmoid", "other_act")
 
 
-def build_loss(spec: Spec | str, include_background: bool, classes: int) -> nn.Module:
+def build_loss(spec: Spec | str, include_background: bool, classes: int, ignore_label: int | None = None) -> nn.Module:
     """Builds the loss that `--loss` names: (logits (N, K, D, H, W), labels (N, 1, D, H, W) uint8) -> fp32 scalar.
 
     A loss with parameters for softmax, one-hot labels and the background gets them unless the spec sets them.
@@ -256,15 +276,24 @@ def build_loss(spec: Spec | str, include_background: bool, classes: int) -> nn.M
         spec: an untrusted one is limited to `LOSSES` and `ALLOWED`.
         include_background: see `DiceCELoss`.
         classes: K, including the background.
+        ignore_label: label of the voxels that do not count; torch's losses call it ignore_index.
 
     Raises:
-        UserError: unknown name or arguments, a spec that may not import, or not a loss of logits and labels.
+        UserError: unknown name or arguments, a spec that may not import, not a loss of logits and labels, or one that
+            counts every voxel of a data set with an ignore label.
     """
     resolved = resolve(spec, LOSSES, "--loss", ALLOWED)
     defaults: dict[str, Any] = {"include_background": include_background, "to_onehot_y": True}
     if not set(PROBABILITIES) & set(resolved.arguments):
         defaults |= {"softmax": True, "use_softmax": True}
+    if ignore_label is not None:
+        defaults |= {"ignore_label": ignore_label, "ignore_index": ignore_label}
     loss = resolved.call({}, defaults)
+    if ignore_label not in (None, getattr(loss, "ignore_label", None), getattr(loss, "ignore_index", None)):
+        raise UserError(
+            f"--loss {str(spec)!r} counts every voxel, also those that the data set's ignore label leaves out; use "
+            "dice_ce, dice, or a loss with ignore_label or ignore_index"
+        )
     if isinstance(loss, DiceLoss | DiceCELoss):
         return loss
     adapted = LibraryLoss(loss)

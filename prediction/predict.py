@@ -48,7 +48,7 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     assert config.output is not None
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     ensemble, notes = load_ensemble(config, given, world)
-    sources = find_sources(config.scan, config.output, config.series)
+    sources = find_sources(config.scan, config.output, config.series, ensemble.spec.channels)
     is_file = is_file_name(config.output)
     folder = config.output.parent if is_file else config.output
     try:

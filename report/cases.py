@@ -216,12 +216,15 @@ def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: _Predictor)
         record = read_index(data_dir / INDEX_NAME).cases[case]
         if record.transform is not None:
             affine, case_spacing_mm = record.transform.cropped.affine, record.transform.spacing_mm
+    truth = label[0, 0].numpy()
+    if spec.ignore_label is not None:
+        truth = np.where(truth == spec.ignore_label, np.uint8(0), truth)
     reorientation = radiological(affine)
     spacing_mm = np.empty(3)
     spacing_mm[reorientation[:, 0].astype(int)] = spec.spacing_mm or case_spacing_mm
     return OrientedCase(
         image=apply_orientation(image[0, 0].numpy(), reorientation),
-        truth=apply_orientation(label[0, 0].numpy(), reorientation),
+        truth=apply_orientation(truth, reorientation),
         prediction=apply_orientation(predictor(image).numpy(), reorientation),
         spacing_mm=tuple(spacing_mm),
     )

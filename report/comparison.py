@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from report.figures import Axes, Chart, draw_chart, draw_line, finish
-from report.markup import NOTHING, Html, table, tag
+from report.folds import are_folds, join_folds
+from report.markup import NOTHING, Html, bullets, table, tag
 from report.page import charts_section, document, duration, plain, samples_to, score, significant, verdict_of
-from report.records import Run
+from report.records import Run, names_of
 
 Points = tuple[list[float], list[float]]
 # Flags that differ between any two runs and do not affect their numbers.
@@ -30,16 +31,11 @@ def comparison_page(runs: Sequence[Run], folder: Path) -> str:
     content = [
         tag("header", tag("p", "3D U-Net training runs", class_="soft"), tag("h1", f"{len(runs)} runs compared")),
         _outcomes(runs, names),
+        *([_folds(runs, names)] if are_folds(runs) else []),
         charts_section("Curves", draw_comparison(runs, names, folder)),
         _differences(runs, names),
     ]
     return document(f"{len(runs)} runs compared", *content)
-
-
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Returns the name of each run's folder, or all paths if two folders have the same name."""
-    short = [run.name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
 
 def _outcomes(runs: Sequence[Run], names: Sequence[str]) -> Html:
@@ -61,6 +57,25 @@ def _outcomes(runs: Sequence[Run], names: Sequence[str]) -> Html:
             )
         )
     return tag("section", tag("h2", "Verdicts"), table("Outcome of each run", head, rows))
+
+
+def _folds(runs: Sequence[Run], names: Sequence[str]) -> Html:
+    """Returns the scores over the cases of all folds."""
+    heading, rows, problems = tag("h2", "All cases of the folds"), [], []
+    for name, last in (("best evaluations", False), ("last evaluations", True)):
+        if joined := join_folds(runs, names, last=last):
+            classes, problems = joined.classes, joined.problems
+            means = map(score, (joined.mean_dice, *joined.class_dice))
+            rows.append((name, len(joined.dice), *means))
+    if not rows:
+        return tag("section", heading, tag("p", "No fold was evaluated.", class_="soft"))
+    caption = "Each case once, by the run that held it out; the best evaluation was chosen on these cases"
+    return tag(
+        "section",
+        heading,
+        table(caption, ("evaluations", "cases", "mean Dice", *classes), rows),
+        *([bullets(problems)] if problems else []),
+    )
 
 
 def draw_comparison(runs: Sequence[Run], names: Sequence[str], folder: Path) -> list[Chart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,12 @@ class Run:
     def class_names(self, count: int) -> list[str]:
         """Returns the names of `count` foreground classes: L1, L2, … if the log has none."""
         return self.classes if len(self.classes) == count else [f"L{value}" for value in range(1, count + 1)]
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """Returns the name of each run's folder, or all paths if two folders have the same name."""
+    short = [run.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
 
 
 def read_run(folder: Path) -> Run:

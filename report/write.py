@@ -15,9 +15,11 @@ import torch
 
 from common.errors import UserError
 from common.files import replacing
+from common.messages import logger
 from common.registry import Spec
 from report.compliance import check
-from report.records import read_run
+from report.folds import are_folds, join_folds, write_folds
+from report.records import Run, names_of, read_run
 from runtime.arguments import RunConfig
 from runtime.distributed.world import World
 
@@ -88,9 +90,23 @@ def write_report(
 def write_comparison(log_dirs: Sequence[Path]) -> Path:
     """Writes the comparison of several runs into the first one's folder. Raises UserError as `write_report` does."""
     runs = [read_run(log_dir) for log_dir in log_dirs]
+    if are_folds(runs):
+        _report_folds(runs)
     from report import comparison  # matplotlib is optional
 
     return _write_page(log_dirs[0], COMPARISON_NAME, lambda folder: comparison.comparison_page(runs, folder))
+
+
+def _report_folds(runs: Sequence[Run]) -> None:
+    """Prints the result over the cases of all folds and writes the table of the best evaluations."""
+    names = names_of(runs)
+    for last in (False, True):
+        if joined := join_folds(runs, names, last=last):
+            logger.info(f"{'last' if last else 'best'} evaluations: {joined.describe()}")
+            if not last:
+                logger.info(f"cases {write_folds(runs[0].folder, joined)}")
+                for problem in joined.problems:
+                    logger.warning(problem)
 
 
 def _write_page(log_dir: Path, name: str, make: Callable[[Path], str]) -> Path:

@@ -132,7 +132,8 @@ def check_paths(config: RunConfig) -> None:
         raise UserError(f"--data_dir {config.data_dir}: no such folder")
     if config.exec_mode == "report" or config.resume:
         return  # a report goes on without its images; a resumed run has its own checkpoint
-    for flag, paths in (("--load_ckpt_path", config.load_ckpt_path), ("--init_from", (config.init_from,))):
+    named = {"--load_ckpt_path": config.load_ckpt_path, "--init_from": (config.init_from,)}
+    for flag, paths in (named | {"--splits": (config.splits,)}).items():
         for path in paths:
             if path is not None and not path.exists():
                 raise UserError(f"{flag} {path}: no such file")
@@ -141,6 +142,7 @@ def check_paths(config: RunConfig) -> None:
 def _check(config: RunConfig, given: frozenset[str]) -> None:
     """Refuses flags that contradict each other."""
     _check_mode(config, given)
+    _check_folds(config, given)
     if config.eval_ranks:
         _check_eval_ranks(config)
     if "amp_dtype" in given and config.amp_dtype != "auto" and not config.amp:
@@ -190,6 +192,28 @@ def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
     for name in ("scan", "output"):
         if mode == "predict" and getattr(config, name) is None:
             raise UserError(f"--exec_mode predict needs --{name}")
+
+
+def _check_folds(config: RunConfig, given: frozenset[str]) -> None:
+    """Refuses flags of folds that contradict each other."""
+    named = [f"--{name}" for name in ("folds", "splits", "fold", "folds_of") if name in given]
+    if not named:
+        return
+    if config.exec_mode in ("predict", "report") or config.loader == "synthetic":
+        where = "--loader synthetic" if config.loader == "synthetic" else f"--exec_mode {config.exec_mode}"
+        raise UserError(f"{named[0]} chooses cases of --data_dir; it does not go with {where}")
+    if config.folds and config.splits is not None:
+        raise UserError("--folds makes folds, --splits reads them from a file; drop one of them")
+    if not config.folds and config.splits is None:
+        raise UserError(f"{named[0]} needs --folds, the number of folds, or --splits, a file with them")
+    if config.fold is None:
+        raise UserError(f"{named[0]} needs --fold, the fold to evaluate, counted from 0")
+    if config.folds and config.fold >= config.folds:
+        raise UserError(
+            f"--fold {config.fold}: folds are counted from 0, so the last of {config.folds} is {config.folds - 1}"
+        )
+    if config.splits is not None and "folds_of" in given:
+        raise UserError("--folds_of applies only to --folds: the file of --splits names the cases")
 
 
 def _check_eval_ranks(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from common.messages import take_notes
 from data_loading.base_loader import LoaderConfig, TrainingLoader
 from data_loading.data_loader import EvaluationCases, make_training_loader
 from data_loading.dataset import case_shape
+from data_loading.folds import write_splits
 from data_loading.integrity import check_files, verify_changed
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
@@ -53,7 +54,8 @@ Emit = Callable[[Event], None]
 
 
 def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Module:
-    return build_loss(config.loss, config.include_background, len(dataset.classes)).to(world.device)
+    classes, ignored = len(dataset.classes), dataset.ignore_label
+    return build_loss(config.loss, config.include_background, classes, ignored).to(world.device)
 
 
 def make_step_config(run: RunSpec) -> StepConfig:
@@ -229,6 +231,7 @@ def make_sliding_window_config(config: RunConfig, dataset: DatasetSpec) -> Slidi
         padding_value=dataset.padding_value,
         crops_remainder=dataset.crops_remainder,
         flips=flips_of(config.test_time_flips),
+        ignore_label=dataset.ignore_label,
     )
 
 
@@ -254,6 +257,7 @@ def make_snapshot(run: RunSpec) -> Callable[[TrainState, list[float]], dict[str,
         seed=run.seeds.master,
         data=run.data_digest,
         spec=run.dataset.to_json(),
+        fold=run.fold,
     )
 
 
@@ -284,6 +288,8 @@ def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
     if not run.roles.everyone.is_main:
         return EventDispatcher([], watchdog)
     rotate_logs(config.log_dir)
+    if run.folds:
+        write_splits(config.log_dir, run.folds)
     active = [
         *make_trackers(config.trackers, config.log_dir),
         RunFileTracker(config.log_dir),

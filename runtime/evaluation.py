@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_loading.data_loader import EvaluationCase
 from model.losses import LossOfSlabs
-from model.metrics import dice_of_classes
+from model.metrics import dice_of_classes, predicted_classes
 from runtime.distributed.world import World
 from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
@@ -34,7 +34,7 @@ class SlidingWindowConfig:
         overlap: of neighbouring windows, in [0, 1).
         batch_size: number of windows per forward pass.
         classes: K, the background included.
-        padding_value, crops_remainder: as in the data set's spec.
+        padding_value, crops_remainder, ignore_label: as in the data set's spec.
         flips: of each window, over which the logits are averaged.
     """
 
@@ -44,6 +44,7 @@ class SlidingWindowConfig:
     classes: int
     padding_value: float | None
     crops_remainder: bool
+    ignore_label: int | None = None
     flips: Flips = NO_FLIPS
 
     def kept(self, shape: Sequence[int]) -> tuple[slice, slice, slice]:
@@ -191,8 +192,9 @@ class CaseScorer:
             if slab.planes.start == 0:
                 name, label = waiting.popleft()
                 loss, prediction = LossOfSlabs(self.loss), torch.empty_like(label)
-            loss.add(slab.logits, label[:, :, slab.planes])
-            prediction[:, :, slab.planes] = slab.logits.argmax(1, keepdim=True)
+            true = label[:, :, slab.planes]
+            loss.add(slab.logits, true)
+            prediction[:, :, slab.planes] = predicted_classes(slab.logits, true, windows.ignore_label)
             if slab.planes.stop == label.shape[2]:
                 figures = [loss.value().double().view(1), dice_of_classes(prediction, label, windows.classes)[0]]
                 yield torch.cat([*figures, self.metric(name, prediction, label)] if self.metric else figures)

@@ -74,10 +74,29 @@ class InputOutputFlags:
         closed=True,
         resume="structural",
     )
+    folds: int = flag(
+        0,
+        "cross-validation: divide all labelled cases, those that train and those that evaluate, into N folds as "
+        "nnU-Net does, and train on all but that of --fold, which is evaluated; 0: the data set's own split",
+        type=number(int, 2),
+        closed=True,
+        resume="structural",
+    )
+    fold: int | None = flag(None, "the fold to evaluate, counted from 0", type=COUNT, resume="structural")
+    folds_of: str = flag(
+        "all",
+        "cases that --folds divides: all, or those that train alone, so that the evaluation cases stay held back "
+        "(--eval_split test)",
+        choices=("all", "train"),
+        resume="structural",
+    )
+    splits: Path | None = flag(
+        None, "the folds as a file, nnU-Net's splits_final.json, in place of --folds", closed=True, resume="incidental"
+    )
     log_dir: Path = flag(
         lambda: Path(os.environ.get("UNET3D_LOG_DIR", "/tmp")),
         "folder for unet3d.log (MLPerf), log.jsonl, run.json and report.html; with --exec_mode report several, whose "
-        "runs are compared (default: $UNET3D_LOG_DIR, else /tmp)",
+        "runs are compared, and whose folds are joined (default: $UNET3D_LOG_DIR, else /tmp)",
         nargs="+",
         metavar="DIR",
         resume="incidental",
@@ -99,7 +118,8 @@ class InputOutputFlags:
     )
     init_from: Path | None = flag(
         None,
-        "checkpoint whose weights a new run starts from; its output layer may have other classes",
+        "checkpoint whose weights a new run starts from; its output layer may have other classes, its input "
+        "layer other channels",
         closed=True,
         resume="incidental",
     )

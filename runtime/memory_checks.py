@@ -143,6 +143,12 @@ def check_evaluation(demand: Demand, shapes: Sequence[Shape], volumes: int, mach
     return check
 
 
+def check_window_fits(windows: BatchMemory, free: int) -> Check:
+    """Checks that one evaluation window fits, for an evaluation outside of a run, which reads the cases only later."""
+    found = f"a window takes {format_size(windows.peak(1))} on the device"
+    return _compare("evaluation", found, windows, 1, free=free, flag="--val_batch_size")
+
+
 def _compare(what: str, found: str, memory: BatchMemory, batch: int, *, free: int, flag: str) -> Check:
     """Compares what a batch needs with what is free; names the largest batch that fits."""
     needed, fitting = memory.peak(batch), memory.fitting(free)

@@ -28,14 +28,20 @@ def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
     )
 
 
-def prepare_network(run: RunSpec) -> nn.Module:
-    """Returns the run's network on this rank's device, with new weights or those of `--init_from`."""
-    config, dataset = run.config, run.dataset
-    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
+def make_checked_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
+    """Does the same for training. Raises UserError if the network cannot take the windows."""
     network = make_network(config, dataset)
     for flag in ("input_shape", "val_input_shape"):
         shape = getattr(config, flag)
         check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
+    return network
+
+
+def prepare_network(run: RunSpec) -> nn.Module:
+    """Returns the run's network on this rank's device, with new weights or those of `--init_from`."""
+    config, dataset = run.config, run.dataset
+    seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
+    network = make_checked_network(config, dataset)
     freeze_unused(network, dataset.channels, config.input_shape)
     _share_windows(run, network)
     _start_from_weights(run, network)
@@ -65,7 +71,9 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
     if config.init_from is not None and run.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
-        summary = load_part(network, weights, output, f"--init_from {loaded.path}")
+        source, channels = f"--init_from {loaded.path}", run.dataset.channels
+        before = DatasetSpec.from_json(loaded.spec).channels if loaded.spec else None
+        summary = load_part(network, weights, output, source, channels=channels, trained_channels=before)
         note(f"--init_from {loaded.path}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, output)}")

@@ -33,10 +33,10 @@ def outputs_locked(log_dir: Path, checkpoint: Path | None, world: World, *, pati
         if world.is_main:
             try:
                 what = f"--log_dir {log_dir}"
-                held.enter_context(_locked(log_dir / LOG_LOCK, what, "cannot be written", patience_s))
+                held.enter_context(locked(log_dir / LOG_LOCK, what, "cannot be written", patience_s))
                 if checkpoint is not None:
                     path, what = checkpoint.with_name(f".{checkpoint.name}.lock"), f"--save_ckpt_path {checkpoint}"
-                    held.enter_context(_locked(path, what, "its folder cannot be written", patience_s))
+                    held.enter_context(locked(path, what, "its folder cannot be written", patience_s))
             except UserError as error:
                 problem = error
         if problem := world.broadcast(problem):
@@ -44,12 +44,16 @@ def outputs_locked(log_dir: Path, checkpoint: Path | None, world: World, *, pati
         yield
 
 
-def _locked(path: Path, what: str, unwritable: str, patience_s: float) -> AbstractContextManager[object]:
+def locked(path: Path, what: str, unwritable: str, patience_s: float = 0.0) -> AbstractContextManager[object]:
     """Locks a file, whose folder it makes, and returns the context at whose end it is released.
 
     Args:
-        what: the flag that names the folder or file, for messages.
+        what: the folder or file that is locked with it, with its flag if it has one, for messages.
         unwritable: what a message says of a folder that cannot be written.
+        patience_s: how long to wait for another process.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
     """
     with ExitStack() as held:
         try:

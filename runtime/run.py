@@ -20,7 +20,7 @@ from runtime.logging.console import EvaluationTracker
 from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
-from runtime.network import make_network, prepare_network
+from runtime.network import make_checked_network, make_network, prepare_network
 from runtime.precision import choose_precision
 from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
 from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
@@ -44,7 +44,9 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
         return report_done(run)
     if run.roles.is_evaluator:
         return evaluate_beside_training(run)
-    step = build.make_step_config(run)  # refuses bad specs before an earlier run's files are renamed
+    # Bad specs are refused before an earlier run's files are renamed.
+    step = build.make_step_config(run)
+    make_checked_network(config, run.dataset)
     signals = SignalHandler(world.store)
     watchdog = build.make_watchdog(config, run.roles, signals)
     writer = build.make_checkpoint_writer(run)
@@ -107,7 +109,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
 
     loaded = checkpoints.load(config.load_ckpt_path[0])
     config = with_checkpoint_network(config, given, loaded.config)
-    dataset, split = read_dataset(config)
+    dataset, split, _ = read_dataset(config, loaded.fold)
     cases = split.get(config.eval_split)
     if not cases:
         others = ", ".join(f"{len(ids)} of {subset}" for subset, ids in split.items() if ids)
@@ -125,12 +127,14 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     to_device(network, world.device, config.layout)
+    precision = choose_precision(config.amp, config.amp_dtype, world.device)
+    startup.require_window_memory(network, precision, (dataset.channels, *config.val_input_shape))
     table = CaseTable(config.data_dir, dataset, config.eval_split)
     scorer = CaseScorer(
         network=network,
         loss=build.make_loss(config, dataset, world),
         windows=build.make_sliding_window_config(config, dataset),
-        precision=choose_precision(config.amp, config.amp_dtype, world.device),
+        precision=precision,
         metric=table,
     )
     emit = EventDispatcher([EvaluationTracker(config.verbose)] if world.is_main else [])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.messages import logger, note
+from common.messages import counted, is_main_rank, logger, note
 from data_loading.dataset import pseudo_label_cap, read_spec_and_split
+from data_loading.folds import Fold, LabelledCases, find_folds, note_unused
 from data_loading.integrity import split_digest
 from data_loading.sampler import PseudoLabelCap, batches_per_epoch
 from data_loading.spec import KITS19, DatasetSpec
@@ -38,6 +39,7 @@ class RunSpec:
         world: this rank among those that do the same: train, or only evaluate.
         dataset: the data set's constants.
         split: case ids by subset.
+        folds: all folds of `--folds` or `--splits`, without regard to `--exclude`; () without either.
         data_digest: of the data set and its split.
         loaded: the checkpoint to continue from, if any.
         done: why nothing is left to train; "" if something is.
@@ -58,6 +60,7 @@ class RunSpec:
     roles: Roles
     dataset: DatasetSpec
     split: dict[str, list[str]]
+    folds: tuple[Fold, ...]
     data_digest: str
     loaded: Checkpoint | None
     done: str
@@ -70,6 +73,11 @@ class RunSpec:
     doubtful_cases: Mapping[str, str]
     seeds: Seeds
     precision: Precision
+
+    @property
+    def fold(self) -> Fold | None:
+        """The fold that is evaluated; None in a run on the data set's own split."""
+        return None if self.config.fold is None else self.folds[self.config.fold]
 
     @property
     def slab_shape(self) -> tuple[int, int, int]:
@@ -90,7 +98,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     roles = assign_roles(world, config.eval_ranks)
     rank = 0 if roles.is_evaluator else roles.own.rank
     groups = SampleGroups.divide(rank, roles.training, config.ranks_per_sample)
-    dataset, split = read_dataset(config)
+    dataset, split, folds = read_dataset(config)
     if config.eval_ranks and not split["evaluation"]:
         raise UserError(f"--eval_ranks {config.eval_ranks}, but --data_dir {config.data_dir} has no evaluation cases")
     check_class_weights(config, dataset)
@@ -111,6 +119,8 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         other_violations.append(
             RuleViolation("training cases", f"with {pseudo_labels.count} pseudo-labelled", "MLPerf's")
         )
+    if dataset.ignore_label is not None:
+        other_violations.append(RuleViolation("voxels", "left out by an ignore label", "all"))
     if loaded and config.resume:
         other_violations.append(RESUMED)
     identity = identify_dataset(config, dataset.name, split)
@@ -137,6 +147,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         slabs=None if roles.is_evaluator else groups.connect(roles.own),
         dataset=dataset,
         split=split,
+        folds=folds,
         data_digest=data_digest,
         loaded=loaded,
         done=done,
@@ -162,16 +173,62 @@ def check_class_weights(config: RunConfig, dataset: DatasetSpec) -> None:
         )
 
 
-def read_dataset(config: RunConfig) -> tuple[DatasetSpec, dict[str, list[str]]]:
-    """Returns the data set's constants and its case ids by subset; volumes stay closed until the clock runs.
+def read_dataset(
+    config: RunConfig, trained_on: Fold | None = None
+) -> tuple[DatasetSpec, dict[str, list[str]], tuple[Fold, ...]]:
+    """Returns the data set's constants, its case ids by subset, and its folds; opens no volume.
 
-    Cases of `--exclude` are left out. Raises UserError if there are none of these names.
+    Cases of `--exclude` are left out of the subsets; the folds of all other cases stay the same.
+
+    Args:
+        trained_on: the fold of the checkpoint that is evaluated, if it has one.
+
+    Raises:
+        UserError: there are no such cases or folds, or `--fold` is another one than the checkpoint's.
     """
     if config.loader == "synthetic" and config.exec_mode == "train":
-        spec, split = dataclasses.replace(KITS19, name="synthetic"), {"train": synthetic_cases(), "evaluation": []}
-    else:
-        spec, split = read_spec_and_split(config.data_dir, evaluation_ids())
-    return spec, leave_out(split, config.exclude)
+        split = leave_out({"train": synthetic_cases(), "evaluation": []}, config.exclude)
+        return dataclasses.replace(KITS19, name="synthetic"), split, ()
+    spec, whole = read_spec_and_split(config.data_dir, evaluation_ids())
+    kept = leave_out(whole, config.exclude)
+    if config.fold is None and trained_on is None:
+        return spec, kept, ()
+    labelled = LabelledCases.find(config.data_dir, whole, only_training=config.folds_of == "train")
+    folds = find_folds(labelled, config.folds, config.splits) if config.fold is not None else []
+    fold = _choose_fold(config, labelled, folds, trained_on)
+    if fold is None:
+        return spec, kept, ()
+    if is_main_rank():
+        note_unused(labelled, fold)
+        which = "the checkpoint's fold" if config.fold is None else f"fold {config.fold} of {len(folds)}"
+        note(f"{which}: {counted(len(fold.train), 'training case')}, {counted(len(fold.val), 'evaluation case')}")
+    split = labelled.with_fold(fold)
+    cases = {case for part in kept.values() for case in part}
+    excluded = [case for part in split.values() for case in part if case not in cases]
+    return spec, leave_out(split, excluded), tuple(folds)
+
+
+def _choose_fold(
+    config: RunConfig, labelled: LabelledCases, folds: Sequence[Fold], trained_on: Fold | None
+) -> Fold | None:
+    """Returns the fold of the flags, or else that of the checkpoint; None if the latter is of another data set."""
+    if config.fold is not None:
+        if config.fold >= len(folds):
+            raise UserError(f"--fold {config.fold}: {config.splits} has only {counted(len(folds), 'fold')}, from 0 on")
+        fold = folds[config.fold]
+        if trained_on not in (None, fold):
+            raise UserError(
+                f"--fold {config.fold}: {config.load_ckpt_path[0]} was trained on another fold, so on cases of this "
+                "one; without --fold its own is evaluated"
+            )
+        return fold
+    assert trained_on is not None
+    if not {*trained_on.train, *trained_on.val} & labelled.patients.keys():
+        note(f"{config.load_ckpt_path[0]} was trained on a fold of another data set; that of --data_dir is not divided")
+        return None
+    source = f"--load_ckpt_path {config.load_ckpt_path[0]}: its fold"
+    labelled.check(trained_on, source, "give the --data_dir that it was trained on")
+    return trained_on
 
 
 def evaluation_ids() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
@@ -21,7 +22,9 @@ from runtime.environment import describe_environment, platform_name
 from runtime.logging import events
 from runtime.logging.mlperf import tensor_names
 from runtime.memory import BatchMemory, batch_memory, state_bytes, step_memory, window_memory
+from runtime.memory_checks import check_window_fits, free_bytes
 from runtime.network import make_network
+from runtime.precision import Precision
 from runtime.preflight import checkpoint_bytes, run_checks
 from runtime.run_spec import RunSpec
 from runtime.test_time_flips import untrained_flips
@@ -116,6 +119,13 @@ def estimate_windows(run: RunSpec, network: nn.Module) -> BatchMemory:
     if run.config.compile:
         return batch_memory(window, COMPILED)
     return window_memory(network, run.precision, window, kernels.uses_triton(run.world.device))
+
+
+def require_window_memory(network: nn.Module, precision: Precision, window: Sequence[int]) -> None:
+    """Raises UserError if an evaluation window (C, D, H, W) takes more memory than is free on the network's device."""
+    windows = window_memory(network, precision, window, kernels.uses_triton(precision.device))
+    if problem := failures([check_window_fits(windows, free_bytes(precision.device))]):
+        raise UserError(problem)
 
 
 def prewarm(run: RunSpec, state: TrainState, step: StepConfig, emit: Emit) -> None:

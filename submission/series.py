@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from common.messages import counted, logger
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
 from runtime.io_flags import PLACEHOLDER_ORG
+from runtime.output_lock import locked
 from submission.inspection import runs_folder, sha256_of
 from submission.launching import clear_caches, launch_command, launch_run
 from submission.logs import BENCHMARK, Log, read_log
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     results = options.result_dir / "results" / system / BENCHMARK
     folder.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    # A second series in the folder would take this one's run for a failed one.
+    with locked(folder / "lock", str(folder), "cannot be written"):
         configuration = configuration_of(config, launch)
         series = load_series(folder) or Series(
             system=system, arguments=list(options.arguments), launch=launch, configuration=configuration
@@ -65,21 +66,6 @@ def run(options: argparse.Namespace) -> int:
             if not (results / f"result_{number}.txt").exists():
                 _copy_log(folder / done.folder, results / f"result_{number}.txt")
     return 0
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Excludes a second series in the folder, which would take this one's run for a failed one.
-
-    Raises:
-        UserError: the folder is in use by another series.
-    """
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: in use by another `submission run`") from None
-        yield
 
 
 def check_arguments(arguments: Sequence[str]) -> RunConfig:

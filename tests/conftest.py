@@ -30,6 +30,7 @@ from data_loading.dataset import case_file
 from data_loading.index import INDEX_NAME, CaseRecord, DatasetIndex, write_json
 from data_loading.preprocessing import foreground_boxes
 from data_loading.spec import DatasetSpec
+from tests import programs
 from tests.fake_gpu import FakeGpu, fake_gpu
 
 # Restores Ctrl-C for the tests and their child processes: a shell makes programs in the background ignore it.
@@ -40,6 +41,12 @@ NEIGHBOURS = sorted(path.parent for path in ROOT.parent.glob("*/data/kits19_segm
 REAL_DATA = Path(os.environ.get("REAL_DATA") or (NEIGHBOURS or [ROOT.parent / "data"])[0])
 
 CLASSES = ("background", "kidney", "tumour")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Passes the filters of warnings, with those of `-W`, on to the programs that tests start."""
+    filters = [*config.getini("filterwarnings"), *(config.getoption("pythonwarnings") or [])]
+    os.environ[programs.FILTERS_VARIABLE] = json.dumps(filters)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,15 +103,18 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_python("main.py", …)`: runs a program in a new interpreter, for tests of how it starts and ends."""
 
     def run(*arguments: object, timeout_s: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            # Other packages warn of much else when they are imported.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::ResourceWarning", **environment},
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
+        assert "ResourceWarning" not in done.stderr, done.stderr
+        return done
 
     return run
 

@@ -12,7 +12,6 @@ before writing a test for it.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import random
 import re
@@ -24,6 +23,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.cli import Parser
+from common.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
@@ -185,7 +187,7 @@ def copy_project(to: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tests.mutants", description=__doc__)
+    parser = Parser(prog="tests.mutants", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers of the table")
     parser.add_argument("--all", action="store_true", help="run the slow tests too")
@@ -208,4 +210,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main, "tests.mutants"))

@@ -7,7 +7,10 @@ process. Both run the program as the command line would, `if __name__ == "__main
 
 from __future__ import annotations
 
+import builtins
 import faulthandler
+import gc
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -20,10 +23,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, ModuleType
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +43,8 @@ PRELOADED = (
     "prediction.predict",
     "report.write",
 )
+# pytest's filters of warnings, as a JSON list, which `tests/conftest.py` sets for the forked processes.
+FILTERS_VARIABLE = "TESTS_WARNING_FILTERS"
 # One thread per process: ranks that compete for cores take minutes instead of seconds.
 THREADS = {"OMP_NUM_THREADS": "1"}
 # Not those that a test has changed when it starts the server.
@@ -54,7 +61,8 @@ def _execute(arguments: Sequence[str]) -> int:
     try:
         if arguments[0] == "-m":
             sys.argv = list(arguments[1:])
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+            with _module_forgotten(arguments[1]):
+                runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         elif arguments[0] == "-c":
             sys.argv = ["-c", *arguments[2:]]
             module = ModuleType("__main__")
@@ -65,6 +73,17 @@ def _execute(arguments: Sequence[str]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return 0
+
+
+@contextmanager
+def _module_forgotten(name: str) -> Iterator[None]:
+    """Removes a module that a test has imported from those that runpy sees, as in a new interpreter: it warns of it."""
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
 
 
 # In this process
@@ -211,7 +230,25 @@ def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, 
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(_execute(arguments))
+    _filter_warnings(json.loads(variables.get(FILTERS_VARIABLE, "[]")))
+    unraisable: list[Any] = []
+
+    def report(problem: Any) -> None:
+        unraisable.append(problem.exc_type)
+        sys.__unraisablehook__(problem)
+
+    sys.unraisablehook = report
+    status = _execute(arguments)
+    gc.collect()  # files that were not closed warn when they are collected, where an error cannot be raised
+    sys.exit(status or bool(unraisable))
+
+
+def _filter_warnings(filters: Sequence[str]) -> None:
+    """Applies pytest's filters, "action:message:category:module"; the later ones have precedence."""
+    for text in filters:
+        action, message, category, module = [*text.split(":"), "", "", ""][:4]
+        kind: Any = action
+        warnings.filterwarnings(kind, message, getattr(builtins, category or "Warning"), module)
 
 
 def rank_variables(ranks: int) -> list[dict[str, str]]:

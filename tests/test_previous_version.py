@@ -255,7 +255,7 @@ def test_early_stopping_remembers_its_count(old: Path, capfd: pytest.CaptureFixt
     """The last evaluation before the checkpoint brought no progress: with a patience of one the run ends at once."""
     patient = "early_stopping(patience=6)"
     program.main([*(("early_stopping(patience=1)" if flag == patient else flag) for flag in TRAIN), "--resume"])
-    reason = "no progress in 1 evaluations; the best mean_dice: 0.6586 at epoch 8"
+    reason = "no progress in 1 evaluation; the best mean_dice: 0.6586 at epoch 8"
     assert reason in capfd.readouterr().out
 
 

@@ -66,15 +66,16 @@ def whole_numbers(
 Found = dict[int, tuple[int, int]]
 
 
-def find_values(mask: NDArray[Any]) -> Found:
+def find_values(mask: NDArray[Any], ignore_label: int | None = None) -> Found:
     """Finds the values of a mask, and how often each but 0 lies between a lower and a higher one among its neighbours.
 
     Interpolation makes values only there; a structure of its own has an inside, or a border to one side only.
 
     Args:
         mask: (1, D, H, W) whole numbers. Of a large one, evenly spaced voxels are looked at.
+        ignore_label: value of voxels without a class, which are passed over.
     """
-    mask = mask[0]
+    mask = mask[0] if ignore_label is None else np.where(mask[0] == ignore_label, 0, mask[0])
     positions = np.flatnonzero(mask)
     positions = positions[:: max(1, len(positions) // SAMPLES)]
     voxels = np.unravel_index(positions, mask.shape)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from common import registry
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted, is_main_rank, logger, note
+from data_loading.io.channel_files import channels_beside, read_channel_files, scans_of
 from data_loading.io.file_kinds import (
     DICOM_SEG,
     PNG,
@@ -40,7 +41,7 @@ DICOM = "data_loading.io.dicom"
 IMAGES = "data_loading.readers.images"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A scan on disk and the output file of its mask.
 
@@ -49,12 +50,14 @@ class Source:
         output: the file of the mask.
         file: a NIfTI scan or a 2-D image; None for a DICOM series.
         series: a `dicom.Series`; None for a file.
+        channels: NIfTI files of a scan whose channels are files of their own; `file` is the first.
     """
 
     name: str
     output: Path
     file: Path | None = None
     series: Any = None
+    channels: tuple[Path, ...] = ()
 
     def voxels(self) -> int:
         """Returns the number of voxels, from the headers only. Raises UserError as `read` does."""
@@ -77,6 +80,8 @@ class Source:
             return registry.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
         if is_image_file(self.file):
             return _image_io("read_image")(self.file, channels)
+        if self.channels:
+            return read_channel_files(self.channels, self.name)
         return read_nifti(self.file, np.float32)
 
     def write(self, mask: Volume, classes: Sequence[str]) -> list[str]:
@@ -95,12 +100,13 @@ def _image_io(name: str) -> Callable[..., Any]:
     return registry.load(f"{IMAGES}:{name}", "--scan", "images")
 
 
-def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
+def find_sources(scan: Path, output: Path, series: str | None, channels: int = 1) -> list[Source]:
     """Finds the scans of `--scan`: a file, or a folder's DICOM series, NIfTI files or 2-D images (see `_in_folder`).
 
     Args:
         output: a file for the mask of a single scan, or a folder in which masks are named after their scans.
         series: selects a DICOM series (see `dicom.choose_series`).
+        channels: of the network, for scans under nnU-Net's names, which have a file for each (see `channel_files.py`).
 
     Raises:
         UserError: no scans, an ambiguous series, an unsuitable output format, or a mask that would replace a scan.
@@ -108,10 +114,13 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
     if not scan.exists():
         raise UserError(f"--scan {scan}: no such file or folder")
     if scan.is_dir():
-        sources = _in_folder(scan, output, series)
+        sources = _in_folder(scan, output, series, channels)
         files = [source.file for source in sources if source.file]
     elif is_nifti(scan) or is_image_file(scan):
-        files, sources = [scan], _file_sources([scan], output, [stem(scan)])
+        beside = channels_beside(scan)
+        is_joined = bool(scans_of(beside, channels))
+        sources = _nifti_sources(beside, output, channels) if is_joined else _file_sources([scan], output, [stem(scan)])
+        files = [scan]
     elif is_dicom(scan):
         raise UserError(
             f"--scan {scan}: one file of DICOM; give the folder of its series, such as --scan {scan.parent}"
@@ -137,7 +146,7 @@ def find_sources(scan: Path, output: Path, series: str | None) -> list[Source]:
 
 def _check_targets(sources: Sequence[Source]) -> None:
     """Raises UserError if a mask would replace a scan or another mask."""
-    taken = {source.file.resolve() for source in sources if source.file}
+    taken = {file.resolve() for source in sources for file in (source.file, *source.channels) if file}
     for source in sources:
         target = source.output.resolve()
         if target in taken:
@@ -148,12 +157,20 @@ def _check_targets(sources: Sequence[Source]) -> None:
 def _file_sources(files: Sequence[Path], output: Path, names: Sequence[str]) -> list[Source]:
     endings = [PNG if is_image_file(file) else file.name[len(stem(file)) :].lower() for file in files]
     return [
-        Source(name, output if is_file_name(output) else output / f"{name}{ending}", file)
+        Source(name=name, output=output if is_file_name(output) else output / f"{name}{ending}", file=file)
         for name, ending, file in zip(names, endings, files, strict=True)
     ]
 
 
-def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
+def _nifti_sources(files: Sequence[Path], output: Path, channels: int) -> list[Source]:
+    """Returns the sources of NIfTI files or 2-D images; masks of scans with nnU-Net's names are called CASE.nii.gz."""
+    if not (scans := scans_of(files, channels)):
+        return _file_sources(files, output, [stem(file) for file in files])
+    sources = _file_sources([parts[0] for parts in scans.values()], output, list(scans))
+    return [replace(source, channels=tuple(scans[source.name])) for source in sources] if channels > 1 else sources
+
+
+def _in_folder(folder: Path, output: Path, wanted: str | None, channels: int) -> list[Source]:
     """Finds the scans in a folder, of one kind: DICOM series in it and its subfolders, NIfTI files, or 2-D images.
 
     Where DICOM images lie, pictures are their previews, and NIfTI files are their copies or masks if they are on the
@@ -176,7 +193,7 @@ def _in_folder(folder: Path, output: Path, wanted: str | None) -> list[Source]:
     if files:
         if line := passed_over(folder, [*files, *named], f"--scan {folder}: passed over "):
             logger.info(line)
-        return _file_sources(files, output, [stem(file) for file in files])
+        return _nifti_sources(files, output, channels)
     if cases := kits19_images(folder):
         if line := passed_over(folder, [case.parent for case in cases], f"--scan {folder}: passed over "):
             logger.info(line)
@@ -237,7 +254,7 @@ def _series_sources(dicom: Any, folder: Path, output: Path, wanted: str | None) 
         only = len(dicom.series) == 1
         name = folder.resolve().name if only else "series_" + re.sub(r"[^\w.-]", "_", series.name)
         target = output if is_file_name(output) else output / f"{name}.nii.gz"
-        sources.append(Source(name, target, series=series))
+        sources.append(Source(name=name, output=target, series=series))
     return sources
 
 

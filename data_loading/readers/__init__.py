@@ -25,7 +25,7 @@ class ReaderEntry:
     extra: str = ""
 
 
-BASIC = ("split_ratios", "labels", "drop_empty")
+BASIC = ("split_ratios", "labels", "drop_empty", "ignore_label")
 INTENSITY = ("intensity_window", "intensity")
 VOLUME = (*INTENSITY, "spacing", "orientation", "foreground_crop")
 
@@ -46,4 +46,5 @@ READERS: dict[str, ReaderEntry] = {
         function="data_loading.readers.nifti:read_nifti_folders",
         options=(*BASIC, *VOLUME, "labels_dir", "slices_per_case"),
     ),
+    "nnunet": ReaderEntry(function="data_loading.readers.nnunet:read_nnunet", options=(*BASIC, *VOLUME)),
 }

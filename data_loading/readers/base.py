@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from common.files import normalised
 from data_loading.io.orientation import DIRECTIONS, is_orientation, to_grid
 from data_loading.io.volume import Volume, read_nifti
 from data_loading.readers.label_map import LabelMap
-from data_loading.spec import DatasetSpec
+from data_loading.spec import IGNORED, DatasetSpec
 from data_loading.split import split_patients
 
 # Shares of the patients that train and evaluate, unless the data set or the user chooses others.
@@ -41,6 +41,7 @@ class ReaderOptions:
         spacing: (D, H, W) in mm; scans are resampled to it.
         orientation: three letters such as "RAS"; axes are reoriented to it.
         foreground_crop: crop scans to the bounding box of their foreground.
+        ignore_label: the masks' value of voxels without a class.
     """
 
     seed: int = 0
@@ -55,6 +56,7 @@ class ReaderOptions:
     spacing: tuple[float, float, float] | None = None
     orientation: str | None = None
     foreground_crop: bool = False
+    ignore_label: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class RawCase:
         case: case id, unique in its data set.
         labels: maps the mask's values to classes; None: the values are the classes.
         patient: patient id, "" if every case is a patient of its own.
+        ignore_label: the mask's value of voxels without a class, which become `IGNORED`; None: every voxel has one.
     """
 
     case: str
@@ -72,6 +75,7 @@ class RawCase:
     label: Path
     labels: LabelMap | None = None
     patient: str = ""
+    ignore_label: int | None = None
 
     def is_whole(self) -> bool:
         """Returns whether the case is a whole scan and not a part of one."""
@@ -83,7 +87,8 @@ class RawCase:
 
     def settings(self) -> str:
         """Returns as text the settings besides the spec that change the case's volumes; "" for none."""
-        return repr(self.labels.pairs) if self.labels else ""
+        ignored = "" if self.ignore_label is None else f" without {self.ignore_label}"
+        return (repr(self.labels.pairs) if self.labels else "") + ignored
 
     def stamp(self) -> list[list[int]]:
         """Returns a stamp that changes with the sources.
@@ -105,12 +110,32 @@ class RawCase:
             UserError: as `read_nifti`, or the mask has other voxels than the image.
         """
         image = read_nifti(self.image, np.float32)
-        label = read_nifti(self.label, np.int32 if self.labels else np.uint8)
+        label = read_nifti(self.label, self.mask_type())
         return image, self.to_classes(to_grid(label, image.geometry, self.case))
 
+    def mask_type(self) -> type[np.generic]:
+        """Returns the type of the mask's values as they are read: wider than the classes where they are mapped."""
+        return np.uint8 if self.labels is None and self.ignore_label is None else np.int32
+
     def to_classes(self, label: Volume) -> Volume:
-        """Returns the mask with its values replaced by classes."""
-        return replace(label, array=self.labels.apply(label.array)) if self.labels else label
+        """Returns the mask with its values replaced by classes, and the ignore label by `IGNORED`.
+
+        Raises:
+            UserError: there is an ignore label, and another value is no class.
+        """
+        array = label.array
+        if self.ignore_label is not None:
+            is_ignored = array == self.ignore_label
+            array = np.where(is_ignored, 0, array)
+            if self.labels is None and not 0 <= array.min() <= array.max() < IGNORED:
+                raise UserError(
+                    f"{self.label}: labels from {array.min()} to {array.max()}; expected 0 to {IGNORED - 1}"
+                )
+        if self.labels:
+            array = self.labels.apply(array)
+        if self.ignore_label is not None:
+            array = np.where(is_ignored, np.uint8(IGNORED), array.astype(np.uint8))
+        return replace(label, array=array)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +157,7 @@ class RawDataset:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+RawCaseT = TypeVar("RawCaseT", bound=RawCase)
 Reader = Callable[[Path, ReaderOptions], RawDataset]
 
 
@@ -168,15 +194,41 @@ def apply_options(spec: DatasetSpec, options: ReaderOptions) -> DatasetSpec:
 def map_labels(
     spec: DatasetSpec, cases: Sequence[RawCase], options: ReaderOptions
 ) -> tuple[DatasetSpec, list[RawCase]]:
-    """Applies `--labels`, if given, to a data set with known classes; returns its new spec and cases.
+    """Applies `--labels` and `--ignore_label`, if given, to a data set with known classes.
+
+    Returns:
+        Its new spec and cases.
 
     Raises:
-        UserError: as `LabelMap.parse`.
+        UserError: as `LabelMap.parse`, or the ignore label is that of a class.
     """
-    if not options.labels:
+    mapped = list(cases)
+    if options.labels:
+        labels = LabelMap.parse(options.labels, spec.classes)
+        spec, mapped = replace(spec, classes=labels.classes), [replace(raw, labels=labels) for raw in mapped]
+    return ignore_voxels(spec, mapped, options)
+
+
+def ignore_voxels(
+    spec: DatasetSpec, cases: Sequence[RawCaseT], options: ReaderOptions
+) -> tuple[DatasetSpec, list[RawCaseT]]:
+    """Applies `--ignore_label`, if given, to a data set whose classes are settled; returns its new spec and cases.
+
+    Raises:
+        UserError: it is the value of a class.
+    """
+    value = options.ignore_label
+    if value is None:
         return spec, list(cases)
-    labels = LabelMap.parse(options.labels, spec.classes)
-    return replace(spec, classes=labels.classes), [replace(raw, labels=labels) for raw in cases]
+    for raw in cases[:1]:
+        keys = range(len(spec.classes)) if raw.labels is None else [key for key, _ in raw.labels.pairs]
+        if value in keys:
+            raise UserError(
+                f"--ignore_label {value} is a label of a class too; list the classes without it in --labels"
+            )
+    if len(spec.classes) > IGNORED:
+        raise UserError(f"--ignore_label {value}: beside it there may be {IGNORED} classes, found {len(spec.classes)}")
+    return replace(spec, ignore_label=IGNORED), [replace(raw, ignore_label=value) for raw in cases]
 
 
 def split_by_patient(cases: Sequence[RawCase], options: ReaderOptions, source: object) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from common.messages import counted
 from data_loading.io.file_kinds import is_image_file, passed_over
 from data_loading.io.mask_values import check_not_interpolated, find_values, merged, whole_numbers
 from data_loading.io.volume import WORKING_BYTES_PER_VOXEL, Geometry, Volume, check_memory, check_same_geometry
-from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
+from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, ignore_voxels, split_by_patient
 from data_loading.readers.label_map import MAX_VALUE, LabelMap
 from data_loading.readers.mask_matching import check_labels_dir, pair_by_stem
 from data_loading.spec import DatasetSpec
@@ -86,13 +86,14 @@ def read_images(data_dir: Path, options: ReaderOptions) -> RawDataset:
     if options.labels:
         labels = LabelMap.parse(options.labels)
     else:
-        labels = _classes_found([mask for _, _, mask in pairs], f"--labels_dir {masks_dir}")
+        labels = _classes_found([mask for _, _, mask in pairs], f"--labels_dir {masks_dir}", options.ignore_label)
     cases = [
         ImageCase(case=name, image=image, label=mask, labels=labels, channels=channels) for name, image, mask in pairs
     ]
     spec = DatasetSpec(name=data_dir.resolve().name.lower(), classes=labels.classes, channels=channels)
+    spec, cases = ignore_voxels(apply_options(spec, options), cases, options)
     return RawDataset(
-        spec=apply_options(spec, options),
+        spec=spec,
         cases=cases,
         split=split_by_patient(cases, options, f"--data_dir {data_dir}"),
         drop_empty=bool(options.drop_empty),
@@ -100,15 +101,19 @@ def read_images(data_dir: Path, options: ReaderOptions) -> RawDataset:
     )
 
 
-def _classes_found(masks: Sequence[Path], source: str) -> LabelMap:
-    """Returns a class for each value of the masks. Raises UserError where compression or scaling made the values."""
+def _classes_found(masks: Sequence[Path], source: str, ignore_label: int | None) -> LabelMap:
+    """Returns a class for each value of the masks but the ignore label.
+
+    Raises:
+        UserError: compression or scaling made the values.
+    """
     for path in masks:
         if is_lossy(path):
             raise UserError(
                 f"{path}: JPEG changes the values of a mask; save it as PNG, or join values to classes with --labels, "
                 "such as 128-255=1"
             )
-    found = merged(find_values(read_mask(path).array) for path in masks)
+    found = merged(find_values(read_mask(path).array, ignore_label) for path in masks)
     labels = LabelMap.from_keys(found, source)
     if greys := sorted(found.keys() - {0, MAX_VALUE}) if found.keys() >= {0, MAX_VALUE} else []:
         listed = ", ".join(map(str, greys[:5])) + (", …" if len(greys) > 5 else "")
@@ -136,7 +141,8 @@ def exif_orientation(path: Path) -> int:
     """Returns the camera's orientation tag, 1 for an upright image. Raises UserError if the header is damaged."""
     with _open(path) as image:
         try:
-            found = int(image.getexif().get(ORIENTATION_TAG, 1))
+            with warnings.catch_warnings(action="ignore"):
+                found = int(image.getexif().get(ORIENTATION_TAG, 1))
         except Exception:  # a damaged tag turns nothing
             return 1
         return found if found in range(1, 9) else 1
@@ -238,7 +244,8 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _pixels(path: Path, image: Image.Image, mode: str = "") -> NDArray[Any]:
     """Returns (H, W) or (H, W, C), rotated upright by the camera's orientation tag."""
     try:
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(upright.convert(mode) if mode else upright)
+        with warnings.catch_warnings(action="ignore"):  # about damaged tags, which are not used
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert(mode) if mode else upright)
     except Exception:  # each format raises its own types
         raise UserError(f"{path}: {DAMAGED}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from common.files import normalised
+from data_loading.spec import IGNORED
 
 # A value of the mask, or the name of a structure that has a file or a segment of its own.
 Key = int | str
@@ -100,6 +101,10 @@ class LabelMap:
             )
         pairs = tuple((key, value) for value, key in enumerate(found, 1))
         return cls(pairs, ("background", *map(str, found)), by_size=True)
+
+    def with_ignored(self, value: int) -> LabelMap:
+        """Returns a map that also replaces the ignore label by `IGNORED`, which is no class."""
+        return replace(self, pairs=(*self.pairs, (value, IGNORED)))
 
     def class_of(self, name: str) -> int:
         """Returns the class of a structure by its name, 0 if it is not listed."""

@@ -98,10 +98,10 @@ def find_names(masks: Sequence[Path]) -> set[str]:
     }
 
 
-def find_mask_values(masks: Sequence[Path]) -> tuple[set[str], Found]:
-    """Returns the names of segments in a scan's masks, and the values of its NIfTI files."""
+def find_mask_values(masks: Sequence[Path], ignore_label: int | None = None) -> tuple[set[str], Found]:
+    """Returns the names of segments in a scan's masks, and the values of its NIfTI files but the ignore label."""
     return find_names([path for path in masks if not is_nifti(path)]), merged(
-        find_values(read_nifti(path, np.int32).array) for path in masks if is_nifti(path)
+        find_values(read_nifti(path, np.int32).array, ignore_label) for path in masks if is_nifti(path)
     )
 
 

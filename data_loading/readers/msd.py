@@ -96,10 +96,7 @@ def _nnunet_advice(content: Any) -> str:
     """Returns what to do with nnU-Net's `dataset.json`, which has other keys; "" for any other."""
     if not isinstance(content, dict) or "channel_names" not in content or "modality" in content:
         return ""
-    return (
-        "nnU-Net's list, not the Decathlon's; use --dataset nifti --data_dir imagesTr --labels_dir labelsTr, with "
-        "images renamed from CASE_0000.nii.gz to CASE.nii.gz"
-    )
+    return "nnU-Net's list, which names no cases; use --dataset nnunet"
 
 
 def _part(content: Any, key: str, kind: type[Part]) -> Part:

@@ -23,7 +23,7 @@ from data_loading.io.file_kinds import is_nifti, passed_over
 from data_loading.io.mask_values import check_not_interpolated, merged
 from data_loading.io.scan_discovery import DICOM
 from data_loading.io.volume import Volume, read_channels, read_geometry, read_nifti
-from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, split_by_patient
+from data_loading.readers.base import RawCase, RawDataset, ReaderOptions, apply_options, ignore_voxels, split_by_patient
 from data_loading.readers.label_map import LabelMap
 from data_loading.readers.mask_matching import (
     check_labels_dir,
@@ -80,7 +80,8 @@ def _read_scan(scan: ScanCase) -> tuple[Volume, Volume]:
     else:
         image = read_nifti(scan.image, np.float32)
     assert scan.labels is not None
-    return image, read_classes(scan.masks, image.geometry, scan.labels, scan.case)
+    labels = scan.labels if scan.ignore_label is None else scan.labels.with_ignored(scan.ignore_label)
+    return image, read_classes(scan.masks, image.geometry, labels, scan.case)
 
 
 # The slabs of a scan are read one after another.
@@ -148,36 +149,41 @@ def make_scan_dataset(
     Raises:
         UserError: a bad option.
     """
-    labels = _select_labels(cases, options.labels, f"--labels_dir {masks_dir}")
-    cases = [replace(scan, labels=labels) for scan in cases]
+    labels = _select_labels(cases, options, f"--labels_dir {masks_dir}")
+    spec = DatasetSpec(name=data_dir.resolve().name.lower(), classes=labels.classes, channels=channels)
+    spec, cases = ignore_voxels(spec, [replace(scan, labels=labels) for scan in cases], options)
     notes = []
     if options.slices_per_case is not None:
         cases, note = divide_into_slabs(cases, options.slices_per_case)
         notes.append(note)
-    name = data_dir.resolve().name.lower()
     return RawDataset(
-        spec=apply_options(DatasetSpec(name=name, classes=labels.classes, channels=channels), options),
+        spec=apply_options(spec, options),
         cases=cases,
-        split=split_by_patient(cases, options, name),
+        split=split_by_patient(cases, options, spec.name),
         drop_empty=drops_empty if options.drop_empty is None else options.drop_empty,
         notes=notes,
     )
 
 
-def _select_labels(cases: Sequence[ScanCase], entries: Sequence[str], source: str) -> LabelMap:
+def _select_labels(cases: Sequence[ScanCase], options: ReaderOptions, source: str) -> LabelMap:
     """Returns the classes that `--labels` lists, or else one for each value or name in the masks."""
-    if entries:
-        labels = LabelMap.parse(entries)
+    if options.labels:
+        labels = LabelMap.parse(options.labels)
         if labels.has_names():
             labels.check_names(set().union(*(find_names(scan.masks) for scan in cases)), source)
-        return labels
     # Several files per scan mean one file per structure, also for a scan that has only one.
-    if any(len(scan.masks) > 1 for scan in cases):
-        return LabelMap.from_keys(set().union(*(find_names(scan.masks) for scan in cases)), source)
-    found = [find_mask_values(scan.masks) for scan in cases]
-    values = merged(each for _, each in found)
-    labels = LabelMap.from_keys({*values, *(name for names, _ in found for name in names)}, source)
-    check_not_interpolated(values, source)
+    elif any(len(scan.masks) > 1 for scan in cases):
+        labels = LabelMap.from_keys(set().union(*(find_names(scan.masks) for scan in cases)), source)
+    else:
+        found = [find_mask_values(scan.masks, options.ignore_label) for scan in cases]
+        values = merged(each for _, each in found)
+        labels = LabelMap.from_keys({*values, *(name for names, _ in found for name in names)}, source)
+        check_not_interpolated(values, source)
+    if options.ignore_label is not None and labels.has_names():
+        raise UserError(
+            f"--ignore_label {options.ignore_label} is a value of masks, but {source} has a mask for each structure, "
+            "which has no such value"
+        )
     return labels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import UserError
+from common.messages import counted
 from runtime.callbacks.base import Callback, RunContext
 from runtime.callbacks.monitor import METRICS, is_better, mode_of
 from runtime.logging.events import EvaluationStopped
@@ -56,4 +57,5 @@ class EarlyStopping(Callback):
         if progress["stale"] < self._patience:
             return None
         best = "none" if progress["best"] is None else f"{progress['best']:.4f} at epoch {progress['epoch']}"
-        return Stop("aborted", f"no progress in {progress['stale']} evaluations; the best {self._metric}: {best}")
+        stale = counted(progress["stale"], "evaluation")
+        return Stop("aborted", f"no progress in {stale}; the best {self._metric}: {best}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from common.compat import numpy_scalars_readable
 from common.errors import UserError
+from data_loading.folds import Fold
 from model.finetune import differences
 from runtime.arguments import with_current_names
 from runtime.train_state import PendingEvaluation, TrainState
@@ -46,6 +47,7 @@ class Checkpoint:
         seed: the run's master seed, None if the file has none.
         data: digest of the data set and its split, "" if the file has none.
         spec: the data set's constants (a `DatasetSpec` as JSON), None if the file has none.
+        fold: the fold that it was trained on, None if the run used its data set's own split.
         best, last: state dicts of the networks; the same one twice if the file has only one.
         best_epoch, last_epoch: 0 if the file does not state the epoch.
         best_dice: -1.0 if nothing was evaluated.
@@ -61,6 +63,7 @@ class Checkpoint:
     seed: int | None = None
     data: str = ""
     spec: dict[str, Any] | None = None
+    fold: Fold | None = None
     best: dict[str, Tensor]
     last: dict[str, Tensor]
     best_epoch: int = 0
@@ -95,6 +98,7 @@ def snapshot(
     seed: int,
     data: str,
     spec: dict[str, Any] | None = None,
+    fold: Fold | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a checkpoint, copied to the host: training may go on while it is written.
 
@@ -105,6 +109,7 @@ def snapshot(
         seed: the run's master seed.
         data: digest of the data set and its split.
         spec: the data set's constants as plain values: prediction preprocesses a scan with them.
+        fold: the fold that the run trains on; None: its data set's own split.
     """
     last = {
         "epoch": state.epoch,
@@ -122,6 +127,7 @@ def snapshot(
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}
     pending = state.pending and {"epoch": state.pending.epoch, "network": state.pending.weights}
     run = {"format": FORMAT, "config": config, "seed": seed, "data": data, "spec": spec}
+    run |= {"fold": fold.to_json()} if fold else {}
     return {**run, "last": _on_host(last), "best": best, "pending": pending}
 
 
@@ -208,6 +214,7 @@ def _from_own(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         seed=content["seed"],
         data=content["data"],
         spec=content.get("spec"),
+        fold=Fold.from_json(content["fold"]) if "fold" in content else None,
         best=best_or_last["network"],
         last=last["network"],
         best_epoch=best_or_last["epoch"],

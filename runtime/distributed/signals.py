@@ -21,7 +21,9 @@ LEFT_EVALUATION = "left an evaluation"
 
 
 class SignalHandler:
-    """While entered, SIGTERM and SIGINT only set `number`; another one, at least a second later, has its usual effect.
+    """Once entered, SIGTERM and SIGINT only set `number`; another one, at least a second later, has its usual effect.
+
+    Left without a signal, it restores the handlers that it found.
 
     Args:
         store: shared by the run's ranks; None in a world of one.
@@ -42,6 +44,10 @@ class SignalHandler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if (
+            self.number
+        ):  # the process is about to exit, with the first signal's status, although the same one comes again
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

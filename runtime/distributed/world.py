@@ -22,12 +22,14 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from common.compat import is_gloo_error, is_port_in_use
-from common.errors import UserError, port_in_use
+from common.errors import RankLost, UserError, port_in_use
 
 T = TypeVar("T")
 
 # A rank may wait for one that evaluates another case; the largest case takes minutes on a CPU.
 TIMEOUT = timedelta(minutes=30)
+# For all ranks to come: a cold network disk may take minutes to import torch.
+JOIN_TIMEOUT = timedelta(minutes=5)
 # Polling interval while waiting for other ranks.
 POLL_S = 0.01
 
@@ -76,6 +78,7 @@ class World:
         Raises:
             UserError: `local_rank` names a GPU that this machine lacks, torchrun's variables are incomplete, or its
                 port is in use.
+            RankLost: another rank did not come, or something else answers in the place of rank 0.
         """
         try:
             size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -96,11 +99,16 @@ class World:
             if missing:
                 raise UserError(f"WORLD_SIZE is {size} but {missing[0]} is not set; start with torchrun")
             try:
-                store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-            except dist.DistNetworkError as error:
+                store, rank, size = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+            except dist.DistError as error:
                 if is_port_in_use(error):
                     raise UserError(port_in_use(os.environ["MASTER_PORT"])) from None
-                raise
+                address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+                raise RankLost(
+                    f"the {size} ranks did not meet at {address} within {JOIN_TIMEOUT.seconds} s "
+                    f"({str(error).splitlines()[0]}); have all started, and does no other program use that port?"
+                ) from None
+            store.set_timeout(TIMEOUT)
             if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
                 # torchrun keeps its store when it restarts a group, in which the ranks would find the lost group's
                 # addresses (7 of 14 restarts failed). It counts restarts per machine, so not with several machines.

@@ -118,7 +118,6 @@ def test_dropped_files_are_read_again_unharmed(folder: Path) -> None:
     assert (disk_bytes_read() or 0) >= 0
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_the_suite_measures_every_loader(tmp_path: Path) -> None:
     rates, read = run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, num_workers=1))
     assert [row[0] for row in rates.rows] == [

@@ -69,7 +69,7 @@ def test_a_bad_value_is_refused_under_an_old_spelling_too(parser: Parser) -> Non
         (["--learnig_rate", "1"], "--learning_rate"),
         (["--learning-rate=1"], "--learning_rate"),
         (["-Batch_size", "2"], "--batch_size"),
-        (["--lr", "1"], "--lr_schedule"),
+        (["--lr", "1"], "--learning_rate or --lr_schedule"),
         (["batch_size=2"], "--batch_size"),
         (["--epoch", "3", "--bach_size", "2"], "--epochs or --batch_size"),
         (["--unlike"], ""),
@@ -85,6 +85,11 @@ def test_a_mistyped_flag_names_those_of_its_command(parser: Parser) -> None:
         parser.parse_args(["--numbr", "3"])
     with pytest.raises(UserError, match=r"unrecognized arguments: --old_swich; did you mean --switch\? \("):
         parser.parse_args(["--old_swich"])
+
+
+def test_a_switch_takes_no_value(parser: Parser) -> None:
+    with pytest.raises(UserError, match=r"^argument --switch: takes no value, not '1'"):
+        parser.parse_args(["--switch=1"])
 
 
 def test_a_subcommand_names_its_own_flags() -> None:

@@ -20,6 +20,8 @@ from data_loading.library_transforms import LibraryTransform, RandomLibraryTrans
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import MLPerfAugmentation, RandomTransform, make_augmentation
 
+# TorchIO, of a deformation that moves the labels of a tiny volume at all.
+pytestmark = pytest.mark.filterwarnings("ignore:The maximum displacement is larger:RuntimeWarning:torchio")
 HERE = "tests.data_loading.test_library_transforms"
 TORCHIO = [
     "torchio:RandomElasticDeformation(num_control_points=5, max_displacement=4.0)",

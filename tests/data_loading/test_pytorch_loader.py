@@ -135,7 +135,6 @@ def test_image_and_label_show_the_same_voxels(folder: Path) -> None:
     assert seen > 80
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(folder: Path) -> None:
     alone = batches(folder, (1, 2))
     assert_same(batches(folder, (1, 2), num_workers=1), alone)

@@ -6,7 +6,6 @@ python3 -m tests.faults --only lost_rank --work_dir DIR  # one fault, printed
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import platform
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from common.cli import Parser
 from common.errors import UserError, run_program
 from common.files import replacing
 from tests.faults import Row, disks, groups, hosts, inputs, kills
@@ -50,7 +50,7 @@ BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tests.faults", description=__doc__)
+    parser = Parser(prog="tests.faults", description=__doc__)
     names = [fault.__name__ for fault in FAULTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="FAULT", help=" ".join(names))
     parser.add_argument("--document", type=Path, help="document with the table; with --only, only those rows change")

@@ -117,3 +117,18 @@ def test_a_log_folder_in_use_is_refused_on_every_rank_and_its_files_stay(
         assert done.stderr.count(error) == 2
     left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != LOG_LOCK}
     assert left == dict.fromkeys(("unet3d.log", "log.jsonl", "checkpoint.pth"), "of the other run")
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"), [("--model", ["unet"]), ("--input_shape", [7, 7, 7]), ("--loss", ["none"])], ids=str
+)
+def test_a_mistake_leaves_an_earlier_runs_files_alone(
+    program: Program, balls: Path, tmp_path: Path, flag: str, values: list[object]
+) -> None:
+    for name in ("unet3d.log", "log.jsonl", "checkpoint.pth"):
+        (tmp_path / name).write_text("of the earlier run")
+    done = program("--data_dir", balls, "--log_dir", tmp_path, *TINY, flag, *values, ok=False)
+    assert done.returncode == 2
+    assert flag in done.stderr
+    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert left == dict.fromkeys(("unet3d.log", "log.jsonl", "checkpoint.pth"), "of the earlier run")

@@ -30,8 +30,8 @@ class Odd(nn.Module):
         return logits
 
 
-def small(classes: int = 3) -> Unet3d:
-    return Unet3d(1, classes, filters=(3, 4))
+def small(classes: int = 3, channels: int = 1) -> Unet3d:
+    return Unet3d(channels, classes, filters=(3, 4))
 
 
 @pytest.mark.parametrize(("make", "name"), [(small, "output.conv"), (Odd, "output")])
@@ -46,19 +46,81 @@ def test_the_output_layer_is_the_last_that_is_computed(make: Callable[[], nn.Mod
 
 def test_weights_of_the_same_network_are_taken_over_whole() -> None:
     ours, theirs = small(), small()
-    assert load_part(ours, theirs.state_dict(), "output.conv", "--init_from c") == "all of the network"
+    assert load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=1) == "all of the network"
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
 def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ours, theirs = small(2), small(5)
     head = ours.output.conv.weight.clone()
-    loaded = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c")
+    loaded = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=1)
     assert loaded == "all but output.conv, which is new: 2 classes instead of 5"
     assert torch.equal(ours.output.conv.weight, head)
     for name, value in theirs.state_dict().items():
         if not name.startswith("output.conv."):
             assert torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (4, 2)])
+def test_an_input_layer_of_other_channels_keeps_its_response(before: int, after: int) -> None:
+    ours, theirs = small(channels=after), small(channels=before)
+    summary = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=after)
+    name = "input_block.conv1.0.weight"
+    assert summary == (
+        f"all of the network; {name} for {after} input channel(s) instead of {before}: the mean over the channels, "
+        f"repeated, times {before}/{after}"
+    )
+    stored, own = theirs.state_dict()[name], ours.state_dict()[name]
+    for channel in range(after):
+        torch.testing.assert_close(own[:, channel], stored.mean(1) * before / after)
+    grey = torch.randn(1, 1, *WINDOW)
+    torch.testing.assert_close(ours(grey.expand(-1, after, -1, -1, -1)), theirs(grey.expand(-1, before, -1, -1, -1)))
+
+
+def test_other_channels_and_other_classes_go_together() -> None:
+    ours, theirs = small(2, channels=2), small(5)
+    summary = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=2)
+    assert summary.startswith("all but output.conv, which is new: 2 classes instead of 5; input_block")
+    assert torch.equal(ours.bottleneck.conv1[0].weight, theirs.bottleneck.conv1[0].weight)
+
+
+class Two(nn.Module):
+    """Two layers take the image, as where a residual block comes first; or the second takes features beside it."""
+
+    def __init__(self, channels: int, features: int = 0) -> None:
+        super().__init__()
+        self.one = nn.Conv3d(channels, 4, 3, padding=1)
+        self.two = nn.Conv3d(channels + features, 4, 1)
+        self.output = nn.Conv3d(4, 3, 1)
+
+
+def test_every_layer_that_takes_the_image_is_refitted() -> None:
+    ours, theirs = Two(3), Two(2)
+    summary = load_part(ours, theirs.state_dict(), "output", "c", channels=3)
+    assert "one.weight, two.weight for 3 input channel(s) instead of 2" in summary
+    torch.testing.assert_close(ours.two.weight[:, 2], theirs.two.weight.mean(1) * 2 / 3)
+
+
+def test_features_beside_the_image_are_not_averaged() -> None:
+    with pytest.raises(UserError, match=r"it has two.weight as \(4, 34, 1, 1, 1\), not \(4, 35, 1, 1, 1\)"):
+        load_part(Two(3, 32), Two(2, 32).state_dict(), "output", "c", channels=3)
+
+
+def test_a_layer_that_differs_is_no_input_layer_where_the_channels_do_not() -> None:
+    ours, theirs = (nn.Sequential(nn.Conv3d(inside, 4, 1), nn.Conv3d(4, 2, 1)) for inside in (2, 4))
+    with pytest.raises(UserError, match=r"has 0.weight as \(4, 4, 1, 1, 1\), not \(4, 2, 1, 1, 1\)"):
+        load_part(ours, theirs.state_dict(), "1", "c", channels=1, trained_channels=1)
+
+
+def test_slices_keep_their_own_weights() -> None:
+    """Three slices of two channels become three slices of four."""
+    ours, theirs = (nn.Sequential(nn.Conv2d(3 * channels, 5, 3), nn.Conv2d(5, 2, 1)) for channels in (4, 2))
+    load_part(ours, theirs.state_dict(), "1", "c", channels=4)
+    stored, own = theirs[0].weight, ours[0].weight
+    for slice_ in range(3):
+        for channel in range(4):
+            expected = stored[:, 2 * slice_ : 2 * slice_ + 2].mean(1) * 2 / 4
+            torch.testing.assert_close(own[:, 4 * slice_ + channel], expected)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +141,7 @@ def test_another_networks_weights_are_refused_and_nothing_is_loaded(
     before = copy.deepcopy(ours.state_dict())
     change(weights)
     with pytest.raises(UserError, match=f"--init_from c: not the network of --model.*{message}"):
-        load_part(ours, weights, "output.conv", "--init_from c")
+        load_part(ours, weights, "output.conv", "--init_from c", channels=1)
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 

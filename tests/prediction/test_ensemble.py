@@ -70,7 +70,7 @@ def make_ensemble(
 def write_scan(path: Path, array: NDArray[Any], geometry: Geometry) -> Source:
     image = nib.Nifti1Image(array, geometry.affine)
     nib.save(image, path)
-    return Source("scan", path.with_name("mask.nii.gz"), path)
+    return Source(name="scan", output=path.with_name("mask.nii.gz"), file=path)
 
 
 def read_mask(source: Source, geometry: Geometry) -> NDArray[np.uint8]:

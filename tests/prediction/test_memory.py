@@ -137,7 +137,7 @@ member = Member(network=network, windows=windows, amp=False, amp_dtype="auto", l
 started = resident_bytes() / GIB
 budget = MemoryBudget(started + float(sys.argv[1]), torch.device("cpu"))
 ensemble = Ensemble(members=(member,), spec=spec, budget=budget)
-predict_scan(Source("scan", Path("{tmp_path}/mask.nii"), Path("{tmp_path}/scan.nii")), ensemble, False)
+predict_scan(Source(name="scan", output=Path("{tmp_path}/mask.nii"), file=Path("{tmp_path}/scan.nii")), ensemble, False)
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
 print(int(peak) * 1024 / GIB - started)
 """

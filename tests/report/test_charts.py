@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the report is drawn by matplotlib, which is not installed")
 
 from report import charts, figures, page
-from report.comparison import names_of
-from report.records import Run, read_run
+from report.records import Run, names_of, read_run
 from report.write import write_comparison
 from tests.report.runs import REACHED, Tags, log_run
 

@@ -34,6 +34,10 @@ DEFAULTS: dict[str, Any] = {
     "init_from": None,
     "freeze": (),
     "exclude": (),
+    "folds": 0,
+    "fold": None,
+    "folds_of": "all",
+    "splits": None,
     "resume": False,
     "ckpt_every": "10m",
     "ckpt_keep": 2,
@@ -597,7 +601,7 @@ def test_flags_of_other_modes() -> None:
 
 
 def test_structural_flags() -> None:
-    expected = {"model", "normalization", "activation", "optimizer", "freeze", "exclude"}
+    expected = {"model", "normalization", "activation", "optimizer", "freeze", "exclude", "folds", "fold", "folds_of"}
     assert set(flag_names(RunConfig, resume="structural")) == expected
 
 
@@ -611,7 +615,7 @@ INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
     submission_org submission_platform submission_status division scan output series checkpoint
-    save_probabilities max_memory_gb eval_ranks
+    save_probabilities max_memory_gb eval_ranks splits
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_figures_of_a_block_that_moved(data_dir: Path) -> None:
     assert not math.isfinite(none)
     assert not math.isfinite(no_distance)
     assert table("a", TRUE, TRUE)[[4, 6]].tolist() == [1.0, 0.0]
+
+
+def test_voxels_with_the_ignore_label_are_in_no_figure(data_dir: Path) -> None:
+    """Prediction and truth differ only where nothing counts, and beyond it all figures are those of equal masks."""
+    true = TRUE.clone()
+    true[0, 0, 5:] = 255
+    table = CaseTable(data_dir, replace(SPEC, ignore_label=255), "evaluation")
+    figures = table("a", block(slice(2, 9), slice(4, 14), slice(4, 14)).masked_fill(true == 255, 0), true)
+    assert figures[:4].tolist() == pytest.approx([0.6, 0.0, 0.6, 0.0])  # planes 2 to 4
+    assert figures[[4, 6]].tolist() == [1.0, 0.0]
 
 
 def test_distances_are_those_of_the_resampled_grid(data_dir: Path) -> None:

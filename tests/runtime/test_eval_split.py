@@ -72,3 +72,8 @@ def test_a_part_that_the_split_does_not_have_is_one_clear_line(data_dir: Path) -
     write_json(data_dir / INDEX_NAME, index.to_json())
     with pytest.raises(UserError, match=r"its split has no test cases, but 2 of train, 1 of evaluation$"):
         evaluate(data_dir, "--eval_split", "test")
+
+
+def test_a_window_that_does_not_fit_is_one_clear_line(data_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"^evaluation: a window takes \d+\.\d GiB .* use smaller windows"):
+        evaluate(data_dir, "--val_input_shape", "4096", "4096", "4096")

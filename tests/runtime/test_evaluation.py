@@ -60,6 +60,16 @@ def test_the_references_crop_scores_only_the_kept_part(case: str, kept: slice, f
     assert row.tolist() == pytest.approx([DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()])
 
 
+def test_voxels_with_the_ignore_label_count_neither_in_the_loss_nor_in_the_score(fp32: Precision) -> None:
+    case = dummy_case("case_00003")
+    case.label[:, :, 6:] = 255
+    windows = replace(SCORING, ignore_label=255)
+    row = score_case(case, make_scorer(Thresholds(), fp32, windows=windows, loss=DiceCELoss(ignore_label=255)))
+    logits = sliding_window(case.image, Thresholds(), SCORING.window, SCORING.overlap, padding_value=-2.2)
+    kept, label = logits[:, :, :6], case.label[:, :, :6]
+    assert row.tolist() == pytest.approx([DiceCELoss()(kept, label).item(), *dice_score(kept, label)[0].tolist()])
+
+
 def test_without_the_crop_every_voxel_counts(fp32: Precision) -> None:
     loaded = dummy_case("case_00000")
     loaded.label[:, :, 8:] = 2

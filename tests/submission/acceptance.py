@@ -9,11 +9,11 @@ to the open division; the additional requirements of the closed one, RCPs and se
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from pathlib import Path
 
+from common.cli import Parser
 from common.errors import run_program
 from runtime.mlperf.rulesets import RUNS
 from submission.__main__ import main as submission
@@ -28,7 +28,7 @@ CLOSED = {"3.0.0": (80, 1700), "4.0.0": (28, 2100)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="tests.submission.acceptance", description=__doc__)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--closed", action="store_true", help="use synthetic logs of closed-division runs")
     options = parser.parse_args(argv)

@@ -162,7 +162,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Raw], Any], str]] = {
         "msd",
         lambda raw: raw.arguments.extend(["--slices_per_case", "5"]),
         "--slices_per_case does not apply to --dataset msd, which accepts --drop_empty, --foreground_crop, "
-        "--intensity, --intensity_window, --labels, --orientation, --spacing, --split_ratios",
+        "--ignore_label, --intensity, --intensity_window, --labels, --orientation, --spacing, --split_ratios",
     ),
     "no number": (
         "msd",

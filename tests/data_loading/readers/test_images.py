@@ -304,7 +304,7 @@ BAD: list[tuple[str, Callable[[Path, Path], object], str, str]] = [
         "a flag of scans",
         lambda data, masks: None,
         "--orientation RAS",
-        "--orientation does not apply to --dataset images, which accepts --drop_empty, --intensity, "
+        "--orientation does not apply to --dataset images, which accepts --drop_empty, --ignore_label, --intensity, "
         "--intensity_window, --labels, --labels_dir, --size, --split_ratios",
     ),
     ("no size", lambda data, masks: None, "--size 0 5", "--size 0 5: height and width must be at least 1 pixel"),

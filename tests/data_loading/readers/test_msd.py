@@ -101,7 +101,7 @@ def test_the_list_of_nnunet_is_recognised(tmp_path: Path) -> None:
     content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "numTraining": 3}
     for more in ({}, {"dataset": {}}, {"training": [GOOD]}):
         (tmp_path / "dataset.json").write_text(json.dumps({**content, **more}))
-        with pytest.raises(UserError, match="nnU-Net's list, not the Decathlon's; use --dataset nifti"):
+        with pytest.raises(UserError, match="nnU-Net's list, which names no cases; use --dataset nnunet"):
             read_msd(tmp_path, ReaderOptions())
 
 

@@ -211,6 +211,9 @@ OTHERS = {
     "optimizer": "adam",
     "freeze": ("input_block.*",),
     "exclude": ("case_00023",),
+    "folds": 5,
+    "fold": 1,
+    "folds_of": "train",
 }
 
 

@@ -24,17 +24,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, object]]]:
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, object]]:
     """Signals that this process would end with: the number, and the handler that it would meet."""
     sent: list[tuple[int, object]] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     monkeypatch.setattr(
         interruption.os, "kill", lambda process, number: sent.append((number, signal.getsignal(number)))
     )
-    yield sent
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return sent
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -96,7 +101,7 @@ def test_a_signal_that_came_to_another_rank_leaves_this_ones_first_a_wish(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_afterwards_signals_have_the_effect_that_they_had(fails: bool) -> None:
+def test_after_a_run_without_a_signal_they_have_the_effect_that_they_had(fails: bool) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
         with SignalHandler():
@@ -108,6 +113,19 @@ def test_afterwards_signals_have_the_effect_that_they_had(fails: bool) -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_the_same_signal_again_does_not_end_a_run_that_is_ending(
+    clock: list[float], ended: list[tuple[int, object]]
+) -> None:
+    """It closes its logs after the last step, and keeps its exit status."""
+    with SignalHandler():
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    assert ended == []
+    clock[0] += 1.01
+    signal.raise_signal(signal.SIGTERM)
+    assert ended == [(signal.SIGTERM, signal.SIG_DFL)]
 
 
 PROGRAM = """

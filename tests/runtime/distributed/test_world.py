@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import DistBackendError, DistError, HashStore
 
-from common.errors import UserError
+from common.errors import RankLost, UserError
 from runtime.distributed import world as distributed
 from runtime.distributed.world import KeyValueStore, World
+from tests.programs import free_port
 
 RunRanks = Callable[..., list[str]]
 
@@ -115,6 +119,29 @@ def test_a_port_in_use_is_reported_with_what_to_do(monkeypatch: pytest.MonkeyPat
             UserError, match=f"^port {port} is in use; on one machine torchrun --standalone takes a free"
         ):
             World.join(0)
+
+
+@pytest.mark.parametrize(("rank", "cause"), [(0, "1/2 clients joined"), (1, "Ping failed|[Rr]eset|[Bb]roken pipe")])
+def test_ranks_that_do_not_meet_end_in_one_line(monkeypatch: pytest.MonkeyPatch, rank: int, cause: str) -> None:
+    """Rank 0 is alone; rank 1 meets a server of something else."""
+    with socketserver.TCPServer(("127.0.0.1", 0), Refusing) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_address[1] if rank else free_port()
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
+        with pytest.raises(RankLost, match=rf"^the 2 ranks did not meet at 127.0.0.1:{port} within 1 s \(.*({cause})"):
+            World.join(rank)
+        other.shutdown()
+
+
+class Refusing(socketserver.BaseRequestHandler):
+    """Answers as a web server that was sent something else."""
+
+    def handle(self) -> None:
+        self.request.recv(4096)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def test_a_rank_that_waits_in_a_sum_polls_and_may_leave(run_ranks: RunRanks) -> None:

@@ -63,6 +63,8 @@ def test_the_fixed_flags_and_their_values() -> None:
         "include_background": False,
         "load_ckpt_path": (),
         "init_from": None,
+        "folds": 0,
+        "splits": None,
         "freeze": (),
         "lr_schedule": "multistep",
         "steps_per_epoch": None,

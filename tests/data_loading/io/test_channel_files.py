@@ -1,0 +1,64 @@
+"""Scans under nnU-Net's names: which files belong together, and the names of their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from data_loading.io.channel_files import scans_of
+from data_loading.io.scan_discovery import find_sources
+
+
+def write(folder: Path, write_scan: Callable[..., None], *names: str) -> Path:
+    for number, name in enumerate(names):
+        write_scan(folder / name, np.full((2, 3, 4), number, np.float32))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "scans"),
+    [
+        ("a_0000 b_0000", 1, "a b"),
+        ("a_0000 a_0001 b_0000 b_0001", 2, "a b"),
+        ("case_0000 case_0001", 1, ""),  # two cases with numbers of four digits
+        ("case_0007_0000 case_0008_0000", 1, "case_0007 case_0008"),
+        ("a_0000 b", 1, ""),
+        ("a_0000 b_0001", 1, ""),
+        ("a_0000 a_0001 b_0000", 2, ""),
+        ("a_000 b_000", 1, ""),
+        ("", 1, ""),
+    ],
+)
+def test_which_names_are_channels(names: str, channels: int, scans: str) -> None:
+    files = [Path(f"{name}.nii.gz") for name in names.split()]
+    assert list(scans_of(files, channels)) == scans.split()
+
+
+def test_masks_lose_the_number_of_the_channel(tmp_path: Path, write_scan: Callable[..., None]) -> None:
+    folder = write(tmp_path / "imagesTs", write_scan, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii", "b_0001.nii")
+    sources = find_sources(folder, tmp_path / "out", None, 2)
+    assert [source.output for source in sources] == [tmp_path / "out/a.nii.gz", tmp_path / "out/b.nii"]
+    assert [source.name for source in sources] == ["a", "b"]
+    assert [source.read(2).array[:, 0, 0, 0].tolist() for source in sources] == [[0, 1], [2, 3]]
+
+
+def test_a_single_file_brings_its_other_channels(tmp_path: Path, write_scan: Callable[..., None]) -> None:
+    folder = write(tmp_path / "imagesTs", write_scan, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
+    (source,) = find_sources(folder / "a_0000.nii.gz", tmp_path / "mask.nii.gz", None, 2)
+    assert (source.name, source.output) == ("a", tmp_path / "mask.nii.gz")
+    assert source.read(2).array.shape == (2, 2, 3, 4)
+    (source,) = find_sources(folder / "b_0000.nii.gz", tmp_path / "out", None, 1)
+    assert source.output == tmp_path / "out" / "b.nii.gz"
+    (source,) = find_sources(folder / "a_0000.nii.gz", tmp_path / "out", None, 1)  # one of several numbered cases
+    assert source.output == tmp_path / "out" / "a_0000.nii.gz"
+    assert source.read(1).array.shape == (1, 2, 3, 4)
+
+
+def test_a_mask_never_replaces_a_channel(tmp_path: Path, write_scan: Callable[..., None]) -> None:
+    folder = write(tmp_path, write_scan, "a_0000.nii.gz", "a_0001.nii.gz")
+    with pytest.raises(UserError, match="choose another folder"):
+        find_sources(folder / "a_0000.nii.gz", folder / "a_0001.nii.gz", None, 2)
