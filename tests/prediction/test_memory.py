@@ -138,7 +138,7 @@ started = resident_bytes() / GIB
 budget = MemoryBudget(started + float(sys.argv[1]), torch.device("cpu"))
 ensemble = Ensemble(members=(member,), spec=spec, budget=budget)
 predict_scan(Source(name="scan", output=Path("{tmp_path}/mask.nii"), file=Path("{tmp_path}/scan.nii")), ensemble, False)
-peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
+peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0].split()[1]
 print(int(peak) * 1024 / GIB - started)
 """
     for limit_gb in (1.0, 0.5):  # all windows at once would take more
