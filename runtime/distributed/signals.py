@@ -44,9 +44,7 @@ class SignalHandler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if (
-            self.number
-        ):  # the process is about to exit, with the first signal's status, although the same one comes again
+        if self.number:  # the process is about to exit with this signal's status, even if the same one comes again
             return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
