@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.compat import is_meta_device_problem
 from common.errors import UserError, one_line
 from common.registry import Allowlist, ResolvedSpec, Spec, Table, resolve
+from model.deep_supervision import Outputs, as_tuple, unify_outputs
 from model.unet3d import Unet3d
 
 NETWORKS: Table[nn.Module] = {
@@ -37,11 +38,12 @@ NO_DOWNLOAD = {
 }
 # Networks that a checkpoint may name; its weights are in the file, so nothing needs a download.
 ALLOWED = Allowlist(
-    modules=("monai.networks.nets", "segmentation_models_pytorch"),
+    modules=("monai.networks.nets", "segmentation_models_pytorch", "dynamic_network_architectures.architectures.unet"),
     base=nn.Module,
     required_parameters=(CHANNELS, CLASSES),
     forbidden_parameters=("path_or_repo_id", "checkpoint"),  # such a class downloads or unpickles what they name
     overrides=NO_DOWNLOAD,
+    classes_of=("torch.nn",),  # such as nnU-Net's conv_op
 )
 # Multiples tried when looking for the nearest valid window.
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
@@ -56,7 +58,7 @@ def build_network(
     activation: str = "relu",
     dimensions: int = 3,
 ) -> nn.Module:
-    """Builds the network that `--model` names, with torch's default initialization.
+    """Builds the network that `--model` names, with torch's default initialization; it returns `Outputs`.
 
     Channels, classes and dimensions are passed under whichever parameter names the network uses, unless the spec sets
     them itself; weights are downloaded only if the spec asks for it.
@@ -91,6 +93,7 @@ def build_network(
         raise UserError(f"--model {resolved.name} cannot read its weights: {one_line(error)}{hint}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {resolved.name} returns a {type(network).__name__}, not a torch.nn.Module")
+    unify_outputs(network, dimensions)
     return network
 
 
@@ -167,13 +170,18 @@ def _problem(meta_network: nn.Module, shape: Sequence[int], channels: int, class
     image = torch.empty(2, channels, *shape, device="meta")
     try:
         with torch.no_grad():
-            logits = meta_network.train()(image)
+            output: Any = meta_network.train()(image)
     except Exception as error:  # any network of any library
         return one_line(error)[:200]
-    if not isinstance(logits, Tensor):
-        return f"its output is a {type(logits).__name__}, not a tensor of logits"
+    logits, *coarser = output if isinstance(output, tuple) else (output,)
+    for each in (logits, *coarser):
+        if not isinstance(each, Tensor):
+            return f"{'one of its outputs' if coarser else 'its output'} is a {type(each).__name__}, not logits"
     if logits.shape != (2, classes, *shape):
         return f"it maps {tuple(image.shape)} to {tuple(logits.shape)}, not to {(2, classes, *shape)}"
+    for each in coarser:
+        if each.shape[:2] != (2, classes) or each.dim() != logits.dim():
+            return f"a further output is {tuple(each.shape)}, not logits (2, {classes}, D, H, W)"
     return ""
 
 
@@ -199,7 +207,8 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
         return []
     meta_network = to_meta(network).train()
     try:
-        meta_network(torch.empty(2, channels, *shape, device="meta")).sum().backward()
+        outputs: Outputs = meta_network(torch.empty(2, channels, *shape, device="meta"))
+        torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
     except Exception:  # as in `check_window`: unknown without computing
         return []
     unused = [name for name, p in meta_network.named_parameters() if p.requires_grad and p.grad is None]

@@ -85,6 +85,17 @@ class OnTheHost(Net):
         return super().forward(image)
 
 
+class ByName(Net):
+    def forward(self, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(image)}
+
+
+class WithScores(Net):
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(image)
+        return logits, logits.mean((2, 3, 4))
+
+
 def no_network(channels: int, classes: int) -> dict[str, int]:
     return {}
 
@@ -171,8 +182,12 @@ def test_a_window_that_does_not_fit_names_the_nearest(window: tuple[int, int, in
 
 
 def test_an_output_that_is_not_a_tensor_is_refused_and_a_network_that_cannot_be_tried_passes() -> None:
-    with pytest.raises(UserError, match="its output is a tuple, not a tensor of logits"):
+    with pytest.raises(UserError, match="one of its outputs is a NoneType, not logits"):
         check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", channels=2, classes=3)
+    with pytest.raises(UserError, match="its output is a dict, not logits"):
+        check_window(build(f"{HERE}:ByName"), (4, 4, 4), "--input_shape", channels=2, classes=3)
+    with pytest.raises(UserError, match=r"a further output is \(2, 3\), not logits \(2, 3, D, H, W\)"):
+        check_window(build(f"{HERE}:WithScores"), (4, 4, 4), "--input_shape", channels=2, classes=3)
     check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", channels=2, classes=3)
 
 
@@ -196,6 +211,7 @@ def test_parameters_that_do_not_affect_the_logits_are_frozen() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
+        "monai.networks.nets:SegResNet(act='torch.optim:SGD')",
         "os:system(command='touch {path}')",
         f"{HERE}:Net",
         "torch.nn:Conv3d(kernel_size=1)",

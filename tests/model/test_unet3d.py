@@ -294,7 +294,7 @@ def test_build_network_by_name() -> None:
         ("unet3d(filters=(4, 0))", "filters must be two or more positive numbers"),
         ("unet3d(filters=(4, 8.5))", "filters must be two or more positive numbers"),
         ("unet3d(filters=4)", "not iterable; it takes filters"),
-        ("unet3d(channels=4)", "'channels' is set by the program, leave it out"),
+        ("unet3d(channels=4)", "channels=4, but the data set needs channels=1; leave it out"),
     ],
 )
 def test_a_wrong_spec_is_a_users_mistake(spec: str, message: str) -> None:
