@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from common.errors import UserError
 from common.messages import note
 from data_loading.spec import DatasetSpec
 from model.finetune import freeze, load_part, output_layer
+from model.fused_norms import fuse_norms
 from model.registry import build_network, check_window, freeze_unused
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig
@@ -37,12 +40,25 @@ def prepare_network(run: RunSpec) -> nn.Module:
         shape = getattr(config, flag)
         check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
     freeze_unused(network, dataset.channels, config.input_shape)
+    if found := fuse_foreign_norms(config, network, dataset, config.input_shape):
+        note(f"--fuse_norms: instance norms computed in channels-last: {found}; --no-fuse_norms leaves them")
     _share_windows(run, network)
     _start_from_weights(run, network)
     to_device(network, run.world.device, config.layout)
     if config.compile:
         network.compile()  # in place: names, state and every reference stay valid
     return network
+
+
+def fuse_foreign_norms(config: RunConfig, network: nn.Module, dataset: DatasetSpec, shape: Sequence[int]) -> str:
+    """Applies `--fuse_norms`; returns what it did, or "".
+
+    Args:
+        shape: (D, H, W) of a valid window.
+    """
+    if not config.fuse_norms or config.layout != "NDHWC" or isinstance(network, Unet3d):
+        return ""
+    return fuse_norms(network, dataset.channels, shape)
 
 
 def _share_windows(run: RunSpec, network: nn.Module) -> None:

@@ -89,6 +89,7 @@ DEFAULTS: dict[str, Any] = {
     "overlap": 0.5,
     "cudnn_benchmark": False,
     "cudnn_deterministic": False,
+    "fuse_norms": True,
     "division": "auto",
     "ruleset": "4.0.0",
     "submission_org": "SUBMISSION_ORG_PLACEHOLDER",
@@ -128,7 +129,11 @@ def test_every_flag_has_its_default() -> None:
 
 def test_the_command_line_has_these_flags_and_no_others() -> None:
     flags = {flag for action in PARSER._actions for flag in action.option_strings}
-    expected = {f"--{name}" for name in FLAGS} | OLD | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
+    expected = (
+        {f"--{name}" for name in FLAGS}
+        | OLD
+        | {"--eval_every", "-v", "--no-verbose", "--no-fuse_norms", "-h", "--help"}
+    )
     assert flags == expected
 
 
@@ -230,6 +235,7 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--overlap", "0"], "overlap", 0.0),
     (["--cudnn_benchmark"], "cudnn_benchmark", True),
     (["--cudnn_deterministic"], "cudnn_deterministic", True),
+    (["--no-fuse_norms"], "fuse_norms", False),
     (["--division", "closed"], "division", "closed"),
     (["--submission_org", "ACME"], "submission_org", "ACME"),
     (["--submission_platform", "2xABACUS"], "submission_platform", "2xABACUS"),
@@ -612,7 +618,7 @@ REPORTED = """
     compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs
     lr_decay_factor
     lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
-    cudnn_deterministic ruleset
+    cudnn_deterministic fuse_norms ruleset
 """
 
 
