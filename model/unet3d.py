@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from model.convolutions import fork
@@ -73,20 +74,39 @@ class Unet3d(nn.Module):
         # After all else, so that the initial weights of all else do not depend on them.
         self.heads = nn.ModuleList(OutputLayer(n, classes) for n in filters[1:deep_supervision])
         self.divisor = 2 ** (len(filters) - 1)
+        self.recomputes = False
+
+    def recompute_activations(self, flag: str) -> None:
+        """Makes training keep each block's inputs alone, and compute the block again in the backward pass.
+
+        Args:
+            flag: what asks for it, for the message.
+        """
+        if any(isinstance(module, nn.BatchNorm3d) for module in self.modules()):
+            raise UserError(f"{flag}: batch norm would count each batch twice; use --normalization instancenorm")
+        self.recomputes = True
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if not (self.recomputes and self.training):
+            output: Tensor = block(*inputs)
+            return output
+        # No block draws random numbers.
+        again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return again
 
     def forward(self, image: Tensor) -> Outputs:
         """(N, C, D, H, W) -> logits (N, K, D, H, W); D, H and W must be multiples of `divisor`.
 
         In training with deep supervision a tuple, whose output i has the size of the image divided by 2^i.
         """
-        x, skips = self.input_block(image), []
+        x, skips = self._run(self.input_block, image), []
         for block in (*self.downsample, self.bottleneck):
             x, skip = fork(x)
             skips.append(skip)
-            x = block(x)
+            x = self._run(block, x)
         lower: list[Tensor] = []
         for level, block, skip in zip(reversed(range(len(skips))), self.upsample, reversed(skips), strict=True):
-            x = block(x, skip)
+            x = self._run(block, x, skip)
             if self.training and 0 < level <= len(self.heads):
                 lower.append(self.heads[level - 1](x))
         return (self.output(x), *reversed(lower)) if lower else self.output(x)

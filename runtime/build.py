@@ -64,6 +64,8 @@ def make_step_config(run: RunSpec) -> StepConfig:
     objective = make_objective(specs, config.batch_size, config.compile)
     if run.slabs and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} does not go with --ranks_per_sample, whose layers communicate; drop one")
+    if config.checkpoint_activations and getattr(objective, "looks_inside", False):
+        raise UserError(f"--augment {specs[0]} does not go with --checkpoint_activations; drop one")
     return StepConfig(
         loss=loss,
         precision=run.precision,

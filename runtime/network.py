@@ -43,6 +43,8 @@ def prepare_network(run: RunSpec) -> nn.Module:
     if found := fuse_foreign_norms(config, network, dataset, config.input_shape):
         note(f"--fuse_norms: instance norms computed in channels-last: {found}; --no-fuse_norms leaves them")
     _share_windows(run, network)
+    if config.checkpoint_activations:
+        _recompute_activations(run, network)
     _start_from_weights(run, network)
     to_device(network, run.world.device, config.layout)
     if config.compile:
@@ -70,6 +72,17 @@ def _share_windows(run: RunSpec, network: nn.Module) -> None:
         raise UserError(f"{flag} {count}: only --model unet3d can be computed by slabs, not {run.config.model}")
     network.check_slabs(run.config.input_shape[0], count, flag)
     network.share_windows(run.slabs)
+
+
+def _recompute_activations(run: RunSpec, network: nn.Module) -> None:
+    """Applies `--checkpoint_activations`."""
+    flag, config = "--checkpoint_activations", run.config
+    if not isinstance(network, Unet3d):
+        raise UserError(f"{flag}: only the blocks of --model unet3d can be computed again, not {config.model}; drop it")
+    for other, is_given in (("--ranks_per_sample", run.slabs is not None), ("--compile", config.compile)):
+        if is_given:
+            raise UserError(f"{flag} does not go with {other}; drop one")
+    network.recompute_activations(flag)
 
 
 def _start_from_weights(run: RunSpec, network: nn.Module) -> None:

@@ -244,3 +244,9 @@ class SamplingFlags:
         "them, by unet3d's channels-last operator, which changes no result; --no-fuse_norms leaves them to PyTorch",
         action=argparse.BooleanOptionalAction,
     )
+    checkpoint_activations: bool = flag(
+        False,
+        "for a small GPU: keep the inputs of unet3d's blocks alone and compute the blocks again in the backward pass; "
+        "less memory, a longer step, the same gradients",
+        resume="incidental",
+    )

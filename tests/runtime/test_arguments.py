@@ -90,6 +90,7 @@ DEFAULTS: dict[str, Any] = {
     "cudnn_benchmark": False,
     "cudnn_deterministic": False,
     "fuse_norms": True,
+    "checkpoint_activations": False,
     "division": "auto",
     "ruleset": "4.0.0",
     "submission_org": "SUBMISSION_ORG_PLACEHOLDER",
@@ -236,6 +237,7 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--cudnn_benchmark"], "cudnn_benchmark", True),
     (["--cudnn_deterministic"], "cudnn_deterministic", True),
     (["--no-fuse_norms"], "fuse_norms", False),
+    (["--checkpoint_activations"], "checkpoint_activations", True),
     (["--division", "closed"], "division", "closed"),
     (["--submission_org", "ACME"], "submission_org", "ACME"),
     (["--submission_platform", "2xABACUS"], "submission_platform", "2xABACUS"),
@@ -611,7 +613,7 @@ INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
     submission_org submission_platform submission_status division scan output series checkpoint test_time_flips
-    save_probabilities max_memory_gb eval_ranks
+    save_probabilities max_memory_gb eval_ranks checkpoint_activations
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
