@@ -8,13 +8,13 @@ which changes one fails there, by name.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import grad as torch_grad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +37,7 @@ __all__ = [
     "is_meta_device_problem",
     "is_missing_dicom_decoder",
     "is_port_in_use",
+    "is_unhooked",
     "loss_scale",
     "mllog_clock",
     "numpy_scalars_readable",
@@ -45,6 +46,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "without_torch_function",
+    "written_arguments",
 ]
 
 
@@ -91,6 +93,24 @@ def bf16_gradients_are_sound() -> bool:
         if not torch.allclose(computed.float(), expected, rtol=0.05, atol=0.1):
             return False
     return True
+
+
+def written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Returns the arguments that an operation of a `TorchDispatchMode` changes in place. torch 2.13."""
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    return [value for name, value in given.items() if name in written]
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Returns whether calling a module runs its class's `forward` and nothing else. torch 2.13."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in vars(module)
 
 
 class _NumberType:

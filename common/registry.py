@@ -35,6 +35,7 @@ PLAIN_TEXT = re.compile(r"[\w.+ -]*")
 INSTALL = {
     "monai": "'.[monai]'",
     "torchio": "'.[torchio]'",
+    "dynamic_network_architectures": "dynamic-network-architectures",
     "segmentation_models_pytorch": "segmentation-models-pytorch",
 }
 
@@ -65,6 +66,7 @@ class Allowlist:
         required_parameters: the class must take at least one parameter of each group.
         forbidden_parameters: a class with any of these is refused.
         overrides: values that replace the spec's own for the parameters that the class has.
+        classes_of: modules whose subclasses of `base` any spec's arguments may name, as "module:Class".
     """
 
     modules: tuple[str, ...]
@@ -72,6 +74,21 @@ class Allowlist:
     required_parameters: tuple[tuple[str, ...], ...] = ()
     forbidden_parameters: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    classes_of: tuple[str, ...] = ()
+
+    def names_class(self, value: Any) -> bool:
+        """Returns whether an argument names a class of `classes_of`."""
+        if not isinstance(value, str) or SPEC.fullmatch(value) is None:
+            return False
+        module, colon, name = value.partition(":")
+        return bool(colon) and name.isidentifier() and module in self.classes_of
+
+    def class_of(self, value: str, flag: str) -> type:
+        """Returns the class that an argument names."""
+        target: Any = load(value, f"{flag}: {value!r}", "")
+        if not (isinstance(target, type) and issubclass(target, self.base)):
+            raise UserError(f"{flag}: {value!r} is not a {self.base.__name__}")
+        return target
 
     def admits(self, target: Any, package: str) -> bool:
         """Returns whether an untrusted spec may call this target, imported from a module of `package`."""
@@ -194,10 +211,13 @@ def resolve(spec: Spec | str, table: Table[T], flag: str, allowlist: Allowlist =
         f"if you trust it, give {flag} on the command line as well"
     )
     # Before anything is imported.
-    if is_checked and not (module in allowlist.modules and all(map(_is_plain, arguments.values()))):
+    named = {key: value for key, value in arguments.items() if colon and allowlist.names_class(value)}
+    plain = [value for key, value in arguments.items() if key not in named]
+    if is_checked and not (module in allowlist.modules and all(map(_is_plain, plain))):
         raise refusal
     entry: Callable[..., T] | str = name if colon else table[name]
     target = load(entry, f"{flag} {name}", "" if colon else name) if isinstance(entry, str) else entry
+    arguments.update({key: allowlist.class_of(value, f"{flag} {name}") for key, value in named.items()})
     resolved = ResolvedSpec[T](spec=spec, flag=flag, name=name, target=target, arguments=arguments)
     if is_checked:
         if not allowlist.admits(target, module.partition(".")[0]):

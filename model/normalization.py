@@ -22,16 +22,17 @@ ROW = 1024
 
 
 class InstanceNormActivation(nn.InstanceNorm3d):
-    """Affine instance norm and activation: x -> leaky_relu(weight * (x - mean) / sqrt(var + eps) + bias).
+    """Instance norm and activation: x -> leaky_relu(weight * (x - mean) / sqrt(var + eps) + bias).
 
     Mean and (biased) variance are computed per sample and channel, in fp32 for any type of x.
 
     Args:
         channels: C.
-        slope: slope of the activation below zero; 0 is ReLU.
+        slope: slope of the activation below zero; 0 is ReLU, and 1 the norm alone.
         fused: False uses PyTorch's own operators, for comparison.
 
     Attributes:
+        weight, bias: (C,), or None (see `fused_norms`): 1 and 0.
         slabs: while it is set and the module trains, x is a slab of a window, whose mean and variance are used.
     """
 
@@ -46,8 +47,12 @@ class InstanceNormActivation(nn.InstanceNorm3d):
         """(N, C, D, H, W) -> the same shape, type and memory format."""
         slabs = self.slabs if self.training else None
         if slabs is not None or (self.fused and is_channels_last(x)):
-            return instance_norm_activation(x, self.weight, self.bias, eps=self.eps, slope=self.slope, slabs=slabs)
-        return F.leaky_relu(super().forward(x), self.slope, inplace=True)
+            channels = x.shape[1]
+            weight = self.weight if self.weight is not None else torch.ones(channels, device=x.device)
+            bias = self.bias if self.bias is not None else torch.zeros(channels, device=x.device)
+            return instance_norm_activation(x, weight, bias, eps=self.eps, slope=self.slope, slabs=slabs)
+        y = super().forward(x)
+        return y if self.slope == 1 else F.leaky_relu(y, self.slope, inplace=True)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -99,7 +104,7 @@ class NormState(NamedTuple):
 
     Attributes:
         x: input (N, C, D, H, W).
-        y: output, like x.
+        y: output, like x; x itself if the slope is 1.
         weight: (C,).
         bias: (C,).
         mean: (N, C) fp32.
@@ -122,8 +127,11 @@ class _InstanceNormActivation(torch.autograd.Function):
         kernels = triton_for(x, "norm") if _has_channels_last(x) else None
         forward = kernels.norm_forward if kernels else norm_forward
         y, mean, inverse_std = forward(x, weight, bias, eps=eps, slope=slope, slabs=slabs)
-        # Saving y costs no memory: the next convolution keeps it anyway.
-        ctx.save_for_backward(*NormState(x, y, weight=weight, bias=bias, mean=mean, inverse_std=inverse_std))
+        # Saving y costs no memory: the next convolution keeps it anyway. The norm alone does not need it, and its y may
+        # be changed in place, by adding a residual to it.
+        ctx.save_for_backward(
+            *NormState(x, x if slope == 1 else y, weight=weight, bias=bias, mean=mean, inverse_std=inverse_std)
+        )
         ctx.slope, ctx.slabs = slope, slabs
         return y
 
@@ -148,14 +156,19 @@ def norm_forward(
     rows, repeats = _fold(x, x)
     voxels = math.prod(x.shape[2:])
     own_mean = _sum(rows, repeats) / voxels
+    # The result, in which `centred` is computed. Not a view, which autograd would not let be changed in place.
+    memory_format = torch.channels_last_3d if repeats else torch.contiguous_format
+    y = torch.empty_like(x, dtype=rows.dtype, memory_format=memory_format)
     # Two passes: E[x^2] - E[x]^2 would lose digits where the mean is large.
-    centred = rows - _tile(own_mean, repeats)
+    centred = torch.sub(rows, _tile(own_mean, repeats), out=_fold(y, y)[0])
     mean, variance = window_moments(own_mean, _sum(centred * centred, repeats), voxels, slabs)
     inverse_std = (variance + eps).rsqrt()
     scale = inverse_std * weight
     shift = bias.to(scale.dtype) + (own_mean - mean) * scale
     torch.addcmul(_tile(shift, repeats), centred, _tile(scale, repeats), out=centred)
-    return _unfold(F.leaky_relu_(centred, slope).to(x.dtype), x), mean, inverse_std
+    if slope != 1:
+        F.leaky_relu_(centred, slope)
+    return y.to(x.dtype), mean, inverse_std
 
 
 def norm_backward(
@@ -169,7 +182,7 @@ def norm_backward(
     `state.bias` is for implementations that recompute y.
     """
     x, mean, inverse_std = state.x, state.mean, state.inverse_std
-    g, repeats = _fold(torch.ops.aten.leaky_relu_backward(grad, state.y, slope, True), x)
+    g, repeats = _fold(grad if slope == 1 else torch.ops.aten.leaky_relu_backward(grad, state.y, slope, True), x)
     rows, _ = _fold(x, x)
     dbias = _sum(g, repeats)
     dweight = (_sum(g * rows, repeats) - mean * dbias) * inverse_std

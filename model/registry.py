@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.compat import is_meta_device_problem
 from common.errors import UserError, one_line
-from common.registry import Allowlist, Spec, Table, resolve
+from common.registry import Allowlist, ResolvedSpec, Spec, Table, resolve
+from model.deep_supervision import Outputs, as_tuple, unify_outputs
 from model.unet3d import Unet3d
 
 NETWORKS: Table[nn.Module] = {
@@ -24,6 +25,7 @@ NETWORKS: Table[nn.Module] = {
 # Parameter names that networks use for the numbers set by the data set, the least ambiguous first.
 CHANNELS = ("in_channels", "n_channels", "input_channels", "in_chans", "channels")
 CLASSES = ("out_channels", "classes", "num_classes", "n_classes")
+DIMENSIONS = ("spatial_dims",)
 # Parameters that control a download of weights, with the value that prevents it: some networks download by default.
 NO_DOWNLOAD = {
     "pretrained": False,
@@ -36,11 +38,12 @@ NO_DOWNLOAD = {
 }
 # Networks that a checkpoint may name; its weights are in the file, so nothing needs a download.
 ALLOWED = Allowlist(
-    modules=("monai.networks.nets", "segmentation_models_pytorch"),
+    modules=("monai.networks.nets", "segmentation_models_pytorch", "dynamic_network_architectures.architectures.unet"),
     base=nn.Module,
     required_parameters=(CHANNELS, CLASSES),
     forbidden_parameters=("path_or_repo_id", "checkpoint"),  # such a class downloads or unpickles what they name
     overrides=NO_DOWNLOAD,
+    classes_of=("torch.nn",),  # such as nnU-Net's conv_op
 )
 # Multiples tried when looking for the nearest valid window.
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
@@ -55,45 +58,68 @@ def build_network(
     activation: str = "relu",
     dimensions: int = 3,
 ) -> nn.Module:
-    """Builds the network that `--model` names, with torch's default initialization.
+    """Builds the network that `--model` names, with torch's default initialization; it returns `Outputs`.
 
-    Channels, classes and the rest are passed under whichever parameter names the network uses; weights are downloaded
-    only if the spec asks for it.
+    Channels, classes and dimensions are passed under whichever parameter names the network uses, unless the spec sets
+    them itself; weights are downloaded only if the spec asks for it.
 
     Args:
         spec: an untrusted one is limited to `NETWORKS` and `ALLOWED`.
         channels: C of the image.
         classes: K, including the background.
-        normalization: one of `layers.NORMALIZATIONS`, for a network that takes it.
-        activation: one of `layers.ACTIVATIONS`, for a network that takes it.
+        normalization: one of `layers.NORMALIZATIONS`, for a network of the table that takes it.
+        activation: one of `layers.ACTIVATIONS`, for a network of the table that takes it.
         dimensions: 3 for (N, C, D, H, W) -> logits (N, K, D, H, W), 2 for (N, C, H, W) -> (N, K, H, W).
 
     Raises:
-        UserError: unknown name or arguments, a spec that may not import, or a network without a channels parameter.
+        UserError: unknown name or arguments, a spec that may not import or that contradicts the data set, a network
+            without a channels parameter, or pretrained weights that cannot be read.
     """
     resolved = resolve(spec, NETWORKS, "--model", ALLOWED)
-    inner = partial(build_network, normalization=normalization, activation=activation)
-    offered: dict[str, Any] = {
-        "spatial_dims": dimensions,
-        "normalization": normalization,
-        "activation": activation,
+    fixed = _from_data(resolved, channels, classes, dimensions)
+    if resolved.name in NETWORKS:
+        # Only here: another library may mean something else by these names, such as an activation of the output.
+        inner = partial(build_network, normalization=normalization, activation=activation)
+        flags = {"normalization": normalization, "activation": activation}
+        own: dict[str, Any] = {name: value for name, value in flags.items() if name not in resolved.arguments}
         # For a network inside this one: its spec is part of this spec, and trusted exactly as far.
-        "build": lambda text, c, k, dimensions: inner(replace(resolved.spec, text=text), c, k, dimensions=dimensions),
-    }
-    for names, value in ((CHANNELS, channels), (CLASSES, classes)):
-        # A network with **kwargs may get them in the spec under any name; `check_window` checks the result.
-        if name := next((name for name in names if name in resolved.parameters), None):
-            offered[name] = value
-        elif not resolved.takes_any:
-            raise UserError(
-                f"--model {resolved.name} has none of the parameters {', '.join(names)}, which the data set "
-                f"determines; it takes {resolved.signature()}"
-            )
-    fixed = {name: value for name, value in offered.items() if name in resolved.parameters}
-    network = resolved.call(fixed, NO_DOWNLOAD)
+        own["build"] = lambda text, c, k, n: inner(replace(resolved.spec, text=text), c, k, dimensions=n)
+        fixed |= {name: value for name, value in own.items() if name in resolved.parameters}
+    asked = ", ".join(name for name in NO_DOWNLOAD if resolved.arguments.get(name))
+    try:
+        network = resolved.call(fixed, NO_DOWNLOAD)
+    except OSError as error:  # what downloads and missing files raise
+        hint = f"; without {asked} it starts from random weights" if asked else ""
+        raise UserError(f"--model {resolved.name} cannot read its weights: {one_line(error)}{hint}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {resolved.name} returns a {type(network).__name__}, not a torch.nn.Module")
+    unify_outputs(network, dimensions)
     return network
+
+
+def _from_data(resolved: ResolvedSpec[nn.Module], channels: int, classes: int, dimensions: int) -> dict[str, Any]:
+    """Returns the arguments that the data set determines and that the spec does not set itself.
+
+    Raises:
+        UserError: the spec sets one to another value, or the network takes no channels or no classes.
+    """
+    filled: dict[str, Any] = {}
+    for names, value in ((CHANNELS, channels), (CLASSES, classes), (DIMENSIONS, dimensions)):
+        name = next((name for name in names if name in resolved.parameters), None)
+        if name is None:
+            # A network with **kwargs may get them in the spec under any name; `check_window` checks the result.
+            if names is not DIMENSIONS and not resolved.takes_any:
+                raise UserError(
+                    f"--model {resolved.name} has none of the parameters {', '.join(names)}, which the data set "
+                    f"determines; it takes {resolved.signature()}"
+                )
+        elif name not in resolved.arguments:
+            filled[name] = value
+        elif (given := resolved.arguments[name]) != value:
+            raise UserError(
+                f"--model {resolved.name}: {name}={given!r}, but the data set needs {name}={value}; leave it out"
+            )
+    return filled
 
 
 def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channels: int, classes: int) -> None:
@@ -144,13 +170,18 @@ def _problem(meta_network: nn.Module, shape: Sequence[int], channels: int, class
     image = torch.empty(2, channels, *shape, device="meta")
     try:
         with torch.no_grad():
-            logits = meta_network.train()(image)
+            output: Any = meta_network.train()(image)
     except Exception as error:  # any network of any library
         return one_line(error)[:200]
-    if not isinstance(logits, Tensor):
-        return f"its output is a {type(logits).__name__}, not a tensor of logits"
+    logits, *coarser = output if isinstance(output, tuple) else (output,)
+    for each in (logits, *coarser):
+        if not isinstance(each, Tensor):
+            return f"{'one of its outputs' if coarser else 'its output'} is a {type(each).__name__}, not logits"
     if logits.shape != (2, classes, *shape):
         return f"it maps {tuple(image.shape)} to {tuple(logits.shape)}, not to {(2, classes, *shape)}"
+    for each in coarser:
+        if each.shape[:2] != (2, classes) or each.dim() != logits.dim():
+            return f"a further output is {tuple(each.shape)}, not logits (2, {classes}, D, H, W)"
     return ""
 
 
@@ -176,7 +207,8 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
         return []
     meta_network = to_meta(network).train()
     try:
-        meta_network(torch.empty(2, channels, *shape, device="meta")).sum().backward()
+        outputs: Outputs = meta_network(torch.empty(2, channels, *shape, device="meta"))
+        torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
     except Exception:  # as in `check_window`: unknown without computing
         return []
     unused = [name for name, p in meta_network.named_parameters() if p.requires_grad and p.grad is None]

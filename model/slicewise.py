@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from model.deep_supervision import Outputs
 
 
 class Slicewise(nn.Module):
-    """Passes each slice along D through one 2-D network: (N, C, D, H, W) -> logits (N, K, D, H, W).
+    """Passes each slice along D through one 2-D network: (N, C, D, H, W) -> logits (N, K, D, H, W), or `Outputs` of it.
 
     With a context of 3, the network sees slices k - 1, k and k + 1 as `context * C` channels, ordered by slice. Beyond
     the ends the last slice repeats. Flipping the volume along D also reverses the order of the neighbours. H and W are
@@ -47,12 +48,14 @@ class Slicewise(nn.Module):
         self.context = context
         self.network = build(network, context * channels, classes, 2)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Outputs:
         n, _, depth, _, _ = image.shape
         slices = torch.arange(depth, device=image.device)
         reach = self.context // 2
         shifted = [image[:, :, (slices + offset).clamp(0, depth - 1)] for offset in range(-reach, reach + 1)]
         # (N, context * C, D, H, W) -> (N * D, context * C, H, W)
         planes = torch.cat(shifted, dim=1).transpose(1, 2).flatten(0, 1)
-        logits: Tensor = self.network(planes)
-        return logits.unflatten(0, (n, depth)).transpose(1, 2)
+        outputs: Outputs = self.network(planes)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (n, depth)).transpose(1, 2)
+        return tuple(logits.unflatten(0, (n, depth)).transpose(1, 2) for logits in outputs)

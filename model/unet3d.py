@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from model.convolutions import fork
+from model.deep_supervision import Outputs
 from model.layers import ACTIVATIONS, NORMALIZATIONS, BlockConfig, DoubleConv, OutputLayer, UpBlock
 from model.normalization import InstanceNormActivation
 from model.slabs import SlabConv3d, Slabs
@@ -26,9 +28,12 @@ class Unet3d(nn.Module):
         activation: "relu" or "leaky_relu" (slope 0.01).
         filters: feature maps per resolution, the bottleneck last.
         fused: False computes norm and activation with PyTorch's own operators, for comparison; same numbers.
+        deep_supervision: number of outputs in training: the first at full resolution, each further one at the next
+            lower resolution of the decoder. The bottleneck has none.
 
     Raises:
-        UserError: fewer than two resolutions, or an unknown normalization or activation.
+        UserError: fewer than two resolutions, more outputs than resolutions of the decoder, or an unknown normalization
+            or activation.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Unet3d(nn.Module):
         activation: str = "relu",
         filters: Sequence[int] = MLPERF_FILTERS,
         fused: bool = True,
+        deep_supervision: int = 1,
     ) -> None:
         super().__init__()
         if normalization not in NORMALIZATIONS or activation not in ACTIVATIONS:
@@ -49,6 +55,11 @@ class Unet3d(nn.Module):
         filters = tuple(filters)
         if len(filters) < 2 or not all(isinstance(n, int) and n > 0 for n in filters):
             raise UserError(f"unet3d: filters must be two or more positive numbers, got {filters}")
+        if type(deep_supervision) is not int or not 1 <= deep_supervision < len(filters):
+            raise UserError(
+                f"unet3d: deep_supervision={deep_supervision!r}; with {len(filters)} filters it is a number of outputs "
+                f"from 1 to {len(filters) - 1}"
+            )
         config = BlockConfig(normalization=normalization, activation=activation, fused=fused)
         first, *inner, bottleneck = filters
         self.input_block = DoubleConv(channels, first, 1, config)
@@ -60,18 +71,45 @@ class Unet3d(nn.Module):
             UpBlock(below, here, config) for below, here in zip(filters[:0:-1], filters[-2::-1], strict=True)
         )
         self.output = OutputLayer(first, classes)
+        # After all else, so that the initial weights of all else do not depend on them.
+        self.heads = nn.ModuleList(OutputLayer(n, classes) for n in filters[1:deep_supervision])
         self.divisor = 2 ** (len(filters) - 1)
+        self.recomputes = False
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(N, C, D, H, W) -> logits (N, K, D, H, W); D, H and W must be multiples of `divisor`."""
-        x, skips = self.input_block(image), []
+    def recompute_activations(self, flag: str) -> None:
+        """Makes training keep each block's inputs alone, and compute the block again in the backward pass.
+
+        Args:
+            flag: what asks for it, for the message.
+        """
+        if any(isinstance(module, nn.BatchNorm3d) for module in self.modules()):
+            raise UserError(f"{flag}: batch norm would count each batch twice; use --normalization instancenorm")
+        self.recomputes = True
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if not (self.recomputes and self.training):
+            output: Tensor = block(*inputs)
+            return output
+        # No block draws random numbers.
+        again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return again
+
+    def forward(self, image: Tensor) -> Outputs:
+        """(N, C, D, H, W) -> logits (N, K, D, H, W); D, H and W must be multiples of `divisor`.
+
+        In training with deep supervision a tuple, whose output i has the size of the image divided by 2^i.
+        """
+        x, skips = self._run(self.input_block, image), []
         for block in (*self.downsample, self.bottleneck):
             x, skip = fork(x)
             skips.append(skip)
-            x = block(x)
-        for block, skip in zip(self.upsample, reversed(skips), strict=True):
-            x = block(x, skip)
-        return self.output(x)
+            x = self._run(block, x)
+        lower: list[Tensor] = []
+        for level, block, skip in zip(reversed(range(len(skips))), self.upsample, reversed(skips), strict=True):
+            x = self._run(block, x, skip)
+            if self.training and 0 < level <= len(self.heads):
+                lower.append(self.heads[level - 1](x))
+        return (self.output(x), *reversed(lower)) if lower else self.output(x)
 
     def check_window(self, shape: Sequence[int], flag: str) -> None:
         """Raises UserError for a window that cannot be halved often enough, naming the nearest one that can.

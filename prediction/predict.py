@@ -31,7 +31,7 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
 from runtime.memory_format import to_device
-from runtime.network import make_network
+from runtime.network import fuse_foreign_norms, make_network
 from runtime.seeding import seed_process
 from runtime.test_time_flips import untrained_flips
 
@@ -126,6 +126,7 @@ def _load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, d
     network = make_network(config, spec)
     window, classes = config.val_input_shape, len(spec.classes)
     check_window(network, window, "--val_input_shape", channels=spec.channels, classes=classes)
+    fuse_foreign_norms(config, network, spec, window)
     checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)
     to_device(network.eval(), device, config.layout)
     windows = replace(build.make_sliding_window_config(config, spec), crops_remainder=False)

@@ -18,6 +18,7 @@ from data_loading.folds import write_splits
 from data_loading.integrity import check_files, verify_changed
 from data_loading.spec import DatasetSpec
 from data_loading.transforms import make_augmentation
+from model.deep_supervision import OutputsLoss
 from model.losses import SlabLoss, build_loss
 from runtime.arguments import RunConfig, checkpoint_path
 from runtime.callbacks.base import RunContext, build_callbacks
@@ -63,11 +64,14 @@ def make_step_config(run: RunSpec) -> StepConfig:
     config = run.config
     _, specs = split_specs(config.augment)
     loss = make_loss(config, run.dataset, run.world)
+    loss = OutputsLoss(SlabLoss(loss, run.slabs) if run.slabs else loss)
     objective = make_objective(specs, config.batch_size, config.compile)
     if run.slabs and getattr(objective, "looks_inside", False):
         raise UserError(f"--augment {specs[0]} does not go with --ranks_per_sample, whose layers communicate; drop one")
+    if config.checkpoint_activations and getattr(objective, "looks_inside", False):
+        raise UserError(f"--augment {specs[0]} does not go with --checkpoint_activations; drop one")
     return StepConfig(
-        loss=SlabLoss(loss, run.slabs) if run.slabs else loss,
+        loss=loss,
         precision=run.precision,
         ga_steps=config.ga_steps,
         layout=config.layout,

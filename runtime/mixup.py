@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from common.compat import tree_iter, tree_map, without_torch_function
 from common.errors import UserError, one_line
+from model.deep_supervision import Outputs
 from model.registry import to_meta
 from runtime.objective import Predict, plain
 
@@ -80,7 +81,7 @@ class Mixup:
         # Without `non_blocking` the host would wait for all that the device has yet to compute.
         return Mix(share, torch.randperm(len(image)).to(image.device, non_blocking=True))
 
-    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Tensor:
+    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Outputs:
         """Returns the logits of the mixed images."""
         return predict(mix(image))
 
@@ -97,13 +98,13 @@ class ManifoldMixup(Mixup):
         super().__init__(alpha)
         self._cuts: int | None = None
 
-    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Tensor:
+    def logits(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix) -> Outputs:
         """Returns the logits of the network with a cut at random."""
         if self._cuts is None:
             self._cuts = count_cuts(network, image)
         return self.logits_with_cut(network, predict, image, mix, cut=int(torch.randint(self._cuts, ())))
 
-    def logits_with_cut(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix, *, cut: int) -> Tensor:
+    def logits_with_cut(self, network: nn.Module, predict: Predict, image: Tensor, mix: Mix, *, cut: int) -> Outputs:
         """Returns the logits of the network, mixed after `cut` calls of leaf modules; 0: at the input."""
         if cut == 0:
             return predict(mix(image))

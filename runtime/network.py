@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from common.errors import UserError
 from common.messages import note
 from data_loading.spec import DatasetSpec
 from model.finetune import freeze, load_part, output_layer
+from model.fused_norms import fuse_norms
 from model.registry import build_network, check_window, freeze_unused
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig
@@ -43,12 +46,27 @@ def prepare_network(run: RunSpec) -> nn.Module:
     seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = make_checked_network(config, dataset)
     freeze_unused(network, dataset.channels, config.input_shape)
+    if found := fuse_foreign_norms(config, network, dataset, config.input_shape):
+        note(f"--fuse_norms: instance norms computed in channels-last: {found}; --no-fuse_norms leaves them")
     _share_windows(run, network)
+    if config.checkpoint_activations:
+        _recompute_activations(run, network)
     _start_from_weights(run, network)
     to_device(network, run.world.device, config.layout)
     if config.compile:
         network.compile()  # in place: names, state and every reference stay valid
     return network
+
+
+def fuse_foreign_norms(config: RunConfig, network: nn.Module, dataset: DatasetSpec, shape: Sequence[int]) -> str:
+    """Applies `--fuse_norms`; returns what it did, or "".
+
+    Args:
+        shape: (D, H, W) of a valid window.
+    """
+    if not config.fuse_norms or config.layout != "NDHWC" or isinstance(network, Unet3d):
+        return ""
+    return fuse_norms(network, dataset.channels, shape)
 
 
 def _share_windows(run: RunSpec, network: nn.Module) -> None:
@@ -60,6 +78,17 @@ def _share_windows(run: RunSpec, network: nn.Module) -> None:
         raise UserError(f"{flag} {count}: only --model unet3d can be computed by slabs, not {run.config.model}")
     network.check_slabs(run.config.input_shape[0], count, flag)
     network.share_windows(run.slabs)
+
+
+def _recompute_activations(run: RunSpec, network: nn.Module) -> None:
+    """Applies `--checkpoint_activations`."""
+    flag, config = "--checkpoint_activations", run.config
+    if not isinstance(network, Unet3d):
+        raise UserError(f"{flag}: only the blocks of --model unet3d can be computed again, not {config.model}; drop it")
+    for other, is_given in (("--ranks_per_sample", run.slabs is not None), ("--compile", config.compile)):
+        if is_given:
+            raise UserError(f"{flag} does not go with {other}; drop one")
+    network.recompute_activations(flag)
 
 
 def _start_from_weights(run: RunSpec, network: nn.Module) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from common import registry
 from common.errors import UserError
 from common.messages import note
+from model.deep_supervision import Outputs
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[[Tensor], Outputs]
 
 
 class Objective(Protocol):

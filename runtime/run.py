@@ -20,7 +20,7 @@ from runtime.logging.console import EvaluationTracker
 from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
 from runtime.memory_format import to_device
-from runtime.network import make_checked_network, make_network, prepare_network
+from runtime.network import fuse_foreign_norms, make_checked_network, make_network, prepare_network
 from runtime.precision import choose_precision
 from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
 from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
@@ -124,6 +124,7 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     check_window(
         network, config.val_input_shape, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes)
     )
+    fuse_foreign_norms(config, network, dataset, config.val_input_shape)
     weights, epoch = loaded.state(config.checkpoint)
     checkpoints.load_network(network, weights, loaded.path)
     to_device(network, world.device, config.layout)

@@ -21,6 +21,7 @@ from common.compat import is_dataloader_worker_error, loss_scale
 from common.errors import DIVERGED_EXIT, Interrupted, UserError
 from data_loading.base_loader import Batch, TrainingLoader
 from data_loading.pytorch_loader import lost_worker_message
+from model.deep_supervision import Outputs
 from runtime.callbacks.base import Callback
 from runtime.checkpoint.writer import CheckpointWriter
 from runtime.distributed.step_sync import StepSync
@@ -228,10 +229,10 @@ def forward_backward(state: TrainState, batch: Batch, config: StepConfig, *, com
     image = batch["image"].to(device, non_blocking=True, memory_format=MEMORY_FORMATS[config.layout])
     label = batch["label"].to(device, non_blocking=True)
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(images: Tensor) -> Outputs:
         with config.precision.autocast():
-            logits: Tensor = state.model(images)
-        return logits
+            outputs: Outputs = state.model(images)
+        return outputs
 
     with nullcontext() if communicate else without_communication(state.model):
         loss = config.objective(state.network, predict, config.loss, image, label)

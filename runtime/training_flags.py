@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from common.cli import number
@@ -259,3 +260,15 @@ class SamplingFlags:
     )
     cudnn_benchmark: bool = flag(False, "let cuDNN time its algorithms and choose the fastest")
     cudnn_deterministic: bool = flag(False, "make runs on a GPU reproducible bit for bit")
+    fuse_norms: bool = flag(
+        True,
+        "with --layout NDHWC, compute the instance norms of other libraries' networks, and the (leaky) ReLU behind "
+        "them, by unet3d's channels-last operator, which changes no result; --no-fuse_norms leaves them to PyTorch",
+        action=argparse.BooleanOptionalAction,
+    )
+    checkpoint_activations: bool = flag(
+        False,
+        "for a small GPU: keep the inputs of unet3d's blocks alone and compute the blocks again in the backward pass; "
+        "less memory, a longer step, the same gradients",
+        resume="incidental",
+    )

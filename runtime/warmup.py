@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_loading.base_loader import Batch
+from model.deep_supervision import Outputs, as_tuple
 from runtime.distributed.world import World
 from runtime.logging.events import Calibrated
 from runtime.precision import Precision
@@ -105,7 +106,8 @@ def calibrate(
 def training_flops(build: Callable[[], nn.Module], shape: Sequence[int]) -> float:
     """Returns the operations of forward and backward for one sample (C, D, H, W), counted without computing them."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build()(torch.empty(1, *shape)).sum().backward()
+        outputs: Outputs = build()(torch.empty(1, *shape))
+        torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
     return float(counter.get_total_flops())
 
 

@@ -203,7 +203,8 @@ def test_a_batch_that_no_memory_holds_is_refused_with_one_that_fits(program: Pro
 
 def test_arguments_can_be_read_from_a_recipe(program: Program, balls: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.args"
-    recipe.write_text("# a comment\n--model 'unet3d(filters=(4,8))'  # two resolutions\n--epochs 1\n--num_workers 0\n")
+    spec = "unet3d(filters=(4,8,8), deep_supervision=2)"  # which no other test trains in the real program
+    recipe.write_text(f"# a comment\n--model '{spec}'  # three resolutions\n--epochs 1\n--num_workers 0\n")
     shapes = ("--input_shape", 16, 16, 16, "--val_input_shape", 16, 16, 16)
     program(f"@{recipe}", "--data_dir", balls, "--log_dir", tmp_path, *shapes)
-    assert json.loads((tmp_path / "run.json").read_text())["config"]["model"] == "unet3d(filters=(4,8))"
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["model"] == spec

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.registry import Spec
+from model.normalization import InstanceNormActivation
 from model.registry import NO_DOWNLOAD, build_network, check_window, freeze_unused, to_meta
 
 HERE = "tests.model.test_registry"
@@ -39,6 +40,32 @@ class Anything(Net):
         super().__init__(settings["width"], settings["classes_out"], spatial_dims=3)
 
 
+class WithActivation(Net):
+    """Has the signature of segmentation_models_pytorch's networks, whose `activation` is the output's."""
+
+    def __init__(
+        self,
+        encoder_name: str = "resnet34",
+        encoder_weights: str | None = "imagenet",
+        in_channels: int = 3,
+        classes: int = 1,
+        activation: str | None = None,
+        normalization: str | None = None,
+        **settings: object,
+    ) -> None:
+        super().__init__(in_channels, classes, spatial_dims=3)
+        self.settings = (encoder_name, encoder_weights, activation, normalization, settings)
+
+
+class NeedsAFile(Net):
+    """Reads its weights where they are asked for, and finds none."""
+
+    def __init__(self, in_channels: int, classes: int, encoder_weights: str | None = "imagenet") -> None:
+        if encoder_weights:
+            raise FileNotFoundError("no connection")
+        super().__init__(in_channels, classes, spatial_dims=3)
+
+
 class NoClasses(nn.Module):
     def __init__(self, in_channels: int, depth: int = 2) -> None:
         super().__init__()
@@ -58,12 +85,23 @@ class OnTheHost(Net):
         return super().forward(image)
 
 
+class ByName(Net):
+    def forward(self, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"out": super().forward(image)}
+
+
+class WithScores(Net):
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(image)
+        return logits, logits.mean((2, 3, 4))
+
+
 def no_network(channels: int, classes: int) -> dict[str, int]:
     return {}
 
 
-def build(spec: str, channels: int = 2, classes: int = 3) -> nn.Module:
-    return build_network(Spec(spec, trusted=True), channels, classes)
+def build(spec: str, channels: int = 2, classes: int = 3, activation: str = "relu") -> nn.Module:
+    return build_network(Spec(spec, trusted=True), channels, classes, activation=activation)
 
 
 def test_channels_classes_and_dimensions_are_passed_by_name_and_nothing_is_downloaded() -> None:
@@ -73,10 +111,41 @@ def test_channels_classes_and_dimensions_are_passed_by_name_and_nothing_is_downl
     assert build(f"{HERE}:Net(pretrained=True)").given[-1] is True, "the spec asks for it"  # type: ignore[union-attr, index]
 
 
+def test_another_librarys_network_gets_channels_and_classes_alone_and_sets_all_else_itself() -> None:
+    spec = f"{HERE}:WithActivation"
+    network = build(spec, activation="leaky_relu")
+    assert isinstance(network, WithActivation)
+    assert network.given[:2] == (2, 3)
+    assert network.settings == ("resnet34", None, None, None, {}), "its activation is the output's"
+    arguments = "encoder_name='mit_b0', in_channels=2, classes=3, activation='softmax', normalization='x', depth=2"
+    own = build(f"{spec}({arguments})")
+    assert isinstance(own, WithActivation)
+    assert own.given[:2] == (2, 3)
+    assert own.settings == ("mit_b0", None, "softmax", "x", {"depth": 2})
+    assert isinstance(build(f"{HERE}:NeedsAFile"), NeedsAFile), "weights are left out unless the spec asks for them"
+
+
+def test_the_projects_network_takes_the_flags_where_its_spec_sets_nothing() -> None:
+    def slope(spec: str) -> float:
+        network = build(spec, activation="leaky_relu")
+        return next(module.slope for module in network.modules() if isinstance(module, InstanceNormActivation))
+
+    assert slope("unet3d(filters=(2,4))") == 0.01
+    assert slope("unet3d(filters=(2,4), activation='relu', channels=2)") == 0.0
+    with pytest.raises(UserError, match="unet3d: classes=5, but the data set needs classes=3"):
+        build("unet3d(classes=5)")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("Net(in_channels=1)", "'in_channels' is set by the program, leave it out; it takes channels=4, pretrained"),
+        ("Net(in_channels=1)", "Net: in_channels=1, but the data set needs in_channels=2; leave it out"),
+        ("Net(out_channels=None)", "Net: out_channels=None, but the data set needs out_channels=3; leave it out"),
+        ("Net(spatial_dims=2)", "Net: spatial_dims=2, but the data set needs spatial_dims=3; leave it out"),
+        (
+            "NeedsAFile(encoder_weights='imagenet')",
+            "NeedsAFile cannot read its weights: no connection; without encoder_weights it starts from random weights",
+        ),
         ("Net(chanels=1)", "unknown argument 'chanels'; it takes channels=4"),
         (
             "NoClasses",
@@ -113,8 +182,12 @@ def test_a_window_that_does_not_fit_names_the_nearest(window: tuple[int, int, in
 
 
 def test_an_output_that_is_not_a_tensor_is_refused_and_a_network_that_cannot_be_tried_passes() -> None:
-    with pytest.raises(UserError, match="its output is a tuple, not a tensor of logits"):
+    with pytest.raises(UserError, match="one of its outputs is a NoneType, not logits"):
         check_window(build(f"{HERE}:Pair"), (4, 4, 4), "--input_shape", channels=2, classes=3)
+    with pytest.raises(UserError, match="its output is a dict, not logits"):
+        check_window(build(f"{HERE}:ByName"), (4, 4, 4), "--input_shape", channels=2, classes=3)
+    with pytest.raises(UserError, match=r"a further output is \(2, 3\), not logits \(2, 3, D, H, W\)"):
+        check_window(build(f"{HERE}:WithScores"), (4, 4, 4), "--input_shape", channels=2, classes=3)
     check_window(build(f"{HERE}:OnTheHost"), (4, 4, 4), "--input_shape", channels=2, classes=3)
 
 
@@ -138,6 +211,7 @@ def test_parameters_that_do_not_affect_the_logits_are_frozen() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
+        "monai.networks.nets:SegResNet(act='torch.optim:SGD')",
         "os:system(command='touch {path}')",
         f"{HERE}:Net",
         "torch.nn:Conv3d(kernel_size=1)",
@@ -167,6 +241,20 @@ def test_allowed_networks_come_from_the_command_line_and_from_files(spec: str, t
     network = build_network(Spec(spec, trusted=trusted), 2, 4)
     check_window(network, (4, 4, 8), "--input_shape", channels=2, classes=4)
     assert network(torch.randn(1, 2, 4, 4, 8)).shape == (1, 4, 4, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["Unet", "UnetPlusPlus", "DeepLabV3Plus", "FPN", "Segformer"])
+def test_networks_of_segmentation_models_pytorch_train_slice_by_slice(name: str) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="pip install segmentation-models-pytorch")
+    spec = f"slicewise(network='segmentation_models_pytorch:{name}(encoder_name=\"resnet18\")')"
+    network = build_network(spec, 2, 3, activation="relu")  # as from a checkpoint
+    check_window(network, (2, 64, 64), "--input_shape", channels=2, classes=3)
+    assert freeze_unused(network, 2, (2, 64, 64)) == []
+    logits = network.train()(torch.randn(1, 2, 2, 64, 64))
+    assert logits.shape == (1, 3, 2, 64, 64)
+    assert logits.min() < 0 < logits.max(), "no activation at the output"
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_a_missing_argument_of_monais_is_one_line() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from model.deep_supervision import as_tuple
 from model.layers import BlockConfig, UpBlock
 from model.normalization import InstanceNormActivation
 from model.registry import NETWORKS, build_network, check_window
@@ -294,7 +295,7 @@ def test_build_network_by_name() -> None:
         ("unet3d(filters=(4, 0))", "filters must be two or more positive numbers"),
         ("unet3d(filters=(4, 8.5))", "filters must be two or more positive numbers"),
         ("unet3d(filters=4)", "not iterable; it takes filters"),
-        ("unet3d(channels=4)", "'channels' is set by the program, leave it out"),
+        ("unet3d(channels=4)", "channels=4, but the data set needs channels=1; leave it out"),
     ],
 )
 def test_a_wrong_spec_is_a_users_mistake(spec: str, message: str) -> None:
@@ -306,3 +307,37 @@ def test_a_wrong_spec_is_a_users_mistake(spec: str, message: str) -> None:
 def test_unknown_kinds_are_refused(normalization: str, activation: str) -> None:
     with pytest.raises(UserError, match="unknown normalization"):
         Unet3d(1, 3, normalization, activation)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_blocks_that_are_computed_again_give_the_same_gradients_bit_for_bit(
+    outputs: int, layout: torch.memory_format
+) -> None:
+    def gradients(recomputes: bool) -> tuple[list[Tensor], list[Tensor], int]:
+        torch.manual_seed(5)
+        network = Unet3d(1, 3, filters=TINY, deep_supervision=outputs).to(memory_format=layout)
+        if recomputes:
+            network.recompute_activations("--checkpoint_activations")
+        calls: list[None] = []
+        network.bottleneck.register_forward_pre_hook(lambda *_: calls.append(None))
+        image = ramp(2, 1, 8, 8, 8).contiguous(memory_format=layout)
+        logits = as_tuple(network(image))
+        torch.stack([(each**2).mean() for each in logits]).sum().backward()
+        found = [p.grad for p in network.parameters() if p.grad is not None]
+        return list(logits), found, len(calls)
+
+    (logits, plain, once), (same_logits, again, twice) = gradients(False), gradients(True)
+    assert (once, twice) == (1, 2)
+    for a, b in zip([*logits, *plain], [*same_logits, *again], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_training_computes_blocks_again_and_not_with_batch_norm() -> None:
+    network, calls = tiny_network(), []
+    network.recompute_activations("--checkpoint_activations")
+    network.bottleneck.register_forward_pre_hook(lambda *_: calls.append(None))
+    network.eval()(ramp(1, 1, 8, 8, 8)).sum().backward()
+    assert len(calls) == 1
+    with pytest.raises(UserError, match="--checkpoint_activations: batch norm would count each batch twice"):
+        tiny_network("batchnorm").recompute_activations("--checkpoint_activations")

@@ -96,6 +96,8 @@ DEFAULTS: dict[str, Any] = {
     "overlap": 0.5,
     "cudnn_benchmark": False,
     "cudnn_deterministic": False,
+    "fuse_norms": True,
+    "checkpoint_activations": False,
     "division": "auto",
     "ruleset": "4.0.0",
     "submission_org": "SUBMISSION_ORG_PLACEHOLDER",
@@ -135,7 +137,11 @@ def test_every_flag_has_its_default() -> None:
 
 def test_the_command_line_has_these_flags_and_no_others() -> None:
     flags = {flag for action in PARSER._actions for flag in action.option_strings}
-    expected = {f"--{name}" for name in FLAGS} | OLD | {"--eval_every", "-v", "--no-verbose", "-h", "--help"}
+    expected = (
+        {f"--{name}" for name in FLAGS}
+        | OLD
+        | {"--eval_every", "-v", "--no-verbose", "--no-fuse_norms", "-h", "--help"}
+    )
     assert flags == expected
 
 
@@ -241,6 +247,8 @@ GIVEN: list[tuple[list[str], str, Any]] = [
     (["--overlap", "0"], "overlap", 0.0),
     (["--cudnn_benchmark"], "cudnn_benchmark", True),
     (["--cudnn_deterministic"], "cudnn_deterministic", True),
+    (["--no-fuse_norms"], "fuse_norms", False),
+    (["--checkpoint_activations"], "checkpoint_activations", True),
     (["--division", "closed"], "division", "closed"),
     (["--submission_org", "ACME"], "submission_org", "ACME"),
     (["--submission_platform", "2xABACUS"], "submission_platform", "2xABACUS"),
@@ -615,14 +623,14 @@ INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
     submission_org submission_platform submission_status division scan output series checkpoint
-    save_probabilities max_memory_gb eval_ranks splits
+    save_probabilities max_memory_gb eval_ranks splits checkpoint_activations
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
     compile plain_operators amp amp_dtype learning_rate momentum init_learning_rate lr_warmup_epochs lr_decay_epochs
     lr_decay_factor
     lr_schedule lamb_betas weight_decay loss include_background callbacks augment oversampling overlap cudnn_benchmark
-    cudnn_deterministic ruleset max_grad_norm ema_decay class_sampling_weights test_time_flips
+    cudnn_deterministic fuse_norms ruleset max_grad_norm ema_decay class_sampling_weights test_time_flips
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -110,6 +111,14 @@ def test_operations_by_hand() -> None:
     """One 1x1x1 convolution of 2 to 3 maps on 4 voxels: 24 products and additions, again for the weights' gradient."""
     flops = training_flops(lambda: torch.nn.Conv3d(2, 3, 1, bias=False), (2, 1, 2, 2))
     assert flops == 2 * 24 * 2, "the input needs no gradient"
+
+
+def test_operations_of_further_outputs_count() -> None:
+    """A 1x1x1 convolution of 4 to 3 maps on 2 x 2 x 4 voxels, and the gradients of its weights and of its input."""
+    one, two = (
+        training_flops(partial(Unet3d, 1, 3, filters=(2, 4, 4), deep_supervision=n), (1, 4, 4, 8)) for n in (1, 2)
+    )
+    assert two - one == 3 * 2 * 4 * 3 * 2 * 2 * 4
 
 
 def test_the_peak_is_positive_and_of_the_steps_format(fp32: Precision, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,7 @@ def test_a_run_that_can_share(share: Callable[..., None]) -> None:
     ("changed", "message"),
     [
         ({"model": trusted_spec("slicewise(network='tests.runtime.test_mixup:Plane')")}, "only --model unet3d"),
+        ({"checkpoint_activations": True}, "--checkpoint_activations does not go with --ranks_per_sample"),
         ({"normalization": "batchnorm"}, "batch norm cannot be computed by slabs; use --normalization instancenorm"),
         ({"loss": trusted_spec("torch.nn:CrossEntropyLoss")}, "only the losses dice_ce and dice"),
         ({"augment": (trusted_spec("manifold_mixup"),)}, "does not go with --ranks_per_sample"),
