@@ -2,6 +2,7 @@
 
     python3 -m benchmarks --suite loader|step|evaluate|preprocess|scaling|storage|all [--json FILE] [--quick]
     python3 -m benchmarks --suite gpu --minutes 9 --json FILE
+    python3 -m benchmarks --suite peers --data_dir DATA
 
 Prints one markdown table per suite; --json also writes them, with hardware, versions and commit.
 """
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
 # Not part of "all": it repeats parts of the others within a few minutes of one GPU.
 GPU_SUITE = "gpu"
+# Nor is this: it trains on real data.
+PEERS_SUITE = "peers"
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "hippocampus_cpu.args"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: anything that would otherwise fail only after measuring.
     """
     parser = Parser(prog="python3 -m benchmarks", description="Measures this project on this machine.")
-    parser.add_argument("--suite", choices=(*SUITES, GPU_SUITE, "all"), required=True)
+    parser.add_argument("--suite", choices=(*SUITES, GPU_SUITE, PEERS_SUITE, "all"), required=True)
     parser.add_argument("--json", type=Path, help="also write the tables, with hardware, versions and commit")
     parser.add_argument(
         "--quick", action="store_true", help="small shapes, to see that everything runs; the figures mean nothing"
@@ -47,6 +51,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
     parser.add_argument("--minutes", type=float, default=60.0, help="time that the gpu suite may take (default: 60)")
     parser.add_argument("--parts", nargs="+", default=[], metavar="TITLE", help="parts of the gpu suite (default: all)")
+    parser.add_argument("--data_dir", type=Path, help="preprocessed folder that the peers suite trains on")
+    parser.add_argument(
+        "--recipe", type=Path, default=RECIPE, help=f"argument file of the peers suite (default: {RECIPE.name})"
+    )
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
@@ -91,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             num_workers=arguments.num_workers,
             deadline=time.monotonic() + 60 * arguments.minutes,
             parts=tuple(arguments.parts),
+            data_dir=arguments.data_dir and arguments.data_dir.resolve(),
+            recipe=arguments.recipe.resolve(),
         )
         for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
             results[suite] = []

@@ -29,6 +29,8 @@ class Options:
         num_workers: number of loader processes; None: one per core.
         deadline: when the GPU suite must have ended, on `time.monotonic`'s clock.
         parts: titles of the GPU suite's parts to run; empty: all.
+        data_dir: the preprocessed folder of the peers suite.
+        recipe: its argument file.
     """
 
     device: torch.device
@@ -38,6 +40,8 @@ class Options:
     num_workers: int | None = None
     deadline: float = math.inf
     parts: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    recipe: Path = Path()
 
     def seconds_left(self) -> float:
         """The time until the deadline."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
+
+from common.compat import foreach_lerp
 
 
 class WeightAverage:
@@ -32,7 +33,7 @@ class WeightAverage:
         """Takes in the weights after that many steps of the run."""
         share = 1 - min(self._decay, (1 + step) / (10 + step))
         means = [name for name, tensor in self._own.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([self.weights[name] for name in means], [self._own[name] for name in means], share)
+        foreach_lerp([self.weights[name] for name in means], [self._own[name] for name in means], share)
         for name in self._own.keys() - means:
             self.weights[name].copy_(self._own[name])
 

@@ -36,7 +36,11 @@ OPTIONAL = {
         "submission/plot.py",
     },
     "mlflow": {"runtime/logging/mlflow.py"},
-    "monai": {"data_loading/library_transforms.py", "data_loading/nnunet_augmentation.py"},
+    "monai": {
+        "benchmarks/monai_peer.py",
+        "data_loading/library_transforms.py",
+        "data_loading/nnunet_augmentation.py",
+    },
     "pydicom": {f"data_loading/io/{name}.py" for name in ("dicom", "dicom_headers", "dicom_pixels")},
     "requests": {"data_loading/http_download.py"},
     "tensorboard": {"runtime/logging/tensorboard.py"},

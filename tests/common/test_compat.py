@@ -284,3 +284,9 @@ def test_numpy_scalars_become_pythons_numbers(kind: str, value: float, tmp_path:
     assert type(read) is type(scalar.item())
     with pytest.raises(pickle.UnpicklingError):  # outside of the context
         torch.load(tmp_path / "file.pt", weights_only=True)
+
+
+def test_tensors_move_by_a_share_towards_their_ends() -> None:
+    tensors = [torch.tensor([0.0, 4.0]), torch.tensor(8.0)]
+    compat.foreach_lerp(tensors, [torch.tensor([1.0, 0.0]), torch.tensor(16.0)], 0.25)
+    assert [tensor.tolist() for tensor in tensors] == [[0.25, 3.0], 10.0]

@@ -59,7 +59,7 @@ def test_the_augmentations_default_is_the_references(drawn: list[MLPerfAugmentat
         ("mlperf(flips='DD')", "axes of 'DHW'"),
         ("mlperf(flips=3)", "axes of 'DHW'"),
         ("mlperf(noise=0)", "unknown argument 'noise'"),
-        ("elastic", "unknown name; available: flips, mlperf, rot90"),
+        ("elastic", "unknown name; available: flips, mlperf, nnunet, rot90"),
     ],
 )
 def test_an_augmentation_that_does_not_exist(spec: str, message: str) -> None:
