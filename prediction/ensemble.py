@@ -25,7 +25,7 @@ from data_loading.preprocessing import GridTransform
 from data_loading.scan_checks import preprocess_scan
 from data_loading.source_grid import SourceGrid
 from data_loading.spec import DatasetSpec
-from prediction.memory import READ_BYTES, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
+from prediction.memory import GIB, READ_BYTES, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
 from prediction.volumes import ClassVolume, measure
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import WindowedVolume, predict_windows
@@ -106,10 +106,18 @@ def zeros_on_disk(shape: Sequence[int], folder: Path) -> Iterator[NDArray[np.flo
     """Yields an array of zeros in a nameless file of this folder, which vanishes with the program at the latest.
 
     Raises:
-        OSError: the disk is too full. Without the reservation, writing to the array would end the program (SIGBUS).
+        UserError: the disk is too full.
     """
+    size = 4 * math.prod(shape)
     with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        try:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # without the space, writing to the array would end the program (SIGBUS)
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"--save_probabilities needs {size / GIB:.2f} GiB in {folder} while it runs: {error.strerror}"
+            ) from None
         yield np.memmap(file, np.float32, "r+", shape=tuple(shape))
 
 

@@ -30,6 +30,7 @@ from runtime.evaluation import SlidingWindowConfig
 from runtime.test_time_flips import flips_of
 from tests.data_loading.oblique import geometries
 from tests.data_loading.source_grid import to_source_grid
+from tests.runtime.conftest import file_size_limit
 
 CPU = torch.device("cpu")
 WINDOW = (4, 4, 4)
@@ -181,6 +182,15 @@ def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None
     np.testing.assert_allclose(stored[..., 1], 1 / (1 + np.exp(-array)), rtol=1e-4)
     np.testing.assert_array_equal(stored.argmax(-1), read_mask(source, geometry))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mask.nii.gz", "mask_probabilities.nii.gz", "scan.nii"]
+
+
+def test_probabilities_without_space_for_them_are_refused_before_anything_is_predicted(tmp_path: Path) -> None:
+    geometry = Geometry(np.eye(4), (3, 40, 50), (1.0, 1.0, 1.0))
+    source = write_scan(tmp_path / "scan.nii", np.arange(6000, dtype=np.float32).reshape(geometry.shape), geometry)
+    message = r"--save_probabilities needs 0\.00 GiB in .*too large"
+    with file_size_limit(20_000), pytest.raises(UserError, match=message):
+        predict_scan(source, make_ensemble(PLAIN, Above()), save_probabilities=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["scan.nii"]
 
 
 def test_a_scan_with_other_channels_is_refused(tmp_path: Path) -> None:
