@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
 # Not part of "all": it repeats parts of the others within a few minutes of one GPU.
 GPU_SUITE = "gpu"
+# Those of the storage suite, whose step times are in benchmarks/storage.py, which imports torch.
+ACCELERATORS = ("a100", "h100", "b200")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,6 +49,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
     parser.add_argument("--minutes", type=float, default=60.0, help="time that the gpu suite may take (default: 60)")
     parser.add_argument("--parts", nargs="+", default=[], metavar="TITLE", help="parts of the gpu suite (default: all)")
+    parser.add_argument(
+        "--accelerator", nargs="+", default=[], choices=ACCELERATORS, help="those that the storage suite emulates (all)"
+    )
+    parser.add_argument(
+        "--full_size",
+        action="store_true",
+        help="the storage suite's data set is five times this machine's memory, or as much as half of the free disk",
+    )
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
@@ -56,6 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
     if arguments.cases is not None and arguments.cases < 1:
         raise UserError(f"--cases must be at least 1, not {arguments.cases}")
+    if arguments.full_size and (arguments.quick or arguments.cases is not None):
+        raise UserError("--full_size sets the number of volumes; drop --cases and --quick")
     if arguments.num_workers is not None and arguments.num_workers < 0:
         raise UserError(f"--num_workers must be at least 0, not {arguments.num_workers}")
     return arguments
@@ -91,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             num_workers=arguments.num_workers,
             deadline=time.monotonic() + 60 * arguments.minutes,
             parts=tuple(arguments.parts),
+            accelerators=tuple(arguments.accelerator),
+            full_size=arguments.full_size,
         )
         for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
             results[suite] = []

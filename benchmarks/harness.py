@@ -29,6 +29,8 @@ class Options:
         num_workers: number of loader processes; None: one per core.
         deadline: when the GPU suite must have ended, on `time.monotonic`'s clock.
         parts: titles of the GPU suite's parts to run; empty: all.
+        accelerators: names of those that the storage suite emulates; empty: all.
+        full_size: the storage suite's data set is five times the memory, as far as the disk allows.
     """
 
     device: torch.device
@@ -38,6 +40,8 @@ class Options:
     num_workers: int | None = None
     deadline: float = math.inf
     parts: tuple[str, ...] = ()
+    accelerators: tuple[str, ...] = ()
+    full_size: bool = False
 
     def seconds_left(self) -> float:
         """The time until the deadline."""

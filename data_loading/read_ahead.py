@@ -27,7 +27,7 @@ def read_ahead(crops: Sequence[NDArray[Any]]) -> bool:
 
     Args:
         crops: each (C, D, H, W), a view of a memory-mapped volume in C order; nothing is done for other arrays. They
-            are read together, such as image and label, so that the first tells for all.
+            are read together, such as image and label, so that the first stands for all.
 
     Returns:
         Whether it did.
@@ -52,7 +52,7 @@ def _map_of(array: NDArray[Any]) -> mmap.mmap | None:
 def _misses_pages(crop: NDArray[Any], mapped: mmap.mmap) -> bool:
     """Whether one of the probed voxels had to come from the disk: reading it was a major page fault.
 
-    `mincore` would tell of every page, but takes longer, and calls all of them present in files of another user.
+    `mincore` would not do: in files that belong to another user it reports every page as present.
     """
     planes, rows = crop.shape[1:3]
     at_rows = [n * (rows - 1) // (PROBES - 1) for n in range(PROBES)]

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.data import disk_bytes_read, drop_caches, files_of, save_case
-from benchmarks.storage import was_dropped
+from benchmarks.storage_data import was_dropped
 from data_loading.dataset import map_case
 from data_loading.read_ahead import plane_spans, read_ahead
 
