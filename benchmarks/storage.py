@@ -46,6 +46,8 @@ QUICK_PATCH, QUICK_CASES, QUICK_SPEEDUP = (16, 16, 16), 14, 16
 PASSING, NUMBERS = 0.90, (1, 2, 4, 8)
 # Steps of each accelerator at least; an epoch is at least one pass over all cases: 24 steps for 168, 8 s on an H100.
 STEPS, QUICK_STEPS = 24, 2
+# MLPerf Storage's rule for an epoch of each accelerator.
+RULE_STEPS = 500
 PAIRS, QUICK_PAIRS = 32, 2
 READINGS: tuple[Reading, ...] = (CropReading(), WholeFileReading())
 
@@ -221,9 +223,10 @@ def describe(
         "Utilisation is steps x ms per step / the accelerators' time, including the wait for the first batch. "
         f"{PASSING:.2f} passes; the number goes up to the first that fails, or to {NUMBERS[-1]}. The cores are "
         "shared, hence the number of workers each.",
-        f"MLPerf Storage wants a data set of {TIMES_MEMORY} times the memory, which the page cache cannot hold. Cold: "
-        "every file's pages are dropped before the start, and a case's again as soon as its batch has arrived; samples "
-        "of one case that are read at the same time share pages. A virtual disk's host may still cache them.",
+        f"MLPerf Storage wants a data set of {TIMES_MEMORY} times the memory, which the page cache cannot hold, and "
+        f"{RULE_STEPS} steps per epoch; here an epoch has {STEPS} or one pass over the data.",
+        "Cold: every file's pages are dropped before the start, and a case's again as soon as its batch has arrived; "
+        "samples of one case that are read at the same time share pages. A virtual disk's host may still cache them.",
         "Disk bytes: what the kernel counts for this process and its workers (/proc/PID/io), other programs' left out.",
         f"Load average before the start: {load:.1f} on {os.cpu_count()} cores.",
     ]

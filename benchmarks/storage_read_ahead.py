@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.data import MB, RemappingDataset, disk_bytes_read, drop_caches, files_of, read_through
 from benchmarks.harness import NOT_MEASURED, Table
 from data_loading import read_ahead
 from data_loading.base_loader import LoaderConfig
 from data_loading.dataset import load_boxes
 from data_loading.pytorch_loader import CropDataset
+from data_loading.read_ahead import PROBED_SAMPLES
 from data_loading.spec import KITS19
 
 # Warm samples differ by some us of their ms, so they take more pairs, of few cases, whose files are all mapped.
@@ -39,8 +42,8 @@ def measure_read_ahead(folder: Path, cases: Sequence[str], settings: LoaderConfi
     read_through(files_of(folder, few))
     warm = alternate(CropDataset(folder, few, boxes[: len(few)], settings), WARM_PAIRS * pairs, is_cold=False)
     notes = [
-        f"One process; {pairs} pairs of the same sample on cold caches, {WARM_PAIRS * pairs} on warm ones, which of "
-        "the two comes first alternating. Times and ratios (of a pair; above 1: requesting is faster) are medians, "
+        f"One process; {pairs} pairs of the same sample on cold caches, {WARM_PAIRS * pairs} on warm ones, in "
+        "random order. Times and ratios (of a pair; above 1: requesting is faster) are medians, "
         "bytes means."
     ]
     columns = ["caches", "ms without", "ms with", "ratio", "disk MB per sample without", "disk MB per sample with"]
@@ -48,12 +51,13 @@ def measure_read_ahead(folder: Path, cases: Sequence[str], settings: LoaderConfi
 
 
 def alternate(dataset: CropDataset, pairs: int, is_cold: bool) -> list[tuple[SampleCost, SampleCost]]:
-    """Returns the costs of each sample without and with reading ahead; a case's first pair of warm ones is left out."""
-    costs = []
-    discarded = 0 if is_cold else len(dataset.cases)
+    """Returns the costs of each sample without and with reading ahead; the first warm pairs are left out."""
+    costs, rng = [], np.random.default_rng(0)
+    # Until every file is mapped, and the loader has found the cache warm.
+    discarded = 0 if is_cold else PROBED_SAMPLES
     for number in range(discarded + pairs):
         key = (1 + number, number % len(dataset.cases))
-        order = (False, True) if number // len(dataset.cases) % 2 else (True, False)
+        order = rng.permutation([False, True]).tolist()  # in turns, one order would always meet the same cases
         pair = {is_on: _cost(dataset, key, is_on=is_on, is_cold=is_cold) for is_on in order}
         costs.append((pair[False], pair[True]))
     return costs[discarded:]
