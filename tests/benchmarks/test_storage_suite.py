@@ -156,6 +156,18 @@ def test_full_size_is_five_times_the_memory(memory: int) -> None:
     assert cases * 146_600_628 <= 5 * memory * (1.1 if memory > 10**10 else 1.5)
 
 
+def test_full_size_is_kept_as_far_as_the_disk_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = 10**10
+    monkeypatch.setattr(storage, "memory_bytes", lambda: memory)
+    chosen = Options(device=torch.device("cpu"), quick=False, work_dir=tmp_path, full_size=True)
+    shapes, notes = storage.draw_shapes(chosen, PATCH, 10**12)
+    assert sum(map(bytes_of, shapes)) >= 5 * memory
+    assert notes == []
+    shapes, notes = storage.draw_shapes(chosen, PATCH, 4 * 10**9)
+    assert sum(map(bytes_of, shapes)) <= 2 * 10**9
+    assert "fit into half of the free disk space" in notes[0]
+
+
 @pytest.mark.parametrize("reading", [CropReading(), WholeFileReading()])
 @pytest.mark.parametrize("is_cold", [False, True])
 def test_accelerators_have_disjoint_shards_and_cold_cases_are_dropped(
