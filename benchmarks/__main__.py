@@ -31,6 +31,8 @@ GPU_SUITE = "gpu"
 # Nor is this: it trains on real data.
 PEERS_SUITE = "peers"
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "hippocampus_cpu.args"
+# Those of the storage suite, whose step times are in benchmarks/storage.py, which imports torch.
+ACCELERATORS = ("a100", "h100", "b200")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +57,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe", type=Path, default=RECIPE, help=f"argument file of the peers suite (default: {RECIPE.name})"
     )
+    parser.add_argument(
+        "--accelerator", nargs="+", default=[], choices=ACCELERATORS, help="those that the storage suite emulates (all)"
+    )
+    parser.add_argument(
+        "--full_size",
+        action="store_true",
+        help="the storage suite's data set is five times this machine's memory, or as much as half of the free disk",
+    )
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
@@ -64,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
     if arguments.cases is not None and arguments.cases < 1:
         raise UserError(f"--cases must be at least 1, not {arguments.cases}")
+    if arguments.full_size and (arguments.quick or arguments.cases is not None):
+        raise UserError("--full_size sets the number of volumes; drop --cases and --quick")
     if arguments.num_workers is not None and arguments.num_workers < 0:
         raise UserError(f"--num_workers must be at least 0, not {arguments.num_workers}")
     return arguments
@@ -101,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
             parts=tuple(arguments.parts),
             data_dir=arguments.data_dir and arguments.data_dir.resolve(),
             recipe=arguments.recipe.resolve(),
+            accelerators=tuple(arguments.accelerator),
+            full_size=arguments.full_size,
         )
         for suite in SUITES if arguments.suite == "all" else (arguments.suite,):
             results[suite] = []

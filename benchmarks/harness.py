@@ -31,6 +31,8 @@ class Options:
         parts: titles of the GPU suite's parts to run; empty: all.
         data_dir: the preprocessed folder of the peers suite.
         recipe: its argument file.
+        accelerators: names of those that the storage suite emulates; empty: all.
+        full_size: the storage suite's data set is five times the memory, as far as the disk allows.
     """
 
     device: torch.device
@@ -42,6 +44,8 @@ class Options:
     parts: tuple[str, ...] = ()
     data_dir: Path | None = None
     recipe: Path = Path()
+    accelerators: tuple[str, ...] = ()
+    full_size: bool = False
 
     def seconds_left(self) -> float:
         """The time until the deadline."""

@@ -43,6 +43,7 @@ def test_a_suite_prints_its_tables_and_writes_them(run_python: Program, tmp_path
     [
         (("--suite", "speed"), "invalid choice: 'speed'"),
         (("--suite", "evaluate", "--json", "/nowhere/tables.json"), "its folder does not exist"),
+        (("--suite", "storage", "--accelerator", "v100"), "invalid choice: 'v100'"),
     ],
 )
 def test_a_user_error_is_one_line(run_python: Program, arguments: tuple[str, ...], message: str) -> None:
@@ -60,6 +61,8 @@ def test_a_user_error_is_one_line(run_python: Program, arguments: tuple[str, ...
         (("--json", "."), "is a folder"),
         (("--work_dir", "/nowhere"), "no such folder"),
         (("--cases", "0"), "--cases must be at least 1"),
+        (("--full_size", "--cases", "5"), "--full_size sets the number of volumes; drop --cases and --quick"),
+        (("--full_size", "--quick"), "--full_size sets the number of volumes"),
         (("--num_workers", "-1"), "--num_workers must be at least 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The storage suite: case sizes, free disk space, utilisation, disjoint shards, and its table."""
+"""The storage suite: case sizes, the rule of five times the memory, utilisation, shards, readings, and its tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import storage
-from benchmarks.data import files_of
-from benchmarks.harness import Options
-from benchmarks.storage import EmulatedEpoch, draw_sizes, emulate, figures_of, fit_to_disk, utilisation, volume_shape
+from benchmarks import storage, storage_feed
+from benchmarks.__main__ import ACCELERATORS
+from benchmarks.data import disk_bytes_read
+from benchmarks.harness import NOT_MEASURED, Options
+from benchmarks.storage import Measurement, fed_number
+from benchmarks.storage_data import (
+    CropReading,
+    Reading,
+    WholeFileReading,
+    bytes_of,
+    cases_of_full_size,
+    describe_scale,
+    draw_sizes,
+    fit_to_disk,
+    volume_shape,
+    write_volumes,
+)
+from benchmarks.storage_feed import EmulatedEpoch, Feeding, emulate, feed
 from common.errors import UserError
 from data_loading.base_loader import Batch, LoaderConfig
 from data_loading.dataset import load_boxes, map_case
@@ -25,6 +40,20 @@ SMALL = (16, 16, 16)
 
 def options(work_dir: Path, cases: int | None = None) -> Options:
     return Options(device=torch.device("cpu"), quick=True, work_dir=work_dir, cases=cases, num_workers=1)
+
+
+def measurement(fed: Feeding, number: int) -> Measurement:
+    return Measurement(reading="crops", caches="cold", accelerator="h100", number=number, workers=1, fed=fed)
+
+
+def fed_with(utilisation: float) -> Feeding:
+    epoch = EmulatedEpoch(steps=9, samples=63, compute_s=10 * utilisation, total_s=10.0, first_wait_s=0.5)
+    return Feeding(epochs=[epoch], disk_bytes=0)
+
+
+def test_step_times_are_those_of_the_workload_files() -> None:
+    assert storage.STEP_S == {"a100": 0.636, "h100": 0.323, "b200": 0.162}
+    assert tuple(storage.STEP_S) == ACCELERATORS
 
 
 def test_sizes_follow_the_distribution() -> None:
@@ -88,13 +117,16 @@ def test_utilisation_by_hand() -> None:
     seen = emulate(batches(), 4.0, lambda step: arrivals.append((step, now)), clock=lambda: now, sleep=sleep)
     assert arrivals == [(0, 103.0), (1, 108.0), (2, 112.0)]
     assert seen == EmulatedEpoch(steps=3, samples=5, compute_s=12.0, total_s=16.0, first_wait_s=3.0)
-    assert utilisation([seen]) == 0.75
+    alone = Feeding(epochs=[seen], disk_bytes=100)
+    assert (alone.utilisation, alone.disk_bytes_per_sample) == (0.75, 20)
     # With two accelerators, their times are added; their utilisations are not averaged.
     other = EmulatedEpoch(steps=1, samples=2, compute_s=4.0, total_s=4.0, first_wait_s=0.0)
-    assert utilisation([seen, other]) == 0.8
-    rate = 5 / 16 + 2 / 4
-    assert figures_of([seen, other], (100, 100, 100)) == [rate, rate * 5, 1500.0, 0.8, "no"]
-    assert figures_of([other], SMALL)[3:] == [1.0, "yes"]
+    both = Feeding(epochs=[seen, other], disk_bytes=None)
+    assert (both.utilisation, both.disk_bytes_per_sample) == (0.8, None)
+    assert both.samples_per_s == 5 / 16 + 2 / 4
+    assert measurement(both, 2).row()[5:] == [both.samples_per_s, NOT_MEASURED, NOT_MEASURED, 1500.0, 0.8, "no"]
+    full = Feeding(epochs=[other], disk_bytes=6_000_000)
+    assert measurement(full, 1).row() == ["crops", "cold", "H100", 1, 1, 0.5, 3.0, 1.5, 0.0, 1.0, "yes"]
 
 
 def test_utilisation_counts_an_overslept_step_against_the_node() -> None:
@@ -105,36 +137,67 @@ def test_utilisation_counts_an_overslept_step_against_the_node() -> None:
         now += 2 * seconds
 
     batch = {"image": torch.zeros(1, 1)}
-    assert utilisation([emulate([batch, batch], 1.0, lambda step: None, clock=lambda: now, sleep=oversleep)]) == 0.5
+    seen = emulate([batch, batch], 1.0, lambda step: None, clock=lambda: now, sleep=oversleep)
+    assert Feeding(epochs=[seen], disk_bytes=0).utilisation == 0.5
 
 
+def test_the_head_says_how_large_the_data_set_is() -> None:
+    assert describe_scale(500, 100) == "data set 5.0 times the memory"
+    assert describe_scale(10**9, 10 * 10**9) == "scaled: data set 1 GB, 2 % of five times the memory"
+    assert describe_scale(499, 100).startswith("scaled: ")
+
+
+@pytest.mark.parametrize("memory", [10**9, 24 * 10**9, 512 * 10**9])
+def test_full_size_is_five_times_the_memory(memory: int) -> None:
+    cases = cases_of_full_size(memory)
+    for seed in range(3):
+        shapes = [volume_shape(size, PATCH) for size in draw_sizes(np.random.default_rng(seed), cases, PATCH)]
+        assert sum(map(bytes_of, shapes)) >= 5 * memory
+    assert cases * 146_600_628 <= 5 * memory * (1.1 if memory > 10**10 else 1.5)
+
+
+def test_full_size_is_kept_as_far_as_the_disk_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = 10**10
+    monkeypatch.setattr(storage, "memory_bytes", lambda: memory)
+    chosen = Options(device=torch.device("cpu"), quick=False, work_dir=tmp_path, full_size=True)
+    shapes, notes = storage.draw_shapes(chosen, PATCH, 10**12)
+    assert sum(map(bytes_of, shapes)) >= 5 * memory
+    assert notes == []
+    shapes, notes = storage.draw_shapes(chosen, PATCH, 4 * 10**9)
+    assert sum(map(bytes_of, shapes)) <= 2 * 10**9
+    assert "fit into half of the free disk space" in notes[0]
+
+
+@pytest.mark.parametrize("reading", [CropReading(), WholeFileReading()])
 @pytest.mark.parametrize("is_cold", [False, True])
 def test_accelerators_have_disjoint_shards_and_cold_cases_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cold: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cold: bool, reading: Reading
 ) -> None:
     dropped: list[Counter[str]] = []
-    monkeypatch.setattr(storage, "drop_caches", lambda files: dropped.append(Counter(path.name for path in files)))
-    cases = storage.write_volumes(tmp_path, [(16, 20, 20)] * 24, SMALL)
+    monkeypatch.setattr(storage_feed, "drop_caches", lambda files: dropped.append(Counter(path.name for path in files)))
+    cases = reading.write(tmp_path, [(16, 20, 20)] * 24, SMALL)
     settings = LoaderConfig(
         patch=SMALL, oversampling=0.4, batch_size=2, num_workers=1, rank=0, ranks=3, order_seed=0, sample_seed=0
     )
-    seen = storage.feed(tmp_path, cases, settings, 0.001, 4, is_cold)
+    fed = feed(reading, tmp_path, cases, settings=settings, step_s=0.001, steps=4, is_cold=is_cold)
+    seen = fed.epochs
     assert [(one.steps, one.samples) for one in seen] == [(4, 8)] * 3
     assert all(one.compute_s == pytest.approx(0.004) for one in seen)
     assert all(one.total_s >= one.compute_s for one in seen)
+    assert (fed.disk_bytes is None) == (disk_bytes_read() is None)
     if not is_cold:
         assert dropped == []
         return
     # 24 cases and samples: all are dropped before the start, then each again with its batch of two.
-    everything = Counter(path.name for path in files_of(tmp_path, cases))
+    everything = Counter(path.name for path in reading.files(tmp_path, cases))
     assert dropped[0] == everything
-    assert [files.total() for files in dropped[1:]] == [4] * 12
+    assert [files.total() for files in dropped[1:]] == [everything.total() // 12] * 12
     assert sum(dropped[1:], Counter()) == everything
 
 
 def test_volumes_are_written_with_boxes_inside(tmp_path: Path) -> None:
     shapes = [(16, 40, 40), (130, 128, 128)]
-    cases = storage.write_volumes(tmp_path, shapes, SMALL)
+    cases = write_volumes(tmp_path, shapes, SMALL)
     for case, shape, boxes in zip(cases, shapes, load_boxes(tmp_path, cases, 3), strict=True):
         image, label = map_case(tmp_path, case)
         assert image.shape == label.shape == (1, *shape)
@@ -148,43 +211,99 @@ def test_volumes_are_written_with_boxes_inside(tmp_path: Path) -> None:
             assert all(high <= size for high, size in zip(box[3:], shape, strict=True))
 
 
-def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[tuple[int, int, bool]] = []
+def test_a_whole_file_is_read_and_its_first_bytes_are_handed_over(tmp_path: Path) -> None:
+    reading = WholeFileReading()
+    shapes = [(16, 20, 20), (17, 30, 30)]
+    cases = reading.write(tmp_path, shapes, SMALL)
+    settings = LoaderConfig(
+        patch=SMALL, oversampling=0.4, batch_size=2, num_workers=0, rank=0, ranks=1, order_seed=0, sample_seed=0
+    )
+    dataset = reading.dataset(tmp_path, cases, settings, is_cold=False)
+    for index, (path, shape) in enumerate(zip(reading.files(tmp_path, cases), shapes, strict=True)):
+        with np.load(path) as arrays:
+            record = arrays["x"]
+        assert record.shape == (bytes_of(shape),)
+        assert np.count_nonzero(record) > 0.9 * record.size
+        sample = dataset[1, index]
+        np.testing.assert_array_equal(sample["image"], record[: 16**3])
+    # All of it was read, not only its beginning: the archive's checksum is compared.
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadZipFile):
+        _ = dataset[1, 1]
 
-    def feed(_: Path, __: object, settings: LoaderConfig, is_cold: bool, **timing: float) -> list[EmulatedEpoch]:
-        tried.append((settings.ranks, settings.num_workers, is_cold))
-        compute_s = 9.0 if settings.ranks < (2 if is_cold else 4) else 8.9
-        return [
-            EmulatedEpoch(steps=9, samples=63, compute_s=compute_s, total_s=10.0, first_wait_s=0.5)
-        ] * settings.ranks
+
+def test_the_suite_stops_at_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, int, int, bool, float]] = []
+
+    def feed(
+        reading: Reading, _: Path, __: object, *, settings: LoaderConfig, is_cold: bool, step_s: float, steps: int
+    ) -> Feeding:
+        tried.append((reading.name, settings.ranks, settings.num_workers, is_cold, step_s))
+        limit = 2 if is_cold else 4
+        return fed_with(0.90 if reading.name == "crops" and settings.ranks < limit else 0.89)
 
     monkeypatch.setattr(storage, "feed", feed)
     monkeypatch.setattr(storage, "was_dropped", lambda path: True)
     monkeypatch.setattr(storage, "drop_caches", lambda files: True)
-    table = storage.run(Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, cases=9, num_workers=4))[0]
-    assert tried == [(1, 4, False), (2, 2, False), (4, 1, False), (1, 4, True), (2, 2, True)]
-    assert [row[0] for row in table.rows] == ["warm"] * 3 + ["cold"] * 2
-    assert [row[-1] for row in table.rows] == ["yes", "yes", "no", "yes", "no"]
-
-
-def test_without_dropped_caches_cold_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        storage,
-        "feed",
-        lambda *_, **__: [EmulatedEpoch(steps=1, samples=7, compute_s=1.0, total_s=1.0, first_wait_s=0.0)],
+    chosen = Options(
+        device=torch.device("cpu"),
+        quick=True,
+        work_dir=tmp_path,
+        cases=9,
+        num_workers=4,
+        accelerators=("a100", "b200"),
     )
+    answer, details, _ = storage.run(chosen, {"a100": 1.6, "h100": 0.8, "b200": 0.16})
+    assert tried == [
+        *(("crops", *one, False, s) for s in (0.1, 0.01) for one in ((1, 4), (2, 2), (4, 1))),
+        *(("crops", *one, True, s) for s in (0.1, 0.01) for one in ((1, 4), (2, 2))),
+        *(("whole files", 1, 4, is_cold, s) for is_cold in (False, True) for s in (0.1, 0.01)),
+    ]
+    assert answer.columns == ["reading", "caches", "A100", "B200"]
+    assert answer.rows == [
+        ["crops", "warm", "2 (4 fail)", "2 (4 fail)"],
+        ["crops", "cold", "1 (2 fail)", "1 (2 fail)"],
+        ["whole files", "warm", "0", "0"],
+        ["whole files", "cold", "0", "0"],
+    ]
+    assert [row[-1] for row in details.rows[:3]] == ["yes", "yes", "no"]
+    for table in (answer, details):
+        assert "(scaled: data set 0.00" in table.title
+    assert fed_number([measurement(fed_with(0.9), number) for number in (1, 2, 4, 8)]) == "8 or more"
+
+
+def test_an_epoch_reads_every_case_once_at_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, int]] = []
+
+    def feed(_: object, __: object, ___: object, *, settings: LoaderConfig, steps: int, **____: object) -> Feeding:
+        tried.append((settings.ranks, steps))
+        return fed_with(0.9)
+
+    monkeypatch.setattr(storage, "feed", feed)
+    monkeypatch.setattr(storage, "READINGS", (WholeFileReading(),))
     monkeypatch.setattr(storage, "was_dropped", lambda path: False)
-    table = storage.run(options(tmp_path))[0]
-    assert [row[:2] for row in table.rows] == [["warm", accelerators] for accelerators in (1, 2, 4, 8)]
-    assert any(note.startswith("Cold caches: not measured") for note in table.notes)
+    monkeypatch.setattr(storage, "measure_read_ahead", lambda *_, **__: None)
+    chosen = Options(device=torch.device("cpu"), quick=True, work_dir=tmp_path, cases=35, accelerators=("h100",))
+    tables = storage.run(chosen)
+    assert tried == [(1, 5), (2, 2), (4, 2), (8, 2)]
+    assert tables[0].rows == [["whole files", "warm", "8 or more"]]
+    assert any(note.startswith("Cold caches: not measured") for note in tables[0].notes)
 
 
 def test_the_suite_feeds_real_workers(tmp_path: Path) -> None:
-    table = storage.run(options(tmp_path), samples_per_s=100.0)[0]
-    assert table.rows[0][:3] == ["warm", 1, 1]
-    for row in table.rows:
-        assert len(row) == len(table.columns)
-        assert all(math.isfinite(cell) and cell > 0 for cell in row[1:-1])
-        assert row[6] <= 1.0
-        assert row[7] == ("yes" if row[6] >= 0.9 else "no")
-    assert "14 cases" in table.notes[0]
+    slow = dict.fromkeys(storage.STEP_S, 7 * 16 / 100)
+    answer, details, ahead = storage.run(options(tmp_path), slow)
+    assert details.rows[0][:5] == ["crops", "warm", "A100", 1, 1]
+    assert {row[0] for row in answer.rows} == {"crops", "whole files"}
+    for row in details.rows:
+        assert len(row) == len(details.columns)
+        assert row[9] <= 1.0
+        assert row[10] == ("yes" if row[9] >= 0.9 else "no")
+        if row[1] == "cold" and row[6] != NOT_MEASURED:
+            assert row[6] > 0
+    assert "14 cases" in answer.notes[0]
+    assert [row[0] for row in ahead.rows] == ["cold", "warm"]
+    assert all(len(row) == len(ahead.columns) for row in ahead.rows)
+    assert not list((tmp_path / "storage").glob("case_*"))

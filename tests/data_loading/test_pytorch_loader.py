@@ -303,13 +303,13 @@ def test_a_worker_that_a_cut_off_file_kills_is_told_with_the_file(
     # SIGBUS, of which torch says that /dev/shm is full.
     folder = write_preprocessed(tmp_path, {case: made_up((40, 40, 40), 1) for case in CASES})
     path = case_file(folder, CASES[3], "x")
-    read = loader_module._read_crop
+    read = loader_module._windows
 
     def cut_and_read(*arguments: Any) -> NDArray[Any]:
         cut_off(path)
         return read(*arguments)
 
-    monkeypatch.setattr(loader_module, "_read_crop", cut_and_read)
+    monkeypatch.setattr(loader_module, "_windows", cut_and_read)
     settings = replace(SETTINGS, batch_size=1, num_workers=1)
     loader = make_training_loader("pytorch", folder, CASES[3:4], spec=SPEC, config=settings)
     with pytest.raises(UserError, match=rf"{CASES[3]}_x\.npy: its 200 bytes and the 64128 of .* cannot hold the same"):
