@@ -31,18 +31,22 @@ BATCH = 2
 
 # Every rank computes both: a step on all samples with whole windows, and its slab's part of that step.
 STEP = f"""
-import copy, json, sys, torch
+import copy, json, sys, torch, warnings
 from model.losses import DiceCELoss, SlabLoss
 from model.unet3d import Unet3d
 from runtime.distributed.sample_parallel import SampleGroups
+from runtime.memory_format import to_device
 
 DTYPE, LAYOUT, FUSED, RANKS, AMP = SETTINGS
+if AMP:  # autocast on a CPU gives the gradient of a 1x1x1 kernel other strides than its weight's
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 order = torch.channels_last_3d if LAYOUT == "NDHWC" else torch.contiguous_format
 groups = SampleGroups.divide(world.rank, world.size, RANKS)
 slabs = groups.connect(world)
 
 torch.manual_seed(3)
-network = Unet3d(2, 3, activation="leaky_relu", filters={FILTERS}, fused=FUSED).to(DTYPE, memory_format=order)
+network = Unet3d(2, 3, activation="leaky_relu", filters={FILTERS}, fused=FUSED).to(DTYPE)
+to_device(network, torch.device("cpu"), LAYOUT)
 for name, parameter in network.named_parameters():
     if parameter.dim() == 1:  # scales of 1 and shifts of 0 would hide mistakes
         torch.nn.init.normal_(parameter, 0.5, 0.3)
