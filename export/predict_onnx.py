@@ -95,7 +95,9 @@ def load_network(path: Path) -> tuple[Predictor, Settings]:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         stored = session.get_modelmeta().custom_metadata_map
         settings = {name: json.loads(text) for name, text in stored.items()}
-        [session_input], [_, *_] = session.get_inputs(), settings["window"]
+        (session_input,) = session.get_inputs()
+        if "window" not in settings:
+            raise ValueError("it has no settings")
     except Exception as error:  # onnxruntime and json each raise types of their own
         raise ScanError(f"{path}: damaged, or not exported with its settings ({error})") from None
 
