@@ -40,6 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = build_network(NETWORK, 1, 3)
     for parameter in network.parameters():  # new norms are 1 and 0, which would hide a swap
         torch.nn.init.normal_(parameter, std=0.5)
+    torch.nn.init.zeros_(network.get_submodule("output.conv").bias)  # otherwise one class is everywhere
     torch.save(network.state_dict(), folder / "checkpoint.pth")
     write_json(folder / INDEX_NAME, DatasetIndex(spec=SPEC, split={"train": []}, cases={}).to_json())
     return folder

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 from export import predict_onnx
 from export.monai_bundle import EXAMPLE, make_metadata
 from export.write import copy_example
-from tests.export.conftest import NETWORK, SPEC, Export, export_of, logits_of
+from tests import programs
+from tests.export.conftest import FLAGS, NETWORK, SPEC, Export, export_of, logits_of
 
 EXPECTED = {
     "settings_format": 1,
@@ -191,3 +193,31 @@ def test_a_file_without_settings_is_refused(tmp_path: Path) -> None:
     (tmp_path / "NET.onnx").write_bytes(b"no network")
     with pytest.raises(predict_onnx.ScanError, match="damaged, or not exported with its settings"):
         predict_onnx.load_network(tmp_path / "NET.onnx")
+
+
+def test_the_file_makes_the_mask_of_a_prediction(export: Export, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    network, scan = export("NET.onnx"), tmp_path / "scan.nii.gz"
+    affine = np.array([[0, 2.0, 0.1, 5], [-1.5, 0, 0, 6], [0, -0.1, 3.0, 7], [0, 0, 0, 1]])
+    values = np.random.default_rng(0).normal(1, 6, (13, 11, 9)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, affine), scan)
+    loaded = ("--load_ckpt_path", checkpoint / "checkpoint.pth", "--data_dir", checkpoint, *FLAGS)
+    done = programs.call(
+        "main.py", "--exec_mode", "predict", *loaded, "--scan", scan, "--output", tmp_path / "expected.nii.gz"
+    )
+    assert done.returncode == 0, done.stderr
+    assert predict_onnx.main([str(network), str(scan), str(tmp_path / "found.nii.gz")]) == 0
+    expected, found = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("expected", "found"))
+    np.testing.assert_array_equal(found.affine, expected.affine)
+    masks = [np.asarray(mask.dataobj) for mask in (expected, found)]
+    assert len(np.unique(masks[0])) == 3
+    assert np.count_nonzero(masks[0] != masks[1]) <= 2
+
+
+def test_a_mistake_in_the_example_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert predict_onnx.main([str(tmp_path / "NET.onnx"), "scan.nii.gz", "mask.nii.gz"]) == 2
+    assert capsys.readouterr().err == f"predict_onnx.py: error: {tmp_path / 'NET.onnx'}: no such file\n"
+    assert predict_onnx.main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: predict_onnx.py")
