@@ -24,7 +24,7 @@ test-all: $(VENV)/dev
 TORCH_VERSIONS ?= 2.11.0 2.14.1
 # Triton's interpreter and compiler are those of each torch, not the pinned ones: they are left out. What other versions
 # warn of is printed and fails nothing.
-VERSION_TESTS := tests/model tests/runtime tests/data_loading tests/common tests/test_fake_gpu.py \
+VERSION_TESTS := tests/model tests/runtime tests/data_loading tests/common tests/export tests/test_fake_gpu.py \
 	--ignore tests/model/kernels
 
 test-versions: requirements-dev.txt pyproject.toml

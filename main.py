@@ -1,10 +1,11 @@
-"""MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, evaluates, predicts, reports.
+"""MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, evaluates, predicts, reports, exports.
 
     python3 main.py --data_dir DATA --amp --epochs 4000 --log_dir LOGS --save_ckpt_path LOGS/checkpoint.pth
     torchrun --nproc_per_node 8 main.py @recipes/kits19_8xgpu.args --data_dir DATA --log_dir LOGS
     python3 main.py --exec_mode evaluate --data_dir DATA --load_ckpt_path LOGS/checkpoint.pth
     python3 main.py --exec_mode predict --load_ckpt_path LOGS/checkpoint.pth --scan SCAN.nii.gz --output MASK.nii.gz
     python3 main.py --exec_mode report --log_dir LOGS
+    python3 main.py --exec_mode export --load_ckpt_path LOGS/checkpoint.pth --output NET.onnx
 
 The outline of a run is `runtime/run.py`.
 """
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
             from prediction.predict import main as predict
 
             return predict(config, given, world)
+        if config.exec_mode == "export":
+            from export.write import main as export
+
+            return export(config, given, world)
         from report.write import main as report
 
         return report(config, given, world)

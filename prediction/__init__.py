@@ -2,6 +2,6 @@
 
 `predict` is the command: it loads checkpoints, finds scans and writes the table of volumes. `ensemble` predicts one
 scan within the memory that `memory` plans, `volumes` measures a mask, and `pseudo_labels` is a program of its own. May
-import `runtime` and everything below it; only `main.py` imports it. To read another scan format, extend
+import `runtime` and everything below it; only `export` and `main.py` import it. To read another scan format, extend
 `data_loading.io.scan_discovery`.
 """

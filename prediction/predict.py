@@ -109,7 +109,7 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
         checkpoint = checkpoints.load(path)
         spec, spec_note = spec_of(checkpoint, config.data_dir if "data_dir" in given else None)
         evaluated = with_checkpoint_network(config, given, checkpoint.config)
-        members.append(_load_member(checkpoint, spec, evaluated, world.device))
+        members.append(load_member(checkpoint, spec, evaluated, world.device))
         specs.append(spec)
         notes += filter(None, (spec_note, untrained_flips(evaluated.test_time_flips, checkpoint.augment, str(path))))
         if spec != specs[0]:
@@ -122,7 +122,8 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
     return ensemble, list(dict.fromkeys(notes))
 
 
-def _load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, device: torch.device) -> Member:
+def load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, device: torch.device) -> Member:
+    """Returns a checkpoint's network on a device. Raises UserError if the flags describe another network."""
     network = make_network(config, spec)
     window, classes = config.val_input_shape, len(spec.classes)
     check_window(network, window, "--val_input_shape", channels=spec.channels, classes=classes)

@@ -15,13 +15,15 @@ from runtime.io_flags import NO_DATA, InputOutputFlags, LoggingFlags, Prediction
 from runtime.training_flags import NetworkFlags, OptimizerFlags, SamplingFlags, TrainingFlags
 
 DESCRIPTION = (
-    "MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, evaluates, predicts, reports. "
+    "MLPerf's 3D U-Net training benchmark (KiTS19): trains to a target Dice, evaluates, predicts, reports, exports. "
     "@FILE reads arguments from a file: flags with their values, # comments."
 )
 # Former names of flags, as old checkpoints and run records hold them.
 RENAMED_FLAGS = {"subset": "eval_split", "untimed_steps": "prewarm_steps"}
 # Left out of `run.args`: they belong to one process or one start of a run.
 NOT_REPEATED = ("exec_mode", "local_rank", "resume", "verbose")
+# Suffixes of `--output` with --exec_mode export; "" is a folder.
+EXPORT_SUFFIXES = (".onnx", ".safetensors", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,8 @@ def check_paths(config: RunConfig) -> None:
     reads_data = config.exec_mode == "evaluate" or (config.exec_mode == "train" and config.loader != "synthetic")
     if reads_data and not config.data_dir.is_dir():
         raise UserError(f"--data_dir {config.data_dir}: no such folder")
+    if config.exec_mode == "export" and config.output is not None and config.output.exists():
+        raise UserError(f"--output {config.output} exists already; remove it, or give another name")
     if config.exec_mode == "report" or config.resume:
         return  # a report goes on without its images; a resumed run has its own checkpoint
     named = {"--load_ckpt_path": config.load_ckpt_path, "--init_from": (config.init_from,)}
@@ -177,7 +181,7 @@ def _check(config: RunConfig, given: frozenset[str]) -> None:
 def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
     """Refuses flags that do not go with `--exec_mode`, and their absence where it needs them."""
     mode = config.exec_mode
-    if mode in ("evaluate", "predict") and not config.load_ckpt_path:
+    if mode in ("evaluate", "predict", "export") and not config.load_ckpt_path:
         raise UserError(f"--exec_mode {mode} needs --load_ckpt_path, the checkpoint to {mode}")
     if mode != "train" and config.benchmark:
         raise UserError(f"--benchmark measures training; it does not go with --exec_mode {mode}")
@@ -185,13 +189,18 @@ def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError("--load_ckpt_path: only --exec_mode predict takes several checkpoints, and averages them")
     if mode != "report" and config.compare:
         raise UserError("--log_dir: only --exec_mode report takes several folders, and compares their runs")
-    for required in ("evaluate", "predict"):
-        for name in flag_names(RunConfig, mode=required):
-            if mode != required and name in given:
-                raise UserError(f"--{name} requires --exec_mode {required}, not {mode}")
-    for name in ("scan", "output"):
-        if mode == "predict" and getattr(config, name) is None:
-            raise UserError(f"--exec_mode predict needs --{name}")
+    for f in fields(RunConfig):
+        modes = f.metadata["flag"].mode.split()
+        if f.name in given and modes and mode not in modes:
+            raise UserError(f"--{f.name} requires --exec_mode {' or '.join(modes)}, not {mode}")
+    for name in {"predict": ("scan", "output"), "export": ("output",)}.get(mode, ()):
+        if getattr(config, name) is None:
+            raise UserError(f"--exec_mode {mode} needs --{name}")
+    if mode == "export" and config.output is not None and config.output.suffix not in EXPORT_SUFFIXES:
+        raise UserError(
+            f"--output {config.output}: unknown format {config.output.suffix}; give a .onnx or .safetensors file, or a "
+            "folder without a dot in its name for a MONAI bundle"
+        )
 
 
 def _check_folds(config: RunConfig, given: frozenset[str]) -> None:
@@ -199,7 +208,7 @@ def _check_folds(config: RunConfig, given: frozenset[str]) -> None:
     named = [f"--{name}" for name in ("folds", "splits", "fold", "folds_of") if name in given]
     if not named:
         return
-    if config.exec_mode in ("predict", "report") or config.loader == "synthetic":
+    if config.exec_mode in ("predict", "report", "export") or config.loader == "synthetic":
         where = "--loader synthetic" if config.loader == "synthetic" else f"--exec_mode {config.exec_mode}"
         raise UserError(f"{named[0]} chooses cases of --data_dir; it does not go with {where}")
     if config.folds and config.splits is not None:

@@ -45,7 +45,7 @@ class Flag:
         aliases: further spellings, such as "-v".
         old: the former spelling, accepted for one version.
         group: title of the section of `--help` that starts with this flag.
-        mode: the only `--exec_mode` that takes the flag; "" if all do.
+        mode: the `--exec_mode` that takes the flag, or several, separated by spaces; "" if all do.
         closed: MLPerf's closed division requires the default.
         network: belongs to a trained network: evaluation and prediction take it from the checkpoint.
         resume: effect of a changed value on a resumed run: "structural" (refused), "order" (reported; the rest of

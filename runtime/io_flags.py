@@ -233,8 +233,9 @@ class PredictionFlags:
     output: Path | None = flag(
         None,
         "masks to write: a .nii.gz file, a .dcm file (DICOM-SEG, for a DICOM series), or a folder, where masks have "
-        "the names of their scans",
-        mode="predict",
+        "the names of their scans; with --exec_mode export the network: a .onnx or .safetensors file, or a folder for "
+        "a MONAI bundle",
+        mode="predict export",
     )
     series: str | None = flag(None, "DICOM series by number, UID or description, or all", mode="predict")
     checkpoint: str = flag(
@@ -261,4 +262,11 @@ class PredictionFlags:
         type=number(float, 0.1),
         metavar="GIB",
         mode="predict",
+    )
+    export_window: str = flag(
+        "fixed",
+        "windows that an exported network takes: those of --val_input_shape alone, or of any shape that it can halve "
+        "often enough",
+        choices=("fixed", "dynamic"),
+        mode="export",
     )

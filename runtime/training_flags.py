@@ -18,7 +18,11 @@ class TrainingFlags:
     """Mode, length of the run, evaluation, shapes, precision."""
 
     exec_mode: str = flag(
-        "train", "what to do", group="run", choices=("train", "evaluate", "predict", "report"), resume="incidental"
+        "train",
+        "what to do",
+        group="run",
+        choices=("train", "evaluate", "predict", "report", "export"),
+        resume="incidental",
     )
     eval_split: str = flag(
         "evaluation",

@@ -19,7 +19,7 @@ LEVELS = (
     ("model", "data_loading"),
     ("runtime",),
     ("prediction", "report"),
-    ("submission",),  # draws its charts with `report`
+    ("submission", "export"),  # draws its charts with `report`; loads networks as `prediction` does
     ("main", "preprocess_dataset"),
     ("demo", "launch", "benchmarks"),
 )
@@ -41,8 +41,12 @@ OPTIONAL = {
         "data_loading/library_transforms.py",
         "data_loading/nnunet_augmentation.py",
     },
+    "onnx": {"export/onnx_file.py"},
+    "onnxruntime": {"export/predict_onnx.py"},
+    "onnxscript": {"export/onnx_file.py"},
     "pydicom": {f"data_loading/io/{name}.py" for name in ("dicom", "dicom_headers", "dicom_pixels")},
     "requests": {"data_loading/http_download.py"},
+    "safetensors": {"export/safetensors_file.py"},
     "tensorboard": {"runtime/logging/tensorboard.py"},
     "torch.utils.tensorboard": {"runtime/logging/tensorboard.py"},
     "torchio": {"data_loading/library_transforms.py"},

@@ -27,7 +27,7 @@ from common import compat
 from common.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
-PACKAGES = ("common", "data_loading", "model", "runtime", "prediction", "report", "submission", "benchmarks")
+PACKAGES = ("common", "data_loading", "model", "runtime", "prediction", "report", "submission", "export", "benchmarks")
 
 
 class Acting(Dataset[int]):

@@ -110,6 +110,7 @@ DEFAULTS: dict[str, Any] = {
     "test_time_flips": "",
     "save_probabilities": False,
     "max_memory_gb": None,
+    "export_window": "fixed",
 }
 
 FLAGS = set(DEFAULTS) - {"compare"}  # holds the folders that --log_dir names after the first
@@ -118,6 +119,7 @@ OLD = {"--subset", "--untimed_steps"}
 
 PARSER = make_parser(RunConfig, "main.py", DESCRIPTION)
 PREDICT = ["--exec_mode", "predict", "--load_ckpt_path", "c", "d", "--scan", "s", "--output", "o"]
+EXPORT = ["--exec_mode", "export", "--load_ckpt_path", "c", "--output"]
 
 
 def parse(*flags: str) -> RunConfig:
@@ -479,6 +481,12 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], expected:
         (["--eval_ranks", "1", "--lr_schedule", "plateau(patience=2)"], "--lr_schedule plateau would depend on when"),
         (["--eval_ranks", "1", "--callbacks", "top_k(k=3)"], "--callbacks top_k(k=3) needs the weights of the"),
         (["--eval_ranks", "1", "--callbacks", "lr_monitor", "train_dice"], "--callbacks train_dice needs the weights"),
+        (["--output", "o"], "--output requires --exec_mode predict or export, not train"),
+        ([*PREDICT, "--export_window", "dynamic"], "--export_window requires --exec_mode export, not predict"),
+        (["--exec_mode", "export", "--output", "o"], "--exec_mode export needs --load_ckpt_path"),
+        (["--exec_mode", "export", "--load_ckpt_path", "c"], "--exec_mode export needs --output"),
+        ([*EXPORT, "NET.pth"], "--output NET.pth: unknown format .pth; give a .onnx or .safetensors file, or a folder"),
+        ([*EXPORT, "o.onnx", "--scan", "s"], "--scan requires --exec_mode predict, not export"),
         (["--scan", "s"], "--scan requires --exec_mode predict, not train"),
         (["--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not train"),
         ([*PREDICT, "--eval_split", "test"], "--eval_split requires --exec_mode evaluate, not predict"),
@@ -603,9 +611,11 @@ def test_a_stored_configuration_gets_the_present_names() -> None:
 
 
 def test_flags_of_other_modes() -> None:
-    predict = {"scan", "output", "series", "save_probabilities", "max_memory_gb"}
+    predict = {"scan", "series", "save_probabilities", "max_memory_gb"}
     assert set(flag_names(RunConfig, mode="predict")) == predict
+    assert flag_names(RunConfig, mode="predict export") == ("output",)
     assert flag_names(RunConfig, mode="evaluate") == ("eval_split",)
+    assert flag_names(RunConfig, mode="export") == ("export_window",)
 
 
 def test_structural_flags() -> None:
@@ -623,7 +633,7 @@ INCIDENTAL = """
     data_dir log_dir save_ckpt_path load_ckpt_path init_from resume ckpt_every ckpt_keep local_rank exec_mode eval_split
     seed num_workers worker_timeout stall_timeout verbose no_report compare trackers prewarm_steps val_batch_size
     submission_org submission_platform submission_status division scan output series checkpoint
-    save_probabilities max_memory_gb eval_ranks splits checkpoint_activations
+    save_probabilities max_memory_gb eval_ranks splits checkpoint_activations export_window
 """
 REPORTED = """
     epochs evaluate_every start_eval_at quality_threshold layout input_shape val_input_shape benchmark warmup_steps
