@@ -1,4 +1,4 @@
-"""Preprocesses one case from the scanner's grid to the network's, bit for bit like MLPerf's reference; and the inverse.
+"""Preprocesses one case from the scanner's grid to the network's, bit for bit like MLPerf's reference.
 
 reorient -> crop -> resample -> clip -> normalise -> pad, then the foreground boxes for the biased crop.
 KiTS19 is neither reoriented nor cropped.
