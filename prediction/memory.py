@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from common.errors import UserError
 from common.memory import free_memory_bytes
 from data_loading.preprocessing import GridTransform
 from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import tile
+from runtime.inference import largest_slab, row_starts, tile
 from runtime.memory import LiveMemory
 from runtime.memory_checks import free_bytes
 
@@ -67,8 +66,8 @@ class MemoryEstimate:
         channels, *shape = image_shape
         padding, slices = tile(shape, windows.window, windows.overlap, windows.padding_value)
         depth, *plane = (size + before + after for size, (before, after) in zip(shape, padding, strict=True))
-        starts = sorted({window[0].start for window in slices})
-        step = max((after - before for before, after in itertools.pairwise(starts)), default=depth)
+        starts = row_starts(slices)
+        step = largest_slab(starts, depth)
         # The sums, then a slab of logits and its softmax, for every member; the mean of the members.
         planes = members * (windows.window[0] + 2 * step) + (members > 1) * step
         floats = windows.classes * planes * math.prod(plane) + members * (channels + 1) * depth * math.prod(plane)

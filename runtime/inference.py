@@ -73,6 +73,16 @@ def tile(
     return padding, list(window_slices(padded, window, stride))
 
 
+def row_starts(windows: Iterable[WindowSlices]) -> list[int]:
+    """Returns the first planes of windows, each once, in order: windows that share one are a row."""
+    return sorted({window[0].start for window in windows})
+
+
+def largest_slab(starts: Sequence[int], depth: int) -> int:
+    """Returns the planes of the largest slab that is final at once: the largest step between rows; of one row, all."""
+    return max((after - before for before, after in itertools.pairwise(starts)), default=depth)
+
+
 class WindowedVolume:
     """A volume cut into windows, whose logits are averaged where they overlap, a slab of planes at a time.
 
@@ -112,7 +122,7 @@ class WindowedVolume:
             self._norm[slices] += self._weights
         self.windows = windows[member::members]
         self.missing = len(self.windows)
-        self._starts = sorted({slices[0].start for slices in windows})
+        self._starts = row_starts(windows)
         # The sums of the planes from `_starts[_row]` on, one window deep.
         self._row = 0
         self._sums: Tensor | None = None

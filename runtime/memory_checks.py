@@ -6,7 +6,6 @@ A check fails only where the estimate alone exceeds what is free. The estimate l
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from data_loading.synthetic_loader import VOLUMES
 from runtime.check_table import Check, format_size
 from runtime.demand import Demand
 from runtime.evaluation import SlidingWindowConfig
-from runtime.inference import tile
+from runtime.inference import largest_slab, row_starts, tile
 from runtime.memory import BatchMemory
 
 # Share of the free memory above which a check warns.
@@ -177,8 +176,8 @@ def case_memory(shape: Shape, channels: int, scoring: SlidingWindowConfig, windo
     padding, slices = tile(kept, scoring.window, scoring.overlap, scoring.padding_value)
     depth, *plane = (size + before + after for size, (before, after) in zip(kept, padding, strict=True))
     padded, padded_plane = depth * math.prod(plane), math.prod(plane)
-    starts = sorted({window[0].start for window in slices})
-    step = max((after - before for before, after in itertools.pairwise(starts)), default=depth)
+    starts = row_starts(slices)
+    step = largest_slab(starts, depth)
     # The case, and its prediction.
     case = (4 * channels + 1) * math.prod(shape) + math.prod(kept)
     image = 4 * channels * padded if padded > math.prod(kept) else 0  # else the case's own
