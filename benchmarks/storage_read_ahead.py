@@ -59,7 +59,7 @@ def alternate(dataset: CropDataset, pairs: int, is_cold: bool) -> list[tuple[Sam
         key = (1 + number, number % len(dataset.cases))
         order = rng.permutation([False, True]).tolist()  # in turns, one order would always meet the same cases
         if not is_cold:
-            dataset[key]  # whoever comes first would map the crop's pages for the other
+            dataset[key]  # so that neither of the two is the first to map the crop's pages
         pair = {is_on: _cost(dataset, key, is_on=is_on, is_cold=is_cold) for is_on in order}
         costs.append((pair[False], pair[True]))
     return costs[discarded:]

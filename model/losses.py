@@ -189,6 +189,10 @@ class DiceCELoss(nn.Module):
         return (sums.cross_entropy.sum() / counted + self.dice.from_sums(sums, voxels)) / 2
 
 
+# Losses that follow from sums over the voxels, and so can be computed slab by slab.
+FromSums = DiceLoss | DiceCELoss
+
+
 class LossOfSlabs:
     """The loss of a volume whose logits come slab by slab. Only a loss that follows from no sums needs all of them.
 
@@ -205,14 +209,14 @@ class LossOfSlabs:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Adds a slab's logits (N, K, planes, H, W) and labels (N, 1, planes, H, W), in the order of the planes."""
         self._voxels += labels.numel()
-        if isinstance(self._loss, DiceLoss | DiceCELoss):
+        if isinstance(self._loss, FromSums):
             self._sums.append(joined(dice_sums(logits, labels, self._loss.ignore_label)).double())
         else:
             self._whole.append((logits, labels))
 
     def value(self) -> Tensor:
         """Returns the loss, a scalar; float64 if it follows from sums."""
-        if isinstance(self._loss, DiceLoss | DiceCELoss):
+        if isinstance(self._loss, FromSums):
             return self._loss.from_sums(split(torch.stack(self._sums).sum(0)), self._voxels)
         logits, labels = (torch.cat(parts, dim=2) for parts in zip(*self._whole, strict=True))
         loss: Tensor = self._loss(logits, labels)
@@ -228,7 +232,7 @@ class SlabLoss(nn.Module):
 
     def __init__(self, loss: nn.Module, slabs: Slabs) -> None:
         super().__init__()
-        if not isinstance(loss, DiceLoss | DiceCELoss):
+        if not isinstance(loss, FromSums):
             raise UserError("--ranks_per_sample: only the losses dice_ce and dice can be computed by slabs")
         self.loss = loss
         self.slabs = slabs
@@ -294,7 +298,7 @@ def build_loss(spec: Spec | str, include_background: bool, classes: int, ignore_
             f"--loss {str(spec)!r} counts every voxel, also those that the data set's ignore label leaves out; use "
             "dice_ce, dice, or a loss with ignore_label or ignore_index"
         )
-    if isinstance(loss, DiceLoss | DiceCELoss):
+    if isinstance(loss, FromSums):
         return loss
     adapted = LibraryLoss(loss)
     logits, labels = torch.zeros(1, classes, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
