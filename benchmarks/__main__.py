@@ -1,6 +1,6 @@
 """Measures this project on this machine.
 
-    python3 -m benchmarks --suite loader|step|evaluate|preprocess|scaling|storage|all [--json FILE] [--quick]
+    python3 -m benchmarks --suite loader|step|networks|evaluate|preprocess|scaling|storage|all [--json FILE] [--quick]
     python3 -m benchmarks --suite gpu --minutes 9 --json FILE
     python3 -m benchmarks --suite peers --data_dir DATA
 
@@ -25,7 +25,7 @@ from common.errors import UserError, run_program
 if TYPE_CHECKING:
     from benchmarks.harness import Table
 
-SUITES = ("loader", "step", "evaluate", "preprocess", "scaling", "storage")
+SUITES = ("loader", "step", "networks", "evaluate", "preprocess", "scaling", "storage")
 # Not part of "all": it repeats parts of the others within a few minutes of one GPU.
 GPU_SUITE = "gpu"
 # Nor is this: it trains on real data.

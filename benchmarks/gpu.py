@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_runs, gpu_speed
+from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_runs, gpu_speed, networks
 from benchmarks.harness import NOT_MEASURED, Options, Table
 from common.errors import one_line
 
@@ -61,6 +61,7 @@ PARTS = (
     Part("Windows per second", gpu_speed.windows, needs_s=25, needs_gib=10),
     Part("Choices", gpu_speed.choices, needs_s=30, needs_gib=30),
     Part("CUDA graphs", gpu_speed.cuda_graphs, needs_s=20, needs_gib=20, on_cpu="CUDA graphs are for CUDA"),
+    Part("Networks", networks.steps, needs_s=60, needs_gib=20),
     Part("Convolutions", gpu_convolutions.convolutions, needs_s=50, needs_gib=8),
     Part("To a target", gpu_runs.to_target, needs_s=60, needs_gib=60),
     Part("torch.compile", gpu_speed.compiled, needs_s=90, needs_gib=30, on_cpu="compiling takes a CPU minutes"),
