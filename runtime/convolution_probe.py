@@ -153,7 +153,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     if not found.isfinite().all():
         return float("inf")
     scale = expected.float().abs().max().clamp(min=1e-30)
-    return float((found.float() - expected.float()).abs().max() / scale)
+    return ((found.float() - expected.float()).abs().max() / scale).item()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -21,6 +20,8 @@ _plain: frozenset[str] = frozenset()
 ALLOCATING = ("norm", "loss")
 # Within `allocating_only`: whether to allocate as Triton's operators do; None outside.
 _allocates_as_triton: bool | None = None
+# The kernels, or None and the reason; None before the first use. A cached function would make torch.compile warn.
+_loaded: tuple[ModuleType | None, str] | None = None
 
 
 def triton_for(x: Tensor, operator: str) -> ModuleType | None:
@@ -83,9 +84,16 @@ def _allocations() -> ModuleType:
     return allocations
 
 
-@lru_cache
 def _triton_kernels() -> tuple[ModuleType | None, str]:
-    """Returns the kernels, or None and the reason. The first launch needs a C compiler, which a slim image may lack."""
+    """Returns the kernels, or None and the reason."""
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """Imports the kernels and launches one: that needs a C compiler, which a slim image may lack."""
     try:
         from model.kernels import triton as triton_kernels
 

@@ -81,6 +81,7 @@ def _finish_moments(
     sample = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)
+    size = voxels * 1.0  # not `.to`: torch.compile first traces the kernel with plain numbers
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, programs, ROWS):
         program = start + row
@@ -89,7 +90,7 @@ def _finish_moments(
         index = (sample * programs + program[:, None]) * C + channel[None, :]
         total += tl.load(means + index, inside, 0.0) * count[:, None]
     # As in `_moments`: a first mean, then the mean of what differs from it.
-    rough = tl.sum(total, 0) / voxels.to(tl.float32)
+    rough = tl.sum(total, 0) / size
     off = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, programs, ROWS):
@@ -100,10 +101,10 @@ def _finish_moments(
         away = tl.where(inside, tl.load(means + index, inside, 0.0) - rough[None, :], 0.0)
         off += count[:, None] * away
         total += tl.load(m2s + index, inside, 0.0) + count[:, None] * away * away
-    correction = tl.sum(off, 0) / voxels.to(tl.float32)
+    correction = tl.sum(off, 0) / size
     mean = rough + correction
-    m2 = tl.sum(total, 0) - voxels.to(tl.float32) * correction * correction
-    variance = m2 / voxels.to(tl.float32)
+    m2 = tl.sum(total, 0) - size * correction * correction
+    variance = m2 / size
     tl.store(mean_out + sample * C + channel, mean, channel < C)
     tl.store(m2_out + sample * C + channel, m2, channel < C)
     tl.store(inverse_std_out + sample * C + channel, 1.0 / tl.sqrt(variance + eps), channel < C)
@@ -210,6 +211,7 @@ def _finish_gradient_sums(
     sample = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)
+    size = voxels * 1.0  # as in `_finish_moments`
     g = tl.zeros((ROWS, CHANNELS), tl.float32)
     gx = tl.zeros((ROWS, CHANNELS), tl.float32)
     for start in range(0, programs, ROWS):
@@ -222,8 +224,8 @@ def _finish_gradient_sums(
     scale = tl.load(weight + channel, inside, 0.0).to(tl.float32) * inverse
     dbias = tl.sum(g, 0)
     dweight = tl.sum(gx, 0) * inverse
-    slope_x = -scale * inverse * dweight / voxels.to(tl.float32)
-    base = -scale * dbias / voxels.to(tl.float32) - slope_x * tl.load(mean + out, inside, 0.0)
+    slope_x = -scale * inverse * dweight / size
+    base = -scale * dbias / size - slope_x * tl.load(mean + out, inside, 0.0)
     tl.store(slope_out + out, slope_x, inside)
     tl.store(base_out + out, base, inside)
     tl.store(dweight_out + out, dweight, inside)

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,10 +72,8 @@ if torch.cuda.is_available():
 
 
 @pytest.fixture
-def _fresh_choice() -> Iterator[None]:
-    kernels._triton_kernels.cache_clear()
-    yield
-    kernels._triton_kernels.cache_clear()
+def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_loaded", None)
 
 
 @pytest.mark.usefixtures("_fresh_choice")
