@@ -107,13 +107,13 @@ def row_of(spec: str, device: torch.device, scale: Scale) -> list[object]:
 
 def pairs(spec: str, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
     """Times steps with and without fused norms."""
-    fused, plain = (make_step(spec, is_fused, device, scale, batch_size) for is_fused in (True, False))
+    fused, plain = (make_step(spec, device, scale, batch_size, is_fused=is_fused) for is_fused in (True, False))
     return compare(plain, fused, pairs=scale.pairs, device=device, warm_up=WARM_UP)
 
 
 def alone(spec: str, device: torch.device, scale: Scale, batch_size: int) -> Comparison:
     """Times steps of a network with nothing to switch off."""
-    step = make_step(spec, False, device, scale, batch_size)
+    step = make_step(spec, device, scale, batch_size, is_fused=False)
     return compare(lambda: None, step, pairs=scale.pairs, device=device, warm_up=WARM_UP)
 
 
@@ -123,7 +123,9 @@ def build(spec: str) -> torch.nn.Module:
     return build_network(Spec(spec, trusted=True), CHANNELS, CLASSES)
 
 
-def make_step(spec: str, is_fused: bool, device: torch.device, scale: Scale, batch_size: int) -> Callable[[], Tensor]:
+def make_step(
+    spec: str, device: torch.device, scale: Scale, batch_size: int, *, is_fused: bool
+) -> Callable[[], Tensor]:
     """Returns a function that computes one training step on dummy data and returns the loss."""
     network = build(spec)
     if is_fused:

@@ -21,7 +21,6 @@ from data_loading.dataset import read_spec_and_split
 from data_loading.io.file_kinds import is_file_name, stem
 from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.spec import KITS19, KITS19_ORIENTATION, DatasetSpec
-from model.registry import check_window
 from prediction.ensemble import Ensemble, Member, predict_scan
 from prediction.memory import MemoryBudget
 from prediction.volumes import ClassVolume, write_table
@@ -30,8 +29,7 @@ from runtime.arguments import RunConfig, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
-from runtime.memory_format import to_device
-from runtime.network import fuse_foreign_norms, make_network
+from runtime.network import load_trained
 from runtime.seeding import seed_process
 from runtime.test_time_flips import untrained_flips
 
@@ -124,12 +122,7 @@ def load_ensemble(config: RunConfig, given: frozenset[str], world: World) -> tup
 
 def load_member(checkpoint: Checkpoint, spec: DatasetSpec, config: RunConfig, device: torch.device) -> Member:
     """Returns a checkpoint's network on a device. Raises UserError if the flags describe another network."""
-    network = make_network(config, spec)
-    window, classes = config.val_input_shape, len(spec.classes)
-    check_window(network, window, "--val_input_shape", channels=spec.channels, classes=classes)
-    fuse_foreign_norms(config, network, spec, window)
-    checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)
-    to_device(network.eval(), device, config.layout)
+    network = load_trained(checkpoint, config, spec, device)
     windows = replace(build.make_sliding_window_config(config, spec), crops_remainder=False)
     return Member(network=network, windows=windows, amp=config.amp, amp_dtype=config.amp_dtype, layout=config.layout)
 

@@ -185,8 +185,10 @@ def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
         raise UserError(f"--exec_mode {mode} needs --load_ckpt_path, the checkpoint to {mode}")
     if mode != "train" and config.benchmark:
         raise UserError(f"--benchmark measures training; it does not go with --exec_mode {mode}")
-    if mode != "predict" and len(config.load_ckpt_path) > 1:
-        raise UserError("--load_ckpt_path: only --exec_mode predict takes several checkpoints, and averages them")
+    if mode not in ("evaluate", "predict") and len(config.load_ckpt_path) > 1:
+        raise UserError(
+            "--load_ckpt_path: only --exec_mode evaluate and predict take several checkpoints, and average them"
+        )
     if mode != "report" and config.compare:
         raise UserError("--log_dir: only --exec_mode report takes several folders, and compares their runs")
     for f in fields(RunConfig):

@@ -6,19 +6,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data_loading.data_loader import EvaluationCase
+from model.ensemble import mean_logits, members_of
 from model.losses import LossOfSlabs
 from model.metrics import dice_of_classes, predicted_classes
 from runtime.distributed.world import World
-from runtime.inference import WindowedVolume, predict_windows, remainder_crop, stride_of, tile
+from runtime.inference import Slab, WindowedVolume, predict_windows, remainder_crop, stride_of, tile
 from runtime.logging.events import CaseEvaluated, EvaluationStarted, EvaluationStopped, Event
 from runtime.precision import Precision
 from runtime.test_time_flips import NO_FLIPS, Flips, mean_over_flips
+
+T = TypeVar("T")
 
 
 def do_nothing() -> None:
@@ -135,6 +139,7 @@ class CaseScorer:
     """Scores whole cases by sliding windows.
 
     Attributes:
+        network: or an `Ensemble`, whose members' probabilities are averaged over the whole case.
         metric: further figures to compute for each case.
         check: called before each batch of windows; what it raises ends the evaluation and leaves the state as it was.
         check_waiting: called while this rank waits for the others; likewise.
@@ -163,41 +168,67 @@ class CaseScorer:
         waiting: deque[tuple[str, Tensor]] = deque()
         device, windows = self.precision.device, self.windows
 
-        def cut() -> Iterator[WindowedVolume]:
+        members = members_of(self.network)
+
+        def cut() -> Iterator[list[WindowedVolume]]:
             for case in cases:
                 kept = windows.kept(case.image.shape[2:])
                 waiting.append((case.case, case.label[..., *kept].to(device, non_blocking=True)))
                 image = case.image[..., *kept].to(device, non_blocking=True)
-                yield WindowedVolume(
-                    image,
-                    windows.window,
-                    windows.overlap,
-                    padding_value=windows.padding_value,
-                    member=subgroup.rank,
-                    members=subgroup.size,
-                )
+                yield [
+                    WindowedVolume(
+                        image,
+                        windows.window,
+                        windows.overlap,
+                        padding_value=windows.padding_value,
+                        member=subgroup.rank,
+                        members=subgroup.size,
+                    )
+                    for _ in members
+                ]
 
-        def predict(batch: Tensor) -> Tensor:
+        def predict(network: nn.Module, batch: Tensor) -> Tensor:
             self.check()
             with self.precision.autocast():
-                logits: Tensor = self.network(batch)
+                logits: Tensor = network(batch)
             return logits
 
         def total(own: Tensor) -> Tensor:
             return subgroup.sum(own, self.check_waiting)
 
-        flipped = mean_over_flips(predict, windows.flips)
-        slabs = predict_windows(cut(), flipped, windows.batch_size, total)
-        for slab in slabs:
+        def slabs_of(network: nn.Module, volumes: Iterator[WindowedVolume]) -> Iterator[Slab]:
+            predictor = mean_over_flips(partial(predict, network), windows.flips)
+            return predict_windows(volumes, predictor, windows.batch_size, total)
+
+        first, *others = map(slabs_of, members, columns_of(cut(), len(members)))
+        for slab in first:  # not zip, which would hold an earlier slab
+            logits = mean_logits([slab.logits, *(next(slabs).logits for slabs in others)])
             if slab.planes.start == 0:
                 name, label = waiting.popleft()
                 loss, prediction = LossOfSlabs(self.loss), torch.empty_like(label)
             true = label[:, :, slab.planes]
-            loss.add(slab.logits, true)
-            prediction[:, :, slab.planes] = predicted_classes(slab.logits, true, windows.ignore_label)
+            loss.add(logits, true)
+            prediction[:, :, slab.planes] = predicted_classes(logits, true, windows.ignore_label)
             if slab.planes.stop == label.shape[2]:
                 figures = [loss.value().double().view(1), dice_of_classes(prediction, label, windows.classes)[0]]
                 yield torch.cat([*figures, self.metric(name, prediction, label)] if self.metric else figures)
+
+
+def columns_of(rows: Iterator[list[T]], count: int) -> list[Iterator[T]]:
+    """Returns an iterator for each column of rows; unlike `itertools.tee`, they hold nothing that all have taken."""
+    waiting: list[deque[T]] = [deque() for _ in range(count)]
+
+    def column(own: deque[T]) -> Iterator[T]:
+        while own or take_row():
+            yield own.popleft()
+
+    def take_row() -> bool:
+        row = next(rows, None)
+        for queue, item in zip(waiting, row or [], strict=row is not None):
+            queue.append(item)
+        return row is not None
+
+    return [column(own) for own in waiting]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,8 @@ class InputOutputFlags:
     )
     load_ckpt_path: tuple[Path, ...] = flag(
         (),
-        "checkpoint to continue training from, to evaluate or to predict with; with --exec_mode predict several, "
-        "whose probabilities are averaged",
+        "checkpoint to continue training from, to evaluate or to predict with; with --exec_mode evaluate or predict "
+        "several, whose probabilities are averaged",
         nargs="+",
         closed=True,
         resume="incidental",

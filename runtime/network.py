@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from common.errors import UserError
@@ -15,6 +16,7 @@ from model.registry import build_network, check_window, freeze_unused
 from model.unet3d import Unet3d
 from runtime.arguments import RunConfig
 from runtime.checkpoint import format as checkpoints
+from runtime.checkpoint.format import Checkpoint
 from runtime.memory_format import to_device
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
@@ -38,6 +40,15 @@ def make_checked_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
         shape = getattr(config, flag)
         check_window(network, shape, f"--{flag}", channels=dataset.channels, classes=len(dataset.classes))
     return network
+
+
+def load_trained(checkpoint: Checkpoint, config: RunConfig, dataset: DatasetSpec, device: torch.device) -> nn.Module:
+    """Returns a checkpoint's network on a device, for evaluation. Raises UserError if the flags describe another."""
+    network, window = make_network(config, dataset), config.val_input_shape
+    check_window(network, window, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes))
+    fuse_foreign_norms(config, network, dataset, window)
+    checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)
+    return to_device(network.eval(), device, config.layout)
 
 
 def prepare_network(run: RunSpec) -> nn.Module:

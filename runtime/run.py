@@ -6,26 +6,24 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from common.errors import DIVERGED_EXIT, UserError
+from common.errors import DIVERGED_EXIT
 from common.messages import note, notes_held
-from model.registry import check_window
+from model.ensemble import Ensemble
 from runtime import build, startup
-from runtime.arguments import RunConfig, checkpoint_path, with_checkpoint_network
-from runtime.checkpoint import format as checkpoints
+from runtime.arguments import RunConfig, checkpoint_path
 from runtime.checkpoint.writer import PATIENCE_S
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.world import World
+from runtime.evaluated import read_members
 from runtime.evaluation import CaseScorer
 from runtime.logging.console import EvaluationTracker
 from runtime.logging.events import EventDispatcher, RunFinalized, RunStarted
 from runtime.logging.log_folder import run_files
-from runtime.memory_format import to_device
-from runtime.network import fuse_foreign_norms, make_checked_network, make_network, prepare_network
+from runtime.network import load_trained, make_checked_network, prepare_network
 from runtime.precision import choose_precision
 from runtime.remote_evaluation import RemoteEvaluator, evaluate_until_end
-from runtime.run_spec import RunSpec, make_run_spec, read_dataset, report_done
+from runtime.run_spec import RunSpec, make_run_spec, report_done
 from runtime.seeding import seed_process
-from runtime.test_time_flips import untrained_flips
 from runtime.training import train
 
 
@@ -100,46 +98,34 @@ def evaluate_beside_training(run: RunSpec) -> int:
 
 
 def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) -> int:
-    """Scores a checkpoint's network: prints one `name value` line per score and writes a table of the cases.
+    """Scores a checkpoint's network, or several as one: prints a `name value` line per score, writes a table of cases.
 
     Args:
         given: names of the flags that are on the command line; the checkpoint's flags fill in the others.
     """
     from runtime.case_table import CaseTable  # imports scipy.spatial, which training does without
 
-    loaded = checkpoints.load(config.load_ckpt_path[0])
-    config = with_checkpoint_network(config, given, loaded.config)
-    dataset, split, _ = read_dataset(config, loaded.fold)
-    cases = split.get(config.eval_split)
-    if not cases:
-        others = ", ".join(f"{len(ids)} of {subset}" for subset, ids in split.items() if ids)
-        raise UserError(
-            f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {others or 'none'}"
-        )
-    flips_note = untrained_flips(config.test_time_flips, loaded.augment, str(loaded.path))
-    if flips_note and world.is_main:
-        note(flips_note)
+    members = read_members(config, given)
+    first, config = members[0], members[0].config
+    if world.is_main:
+        for line in filter(None, dict.fromkeys(member.flips_note() for member in members)):
+            note(line)
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
-    network = make_network(config, dataset)
-    check_window(
-        network, config.val_input_shape, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes)
-    )
-    fuse_foreign_norms(config, network, dataset, config.val_input_shape)
-    weights, epoch = loaded.state(config.checkpoint)
-    checkpoints.load_network(network, weights, loaded.path)
-    to_device(network, world.device, config.layout)
     precision = choose_precision(config.amp, config.amp_dtype, world.device)
-    startup.require_window_memory(network, precision, (dataset.channels, *config.val_input_shape))
-    table = CaseTable(config.data_dir, dataset, config.eval_split)
+    network = Ensemble(load_trained(one.checkpoint, one.config, first.dataset, world.device) for one in members)
+    for one in network:
+        startup.require_window_memory(one, precision, (first.dataset.channels, *config.val_input_shape))
+    table = CaseTable(config.data_dir, first.dataset, config.eval_split)
     scorer = CaseScorer(
         network=network,
-        loss=build.make_loss(config, dataset, world),
-        windows=build.make_sliding_window_config(config, dataset),
+        loss=build.make_loss(config, first.dataset, world),
+        windows=build.make_sliding_window_config(config, first.dataset),
         precision=precision,
         metric=table,
     )
     emit = EventDispatcher([EvaluationTracker(config.verbose)] if world.is_main else [])
-    result = build.make_evaluator(config, scorer, cases, world=world, emit=emit)(epoch)
+    epoch = max(member.checkpoint.state(config.checkpoint)[1] for member in members)
+    result = build.make_evaluator(config, scorer, first.cases, world=world, emit=emit)(epoch)
     emit(result)
     if world.is_main:
         print(table.write(config.log_dir, result), file=sys.stderr, flush=True)

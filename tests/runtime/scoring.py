@@ -34,7 +34,12 @@ def dummy_case(case: str) -> EvaluationCase:
 class Thresholds(nn.Module):
     """A network whose logits depend only on the voxel's value, in any window."""
 
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.shift = shift
+
     def forward(self, image: Tensor) -> Tensor:
+        image = image - self.shift
         return torch.cat((torch.zeros_like(image), 4 * (image - 0.3), 8 * (image - 0.8)), dim=1)
 
 
@@ -63,8 +68,10 @@ def evaluate(
     )(epoch=7)
 
 
-def score_all(cases: list[str], world: World, events: list[Event] | None = None) -> EvaluationStopped:
-    return evaluate(make_scorer(Thresholds(), Precision(world.device, None)), cases, world, events)
+def score_all(
+    cases: list[str], world: World, events: list[Event] | None = None, network: nn.Module | None = None
+) -> EvaluationStopped:
+    return evaluate(make_scorer(network or Thresholds(), Precision(world.device, None)), cases, world, events)
 
 
 def score_case(case: EvaluationCase, scorer: CaseScorer) -> Tensor:

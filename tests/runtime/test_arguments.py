@@ -472,7 +472,7 @@ def test_a_bad_value_is_one_line_that_names_the_flag(flags: list[str], expected:
         (["--exec_mode", "predict", "--load_ckpt_path", "c", "--output", "o"], "--exec_mode predict needs --scan"),
         (["--exec_mode", "predict", "--load_ckpt_path", "c", "--scan", "s"], "--exec_mode predict needs --output"),
         ([*PREDICT, "--benchmark"], "--benchmark measures training"),
-        (["--load_ckpt_path", "c", "d"], "only --exec_mode predict takes several checkpoints"),
+        (["--load_ckpt_path", "c", "d"], "only --exec_mode evaluate and predict take several checkpoints"),
         (["--eval_ranks", "-1"], "argument --eval_ranks: "),
         (["--eval_ranks", "1", "--exec_mode", "evaluate", "--load_ckpt_path", "c"], "applies only to training"),
         ([*PREDICT, "--eval_ranks", "1"], "--eval_ranks 1 applies only to training: with --exec_mode predict"),

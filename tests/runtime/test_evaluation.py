@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Interrupted
+from model.ensemble import Ensemble
 from model.losses import DiceCELoss
 from model.metrics import dice_score
 from runtime.distributed.world import World
@@ -58,6 +59,24 @@ def test_the_references_crop_scores_only_the_kept_part(case: str, kept: slice, f
         image, Thresholds(), CROPPING.window, CROPPING.overlap, padding_value=CROPPING.padding_value
     )
     assert row.tolist() == pytest.approx([DiceCELoss()(logits, label).item(), *dice_score(logits, label)[0].tolist()])
+
+
+def test_an_ensemble_averages_the_probabilities_of_whole_cases(world: World, fp32: Precision) -> None:
+    networks = [Thresholds(), Thresholds(1.5), Thresholds(-0.5)]
+    found = evaluate(make_scorer(Ensemble(networks), fp32), CASES, world)
+    rows = []
+    for case in map(dummy_case, CASES):
+        how = SCORING.window, SCORING.overlap
+        logits = [
+            sliding_window(case.image, one, *how, padding_value=SCORING.padding_value, batch_size=3) for one in networks
+        ]
+        mean = torch.stack([one.double().softmax(1) for one in logits]).mean(0)
+        of_logits = torch.stack(logits).mean(0)
+        assert (mean.argmax(1) != of_logits.argmax(1)).any(), "the networks must show the difference"
+        rows.append([DiceCELoss()(mean.log(), case.label).item(), *dice_score(mean, case.label)[0].tolist()])
+    loss, *dice = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    assert found.dice == pytest.approx(dice, abs=1e-7)
+    assert found.loss == pytest.approx(loss, abs=1e-6)
 
 
 def test_voxels_with_the_ignore_label_count_neither_in_the_loss_nor_in_the_score(fp32: Precision) -> None:

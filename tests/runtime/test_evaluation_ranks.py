@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.ensemble import Ensemble
 from runtime.distributed.world import World
 from runtime.evaluation import assign_cases
 from runtime.logging.events import CaseEvaluated, Event
@@ -60,18 +61,19 @@ class ThreadWorld(World):
         """All threads share the model."""
 
 
+@pytest.mark.parametrize("network", [Thresholds(), Ensemble([Thresholds(), Thresholds(1.0)])], ids=["one", "two"])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_the_same_on_any_number_of_ranks(ranks: int, count: int, world: World) -> None:
+def test_the_same_on_any_number_of_ranks(ranks: int, count: int, network: nn.Module, world: World) -> None:
     cases = [*CASES, "case_00041"][:count]
-    alone = score_all(cases, world)
+    alone = score_all(cases, world, network=network)
     table, tables = SumTable(ranks), {}
     logs: list[list[Event]] = [[] for _ in range(ranks)]
     with ThreadPoolExecutor(ranks) as threads:
         together = list(
             threads.map(
                 lambda rank: score_all(
-                    cases, ThreadWorld(rank, ranks, world.device, table=table, tables=tables), logs[rank]
+                    cases, ThreadWorld(rank, ranks, world.device, table=table, tables=tables), logs[rank], network
                 ),
                 range(ranks),
             )

@@ -48,9 +48,10 @@ def train(data_dir: Path, log_dir: Path, *flags: str) -> int:
     return train_network(config, World(0, 1, torch.device("cpu")), lambda config, world: None)
 
 
-def evaluate(data_dir: Path, checkpoint: Path, *flags: str) -> list[str]:
+def evaluate(data_dir: Path, checkpoint: Path, *flags: str | Path) -> list[str]:
+    """The cases that are scored; `flags` may begin with further checkpoints."""
     arguments = ["--exec_mode", "evaluate", "--data_dir", str(data_dir), "--load_ckpt_path", str(checkpoint)]
-    config, given = parse_arguments([*arguments, "--model", MODEL, "--log_dir", str(data_dir.parent), *flags])
+    config, given = parse_arguments([*arguments, *map(str, flags), "--model", MODEL, "--log_dir", str(data_dir.parent)])
     evaluate_checkpoint(config, given, World(0, 1, torch.device("cpu")))
     with (data_dir.parent / "evaluation.csv").open() as stream:
         return sorted(row["case"] for row in csv.DictReader(stream))
@@ -113,6 +114,22 @@ def test_a_run_writes_its_folds_and_its_checkpoint_is_scored_on_its_own(data_dir
     assert evaluate(data_dir, path, "--splits", str(log_dir / SPLITS_NAME), "--fold", "2") == list(FOLDS[2].val)
     with pytest.raises(UserError, match=r"--fold 1: .* was trained on another fold"):
         evaluate(data_dir, path, "--folds", "5", "--fold", "1")
+
+
+def test_several_checkpoints_are_scored_as_one_on_cases_that_none_was_trained_on(data_dir: Path) -> None:
+    paths = []
+    for number in (0, 1):
+        folder = data_dir.parent / str(number)
+        train(data_dir, folder, "--folds", "5", "--fold", str(number), "--overlap", f"0.{number}")
+        paths.append(folder / "checkpoint.pth")
+    assert evaluate(data_dir, paths[0], paths[0]) == list(FOLDS[0].val)
+    with pytest.raises(
+        UserError, match=r"1/checkpoint.pth: its fold evaluates other cases than that of .*0/checkpoint"
+    ):
+        evaluate(data_dir, *paths)
+    with pytest.raises(UserError, match=r"1/checkpoint.pth: its --overlap is 0.1, that of .* 0.0; give --overlap"):
+        evaluate(data_dir, *paths, "--eval_split", "test")
+    assert evaluate(data_dir, *paths, "--eval_split", "test", "--overlap", "0.5") == ["t"]
 
 
 @pytest.mark.parametrize("flags", [["--folds", "5", "--fold", "1"], []])
