@@ -50,7 +50,7 @@ def read_members(config: RunConfig, given: frozenset[str]) -> list[EvaluatedNetw
     members: list[EvaluatedNetwork] = []
     for path in config.load_ckpt_path:
         members.append(_read(config, given, path, members))
-        _check_alike(members[0], members[-1])
+        _check_compatible(members[0], members[-1])
     return members
 
 
@@ -69,7 +69,7 @@ def _read(config: RunConfig, given: frozenset[str], path: Path, others: Sequence
     return EvaluatedNetwork(checkpoint=loaded, config=config, dataset=dataset, cases=cases)
 
 
-def _check_alike(first: EvaluatedNetwork, other: EvaluatedNetwork) -> None:
+def _check_compatible(first: EvaluatedNetwork, other: EvaluatedNetwork) -> None:
     """Raises UserError if two networks cannot be evaluated as one."""
     one, path = first.checkpoint.path, other.checkpoint.path
     if other.cases != first.cases:
@@ -82,7 +82,7 @@ def _check_alike(first: EvaluatedNetwork, other: EvaluatedNetwork) -> None:
         if ours != theirs:
             raise UserError(
                 f"--load_ckpt_path {path}: its --{name} is {_text(ours)}, that of {one} {_text(theirs)}; give --{name} "
-                "to evaluate both alike"
+                "to evaluate both with the same value"
             )
 
 
