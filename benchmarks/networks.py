@@ -28,8 +28,8 @@ from runtime.train_state import TrainState
 from runtime.training import StepConfig, forward_backward, optimizer_step
 from runtime.warmup import dummy_batch
 
-# FILTERS stands for the features of the four resolutions, WIDTH for the first of them.
 NNUNET = "dynamic_network_architectures.architectures.unet"
+# FILTERS stands for the features of the four resolutions, WIDTH for the first of them.
 ARGUMENTS = (
     "n_stages=4, features_per_stage=FILTERS, conv_op='torch.nn:Conv3d', kernel_sizes=3, strides=(1, 2, 2, 2), "
     "n_conv_per_stage_decoder=1, conv_bias=True, norm_op='torch.nn:InstanceNorm3d', norm_op_kwargs={'affine': True}, "
