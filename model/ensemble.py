@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 
@@ -28,4 +28,4 @@ def mean_logits(logits: Sequence[Tensor]) -> Tensor:
     total = logits[0].log_softmax(1)
     for one in logits[1:]:
         total = total.logaddexp(one.log_softmax(1))
-    return total - torch.tensor(float(len(logits))).log()
+    return total - math.log(len(logits))
