@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks import step
 from benchmarks.evaluate import ConfidentNetwork, check_same, scoring
 from benchmarks.harness import NOT_MEASURED, Options, Table, compare
-from benchmarks.step import CHANNELS, CLASSES, PUBLISHED, Scale, StepVariant, make_state, make_step
+from benchmarks.step import CHANNELS, CLASSES, PUBLISHED, Scale, StepVariant, make_state, make_step, training_step
 from data_loading.data_loader import EvaluationCase
 from model.losses import DiceCELoss
 from model.unet3d import MLPERF_FILTERS, Unet3d
@@ -22,7 +22,7 @@ from runtime.distributed.world import World
 from runtime.evaluation import CaseScorer
 from runtime.logging.throughput import peak_memory_bytes
 from runtime.precision import choose_precision
-from runtime.training import StepConfig, forward_backward, optimizer_step
+from runtime.training import StepConfig
 from runtime.warmup import dummy_batch, peak_flops, seconds, synchronize, training_flops
 
 BATCHES = (1, 2, 7, 14, 28)
@@ -243,10 +243,7 @@ def captured(device: torch.device, scale: Scale, batch_size: int) -> Callable[[]
     config = StepConfig(loss=DiceCELoss(), precision=precision, ga_steps=1, layout="NDHWC")
     batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
 
-    def work() -> None:
-        forward_backward(state, batch, config, communicate=True)
-        optimizer_step(state)
-
+    work = training_step(state, config, batch)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

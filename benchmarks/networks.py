@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
-from benchmarks.step import CHANNELS, CLASSES, LEARNING_RATE, MOMENTUM, WARM_UP, Scale, largest_fitting_batch
+from benchmarks.step import (
+    CHANNELS,
+    CLASSES,
+    LEARNING_RATE,
+    MOMENTUM,
+    WARM_UP,
+    Scale,
+    largest_fitting_batch,
+    number_format,
+    training_step,
+)
 from common.errors import UserError, one_line
 from common.registry import Spec
 from model.deep_supervision import OutputsLoss
@@ -25,7 +35,7 @@ from runtime.memory_format import to_device
 from runtime.optimizer import make_optimizer
 from runtime.precision import choose_precision
 from runtime.train_state import TrainState
-from runtime.training import StepConfig, forward_backward, optimizer_step
+from runtime.training import StepConfig
 from runtime.warmup import dummy_batch
 
 NNUNET = "dynamic_network_architectures.architectures.unet"
@@ -70,11 +80,11 @@ def steps(options: Options) -> Table:
         except UserError as error:
             rows.append([name, f"{NOT_MEASURED}: {one_line(error)}", *[""] * 4])
     precision = choose_precision(True, "auto", options.device)
-    numbers = str(precision.dtype or torch.float32).removeprefix("torch.")
     columns = ["network", "parameters", "norms fused", "ms per step", "ms with --no-fuse_norms", "ratio"]
     notes = [
         f"Filters {scale.filters}, windows of {' x '.join(map(str, scale.shape))}, batches of {scale.batch_size} or "
-        f"what fits, {numbers}, channels-last; medians, the ratio that of {scale.pairs} alternating pairs."
+        f"what fits, {number_format(precision)}, channels-last; medians, the ratio that of {scale.pairs} alternating "
+        "pairs."
     ]
     return Table("Networks", columns, rows, notes)
 
@@ -135,11 +145,4 @@ def make_step(
     optimizer = make_optimizer("sgd", network.parameters(), LEARNING_RATE, MOMENTUM)
     state = TrainState(network=network, model=network, optimizer=optimizer, scaler=precision.make_scaler())
     config = StepConfig(loss=OutputsLoss(DiceCELoss()), precision=precision, ga_steps=1, layout="NDHWC")
-    batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
-
-    def step() -> Tensor:
-        loss = forward_backward(state, batch, config, communicate=True)
-        optimizer_step(state)
-        return loss
-
-    return step
+    return training_step(state, config, dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import NOT_MEASURED, Comparison, Options, Table, compare
 from common.errors import UserError
+from data_loading.base_loader import Batch
 from model.kernels import dispatch as kernels
 from model.losses import DiceCELoss
 from model.metrics import SMOOTHING, SPATIAL
@@ -210,13 +211,24 @@ def make_step(variant: StepVariant, device: torch.device, scale: Scale, batch_si
     config = StepConfig(loss=loss, precision=precision, ga_steps=1, layout=variant.layout)
     batch = dummy_batch((batch_size, CHANNELS, *scale.shape), CLASSES, device)
 
+    work = training_step(state, config, batch)
+
     def step() -> Tensor:
         with kernels.plain(variant.plain):
-            loss = forward_backward(state, batch, config, communicate=True)
-            optimizer_step(state)
-            return loss
+            return work()
 
     return step
+
+
+def training_step(state: TrainState, config: StepConfig, batch: Batch) -> Callable[[], Tensor]:
+    """Returns a function that computes one training step on this batch and returns the loss."""
+
+    def work() -> Tensor:
+        loss = forward_backward(state, batch, config, communicate=True)
+        optimizer_step(state)
+        return loss
+
+    return work
 
 
 def largest_fitting_batch(batch_size: int, work: Callable[[int], T]) -> tuple[int, T]:
@@ -238,9 +250,13 @@ def largest_fitting_batch(batch_size: int, work: Callable[[int], T]) -> tuple[in
 
 def describe(scale: Scale, precision: Precision, batch_size: int) -> str:
     """The network, window, batch and number format, for a table's notes."""
-    window = " x ".join(map(str, scale.shape))
-    numbers = str(precision.dtype or torch.float32).removeprefix("torch.")
+    window, numbers = " x ".join(map(str, scale.shape)), number_format(precision)
     return f"unet3d with filters {scale.filters}, windows of {window}, batches of {batch_size}, {numbers}."
+
+
+def number_format(precision: Precision) -> str:
+    """The name of the format in which a network computes."""
+    return str(precision.dtype or torch.float32).removeprefix("torch.")
 
 
 class NaiveDiceCE(nn.Module):
