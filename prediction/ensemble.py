@@ -197,11 +197,11 @@ def _means(members: Sequence[Iterator[Tensor]]) -> Iterator[Tensor]:
 
 def _probabilities(image: Tensor, member: Member, plan: MemoryPlan, progress: Progress) -> Iterator[Tensor]:
     """Yields a member's softmax in slabs (K, planes, H, W)."""
-    precision, windows = choose_precision(member.amp, member.amp_dtype, plan.network_device), member.windows
+    forward = choose_precision(member.amp, member.amp_dtype, plan.network_device).applied_to(member.network)
+    windows = member.windows
 
     def predict(batch: Tensor) -> Tensor:
-        with precision.autocast():
-            logits: Tensor = member.network(batch.to(plan.network_device))
+        logits = forward(batch.to(plan.network_device))
         progress.update(len(batch))
         return logits.to(plan.volume_device)
 

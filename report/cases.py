@@ -25,13 +25,14 @@ from data_loading.data_loader import load_evaluation_case
 from data_loading.dataset import read_spec_and_split
 from data_loading.index import INDEX_NAME, read_index
 from data_loading.spec import DatasetSpec
-from model.registry import build_network
 from report.figures import Plane, draw_plane
 from report.records import Evaluation, Run
-from runtime.checkpoint.format import Checkpoint, load, load_network
+from runtime.arguments import RunConfig, with_checkpoint_network
+from runtime.build import make_sliding_window_config
+from runtime.checkpoint.format import Checkpoint, load
 from runtime.evaluation import SlidingWindowConfig
 from runtime.inference import WindowedVolume, predict_windows
-from runtime.memory_format import to_device
+from runtime.network import load_trained
 from runtime.precision import Precision, choose_precision
 from runtime.test_time_flips import mean_over_flips
 
@@ -78,7 +79,7 @@ class OrientedCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Predictor:
+class Predictor:
     """A trained network with the settings of its evaluation."""
 
     network: nn.Module
@@ -88,17 +89,12 @@ class _Predictor:
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
         """Returns the predicted classes of an image (1, C, D, H, W): (D, H, W) uint8 on the host."""
-
-        def predict(windows: Tensor) -> Tensor:
-            with self.precision.autocast():
-                logits: Tensor = self.network(windows)
-            return logits
-
         windows = self.windows
         volume = WindowedVolume(
             image.to(self.precision.device), windows.window, windows.overlap, padding_value=windows.padding_value
         )
-        slabs = predict_windows([volume], mean_over_flips(predict, windows.flips), windows.batch_size)
+        predictor = mean_over_flips(self.precision.applied_to(self.network), windows.flips)
+        slabs = predict_windows([volume], predictor, windows.batch_size)
         return torch.cat([slab.logits.argmax(1)[0].to("cpu", torch.uint8) for slab in slabs])
 
 
@@ -152,7 +148,7 @@ def draw_cases(
     data_dir = data_dir or Path(run.config["data_dir"])
     loaded = _load_checkpoint(run, checkpoint, best)
     spec, _ = read_spec_and_split(data_dir, [])
-    predictor = _make_predictor(run, spec, loaded, device=device, model=model)
+    predictor = make_predictor(run, spec, loaded, device=device, model=model)
     shown = []
     for role, case in choose_cases(best.per_case).items():
         images = list(draw_planes(_orient(data_dir, case, spec, predictor), f"{role} case {case}"))
@@ -180,33 +176,21 @@ def _load_checkpoint(run: Run, path: Path | None, best: Evaluation) -> Checkpoin
     return loaded
 
 
-def _make_predictor(
+def make_predictor(
     run: Run, spec: DatasetSpec, loaded: Checkpoint, *, device: torch.device, model: Spec | None
-) -> _Predictor:
-    config = {**(loaded.config or run.config), **({"model": model} if model else {})}
-    network = build_network(
-        config["model"],
-        spec.channels,
-        len(spec.classes),
-        normalization=config["normalization"],
-        activation=config["activation"],
+) -> Predictor:
+    """Returns the network with the flags that it was evaluated with."""
+    stored, given = loaded.config or run.config, frozenset({"model"} if model else ())
+    config = RunConfig(model=model or RunConfig.model, val_batch_size=int(stored["val_batch_size"]))
+    config = with_checkpoint_network(config, given, stored)
+    return Predictor(
+        network=load_trained(loaded, config, spec, device),
+        windows=make_sliding_window_config(config, spec),
+        precision=choose_precision(config.amp, config.amp_dtype, device),
     )
-    load_network(network, loaded.best, loaded.path)
-    to_device(network, device, config["layout"])
-    d, h, w = map(int, config["val_input_shape"])
-    windows = SlidingWindowConfig(
-        window=(d, h, w),
-        overlap=float(config["overlap"]),
-        batch_size=int(config["val_batch_size"]),
-        classes=len(spec.classes),
-        padding_value=spec.padding_value,
-        crops_remainder=spec.crops_remainder,
-    )
-    precision = choose_precision(bool(config["amp"]), str(config["amp_dtype"]), device)
-    return _Predictor(network=network.eval(), windows=windows, precision=precision)
 
 
-def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: _Predictor) -> OrientedCase:
+def _orient(data_dir: Path, case: str, spec: DatasetSpec, predictor: Predictor) -> OrientedCase:
     """Predicts the scored part of a case and reorients it for viewing."""
     loaded = load_evaluation_case(data_dir, case)
     kept = predictor.windows.kept(loaded.image.shape[2:])

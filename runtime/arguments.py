@@ -71,6 +71,7 @@ def with_checkpoint_network(config: RunConfig, given: frozenset[str], stored: di
     Specs among them are untrusted: they may not import whatever they name.
     """
     kept: dict[str, Any] = {name: stored[name] for name in NETWORK_FLAGS if name in stored and name not in given}
+    kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}  # lists of JSON
     kept |= {name: Spec(kept[name]) for name in ("model", "loss") if name in kept}
     return replace(config, **kept)
 

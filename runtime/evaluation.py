@@ -187,17 +187,15 @@ class CaseScorer:
                     for _ in members
                 ]
 
-        def predict(network: nn.Module, batch: Tensor) -> Tensor:
+        def predict(forward: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
             self.check()
-            with self.precision.autocast():
-                logits: Tensor = network(batch)
-            return logits
+            return forward(batch)
 
         def total(own: Tensor) -> Tensor:
             return subgroup.sum(own, self.check_waiting)
 
         def slabs_of(network: nn.Module, volumes: Iterator[WindowedVolume]) -> Iterator[Slab]:
-            predictor = mean_over_flips(partial(predict, network), windows.flips)
+            predictor = mean_over_flips(partial(predict, self.precision.applied_to(network)), windows.flips)
             return predict_windows(volumes, predictor, windows.batch_size, total)
 
         first, *others = map(slabs_of, members, columns_of(cut(), len(members)))

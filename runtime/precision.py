@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor, nn
 
 from common.compat import bf16_gradients_are_sound, cpu_computes_bf16, cpu_computes_fp16
 from common.messages import is_main_rank, logger
@@ -34,6 +36,16 @@ class Precision:
     def autocast(self) -> AbstractContextManager[None]:
         """Returns the context of the network's forward pass; the loss is computed outside it, in fp32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def applied_to(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Returns a function that computes the network's forward pass in this format."""
+
+        def forward(batch: Tensor) -> Tensor:
+            with self.autocast():
+                logits: Tensor = network(batch)
+            return logits
+
+        return forward
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """Returns a loss scaler, enabled for fp16 only: bf16 and fp32 have enough range."""

@@ -9,14 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib", reason="the report is drawn by matplotlib, which is not installed")
 
 from matplotlib.image import imread
 from nibabel.orientations import apply_orientation
 
+from common.registry import Spec
+from data_loading.spec import DatasetSpec
+from model.unet3d import Unet3d
 from report import cases, figures
 from report.cases import OrientedCase
+from report.records import Run
+from runtime.arguments import RunConfig
+from runtime.checkpoint.format import Checkpoint
+from runtime.evaluation import SlidingWindowConfig
+from runtime.test_time_flips import flips_of
 
 
 def test_the_table_has_the_worst_case_first(tmp_path: Path) -> None:
@@ -115,3 +124,26 @@ def test_a_2d_image_is_drawn_once_and_upright() -> None:
     # Square, with 5 rows of black above and below.
     assert rows.min() * 40 - 5 == pytest.approx(3, abs=1)
     assert (columns.min() * 40, columns.max() * 40) == pytest.approx((20, 36), abs=1)
+
+
+def test_cases_are_predicted_as_they_were_evaluated(tmp_path: Path) -> None:
+    """Flags of the evaluation come from the checkpoint, as text from a log where it holds none."""
+    spec = DatasetSpec(name="dummy", classes=("background", "kidney", "tumour"), ignore_label=9)
+    flags = {"val_input_shape": [4, 4, 8], "overlap": 0.25, "test_time_flips": "DW", "val_batch_size": 3}
+    weights = Unet3d(1, 3, filters=(3, 4)).state_dict()
+    run = Run(folder=tmp_path, config=RunConfig(model=Spec("unet3d(filters=(3,4))")).to_json() | flags)
+    loaded = Checkpoint(path=tmp_path, best=weights, last=weights)
+    predictor = cases.make_predictor(run, spec, loaded, device=torch.device("cpu"), model=None)
+    assert predictor.windows == SlidingWindowConfig(
+        window=(4, 4, 8),
+        overlap=0.25,
+        batch_size=3,
+        classes=3,
+        padding_value=None,
+        crops_remainder=False,
+        ignore_label=9,
+        flips=flips_of("DW"),
+    )
+    image = torch.randn(1, 1, 4, 4, 8)
+    each = [predictor.network(image.flip(axes)).flip(axes) for axes in flips_of("DW")]
+    assert torch.equal(predictor(image), torch.stack(each).mean(0).argmax(1)[0])
