@@ -1,4 +1,4 @@
-"""`--init_from` in a run: weights that were trained on other input channels."""
+"""`--init_from` in a run: weights that were trained on other input channels, or on cases that are now evaluated."""
 
 from __future__ import annotations
 
@@ -49,3 +49,32 @@ def test_weights_of_other_input_channels_are_a_start(tmp_path: Path, write_prepr
     before, after = (checkpoints.load(tmp_path / run / "checkpoint.pth").last for run in ("one", "two"))
     torch.testing.assert_close(after[name], before[name].expand(-1, 2, -1, -1, -1) / 2)
     assert all(torch.equal(after[other], before[other]) for other in before if other != name)
+
+
+def test_evaluation_cases_that_the_weights_were_trained_on_are_noted(
+    tmp_path: Path, write_preprocessed: Callable[..., Path]
+) -> None:
+    data = write_data(tmp_path / "data", write_preprocessed, 1)
+    runs = {"whole": [], "fold0": ["--folds", "3", "--fold", "0"]}
+    for name, flags in runs.items():
+        train(data, tmp_path / name, *flags)
+
+    def noted(name: str, *flags: str) -> bool:
+        notes = train(data, tmp_path / "next", "--init_from", str(tmp_path / name / "checkpoint.pth"), *flags)
+        return "checkpoint.pth: was trained on 1 of 1 evaluation case, so these score too well" in notes
+
+    assert noted("fold0", "--folds", "3", "--fold", "1")
+    # The folder's own split trains on two of the three cases.
+    assert sorted(noted("whole", "--folds", "3", "--fold", fold) for fold in "012") == [False, True, True]
+    assert not noted("fold0", "--folds", "3", "--fold", "0")
+    assert not noted("whole")
+    # Synthetic volumes come from no folder.
+    synthetic = [
+        "--init_from",
+        str(tmp_path / "whole" / "checkpoint.pth"),
+        "--loader",
+        "synthetic",
+        "--steps_per_epoch",
+        "1",
+    ]
+    assert "too well" not in train(tmp_path / "none", tmp_path / "next", *synthetic)
