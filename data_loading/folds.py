@@ -63,16 +63,20 @@ class LabelledCases:
 
     @classmethod
     def find(cls, data_dir: Path, split: Mapping[str, Sequence[str]], only_training: bool) -> LabelledCases:
-        """Reads the index of a folder with this split."""
+        """Reads the index of a folder with this split.
+
+        A pseudo-labelled case with the same image as another is that one's patient.
+        """
         index = find_index(data_dir)
         records = index.cases if index else {}
+        pseudo_labelled = frozenset(index.pseudo_labels.cases if index and index.pseudo_labels else ())
         cases = [case for part in split.values() for case in part]
-        return cls(
-            split=split,
-            patients={case: (records[case].patient if case in records else "") or case for case in cases},
-            pseudo_labelled=frozenset(index.pseudo_labels.cases if index and index.pseudo_labels else ()),
-            only_training=only_training,
-        )
+        patients = {case: (records[case].patient if case in records else "") or case for case in cases}
+        originals = {records[case].digests.get("x"): case for case in cases if case in records.keys() - pseudo_labelled}
+        for case in pseudo_labelled.intersection(cases):
+            if (digest := records[case].digests.get("x")) and digest in originals:
+                patients[case] = patients[originals[digest]]
+        return cls(split=split, patients=patients, pseudo_labelled=pseudo_labelled, only_training=only_training)
 
     def available(self) -> list[str]:
         """Returns the cases that folds divide."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import replacing
 from common.messages import counted
-from data_loading.folds import SPLITS_NAME, read_splits
+from data_loading.folds import SPLITS_NAME, Fold, read_splits
 from data_loading.split import excluded_ids
 from report.records import Evaluation, Run
 
@@ -55,8 +55,11 @@ class JoinedFolds:
 
 
 def are_folds(runs: Sequence[Run]) -> bool:
-    """Returns whether each run trained on a fold."""
-    return all(run.config.get("fold") is not None for run in runs)
+    """Returns whether each run trained on a fold of the same cases, as far as their folders state it."""
+    if any(run.config.get("fold") is None or run.classes != runs[0].classes for run in runs):
+        return False
+    splits = [folds for run in runs if (folds := _splits(run))]
+    return all(folds == splits[0] for folds in splits)
 
 
 def join_folds(runs: Sequence[Run], names: Sequence[str], *, last: bool = False) -> JoinedFolds | None:
@@ -94,10 +97,16 @@ def _held_out_cases(runs: Sequence[Run]) -> set[str]:
     """Returns the cases that the folds of these runs hold out one after another, as far as their folders state it."""
     cases: set[str] = set()
     for run in runs:
-        with suppress(UserError):  # the folder was copied without it
-            held_out = {case for fold in read_splits(run.folder / SPLITS_NAME) for case in fold.val}
-            cases |= held_out - excluded_ids(run.config.get("exclude", ()), held_out)
+        held_out = {case for fold in _splits(run) for case in fold.val}
+        cases |= held_out - excluded_ids(run.config.get("exclude", ()), held_out)
     return cases
+
+
+def _splits(run: Run) -> list[Fold]:
+    """Returns all folds that a run was one of; [] if its folder was copied without them."""
+    with suppress(UserError):
+        return read_splits(run.folder / SPLITS_NAME)
+    return []
 
 
 def _some(entries: Sequence[str]) -> str:

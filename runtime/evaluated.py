@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
+from common.messages import counted
 from data_loading.spec import DatasetSpec
 from runtime.arguments import RunConfig, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.run_spec import read_dataset
 from runtime.test_time_flips import untrained_flips
+from runtime.trained_cases import training_cases
 
 # Flags that change what a network predicts of a case, so that only equal ones can be averaged slab by slab.
 SHARED_FLAGS = ("val_input_shape", "overlap", "test_time_flips", "amp", "amp_dtype")
@@ -51,6 +53,7 @@ def read_members(config: RunConfig, given: frozenset[str]) -> list[EvaluatedNetw
     for path in config.load_ckpt_path:
         members.append(_read(config, given, path, members))
         _check_compatible(members[0], members[-1])
+        _check_untrained(members[-1])
     return members
 
 
@@ -67,6 +70,18 @@ def _read(config: RunConfig, given: frozenset[str], path: Path, others: Sequence
             f"--data_dir {config.data_dir}: its split has no {config.eval_split} cases, but {found or 'none'}"
         )
     return EvaluatedNetwork(checkpoint=loaded, config=config, dataset=dataset, cases=cases)
+
+
+def _check_untrained(member: EvaluatedNetwork) -> None:
+    """Raises UserError if a network was trained on cases to be scored, unless training cases are asked for."""
+    config, path = member.config, member.checkpoint.path
+    if config.eval_split == "train":
+        return
+    if seen := sorted(training_cases(member.checkpoint, config.data_dir).intersection(member.cases)):
+        raise UserError(
+            f"--load_ckpt_path {path} was trained on {len(seen)} of {counted(len(member.cases), 'case')} to be scored, "
+            f"such as {seen[0]}; leave out --fold and --folds, or give --eval_split train to score training cases"
+        )
 
 
 def _check_compatible(first: EvaluatedNetwork, other: EvaluatedNetwork) -> None:

@@ -9,8 +9,6 @@ from torch import nn
 
 from common.errors import UserError
 from common.messages import counted, note
-from data_loading.dataset import read_spec_and_split
-from data_loading.integrity import split_digest
 from data_loading.spec import DatasetSpec
 from model.finetune import freeze, load_part, output_layer
 from model.fused_norms import fuse_norms
@@ -20,8 +18,9 @@ from runtime.arguments import RunConfig
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.memory_format import to_device
-from runtime.run_spec import RunSpec, evaluation_ids
+from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
+from runtime.trained_cases import training_cases
 
 
 def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
@@ -118,17 +117,8 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
         summary = load_part(network, weights, output, source, channels=channels, trained_channels=before)
         note(f"{source}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
         evaluated = run.split["evaluation"]
-        if evaluated and (seen := sorted(training_cases(loaded, run).intersection(evaluated))):
+        if evaluated and (seen := sorted(training_cases(loaded, config.data_dir).intersection(evaluated))):
             total = counted(len(evaluated), "evaluation case")
             note(f"{source}: was trained on {len(seen)} of {total}, so these score too well: {seen[0]}, …")
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, output)}")
-
-
-def training_cases(loaded: Checkpoint, run: RunSpec) -> set[str]:
-    """Returns the cases of the run's data set that a checkpoint was trained on, if it says so."""
-    if loaded.fold is not None:
-        is_same = loaded.spec is not None and loaded.spec["name"] == run.dataset.name
-        return set(loaded.fold.train) if is_same else set()
-    _, split = read_spec_and_split(run.config.data_dir, evaluation_ids())
-    return set(split["train"]) if loaded.data == split_digest(run.config.data_dir, split) else set()

@@ -74,13 +74,13 @@ def act_on_scores(
     Args:
         weights: those evaluated, on the host; None: the state's.
     """
-    state.evaluated = result.epoch
+    state.evaluated, state.scored = result.epoch, state.evaluated_weights if weights is None else weights
     loop.emit(result)
     stop = stop_for_score(result, loop, best_before=state.best_dice)
-    is_best = keep_if_best(state, result, weights)
+    is_best = keep_if_best(state, result)
     loop.learning_rate.on_evaluation_end(result)
     requested = first_stop(callback.on_evaluation_end(result, state) for callback in loop.callbacks)
-    stop = stop or requested
+    stop, state.scored = stop or requested, None
     if is_best and not (stop and stop.exit_status == DIVERGED_EXIT):
         loop.checkpoints.save(state)
     return stop
@@ -97,14 +97,10 @@ def stop_for_score(result: EvaluationStopped, loop: TrainLoop, best_before: floa
     return None
 
 
-def keep_if_best(state: TrainState, result: EvaluationStopped, weights: dict[str, Tensor] | None = None) -> bool:
-    """Keeps the weights on the host if their mean Dice is the highest so far; returns whether it is.
-
-    Args:
-        weights: those evaluated, on the host; None: the state's.
-    """
+def keep_if_best(state: TrainState, result: EvaluationStopped) -> bool:
+    """Keeps the scored weights on the host if their mean Dice is the highest so far; returns whether it is."""
     if not result.mean_dice > state.best_dice:
         return False
     state.best_dice, state.best_epoch = result.mean_dice, result.epoch
-    state.best_network = on_host(state.evaluated_weights) if weights is None else weights
+    state.best_network = on_host(state.evaluated_weights if state.scored is None else state.scored)
     return True

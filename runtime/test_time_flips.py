@@ -49,6 +49,8 @@ def untrained_flips(axes: str, augment: Sequence[registry.Spec | str], name: str
     for spec, arguments in (registry.parse(spec, "--augment") for spec in augment):
         if spec in FLIPPING:
             trained += arguments.get(FLIPPING[spec], AXES)
+        elif "flip" in spec.lower():  # a library's, along axes that are not known here
+            trained += AXES
     if not (unknown := "".join(axis for axis in axes if axis not in trained)):
         return ""
     augmentation = " ".join(map(str, augment)) or "no augmentation"

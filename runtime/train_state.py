@@ -81,6 +81,7 @@ class TrainState:
         pending: the evaluation under way on evaluating ranks, of a later epoch; None if there is none.
         gradient_norm: of the last step, a scalar on the device.
         best_epoch, best_dice, best_network: the best evaluation so far; the weights are on the host.
+        scored: the weights that were evaluated, while callbacks hear of their scores; None at other times.
         callback_state: what callbacks and learning-rate schedules need again after a resume, by their names: plain
             Python, and equal on all ranks where decisions depend on it.
     """
@@ -100,6 +101,7 @@ class TrainState:
     best_epoch: int = 0
     best_dice: float = -1.0
     best_network: dict[str, Tensor] | None = None
+    scored: dict[str, Tensor] | None = None
     callback_state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

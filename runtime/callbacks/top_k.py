@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import replace
 
 from common.errors import UserError
 from common.messages import logger
@@ -11,7 +12,7 @@ from runtime.callbacks.base import Callback, RunContext
 from runtime.callbacks.monitor import METRICS, mode_of
 from runtime.checkpoint.writer import save
 from runtime.logging.events import EvaluationStopped
-from runtime.train_state import TrainState
+from runtime.train_state import TrainState, on_host
 
 FOLDER = "top"
 
@@ -19,8 +20,8 @@ FOLDER = "top"
 class TopK(Callback):
     """Writes LOG_DIR/top/epoch_00012_0.8754.pth for each of the k best evaluations, LOG_DIR/top/last.pth for the last.
 
-    Each file is a whole checkpoint, to evaluate, predict or start from. A score that is not finite is never kept, and
-    only files that this run has written are deleted.
+    Each file is a whole checkpoint, to evaluate, predict or start from, whose best state is that evaluation's. A score
+    that is not finite is never kept, and only files that this run has written are deleted.
 
     Args:
         k: number of checkpoints, at least 1.
@@ -50,7 +51,9 @@ class TopK(Callback):
         # Of equal scores the earlier one wins: sorting keeps their order.
         ranked.sort(key=lambda entry: float(entry[0]), reverse=self._mode == "max")
         kept[:] = ranked[: self._k]
-        content = self._run.snapshot(state, [0.0] * self._run.world.size)
+        weights = on_host(state.evaluated_weights if state.scored is None else state.scored)
+        own = replace(state, best_epoch=result.epoch, best_dice=result.mean_dice, best_network=weights)
+        content = self._run.snapshot(own, [0.0] * self._run.world.size)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if [value, name] in kept:

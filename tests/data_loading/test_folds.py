@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from common.errors import UserError
 from data_loading.folds import SPLITS_NAME, Fold, LabelledCases, find_folds, make_folds, read_splits, write_splits
+from data_loading.index import INDEX_NAME, DatasetIndex, PseudoLabels, read_index, write_json
 
 # KFold(n_splits=5, shuffle=True, random_state=12345) of scikit-learn 1.9 on 12 cases: the held-out indices.
 SKLEARN_12 = ([0, 3, 8], [7, 10, 11], [6, 9], [1, 4], [2, 5])
@@ -95,6 +98,25 @@ def test_a_pseudo_labelled_case_of_a_held_out_patient_does_not_train() -> None:
         split=split, patients=patients, pseudo_labelled=frozenset({"again_a", "again_b"}), only_training=False
     )
     assert found.with_fold(Fold(("b", "c"), ("a",)))["train"] == ["b", "c", "again_b"]
+
+
+def test_a_copy_that_a_teacher_labelled_belongs_to_its_originals_patient(
+    tmp_path: Path, write_preprocessed: Callable[..., Path]
+) -> None:
+    """As `prediction.pseudo_labels` writes it without `--unlabelled`: the same image, and no patient is known."""
+    rng = np.random.default_rng(0)
+    names = ["a", "b", "c", "pseudo_b", "pseudo_new"]
+    cases = {name: (rng.normal(size=(1, 2, 2, 2)), np.zeros((1, 2, 2, 2))) for name in names}
+    index = read_index(write_preprocessed(tmp_path, cases) / INDEX_NAME)
+    images = {"a": "1", "b": "2", "c": "3", "pseudo_b": "2", "pseudo_new": "4"}
+    split = {"train": ["a", "b", "pseudo_b", "pseudo_new"], "evaluation": ["c"]}
+    records = {name: replace(record, digests={"x": images[name], "y": name}) for name, record in index.cases.items()}
+    pseudo_labels = PseudoLabels(cases=["pseudo_b", "pseudo_new"], teacher="", threshold=0.5, max_share=0.5)
+    index = DatasetIndex(spec=index.spec, split=split, cases=records, pseudo_labels=pseudo_labels)
+    write_json(tmp_path / INDEX_NAME, index.to_json())
+    found = LabelledCases.find(tmp_path, split, only_training=False)
+    assert found.with_fold(Fold(("a", "c"), ("b",)))["train"] == ["a", "c", "pseudo_new"]
+    assert found.with_fold(Fold(("b", "c"), ("a",)))["train"] == ["b", "c", "pseudo_b", "pseudo_new"]
 
 
 def test_splits_are_read_as_they_were_written(tmp_path: Path) -> None:

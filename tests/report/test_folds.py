@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_loading.folds import make_folds, write_splits
-from report.folds import TABLE_NAME, join_folds
+from data_loading.folds import SPLITS_NAME, make_folds, write_splits
+from report.folds import TABLE_NAME, are_folds, join_folds
 from report.records import names_of, read_run
 from report.write import write_comparison
 from tests.report.runs import Tags, log_run
@@ -58,6 +59,18 @@ def test_a_case_that_no_run_or_several_scored_is_named(tmp_path: Path) -> None:
         f"2 cases scored by several runs, of which the first counts: {first} by b and c, {second} by b and c",
         f"2 cases scored by none of these runs: {', '.join(FOLDS[2].val)}",
     ]
+
+
+def test_runs_of_other_cases_or_classes_are_no_folds_of_each_other(tmp_path: Path) -> None:
+    first, second = (read_run(folder) for folder in log_folds(tmp_path / "a", count=2))
+    other = read_run(log_folds(tmp_path / "b", count=1)[0])
+    assert are_folds([first, second, other])
+    assert not are_folds([first, replace(other, classes=["liver"])])
+    write_splits(other.folder, make_folds({case: case for case in "xyz"}, 3))
+    assert not are_folds([first, other])
+    assert "All cases of the folds" not in write_comparison([first.folder, other.folder]).read_text(encoding="utf-8")
+    (other.folder / SPLITS_NAME).unlink()
+    assert are_folds([first, other])
 
 
 def test_an_excluded_case_is_not_missing(tmp_path: Path) -> None:

@@ -132,6 +132,25 @@ def test_several_checkpoints_are_scored_as_one_on_cases_that_none_was_trained_on
     assert evaluate(data_dir, *paths, "--eval_split", "test", "--overlap", "0.5") == ["t"]
 
 
+@pytest.mark.parametrize("exclude", [[], ["--exclude", "c"]])
+def test_a_checkpoint_of_the_folders_own_split_is_not_scored_on_a_fold_that_it_was_trained_on(
+    exclude: list[str], data_dir: Path
+) -> None:
+    own, of_fold = data_dir.parent / "own", data_dir.parent / "fold"
+    train(data_dir, own, *exclude)
+    for number, fold in enumerate(FOLDS):
+        flags = ["--folds", "5", "--fold", str(number)]
+        (held_out,) = fold.val
+        if held_out in {"a", "b", "c"}.difference(exclude):
+            train(data_dir, of_fold, *flags)
+            for first, others in ((own, []), (of_fold, [own / "checkpoint.pth"])):
+                with pytest.raises(UserError, match=f"own/checkpoint.pth was trained on 1 of 1 case .*{held_out};"):
+                    evaluate(data_dir, first / "checkpoint.pth", *others, *flags)
+        else:
+            assert evaluate(data_dir, own / "checkpoint.pth", *flags) == [held_out]
+    assert evaluate(data_dir, own / "checkpoint.pth", "--eval_split", "train") == list("abc")
+
+
 @pytest.mark.parametrize("flags", [["--folds", "5", "--fold", "1"], []])
 def test_a_resume_with_another_fold_is_refused(data_dir: Path, flags: list[str]) -> None:
     log_dir = data_dir.parent / "logs"

@@ -77,6 +77,7 @@ def test_flips_that_training_never_made_are_noted() -> None:
     assert note("HW", *several) == ""
     assert "--test_time_flips D: c.pth was trained without these flips (torchio" in note("DHW", *several)
     assert "without these flips (no augmentation)" in note("D")
+    assert note("DHW", "torchio:RandomFlip(axes=(0, 1))") == ""  # a library's own names of the axes are not read
 
 
 @pytest.mark.parametrize(

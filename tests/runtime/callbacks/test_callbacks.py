@@ -129,7 +129,7 @@ def test_the_best_and_the_last_are_kept_and_other_files_are_unchanged(
     (tmp_path / "top" / "epoch_00001_0.1000.pth").write_text("another's")
     (tmp_path / "top" / "mine.txt").write_text("mine")
     for epoch, value in enumerate([0.5, 0.3, math.nan, 0.4, 0.5, 0.2], 2):
-        state.epoch = epoch
+        state.epoch, state.scored = epoch, {"weight": torch.full((1,), float(epoch))}
         callback.on_evaluation_end(scored(epoch, value), state)
     assert kept(tmp_path) == [
         "epoch_00001_0.1000.pth",
@@ -140,6 +140,10 @@ def test_the_best_and_the_last_are_kept_and_other_files_are_unchanged(
     ]
     assert load(tmp_path / "top" / "epoch_00006_0.5000.pth").last_epoch == 6
     assert load(tmp_path / "top" / "last.pth").last_epoch == 7
+    # Each is evaluated and predicted with the weights in its name, not with the run's best.
+    for name, epoch in (("epoch_00002_0.5000.pth", 2), ("epoch_00006_0.5000.pth", 6), ("last.pth", 7)):
+        weights, of_epoch = load(tmp_path / "top" / name).state("best")
+        assert (weights["weight"].item(), of_epoch) == (epoch, epoch)
     assert load(tmp_path / "top" / "last.pth").callback_state["top_k"]["kept"] == [
         [0.5, "epoch_00002_0.5000.pth"],
         [0.5, "epoch_00006_0.5000.pth"],
