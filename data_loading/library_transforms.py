@@ -3,9 +3,10 @@
     --augment 'torchio:RandomElasticDeformation(p=0.3)' 'torchio:RandomGamma(p=0.2)'
     --augment 'monai.transforms:RandGaussianNoise(prob=0.2)' 'monai.transforms:RandRotated(…)'
 
-Their axes 0, 1 and 2 are our D, H and W; labels are resampled to the nearest voxel. TorchIO sees voxels of 1 mm cubed.
-MONAI's intensity transforms change the image only, all others image and label: an array transform (RandAffine) is
-replaced by its dictionary version (RandAffined). Each package is imported only when its transforms are used.
+Their axes 0, 1 and 2 are our D, H and W; labels are resampled to the nearest voxel, and a transform that interpolates
+between them is refused. TorchIO sees voxels of 1 mm cubed. MONAI's intensity transforms change the image only, all
+others image and label: an array transform (RandAffine) is replaced by its dictionary version (RandAffined). Each
+package is imported only when its transforms are used.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from common import registry
 from common.errors import UserError, one_line
 from data_loading.transforms import Image, Label, RandomTransform
 
+# Of MONAI's transforms outside its module of intensities, those that would blur the labels.
+IMAGE_ONLY = ("RandSimulateLowResolution", "RandImageFilter", "RandSmoothFieldAdjust")
 # (image, label, seed) -> image, label
 SeededFunction = Callable[[Image, Label, int], tuple[Image, Label]]
 
@@ -66,7 +69,13 @@ class LibraryTransform:
             raise UserError(
                 f"--augment {self.name}: turns {image.shape} into {changed.shape}; a sample must keep its shape"
             )
-        return np.ascontiguousarray(changed, np.float32), np.ascontiguousarray(mask, np.uint8)
+        classes = np.ascontiguousarray(mask, np.uint8)
+        if not np.array_equal(classes, mask):
+            raise UserError(
+                f"--augment {self.name}: interpolates between labels; set its interpolation of labels to nearest, or "
+                "use another transform"
+            )
+        return np.ascontiguousarray(changed, np.float32), classes
 
     def __str__(self) -> str:
         return f"{self.name} with seed {self.seed}"
@@ -101,7 +110,7 @@ def _apply_torchio(transform: Any, image: Image, label: Label, seed: int) -> tup
         label=torchio.LabelMap(tensor=torch.from_numpy(label)),
     )
     changed = transform(subject)
-    return changed["image"].data.float().numpy(), changed["label"].data.to(torch.uint8).numpy()
+    return changed["image"].data.float().numpy(), changed["label"].data.numpy()
 
 
 def adapt_monai(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
@@ -112,7 +121,7 @@ def adapt_monai(resolved: registry.ResolvedSpec[Any]) -> RandomTransform:
     target = resolved.target
     if not isinstance(target, type) or not issubclass(target, Transform):
         raise UserError(f"--augment {resolved.name}: not a transform of MONAI")
-    is_intensity = target.__module__.startswith("monai.transforms.intensity")
+    is_intensity = target.__module__.startswith("monai.transforms.intensity") or target.__name__.startswith(IMAGE_ONLY)
     if not issubclass(target, MapTransform):
         counterpart = getattr(monai.transforms, f"{target.__name__}d", None)
         if is_intensity or counterpart is None:

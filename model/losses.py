@@ -248,16 +248,23 @@ class LibraryLoss(nn.Module):
 
     It gets fp32 logits, because MONAI's Dice saturates on 16-bit ones. Torch's own losses get class indices
     (N, D, H, W) int64, all others the labels unchanged, (N, 1, D, H, W) uint8.
+
+    Args:
+        ignore_label: without a voxel of another label, the loss is 0: a library's mean over no voxel is NaN.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, ignore_label: int | None = None) -> None:
         super().__init__()
         self.loss = loss
+        self.ignore_label = ignore_label
         self.takes_indices = type(loss).__module__.startswith("torch.nn.")
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        return self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
+        value: Tensor = self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
+        if self.ignore_label is None:
+            return value
+        return torch.where((labels != self.ignore_label).any(), value, logits.float().sum() * 0)
 
 
 LOSSES: Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}
@@ -300,7 +307,7 @@ def build_loss(spec: Spec | str, include_background: bool, classes: int, ignore_
         )
     if isinstance(loss, FromSums):
         return loss
-    adapted = LibraryLoss(loss)
+    adapted = LibraryLoss(loss, ignore_label)
     logits, labels = torch.zeros(1, classes, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8, dtype=torch.uint8)
     try:
         value = adapted(logits, labels)

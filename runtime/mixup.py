@@ -112,7 +112,10 @@ class ManifoldMixup(Mixup):
         hooks = [handle for module in leaf_modules(network) for handle in crossing.hook(module)]
         try:
             with crossing:
-                return predict(image)
+                outputs = predict(image)
+            # The loss uses outputs from before the cut after it, as the coarse ones of deep supervision may be.
+            mixed: Outputs = tree_map(crossing.mixed_copy, outputs)
+            return mixed
         finally:
             for handle in hooks:
                 handle.remove()
@@ -168,7 +171,7 @@ class _Crossing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._calls_left == 0:
-            args, kwargs = tree_map(self._after, (args, kwargs))
+            args, kwargs = tree_map(self.mixed_copy, (args, kwargs))
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if any(self._is_before(value) for value in tree_iter((args, kwargs))):
@@ -176,7 +179,7 @@ class _Crossing(TorchFunctionMode):
         return result
 
     def _enter(self, inputs: Any) -> Any:
-        return tree_map(self._after, inputs) if self._calls_left == 0 else inputs
+        return tree_map(self.mixed_copy, inputs) if self._calls_left == 0 else inputs
 
     def _leave(self, inputs: Any, output: Any) -> Any:
         if self._calls_left == 0:
@@ -184,7 +187,7 @@ class _Crossing(TorchFunctionMode):
         if any(self._is_before(value) for value in tree_iter(inputs)):
             tree_map(self._record, output)
         self._calls_left -= 1
-        return tree_map(self._after, output) if self._calls_left == 0 else output
+        return tree_map(self.mixed_copy, output) if self._calls_left == 0 else output
 
     def _record(self, value: Any) -> Any:
         if (
@@ -201,7 +204,8 @@ class _Crossing(TorchFunctionMode):
         recorded = self._before.get(id(value))
         return recorded is not None and recorded() is value
 
-    def _after(self, value: Any) -> Any:
+    def mixed_copy(self, value: Any) -> Any:
+        """Returns the mixed copy of a tensor from before the cut; anything else as it is."""
         if not self._is_before(value):
             return value
         if id(value) not in self._mixed:

@@ -38,6 +38,8 @@ MONAI = [
     "RandAffine(prob=1, rotate_range=(0.9, 0, 0), padding_mode='border')",
     "RandFlipd(prob=1)",
     "Rand3DElasticd(prob=1, sigma_range=(1, 2), magnitude_range=(20, 40))",
+    "RandSimulateLowResolution(prob=1, zoom_range=(0.5, 0.6))",
+    "RandSmoothFieldAdjustIntensity(spatial_size=(6, 8, 8), rand_size=(3, 4, 4), prob=1)",
 ]
 FOREIGN = [*TORCHIO, *(f"monai.transforms:{name}" for name in MONAI)]
 
@@ -208,6 +210,19 @@ def test_a_transform_that_changes_the_shape_or_fails_is_one_line() -> None:
         LibraryTransform("x", 0, shrink).apply(*sample())
     with pytest.raises(UserError, match=r"^--augment x: failed on a sample \(2, 6, 8, 8\): no such thing$"):
         LibraryTransform("x", 0, fail).apply(*sample())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "torchio:RandomAffine(degrees=40, label_interpolation='linear')",
+        "monai.transforms:RandAffine(prob=1, rotate_range=(0.9, 0, 0), mode='bilinear')",
+    ],
+)
+def test_labels_between_two_classes_are_refused(spec: str) -> None:
+    needs(spec)
+    with pytest.raises(UserError, match=r"^--augment .*Affine.*: interpolates between labels"):
+        apply(make_augmentation(typed(spec)))
 
 
 def test_seeded_draws_the_same_and_gives_the_generators_back() -> None:

@@ -86,7 +86,7 @@ def test_by_hand() -> None:
     assert DiceCELoss(False, IGNORED)(logits, labels).item() == pytest.approx((cross_entropy + dice) / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, build_loss("torch.nn:CrossEntropyLoss", False, 3, IGNORED)])
 def test_a_batch_without_a_counted_voxel_has_no_loss(loss: nn.Module) -> None:
     logits, labels = batch()
     labels[:] = IGNORED

@@ -99,6 +99,19 @@ def test_of_a_linear_network_logits_are_mixed_and_so_are_the_losses(share: float
     torch.testing.assert_close(fixed(Mixup, share)(network, network, LOSS, image, label), expected)
 
 
+def test_every_output_is_mixed_wherever_the_cut_is() -> None:
+    """Half of each of two samples: both get the same logits, also from an output that comes before the cut."""
+    network, (image, _) = build("unet3d(filters=(2,4,4,4), deep_supervision=3)"), batch(2, (16, 8, 8))
+    cuts = count_cuts(network, image)
+    assert cuts > 20
+    for cut in range(cuts):
+        mix = Mix(0.5, torch.tensor([1, 0]))
+        outputs = ManifoldMixup().logits_with_cut(network, network, image, mix, cut=cut)
+        assert len(outputs) == 3
+        for logits in outputs:
+            torch.testing.assert_close(logits[0], logits[1])
+
+
 def test_two_layers_with_a_skip_cut_in_between_by_the_formula() -> None:
     network, (image, _) = build(NETWORKS[2]), batch()
     share = 0.3
