@@ -10,46 +10,40 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MethodType
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from model.registry import to_meta
 
-# A value of `--freeze`: everything but the layer that produces the logits.
+# A value of `--freeze`: everything but the layers that produce the logits.
 ALL_BUT_OUTPUT = "all_but_output"
 
 
-@torch.no_grad()
-def output_layer(network: nn.Module, channels: int, window: Sequence[int]) -> str:
-    """Finds the last layer with parameters that a forward pass reaches, by running it on the meta device.
+def output_layers(network: nn.Module, larger: nn.Module) -> list[str]:
+    """Returns the names of the layers whose shape depends on the number of classes: one for each output.
 
     Args:
-        channels: C of the image.
-        window: (D, H, W) of a valid window.
-
-    Returns:
-        Its name.
+        larger: the same network for one class more.
     """
-    meta_network = to_meta(network).eval()
-    called: list[str] = []
-    for name, module in meta_network.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
-    meta_network(torch.empty(1, channels, *window, device="meta"))
-    return called[-1]
+    other = larger.state_dict()
+    names = [name for name, tensor in network.state_dict().items() if tensor.shape != other[name].shape]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
-def differences(network: nn.Module, weights: Mapping[str, Tensor], ignored: str | None = None) -> list[str]:
+def is_part_of(name: str, layers: Sequence[str]) -> bool:
+    """Returns whether a tensor of this name belongs to one of the layers; "" is the network itself."""
+    return any(name.startswith(f"{layer}.") if layer else "." not in name for layer in layers)
+
+
+def differences(network: nn.Module, weights: Mapping[str, Tensor], ignored: Sequence[str] = ()) -> list[str]:
     """Describes how weights do not fit the network, one phrase per kind of difference; empty if they fit.
 
     Args:
-        ignored: name of a layer whose shapes may differ.
+        ignored: names of layers whose shapes may differ.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
-    wrong = [name for name in _other_shapes(own, weights) if ignored is None or not name.startswith(f"{ignored}.")]
+    wrong = [name for name in _other_shapes(own, weights) if not is_part_of(name, ignored)]
     details = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
     return details + [f"has {n} as {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in wrong[:1]]
 
@@ -61,7 +55,7 @@ def _other_shapes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> l
 def load_part(
     network: nn.Module,
     weights: Mapping[str, Tensor],
-    output: str,
+    outputs: Sequence[str],
     source: str,
     *,
     channels: int,
@@ -69,10 +63,10 @@ def load_part(
 ) -> str:
     """Loads weights of the same network, which may have been trained on other channels and classes.
 
-    An output layer with another number of classes keeps its initial weights; for an input layer see `_refit_input`.
+    Output layers with another number of classes keep their initial weights; for an input layer see `_refit_input`.
 
     Args:
-        output: name of the output layer.
+        outputs: names of the output layers.
         source: where the weights come from, for the message.
         channels: C of this network's images.
         trained_channels: C of the images that the weights were trained on, if that is known.
@@ -87,19 +81,23 @@ def load_part(
     refitted = {
         name: fitting
         for name in _other_shapes(own, weights)
-        if not name.startswith(f"{output}.") and (fitting := _refit_input(weights[name], own[name], channels))
+        if not is_part_of(name, outputs) and (fitting := _refit_input(weights[name], own[name], channels))
     }
     found = {before for _, before in refitted.values()}
     if len(found) > 1 or trained_channels not in (None, *found):
         refitted = {}  # what differs is no input layer
     weights = {**weights, **{name: weight for name, (weight, _) in refitted.items()}}
-    if details := differences(network, weights, output):
+    if details := differences(network, weights, outputs):
         raise UserError(f"{source}: not the network of --model and --normalization: it {' and '.join(details)}")
     other = _other_shapes(own, weights)
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
     summary = "all of the network"
     if other:
-        summary = f"all but {output}, which is new: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in other)
+        new = "which is new" if len(layers) == 1 else "which are new"
+        summary = (
+            f"all but {', '.join(layers)}, {new}: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
+        )
     if refitted:
         (before,) = found
         summary += (
@@ -134,12 +132,12 @@ def _refit_input(stored: Tensor, own: Tensor, channels: int) -> tuple[Tensor, in
     return repeated * (before / channels), before
 
 
-def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
+def freeze(network: nn.Module, patterns: Sequence[str], outputs: Sequence[str]) -> str:
     """Freezes every parameter whose whole name matches a pattern. Call before wrapping in DDP or making the optimizer.
 
     Args:
         patterns: regular expressions, or `ALL_BUT_OUTPUT`.
-        output: name of the output layer.
+        outputs: names of the output layers.
 
     Returns:
         A phrase that states what is frozen and what is trained.
@@ -150,9 +148,12 @@ def freeze(network: nn.Module, patterns: Sequence[str], output: str) -> str:
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     frozen: set[str] = set()
     for pattern in patterns:
-        expression = rf"(?!{re.escape(output)}\.).*" if pattern == ALL_BUT_OUTPUT else pattern
         try:
-            found = {name for name in parameters if re.fullmatch(expression, name)}
+            found = {
+                name
+                for name in parameters
+                if (not is_part_of(name, outputs) if pattern == ALL_BUT_OUTPUT else re.fullmatch(pattern, name))
+            }
         except re.error as error:
             raise UserError(f"--freeze {pattern!r} is not a regular expression: {error}") from None
         if not found:

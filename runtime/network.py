@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from common.errors import UserError
 from common.messages import counted, note
 from data_loading.spec import DatasetSpec
-from model.finetune import freeze, load_part, output_layer
+from model.finetune import freeze, load_part, output_layers
 from model.fused_norms import fuse_norms
 from model.registry import build_network, check_window, freeze_unused
 from model.unet3d import Unet3d
@@ -108,17 +109,19 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
     config = run.config
     if config.init_from is None and not config.freeze:
         return
-    output = output_layer(network, run.dataset.channels, config.input_shape)
+    with torch.random.fork_rng(devices=[]):
+        larger = make_network(config, replace(run.dataset, classes=(*run.dataset.classes, "one more")))
+    outputs = output_layers(network, larger)
     if config.init_from is not None and run.loaded is None:
         loaded = checkpoints.load(config.init_from, "--init_from")
         weights, epoch = loaded.state(config.checkpoint)
         source, channels = f"--init_from {loaded.path}", run.dataset.channels
         before = DatasetSpec.from_json(loaded.spec).channels if loaded.spec else None
-        summary = load_part(network, weights, output, source, channels=channels, trained_channels=before)
+        summary = load_part(network, weights, outputs, source, channels=channels, trained_channels=before)
         note(f"{source}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
         evaluated = run.split["evaluation"]
         if evaluated and (seen := sorted(training_cases(loaded, config.data_dir).intersection(evaluated))):
             total = counted(len(evaluated), "evaluation case")
             note(f"{source}: was trained on {len(seen)} of {total}, so these score too well: {seen[0]}, …")
     if config.freeze:
-        note(f"--freeze: {freeze(network, config.freeze, output)}")
+        note(f"--freeze: {freeze(network, config.freeze, outputs)}")

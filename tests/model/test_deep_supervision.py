@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.registry import Spec
 from model.deep_supervision import OutputsLoss, labels_like, output_weights, unify_outputs
-from model.finetune import output_layer
 from model.losses import DiceCELoss
 from model.registry import build_network, check_window, freeze_unused
 from model.unet3d import Unet3d
@@ -162,7 +161,6 @@ def test_unet3d_has_heads_on_the_decoders_lower_levels_and_is_otherwise_the_same
         assert torch.equal(logits, F.conv3d(features[level], head.conv.weight, head.conv.bias))  # type: ignore[union-attr, arg-type]
     OutputsLoss(DiceCELoss())(outputs, labels).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    assert output_layer(network, 2, (8, 8, 16)) == "output.conv"
 
 
 @pytest.mark.parametrize("count", [0, 3, 2.0, None, True])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from model.finetune import ALL_BUT_OUTPUT, freeze, load_part, output_layer
+from model.finetune import ALL_BUT_OUTPUT, freeze, load_part, output_layers
 from model.unet3d import Unet3d
 
 WINDOW = (8, 8, 8)
@@ -34,26 +35,32 @@ def small(classes: int = 3, channels: int = 1) -> Unet3d:
     return Unet3d(channels, classes, filters=(3, 4))
 
 
-@pytest.mark.parametrize(("make", "name"), [(small, "output.conv"), (Odd, "output")])
-def test_the_output_layer_is_the_last_that_is_computed(make: Callable[[], nn.Module], name: str) -> None:
-    network = make()
-    before = copy.deepcopy(network.state_dict())
-    assert output_layer(network, 1, WINDOW) == name
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in network.modules())
-    assert network.training
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (small, ["output.conv"]),
+        (partial(Unet3d, 1, filters=(3, 4, 5), deep_supervision=2), ["output.conv", "heads.0.conv"]),
+        (Odd, ["output"]),
+        (lambda classes: nn.Conv3d(1, classes, 1), [""]),
+    ],
+)
+def test_output_layers_are_those_that_depend_on_the_classes(make: Callable[[int], nn.Module], names: list[str]) -> None:
+    assert output_layers(make(3), make(4)) == names
+    ours, theirs = make(2), make(5)
+    summary = load_part(ours, theirs.state_dict(), names, "c", channels=1)
+    assert summary.endswith(f"which {'are' if len(names) > 1 else 'is'} new: 2 classes instead of 5")
 
 
 def test_weights_of_the_same_network_are_taken_over_whole() -> None:
     ours, theirs = small(), small()
-    assert load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=1) == "all of the network"
+    assert load_part(ours, theirs.state_dict(), ["output.conv"], "--init_from c", channels=1) == "all of the network"
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
 def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ours, theirs = small(2), small(5)
     head = ours.output.conv.weight.clone()
-    loaded = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=1)
+    loaded = load_part(ours, theirs.state_dict(), ["output.conv"], "--init_from c", channels=1)
     assert loaded == "all but output.conv, which is new: 2 classes instead of 5"
     assert torch.equal(ours.output.conv.weight, head)
     for name, value in theirs.state_dict().items():
@@ -64,7 +71,7 @@ def test_a_head_of_other_classes_stays_and_is_reported() -> None:
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (4, 2)])
 def test_an_input_layer_of_other_channels_keeps_its_response(before: int, after: int) -> None:
     ours, theirs = small(channels=after), small(channels=before)
-    summary = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=after)
+    summary = load_part(ours, theirs.state_dict(), ["output.conv"], "--init_from c", channels=after)
     name = "input_block.conv1.0.weight"
     assert summary == (
         f"all of the network; {name} for {after} input channel(s) instead of {before}: the mean over the channels, "
@@ -79,7 +86,7 @@ def test_an_input_layer_of_other_channels_keeps_its_response(before: int, after:
 
 def test_other_channels_and_other_classes_go_together() -> None:
     ours, theirs = small(2, channels=2), small(5)
-    summary = load_part(ours, theirs.state_dict(), "output.conv", "--init_from c", channels=2)
+    summary = load_part(ours, theirs.state_dict(), ["output.conv"], "--init_from c", channels=2)
     assert summary.startswith("all but output.conv, which is new: 2 classes instead of 5; input_block")
     assert torch.equal(ours.bottleneck.conv1[0].weight, theirs.bottleneck.conv1[0].weight)
 
@@ -96,26 +103,26 @@ class Two(nn.Module):
 
 def test_every_layer_that_takes_the_image_is_refitted() -> None:
     ours, theirs = Two(3), Two(2)
-    summary = load_part(ours, theirs.state_dict(), "output", "c", channels=3)
+    summary = load_part(ours, theirs.state_dict(), ["output"], "c", channels=3)
     assert "one.weight, two.weight for 3 input channel(s) instead of 2" in summary
     torch.testing.assert_close(ours.two.weight[:, 2], theirs.two.weight.mean(1) * 2 / 3)
 
 
 def test_features_beside_the_image_are_not_averaged() -> None:
     with pytest.raises(UserError, match=r"it has two.weight as \(4, 34, 1, 1, 1\), not \(4, 35, 1, 1, 1\)"):
-        load_part(Two(3, 32), Two(2, 32).state_dict(), "output", "c", channels=3)
+        load_part(Two(3, 32), Two(2, 32).state_dict(), ["output"], "c", channels=3)
 
 
 def test_a_layer_that_differs_is_no_input_layer_where_the_channels_do_not() -> None:
     ours, theirs = (nn.Sequential(nn.Conv3d(inside, 4, 1), nn.Conv3d(4, 2, 1)) for inside in (2, 4))
     with pytest.raises(UserError, match=r"has 0.weight as \(4, 4, 1, 1, 1\), not \(4, 2, 1, 1, 1\)"):
-        load_part(ours, theirs.state_dict(), "1", "c", channels=1, trained_channels=1)
+        load_part(ours, theirs.state_dict(), ["1"], "c", channels=1, trained_channels=1)
 
 
 def test_slices_keep_their_own_weights() -> None:
     """Three slices of two channels become three slices of four."""
     ours, theirs = (nn.Sequential(nn.Conv2d(3 * channels, 5, 3), nn.Conv2d(5, 2, 1)) for channels in (4, 2))
-    load_part(ours, theirs.state_dict(), "1", "c", channels=4)
+    load_part(ours, theirs.state_dict(), ["1"], "c", channels=4)
     stored, own = theirs[0].weight, ours[0].weight
     for slice_ in range(3):
         for channel in range(4):
@@ -141,7 +148,7 @@ def test_another_networks_weights_are_refused_and_nothing_is_loaded(
     before = copy.deepcopy(ours.state_dict())
     change(weights)
     with pytest.raises(UserError, match=f"--init_from c: not the network of --model.*{message}"):
-        load_part(ours, weights, "output.conv", "--init_from c", channels=1)
+        load_part(ours, weights, ["output.conv"], "--init_from c", channels=1)
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
 
 
@@ -149,7 +156,7 @@ def test_another_networks_weights_are_refused_and_nothing_is_loaded(
 def test_what_is_frozen_stays_to_the_bit_while_the_rest_learns(patterns: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     network = Odd()
-    freeze(network, patterns, "output")
+    freeze(network, patterns, ["output"])
     before = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
     for _ in range(3):
@@ -163,14 +170,14 @@ def test_what_is_frozen_stays_to_the_bit_while_the_rest_learns(patterns: tuple[s
 
 def test_parts_that_are_frozen_whole_stay_in_eval_and_others_do_not() -> None:
     network = Odd()
-    freeze(network, ["body.*"], "output")
+    freeze(network, ["body.*"], ["output"])
     for changed in (network, copy.deepcopy(network)):
         changed.train()
         assert not any(module.training for module in changed.body.modules()), "batch norm and dropout of what is frozen"
         assert changed.dropout.training
         assert changed.output.training
     partly = Odd()
-    freeze(partly, [r"body\.0\.weight"], "output")
+    freeze(partly, [r"body\.0\.weight"], ["output"])
     partly.train()
     assert partly.body[1].training
     assert partly.body[2].training
@@ -178,13 +185,13 @@ def test_parts_that_are_frozen_whole_stay_in_eval_and_others_do_not() -> None:
 
 def test_a_copy_of_a_frozen_network_returns_itself_from_train() -> None:
     network = Odd()
-    freeze(network, ["body.*"], "output")
+    freeze(network, ["body.*"], ["output"])
     changed = copy.deepcopy(network)
     assert changed.body.train() is changed.body
 
 
 def test_what_is_frozen_is_reported() -> None:
-    assert freeze(Odd(), [ALL_BUT_OUTPUT], "output") == (
+    assert freeze(Odd(), [ALL_BUT_OUTPUT], ["output"]) == (
         "4 of 6 tensors (120 values) are frozen; trained: output.weight, output.bias"
     )
 
@@ -200,4 +207,4 @@ def test_what_is_frozen_is_reported() -> None:
 )
 def test_a_pattern_that_does_nothing_or_all_is_an_error(patterns: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=f"--freeze .*{message}"):
-        freeze(Odd(), patterns, "output")
+        freeze(Odd(), patterns, ["output"])
