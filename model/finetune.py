@@ -95,9 +95,9 @@ def load_part(
     if other:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in other)
         new = "which is new" if len(layers) == 1 else "which are new"
-        summary = (
-            f"all but {', '.join(layers)}, {new}: {len(own[other[0]])} classes instead of {len(weights[other[0]])}"
-        )
+        sizes = zip(own[other[0]].shape, weights[other[0]].shape, strict=True)
+        now, before = next((size, stored) for size, stored in sizes if size != stored)
+        summary = f"all but {', '.join(layers)}, {new}: {now} classes instead of {before}"
     if refitted:
         (before,) = found
         summary += (

@@ -42,6 +42,7 @@ def small(classes: int = 3, channels: int = 1) -> Unet3d:
         (partial(Unet3d, 1, filters=(3, 4, 5), deep_supervision=2), ["output.conv", "heads.0.conv"]),
         (Odd, ["output"]),
         (lambda classes: nn.Conv3d(1, classes, 1), [""]),
+        (lambda classes: nn.Sequential(nn.ConvTranspose3d(4, classes, 2)), ["0"]),
     ],
 )
 def test_output_layers_are_those_that_depend_on_the_classes(make: Callable[[int], nn.Module], names: list[str]) -> None:
