@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.messages import counted
+from common.messages import counted, is_main_rank, note
 from data_loading.spec import DatasetSpec
 from runtime.arguments import RunConfig, with_checkpoint_network
 from runtime.checkpoint import format as checkpoints
@@ -54,6 +55,7 @@ def read_members(config: RunConfig, given: frozenset[str]) -> list[EvaluatedNetw
         members.append(_read(config, given, path, members))
         _check_compatible(members[0], members[-1])
         _check_untrained(members[-1])
+        _note_other_preprocessing(members[-1])
     return members
 
 
@@ -82,6 +84,16 @@ def _check_untrained(member: EvaluatedNetwork) -> None:
             f"--load_ckpt_path {path} was trained on {len(seen)} of {counted(len(member.cases), 'case')} to be scored, "
             f"such as {seen[0]}; leave out --fold and --folds, or give --eval_split train to score training cases"
         )
+
+
+def _note_other_preprocessing(member: EvaluatedNetwork) -> None:
+    """Notes constants of the data set that differ from those that the network was trained with."""
+    # Through JSON, for which tuples and lists are the same.
+    now, then = (json.loads(json.dumps(spec)) for spec in (member.dataset.to_json(), member.checkpoint.spec or {}))
+    other = [name for name in now if name != "name" and name in then and now[name] != then[name]]
+    if other and is_main_rank():
+        listed = "; ".join(f"{name} {then[name]} in training, {now[name]} here" for name in other)
+        note(f"{member.checkpoint.path} was trained on data of another kind: {listed}")
 
 
 def _check_compatible(first: EvaluatedNetwork, other: EvaluatedNetwork) -> None:

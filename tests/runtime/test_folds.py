@@ -132,6 +132,19 @@ def test_several_checkpoints_are_scored_as_one_on_cases_that_none_was_trained_on
     assert evaluate(data_dir, *paths, "--eval_split", "test", "--overlap", "0.5") == ["t"]
 
 
+def test_data_of_another_kind_than_in_training_is_noted(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint_of(data_dir, None)
+    evaluate(data_dir, path)
+    assert "of another kind" not in capsys.readouterr().err
+    index = read_index(data_dir / INDEX_NAME)
+    spec = replace(index.spec, classes=("background", "liver", "tumour"), spacing_mm=(3.0, 3.0, 3.0))
+    write_json(data_dir / INDEX_NAME, replace(index, spec=spec).to_json())
+    evaluate(data_dir, path)
+    (noted,) = (line for line in capsys.readouterr().err.splitlines() if "of another kind" in line)
+    assert "classes ['background', 'kidney', 'tumour'] in training, ['background', 'liver', 'tumour'] here" in noted
+    assert "spacing_mm None in training, [3.0, 3.0, 3.0] here" in noted
+
+
 @pytest.mark.parametrize("exclude", [[], ["--exclude", "c"]])
 def test_a_checkpoint_of_the_folders_own_split_is_not_scored_on_a_fold_that_it_was_trained_on(
     exclude: list[str], data_dir: Path
