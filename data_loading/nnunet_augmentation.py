@@ -1,9 +1,10 @@
 """`--augment nnunet`: nnU-Net's augmentation, with its probabilities and ranges, computed by MONAI.
 
 Source: Isensee et al. 2021 (doi:10.1038/s41592-020-01008-z), supplementary note 4, as nnU-Net 2's default trainer sets
-it. Two things differ. Rotated and scaled crops are filled with their own edge, where nnU-Net first cuts a larger crop.
-What nnU-Net draws for each channel with a probability of a half is drawn for all channels at once, with half the
-probability.
+it. Three things differ. Rotated and scaled crops are filled with their own edge, where nnU-Net first cuts a larger
+crop. What nnU-Net draws for each channel is drawn for all channels at once, with half the probability where nnU-Net
+changes each channel with a probability of a half. Gamma is uniform from 0.7 to 1.5; nnU-Net's is below 1 half of the
+time.
 """
 
 from __future__ import annotations
@@ -97,10 +98,25 @@ def nnunet(flip_axes: str = AXES, rotation: float = 30.0) -> RandomTransform:
     return RandomCompose(
         (
             partial(draw_affine, rotation),
-            *(RandomLibraryTransform(name, partial(apply_monai_to_image, one)) for name, one in of_image.items()),
+            *(
+                RandomLibraryTransform(name, partial(APPLICATIONS.get(name, apply_monai_to_image), one))
+                for name, one in of_image.items()
+            ),
             flips(FLIP_PROBABILITY, flip_axes),
         )
     )
+
+
+def apply_to_each_channel(transform: Any, image: Image, label: Label, seed: int) -> tuple[Image, Label]:
+    """Applies a MONAI transform to each channel with the same draws, so that it keeps each channel's own statistics."""
+    channels = [
+        apply_monai_to_image(transform, image[index : index + 1], label, seed)[0] for index in range(len(image))
+    ]
+    return np.concatenate(channels), label
+
+
+# Those that keep the mean, the range or the standard deviation.
+APPLICATIONS = dict.fromkeys(("contrast", "inverse gamma", "gamma"), apply_to_each_channel)
 
 
 def draw_affine(rotation: float, rng: np.random.Generator) -> Affine:

@@ -86,6 +86,22 @@ def test_image_and_label_turn_together_and_only_the_image_changes_its_values() -
     assert np.std(overlaps) > 0.01
 
 
+def test_each_channel_keeps_its_own_statistics() -> None:
+    """Each channel of two is changed as if it were alone, wherever a step depends on more than a voxel's value."""
+    rng = np.random.default_rng(0)
+    image, label = rng.normal(size=(2, 6, 6, 6)) * 0.5 + np.array([2, -2]).reshape(2, 1, 1, 1), np.zeros((1, 6, 6, 6))
+    image, label = image.astype(np.float32), label.astype(np.uint8)
+    changed = 0
+    for draw in make().transforms:  # type: ignore[attr-defined]
+        if getattr(draw, "name", "") in ("contrast", "inverse gamma", "gamma"):
+            for seed in range(60):
+                together = draw(np.random.default_rng(seed)).apply(image, label)[0]
+                alone = [draw(np.random.default_rng(seed)).apply(channel[None], label)[0] for channel in image]
+                np.testing.assert_array_equal(together, np.concatenate(alone))
+                changed += not np.array_equal(together, image)
+    assert changed > 15
+
+
 def test_every_step_is_drawn_from_the_samples_generator() -> None:
     augmentation = make()
     drawn = augmentation(np.random.default_rng(1))  # type: ignore[operator]
