@@ -1,4 +1,4 @@
-"""Replacing files atomically, so that a reader always finds a whole one, old or new; earlier ones; and names."""
+"""Files: replaced atomically, so that a reader always finds a whole one, old or new; numbered; found; and names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.errors import UserError
 
 
 @contextmanager
@@ -40,6 +42,27 @@ def rotate(files: Sequence[Path]) -> None:
 
 def _numbered(file: Path, number: int) -> Path:
     return file.with_name(f"{file.stem}.{number}{file.suffix}")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Returns the files in a folder and its subfolders, sorted; links are followed, each folder once.
+
+    Raises:
+        UserError: a subfolder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    seen: set[str] = set()
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for path in (Path(root, name) for name in names) if path.is_file()]
+    return sorted(found)
 
 
 def normalised(name: str) -> str:

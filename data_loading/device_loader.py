@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.memory import free_memory_bytes
 from common.progress import track
 from data_loading.base_loader import Batch, LoaderConfig, describe_sample
@@ -25,6 +26,7 @@ from data_loading.transforms import MLPerfAugmentation, Transform
 MEMORY_SHARE = 0.5
 # Reading is limited by the disk: more threads gain nothing.
 READ_THREADS = 8
+HALF_MAX = 65504.0  # the largest float16
 
 
 class DeviceLoader:
@@ -116,6 +118,11 @@ def load_volumes(data_dir: Path, cases: Sequence[str], config: LoaderConfig) -> 
     def load(case: str) -> tuple[Tensor, Tensor]:
         image, label = map_case(data_dir, case)
         padding = edge_padding(as_shape(image.shape[1:]), config.patch)
+        if (largest := max(float(image.max()), -float(image.min()))) > HALF_MAX:
+            raise UserError(
+                f"{case}: values up to {largest:g} do not fit into the 16 bits of --loader device; use --loader "
+                "pytorch, or preprocess with --intensity zscore"
+            )
         return (
             torch.from_numpy(pad_with_edges(image, padding).astype("float16")).to(config.device),
             torch.from_numpy(pad_with_edges(label, padding).copy()).to(config.device),

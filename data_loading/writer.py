@@ -120,6 +120,8 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
     intact: dict[str, CaseRecord] = {}
     for case in track(raw.cases, len(raw.cases), "checking finished cases", "case"):
         record = index.cases.get(case.case)
+        if record and raw.drop_empty and case.case in raw.split["train"] and not any(record.voxels[1:]):
+            continue  # its mask may be empty
         if record and record.source_stamp == case.stamp():
             digests, stamps = _hash_files(results_dir, case.case)
             if digests == record.digests:

@@ -181,7 +181,7 @@ def label_scans(index: DatasetIndex, options: argparse.Namespace, predict: Predi
     digests = {record.digests.get("x"): case for case, record in index.cases.items()}
     sources = [record.transform.source for record in index.cases.values() if record.transform]
     spec = replace(index.spec, orientation=index.spec.orientation or common_orientation(sources))
-    for source in find_sources(options.unlabelled, options.results_dir, None, spec.channels):
+    for source in find_sources(options.unlabelled, options.results_dir, "all", spec.channels):
         name = PREFIX + source.name
         if source.name in index.cases or not is_safe_case_id(name):
             raise UserError(f"--unlabelled {source.name} is a case of --data_dir itself, or its name is not a case id")

@@ -15,7 +15,7 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.run_spec import read_dataset
 from runtime.test_time_flips import untrained_flips
-from runtime.trained_cases import training_cases
+from runtime.trained_cases import MAY_HAVE_SEEN, training_cases
 
 # Flags that change what a network predicts of a case, so that only equal ones can be averaged slab by slab.
 SHARED_FLAGS = ("val_input_shape", "overlap", "test_time_flips", "amp", "amp_dtype")
@@ -79,7 +79,10 @@ def _check_untrained(member: EvaluatedNetwork) -> None:
     config, path = member.config, member.checkpoint.path
     if config.eval_split == "train":
         return
-    if seen := sorted(training_cases(member.checkpoint, config.data_dir).intersection(member.cases)):
+    trained = training_cases(member.checkpoint, config.data_dir)
+    if trained is None and is_main_rank():
+        note(f"{path} {MAY_HAVE_SEEN}")
+    if seen := sorted((trained or set()).intersection(member.cases)):
         raise UserError(
             f"--load_ckpt_path {path} was trained on {len(seen)} of {counted(len(member.cases), 'case')} to be scored, "
             f"such as {seen[0]}; leave out --fold and --folds, or give --eval_split train to score training cases"

@@ -21,7 +21,7 @@ from runtime.checkpoint.format import Checkpoint
 from runtime.memory_format import to_device
 from runtime.run_spec import RunSpec
 from runtime.seeding import seed_process
-from runtime.trained_cases import training_cases
+from runtime.trained_cases import MAY_HAVE_SEEN, training_cases
 
 
 def make_network(config: RunConfig, dataset: DatasetSpec) -> nn.Module:
@@ -120,7 +120,10 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
         summary = load_part(network, weights, outputs, source, channels=channels, trained_channels=before)
         note(f"{source}: the {config.checkpoint} weights, of epoch {epoch}; {summary}")
         evaluated = run.split["evaluation"]
-        if evaluated and (seen := sorted(training_cases(loaded, config.data_dir).intersection(evaluated))):
+        trained = training_cases(loaded, config.data_dir) if evaluated else set()
+        if trained is None:
+            note(f"{source}: {MAY_HAVE_SEEN}")
+        elif seen := sorted(trained.intersection(evaluated)):
             total = counted(len(evaluated), "evaluation case")
             note(f"{source}: was trained on {len(seen)} of {total}, so these score too well: {seen[0]}, …")
     if config.freeze:

@@ -105,6 +105,12 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir, split)
+    if pseudo_labels.count and pseudo_labels.max_share and not pseudo_labels.max_per_batch(config.batch_size):
+        raise UserError(
+            f"--batch_size {config.batch_size}: a share of {pseudo_labels.max_share:g} of it leaves no place for the "
+            f"{counted(pseudo_labels.count, 'pseudo-labelled case')}; use a larger one, or label again with another "
+            "--max_share"
+        )
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, groups.count, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * groups.count

@@ -11,15 +11,26 @@ from data_loading.split import leave_out
 from runtime.checkpoint.format import Checkpoint
 from runtime.run_spec import evaluation_ids
 
+MAY_HAVE_SEEN = (
+    "was trained on another split of this data set, or on other volumes: it may have seen the cases to score"
+)
 
-def training_cases(checkpoint: Checkpoint, data_dir: Path) -> set[str]:
-    """Returns the cases of a preprocessed folder that a checkpoint was trained on, as far as it can be known."""
+
+def training_cases(checkpoint: Checkpoint, data_dir: Path) -> set[str] | None:
+    """Returns the cases of a preprocessed folder that a checkpoint was trained on; none of another data set.
+
+    Returns:
+        None if it is of this data set, but not of this split and these volumes.
+    """
     spec, whole = read_spec_and_split(data_dir, evaluation_ids())
+    if checkpoint.spec is not None and checkpoint.spec["name"] != spec.name:
+        return set()
     if checkpoint.fold is not None:
-        is_same = checkpoint.spec is not None and checkpoint.spec["name"] == spec.name
-        return set(checkpoint.fold.train) if is_same else set()
+        return set(checkpoint.fold.train)
     try:
         split = leave_out(whole, checkpoint.config.get("exclude", ()))
     except UserError:  # cases that this folder does not have
-        return set()
-    return set(split["train"]) if checkpoint.data == split_digest(data_dir, split) else set()
+        return None
+    if checkpoint.data == split_digest(data_dir, split):
+        return set(split["train"])
+    return None if checkpoint.data else set()

@@ -14,7 +14,7 @@ import pydicom
 from pydicom.uid import generate_uid
 
 from common.errors import UserError
-from common.files import normalised
+from common.files import files_below, normalised
 from common.messages import counted, note
 from data_loading.io.dicom_geometry import cosines_note, sorted_headers
 from data_loading.io.dicom_headers import (
@@ -123,7 +123,7 @@ def search_folder(folder: Path) -> DicomFolder:
     unplaced: list[tuple[_Slice, Unread]] = []
     unread: list[Unread] = []
     plain: list[Path] = []
-    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for path in files_below(folder):
         if not is_dicom(path):
             plain.append(path)
             continue

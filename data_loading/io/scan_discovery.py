@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
-from common.files import replacing
+from common.files import files_below, replacing
 from common.messages import counted, is_main_rank, logger, note
 from data_loading.io.channel_files import channels_beside, read_channel_files, scans_of
 from data_loading.io.file_kinds import (
@@ -130,7 +130,7 @@ def find_sources(scan: Path, output: Path, series: str | None, channels: int = 1
             f"--scan {scan}: expected a .nii or .nii.gz file, a folder of them, or a folder with a DICOM series"
         )
     kind, suffix = ("2-D images", PNG) if files and is_image_file(files[0]) else ("NIfTI", ".nii.gz")
-    if files and series is not None:
+    if files and series not in (None, "all"):
         raise UserError(f"--series {series} applies only to DICOM, but {scan} contains {kind}")
     if files and output.suffix.lower() == DICOM_SEG:
         raise UserError(
@@ -183,7 +183,8 @@ def _in_folder(folder: Path, output: Path, wanted: str | None, channels: int) ->
     found = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     files = [file for file in found if is_nifti(file)] or [file for file in found if is_image_file(file)]
     named: list[Path] = []  # in notes
-    if any(is_dicom(file) for file in folder.rglob("*") if file.is_file()):
+    everything = files_below(folder)
+    if any(map(is_dicom, everything)):
         dicom = registry.load(f"{DICOM}:search_folder", "--scan", "dicom")(folder)
         if dicom.holds_scans() or not files:
             _explain_files_beside(dicom.require("--scan", folder), folder, found, wanted)
@@ -198,7 +199,7 @@ def _in_folder(folder: Path, output: Path, wanted: str | None, channels: int) ->
         if line := passed_over(folder, [case.parent for case in cases], f"--scan {folder}: passed over "):
             logger.info(line)
         return _file_sources(cases, output, [case.parent.name for case in cases])
-    below = sorted(path for path in folder.rglob("*") if is_nifti(path) or is_image_file(path))
+    below = [path for path in everything if is_nifti(path) or is_image_file(path)]
     if below:
         raise UserError(
             f"--scan {folder}: its scans are in sub-folders ({counted(len(below), 'file')}, such as "

@@ -94,10 +94,15 @@ class RawCase:
         """Returns a stamp that changes with the sources.
 
         It holds [size in bytes, modification time in ns] for the image and for the mask (for several files the total
-        size and the latest time), then a checksum of `settings`, if there are any.
+        size, the latest time and a checksum of each one's name, size and time, in order), then a checksum of
+        `settings`, if there are any.
         """
-        status = [[path.stat() for path in files] for files in self.files()]
-        stamps = [[sum(file.st_size for file in files), max(file.st_mtime_ns for file in files)] for files in status]
+        stamps = []
+        for paths in self.files():
+            facts = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+            stamps.append([sum(size for _, size, _ in facts), max(time for _, _, time in facts)])
+            if len(facts) > 1:
+                stamps[-1].append(zlib.crc32(repr(facts).encode()))
         return [*stamps, [zlib.crc32(settings.encode())]] if (settings := self.settings()) else stamps
 
     def read(self) -> tuple[Volume, Volume]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import normalised
+from common.files import files_below, normalised
 from common.messages import counted
 from data_loading.io.dicom import Series, read_series, search_folder, sorted_headers
 from data_loading.io.dicom_geometry import check_complete
@@ -120,7 +120,9 @@ def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Scan], list
     scans: list[Scan] = []
     found = search_folder(data_dir)
     # `find_masks` lists the other objects among the masks.
-    listed = [each for each in found.unread if not (each.is_object and (masks_dir or data_dir) in each.path.parents)]
+    # The two paths may be spelled differently.
+    masks = (masks_dir or data_dir).resolve()
+    listed = [each for each in found.unread if not (each.is_object and masks in each.path.resolve().parents)]
     notes = [f"--data_dir {data_dir}: {line}" for line in replace(found, unread=listed).notes()]
     for series in found.require("--data_dir", data_dir):
         check_complete(series)  # leaving the scan out would change the split
@@ -132,7 +134,7 @@ def find_scans(data_dir: Path, masks_dir: Path | None) -> tuple[list[Scan], list
         folder = series.files[0].parent
         suffix = f"_{series.name}" if any(folder == scan.path for scan in scans) else ""
         scans.append(_make_scan(data_dir, folder, geometry, series=series, suffix=suffix))
-    files = [path for path in nifti_files(data_dir) if masks_dir and masks_dir not in path.parents]
+    files = [path for path in nifti_files(data_dir) if masks_dir and masks not in path.resolve().parents]
     files, copies = without_copies(files, scans)
     notes += _skipped("copies of their series", copies)
     for path in files:
@@ -168,7 +170,7 @@ def find_masks(folder: Path, is_apart: bool) -> tuple[list[Path], list[Unread]]:
         is_apart: the folder is not that of the series, so that images in it are listed too.
     """
     masks, unread = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in files_below(folder):
         if is_nifti(path):
             masks.append(path)
         elif is_dicom(path):

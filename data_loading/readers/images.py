@@ -32,6 +32,8 @@ from data_loading.spec import DatasetSpec
 # Pillow reads many more formats, some of them by running other programs.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B")
+# Of pictures whose channels Pillow gives as 8 bits even if the file has 16.
+EIGHT_BIT_MODES = ("L", "LA", "RGB", "RGBA", "RGBX")
 # Rows run down and columns to the right, as in an image of an axial slice; a pixel is 1 mm.
 AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1]])
 ORIENTATION_TAG = 0x0112
@@ -236,6 +238,11 @@ def _open(path: Path) -> Iterator[Image.Image]:
             raise UserError(f"{path}: {DAMAGED}") from None
         if pages > 1:
             raise UserError(f"{path}: holds {pages} images; save each as a file, or the stack as NIfTI")
+        if image.mode in EIGHT_BIT_MODES and any("16" in str(tile[3]) for tile in image.tile):
+            raise UserError(
+                f"{path}: 16 bits per channel in colour or with alpha, of which 8 would be lost; save it in grey with "
+                "16 bits, or with 8 bits per channel"
+            )
         size = f"{image.width} x {image.height} pixels"
         check_memory(f"{path}: {size}", image.width * image.height * 4 * WORKING_BYTES_PER_VOXEL)
         yield image

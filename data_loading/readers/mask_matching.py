@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
-from common.files import normalised
+from common.files import files_below, normalised
 from data_loading.index import is_safe_case_id
 from data_loading.io.file_kinds import is_nifti, passed_over, stem
 from data_loading.io.mask_values import Found, find_values, merged
@@ -28,7 +28,7 @@ DICOM_SEG = "data_loading.io.dicom_seg"
 
 def nifti_files(folder: Path) -> list[Path]:
     """Returns the NIfTI files in a folder and its subfolders."""
-    return sorted(path for path in folder.rglob("*") if is_nifti(path) and path.is_file())
+    return [path for path in files_below(folder) if is_nifti(path)]
 
 
 def check_labels_dir(labels_dir: Path | None, data_dir: Path, dataset: str) -> Path:

@@ -132,6 +132,23 @@ def test_several_checkpoints_are_scored_as_one_on_cases_that_none_was_trained_on
     assert evaluate(data_dir, *paths, "--eval_split", "test", "--overlap", "0.5") == ["t"]
 
 
+def test_a_checkpoint_of_another_split_may_have_seen_the_cases(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(data_dir, data_dir.parent / "own")
+    path = data_dir.parent / "own" / "checkpoint.pth"
+    evaluate(data_dir, path)
+    assert "may have seen" not in capsys.readouterr().err
+    index = read_index(data_dir / INDEX_NAME)
+    split = {"train": list("cde"), "evaluation": list("ab"), "test": ["t"]}
+    write_json(data_dir / INDEX_NAME, replace(index, split=split).to_json())
+    assert evaluate(data_dir, path) == ["a", "b"]
+    assert "checkpoint.pth was trained on another split of this data set" in capsys.readouterr().err
+    write_json(data_dir / INDEX_NAME, replace(index, split=split, spec=replace(index.spec, name="other")).to_json())
+    evaluate(data_dir, path)
+    assert "may have seen" not in capsys.readouterr().err
+
+
 def test_data_of_another_kind_than_in_training_is_noted(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = checkpoint_of(data_dir, None)
     evaluate(data_dir, path)

@@ -79,6 +79,17 @@ def test_a_mask_is_matched_to_its_series_by_its_grid(folders: tuple[Path, Path],
     assert "secret" not in (tmp_path / "out" / "dataset.json").read_text(), "patient ids are not written"
 
 
+def test_masks_in_the_folder_of_the_scans_are_no_scans_however_its_path_is_spelled(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, masks = folders
+    shutil.move(masks, data / "masks")
+    (tmp_path / "link").symlink_to(data)
+    for number, spelled in enumerate((data / "masks", tmp_path / "link" / "masks", data / "P0" / ".." / "masks")):
+        index = preprocess("dicom", data, spelled, tmp_path / str(number))
+        assert list(index.cases) == ["P0_CT", "P1_CT", "P2_CT"]
+
+
 def test_masks_among_the_series_are_found_and_other_files_skipped(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

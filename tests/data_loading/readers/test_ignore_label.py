@@ -117,11 +117,12 @@ def test_a_mask_with_nothing_but_background_and_ignored_voxels_is_empty(tmp_path
     flags = write_raw("nifti", tmp_path / "raw", write_scan)
     only = np.zeros(SHAPE, np.uint8)
     only[0] = 7
-    write_scan(tmp_path / "raw" / "imagesTr" / "s2.nii.gz", np.ones(SHAPE, np.float32))
+    write_scan(tmp_path / "raw" / "imagesTr" / "s2.nii.gz", np.indices(SHAPE).sum(0).astype(np.float32))
     write_scan(tmp_path / "raw" / "labelsTr" / "s2.nii.gz", only)
-    more = ["--ignore_label", "7", "--drop_empty", "--split_ratios", "1", "0"]
-    preprocess(tmp_path / "out", *flags, *more)
-    assert sorted(read_index(tmp_path / "out" / INDEX_NAME).cases) == ["s0", "s1"]
+    more = ["--ignore_label", "7", "--split_ratios", "1", "0"]
+    for drop, cases in (("--no-drop_empty", ["s0", "s1", "s2"]), ("--drop_empty", ["s0", "s1"])):  # in one folder
+        preprocess(tmp_path / "out", *flags, *more, drop)
+        assert sorted(read_index(tmp_path / "out" / INDEX_NAME).cases) == cases
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +97,27 @@ def test_every_image_mode_is_read(tmp_path: Path, mode: str) -> None:
         array = read_image(path, channels).array
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, np.stack([grey[np.newaxis] * np.float32(scale)] * channels))
+
+
+def png_of_16_bits(colour_type: int, pixels: np.ndarray) -> bytes:
+    """A PNG that Pillow cannot write: (H, W, channels) of 16 bits, colour type 2 for RGB or 4 for grey with alpha."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2)])
+def test_16_bits_of_which_8_would_be_lost_are_refused(tmp_path: Path, colour_type: int, channels: int) -> None:
+    path = tmp_path / "deep.png"
+    path.write_bytes(png_of_16_bits(colour_type, np.arange(6 * channels).reshape(2, 3, channels)))
+    for read in (read_mask, lambda path: read_image(path, 3)):
+        with pytest.raises(UserError, match="16 bits per channel in colour or with alpha, of which 8 would be lost"):
+            read(path)
 
 
 def test_a_mask_is_grey_values_or_the_indices_of_a_palette(tmp_path: Path) -> None:

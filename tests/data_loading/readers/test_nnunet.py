@@ -80,6 +80,15 @@ def test_a_change_of_any_channel_changes_the_stamp(raw: Path) -> None:
     assert read_nnunet(raw, ReaderOptions()).cases[0].stamp() != before
 
 
+def test_channels_that_change_their_names_change_the_stamp(raw: Path) -> None:
+    before = read_nnunet(raw, ReaderOptions()).cases[0].stamp()
+    first, second = (raw / "imagesTr" / f"scan_0000_000{channel}.nii.gz" for channel in (0, 1))
+    first.rename(raw / "kept")
+    second.rename(first)
+    (raw / "kept").rename(second)
+    assert read_nnunet(raw, ReaderOptions()).cases[0].stamp() != before
+
+
 def test_it_preprocesses_with_and_without_labels(raw: Path, tmp_path: Path) -> None:
     for name, more, classes in (
         ("a", [], ("background", "kidney", "tumour")),
