@@ -117,13 +117,13 @@ def to_argument_file(config: RunConfig, seed: int) -> str:
     for f in fields(RunConfig):
         meta: Flag = f.metadata["flag"]
         value = seed if f.name == "seed" else getattr(config, f.name)
-        if not meta.help or meta.mode or f.name in NOT_REPEATED or value is None or value is False:
+        if not meta.help or meta.mode or f.name in NOT_REPEATED or value is None or value is f.default is False:
             continue
         if config.loader == "synthetic" and f.name == "data_dir":
             continue
-        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        values = [] if isinstance(value, bool) else value if isinstance(value, tuple) else [value]
         words = [str(one.absolute() if isinstance(one, Path) else one) for one in values]
-        line = shlex.join([f"--{f.name}", *words])
+        line = shlex.join([f"--{'no-' * (value is False)}{f.name}", *words])
         lines.append(f"# {line}" if value == f.default else line)
     return "\n".join(lines) + "\n"
 

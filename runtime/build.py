@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
+from common import registry
 from common.errors import UserError
 from common.files import rotate
 from common.messages import take_notes
@@ -21,7 +23,7 @@ from data_loading.transforms import make_augmentation
 from model.deep_supervision import OutputsLoss
 from model.losses import SlabLoss, build_loss
 from runtime.arguments import RunConfig, checkpoint_path
-from runtime.callbacks.base import RunContext, build_callbacks
+from runtime.callbacks.base import CALLBACKS, RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
 from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
@@ -34,13 +36,13 @@ from runtime.eval_schedule import make_schedule
 from runtime.evaluation import CaseAssignment, CaseScorer, Evaluator, SlidingWindowConfig
 from runtime.io_flags import parse_interval
 from runtime.logging import events
-from runtime.logging.base import make_trackers
+from runtime.logging.base import TRACKERS, make_trackers
 from runtime.logging.console import ConsoleTracker
 from runtime.logging.events import Event, EventDispatcher
 from runtime.logging.jsonl import RunFileTracker
 from runtime.logging.log_folder import rotate_logs
 from runtime.logging.throughput import ThroughputTracker
-from runtime.lr_schedule import LRScheduleConfig, build_lr_schedule
+from runtime.lr_schedule import LRSchedule, LRScheduleConfig, build_lr_schedule
 from runtime.network import prepare_network
 from runtime.objective import make_objective, split_specs
 from runtime.optimizer import make_optimizer
@@ -57,6 +59,36 @@ Emit = Callable[[Event], None]
 def make_loss(config: RunConfig, dataset: DatasetSpec, world: World) -> nn.Module:
     classes, ignored = len(dataset.classes), dataset.ignore_label
     return build_loss(config.loss, config.include_background, classes, ignored).to(world.device)
+
+
+def make_lr_schedule(config: RunConfig, callback_state: dict[str, dict[str, Any]]) -> LRSchedule:
+    schedule_config = LRScheduleConfig(
+        learning_rate=config.learning_rate,
+        init_learning_rate=config.init_learning_rate,
+        lr_warmup_epochs=config.lr_warmup_epochs,
+        lr_decay_epochs=config.lr_decay_epochs,
+        lr_decay_factor=config.lr_decay_factor,
+        epochs=config.epochs,
+        callback_state=callback_state,
+    )
+    return build_lr_schedule(config.lr_schedule, schedule_config)
+
+
+def check_specs(run: RunSpec) -> None:
+    """Refuses names and files that the run would trip over once an earlier run's files have been renamed.
+
+    Raises:
+        UserError: an unknown schedule, callback or tracker, or `--init_from` is a file that would be renamed.
+    """
+    config, path = run.config, checkpoint_path(run.config)
+    make_lr_schedule(config, {})
+    for spec in config.callbacks:
+        registry.resolve(registry.Spec(spec, trusted=True), CALLBACKS, "--callbacks")
+    for spec in config.trackers:
+        registry.resolve(registry.Spec(spec, trusted=True), TRACKERS, "--trackers")
+    start = config.init_from
+    if start and path and not run.loaded and any(start.samefile(file) for file in find_checkpoints(path)):
+        raise UserError(f"--init_from {start} is in the folder of this run, which renames it; give another --log_dir")
 
 
 def make_step_config(run: RunSpec) -> StepConfig:
@@ -143,22 +175,13 @@ def make_train_loop(
         emit=emit,
         snapshot=make_snapshot(run),
     )
-    schedule_config = LRScheduleConfig(
-        learning_rate=config.learning_rate,
-        init_learning_rate=config.init_learning_rate,
-        lr_warmup_epochs=config.lr_warmup_epochs,
-        lr_decay_epochs=config.lr_decay_epochs,
-        lr_decay_factor=config.lr_decay_factor,
-        epochs=config.epochs,
-        callback_state=state.callback_state,
-    )
     cases = run.split["evaluation"]
     remote = RemoteEvaluator(roles=run.roles, cases=len(cases), signals=signals, emit=emit)
     rule = make_schedule(config.epochs, run.samples_per_epoch)
     loop = TrainLoop(
         loader=loader,
         schedule=run.schedule,
-        learning_rate=build_lr_schedule(config.lr_schedule, schedule_config),
+        learning_rate=make_lr_schedule(config, state.callback_state),
         step=step,
         evaluate=remote if run.roles.has_evaluators else make_evaluate_fn(cases, emit),
         callbacks=build_callbacks(config.callbacks, context),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -93,8 +95,12 @@ class ArgumentFileParser(Parser):
     """Reads `@FILE`: flags and their values as a shell splits them, with # comments."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        line = arg_line.removeprefix(BYTE_ORDER_MARK)
+        for hash_sign in re.finditer(r"(?:^|(?<=\s))#", line):  # not that of /data/run#3
+            with suppress(ValueError):  # within quotes
+                return shlex.split(line[: hash_sign.start()])
         try:
-            return shlex.split(arg_line.removeprefix(BYTE_ORDER_MARK), comments=True)
+            return shlex.split(line)
         except ValueError as error:
             raise UserError(f"an argument file has the line {arg_line!r}: {error}") from None
 

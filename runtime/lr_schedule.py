@@ -127,6 +127,10 @@ class Polynomial(_WithoutDecayEpochs):
         return self._final + (base - self._final) * (1 - self.progress(epoch)) ** self._power
 
 
+# What torch's ReduceLROnPlateau remembers of the evaluations.
+PROGRESS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+
+
 class Plateau(_WithoutDecayEpochs):
     """Multiplies the rate by `factor` after more than `patience` evaluations without improvement after the warm-up.
 
@@ -162,8 +166,10 @@ class Plateau(_WithoutDecayEpochs):
         except (ValueError, TypeError) as error:
             raise UserError(f"--lr_schedule plateau: {error}") from None
         if saved := run.callback_state.get(self.NAME):
-            self._rule.load_state_dict(saved["rule"])
             self._carrier.param_groups[0]["lr"] = saved["rate"]
+            # The rest are arguments, which a resumed run may change; another metric's best says nothing of this one.
+            if saved["rule"]["mode"] == mode and saved.get("metric", metric) == metric:
+                self._rule.load_state_dict({key: saved["rule"][key] for key in PROGRESS if key in saved["rule"]})
 
     def after_warm_up(self, epoch: int) -> float:
         return float(self._carrier.param_groups[0]["lr"])
@@ -176,7 +182,8 @@ class Plateau(_WithoutDecayEpochs):
         state = self._rule.state_dict().items()
         # Only the values that a checkpoint can hold.
         rule = {key: value for key, value in state if isinstance(value, bool | int | float | str | list)}
-        self.run.callback_state[self.NAME] = {"rule": rule, "rate": self.after_warm_up(result.epoch)}
+        rate = self.after_warm_up(result.epoch)
+        self.run.callback_state[self.NAME] = {"rule": rule, "rate": rate, "metric": self._metric}
 
 
 LR_SCHEDULES: registry.Table[LRSchedule] = {

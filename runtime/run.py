@@ -43,6 +43,7 @@ def train_network(config: RunConfig, world: World, write_report: Callable[[RunCo
     if run.roles.is_evaluator:
         return evaluate_beside_training(run)
     # Bad specs are refused before an earlier run's files are renamed.
+    build.check_specs(run)
     step = build.make_step_config(run)
     make_checked_network(config, run.dataset)
     signals = SignalHandler(world.store)

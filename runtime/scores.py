@@ -52,6 +52,17 @@ def take_scores(state: TrainState, loop: TrainLoop, *, wait: bool = False) -> St
     return act_on_scores(state, loop, result, weights)
 
 
+def return_to_evaluated(state: TrainState) -> None:
+    """Gives a state that training has damaged the weights under evaluation, without momentum, to be saved."""
+    if state.pending is None:
+        return
+    state.network.load_state_dict(state.pending.weights)
+    if state.average:
+        state.average.load(state.pending.weights)
+    state.optimizer.state.clear()
+    state.epoch, state.batch, state.loss_sum, state.gradient_norm = state.pending.epoch, 0, None, None
+
+
 def resume_evaluation(state: TrainState, loop: TrainLoop) -> Stop | None:
     """Repeats the evaluation that was under way on other ranks when the checkpoint was saved, if there was one."""
     pending = state.pending

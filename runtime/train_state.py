@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import interrupted_exit
+from common.errors import Interrupted, interrupted_exit
 from common.messages import counted
 from runtime.weight_average import WeightAverage
 
@@ -27,6 +27,11 @@ class Stop:
     def is_interrupted(self) -> bool:
         """Whether a signal ended the run."""
         return self.exit_status > interrupted_exit(0)
+
+
+def stop_at_signal(signalled: Interrupted) -> Stop:
+    """Returns the end of a run that a signal asks for."""
+    return Stop("aborted", str(signalled), signalled.exit_status)
 
 
 def first_stop(stops: Iterable[Stop | None]) -> Stop | None:

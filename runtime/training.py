@@ -44,9 +44,9 @@ from runtime.memory_format import MEMORY_FORMATS
 from runtime.objective import Objective, plain
 from runtime.precision import Precision
 from runtime.remote_evaluation import RemoteEvaluator
-from runtime.scores import evaluate_if_due, resume_evaluation, take_scores
+from runtime.scores import evaluate_if_due, resume_evaluation, return_to_evaluated, take_scores
 from runtime.seeding import seed_step
-from runtime.train_state import Stop, TrainState, first_stop, target_not_reached
+from runtime.train_state import Stop, TrainState, first_stop, stop_at_signal, target_not_reached
 
 # Ranks named in the one line that reports a divergence.
 NAMED_RANKS = 4
@@ -143,6 +143,8 @@ def run_blocks(state: TrainState, loop: TrainLoop) -> Stop:
         stop = stop or evaluate_if_due(state, loop)
         loop.emit(BlockStopped(first_epoch, max(1, state.epoch - first_epoch + 1)))
     if not (stop and stop.is_interrupted):  # a resumed run repeats the evaluation that a signal interrupts
+        if stop and stop.exit_status == DIVERGED_EXIT:
+            return_to_evaluated(state)
         last = take_scores(state, loop, wait=True)
         stop = last if last and last.status == "success" else stop or last
     return stop or Stop("aborted", target_not_reached(loop.schedule.epochs))
@@ -288,7 +290,3 @@ def describe_fault(loop: TrainLoop, step: StepEnd) -> str:
         f"epoch {step.epoch}, batch {step.batch}: gradient norm {step.gradient_norm:g}, loss scale "
         f"{step.loss_scale:g}, {' | '.join(at_fault[:NAMED_RANKS])}{more}"
     )
-
-
-def stop_at_signal(signalled: Interrupted) -> Stop:
-    return Stop("aborted", str(signalled), signalled.exit_status)

@@ -22,7 +22,7 @@ CLEARED_VARIABLE = "CACHES_WERE_CLEARED"
 def launch_command(prefix: str | None, processes: int) -> list[str]:
     """Returns the command before main.py: `--launch`'s words, else torchrun for several processes, else python."""
     if prefix is None:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        torchrun = ["-m", "launch.torchrun", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *(torchrun if processes > 1 else [])]
     if processes > 1:
         raise UserError("--launch sets the number of processes itself; drop --nproc_per_node")

@@ -138,9 +138,17 @@ class Log:
         return int(metadata["epoch_num"]) // int(metadata["epoch"])
 
     def seconds_in(self, phase: str) -> float:
-        """Total seconds between `phase`_start and `phase`_stop; `phase` is "epoch" or "eval"."""
-        signs = {f"{phase}_start": -1, f"{phase}_stop": 1}
-        return sum(signs[record.key] * record.time_ms for record in self.records if record.key in signs) / 1000
+        """Total seconds between `phase`_start and `phase`_stop; `phase` is "epoch" or "eval".
+
+        A phase that was cut short has no stop and does not count.
+        """
+        total, started = 0, 0
+        for record in self.records:
+            if record.key == f"{phase}_start":
+                started = record.time_ms
+            elif record.key == f"{phase}_stop":
+                total += record.time_ms - started
+        return total / 1000
 
 
 def read_log(path: Path) -> Log:
@@ -222,11 +230,15 @@ def _check_blocks(log: Log) -> Iterator[tuple[int, str]]:
     samples, unit, epoch, before = int(log.values["samples_per_epoch"]), 0, 0, "block_stop"
     in_block, in_evaluation, ends_with_evaluation, evaluated = False, False, False, 0
     scores = []
+    # Training that diverges, or is interrupted, ends within an epoch.
+    is_aborted = log.records[-1].metadata.get("status") == "aborted"
+    last_block = next((record for record in reversed(log.records) if record.key == "block_stop"), None)
     for record in log.records:
         if record.key not in AFTER:
             continue
         is_pair = record.key not in ("eval_start", "eval_accuracy") or in_evaluation == (record.key == "eval_accuracy")
-        if record.key not in AFTER[before] or not is_pair:
+        is_cut_short = record is last_block and before == "epoch_start" and is_aborted
+        if not (record.key in AFTER[before] or is_cut_short) or not is_pair:
             yield record.line, f"{record.key} after {before}: lines are missing or were added"
             return
         before = record.key

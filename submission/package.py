@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _runs_locally(series: Series) -> bool:
     """Whether python or torchrun on this machine started the runs, not a `--launch` command."""
-    return series.launch[1:3] in ([], ["-m", "torch.distributed.run"])
+    return series.launch[1:3] in ([], ["-m", "launch.torchrun"], ["-m", "torch.distributed.run"])
 
 
 def _stage(tree: Path, results: Path, code: Path, files: Mapping[Path, str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 
+from common.errors import UserError
+from common.messages import logger
 from runtime.callbacks.base import Callback, RunContext
 from runtime.logging.events import StepEnd
 from runtime.train_state import TrainState
@@ -17,6 +19,8 @@ class LRMonitor(Callback):
     """
 
     def __init__(self, run: RunContext, every: int = 1) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise UserError(f"--callbacks lr_monitor: every={every!r}; must be a whole number of at least 1")
         self._path = run.log_dir / "rates.csv" if run.world.is_main else None
         self._every = every
         self._steps = 0
@@ -30,5 +34,10 @@ class LRMonitor(Callback):
 
     def _write(self, row: list[object], mode: str = "a") -> None:
         if self._path is not None:
-            with self._path.open(mode, encoding="utf-8", newline="") as stream:
-                csv.writer(stream, lineterminator="\n").writerow(row)
+            try:
+                with self._path.open(mode, encoding="utf-8", newline="") as stream:
+                    csv.writer(stream, lineterminator="\n").writerow(row)
+            except OSError as error:
+                reason = error.strerror or error
+                logger.warning(f"--callbacks lr_monitor: {self._path} cannot be written ({reason}), training goes on")
+                self._path = None

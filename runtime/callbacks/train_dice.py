@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from runtime.callbacks.base import Callback, RunContext
-from runtime.logging.events import EvaluationStopped, TrainDiceEnd
-from runtime.train_state import TrainState
+from runtime.logging.events import EvaluationStopped, TrainDiceEnd, Waiting
+from runtime.train_state import Stop, TrainState, stop_at_signal
 
 
 class TrainDice(Callback):
@@ -24,11 +24,17 @@ class TrainDice(Callback):
         self._cases = sorted(run.training_cases)[:cases]
         self._evaluate: Callable[[int], EvaluationStopped] | None = None
 
-    def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> None:
+    def on_evaluation_end(self, result: EvaluationStopped, state: TrainState) -> Stop | None:
         if self._evaluate is None:  # reads the volumes' headers, so not before the clock runs
-            self._evaluate = self._run.make_evaluate_fn(self._cases, lambda event: None)
-        with state.evaluating():
-            scores = self._evaluate(result.epoch)
+            # Trackers must not count these cases; the watchdog must see that there is progress.
+            self._evaluate = self._run.make_evaluate_fn(
+                self._cases, lambda event: self._run.emit(Waiting("training cases"))
+            )
+        try:
+            with state.evaluating():
+                scores = self._evaluate(result.epoch)
+        except Interrupted as signalled:  # other callbacks have yet to hear of the evaluation
+            return stop_at_signal(signalled)
         self._run.emit(
             TrainDiceEnd(
                 epoch=result.epoch,
@@ -38,3 +44,4 @@ class TrainDice(Callback):
                 seconds=scores.seconds,
             )
         )
+        return None

@@ -155,6 +155,10 @@ def test_a_run_that_diverges_first_waits_for_the_scores(data: Path, tmp_path: Pa
     assert [event["epoch"] for event in run.events("EvaluationStopped")] == [5]
     (stopped,) = run.events("RunStopped")
     assert stopped["reason"].startswith("diverged: epoch 6")
+    # The best network, although training has lost it.
+    kept = load(tmp_path / "checkpoint.pth")
+    assert (kept.best_epoch, kept.last_epoch) == (5, 5)
+    assert all(tensor.isfinite().all() for state in (kept.best, kept.last) for tensor in state.values())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

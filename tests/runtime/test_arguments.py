@@ -315,13 +315,16 @@ def test_an_argument_file(tmp_path: Path) -> None:
         "--batch_size 7   # as many as fit\n"
         "--input_shape 64 64 64\n"
         "  --model 'unet3d(filters=(4, 8))'\n"
-        '--submission_platform "2 x ABACUS #1"\n'
+        '--submission_platform "2 x ABACUS #1"   # "of two\n'
+        "--log_dir /data/run#3\n"
     )
     config, given = parse_arguments(["--data_dir", "DATA", f"@{recipe}", "--ga_steps", "2"])
     assert (config.amp, config.batch_size, config.input_shape, config.ga_steps) == (True, 7, (64, 64, 64), 2)
     assert config.model.text == "unet3d(filters=(4, 8))"
     assert config.submission_platform == "2 x ABACUS #1"
-    assert given == {"data_dir", "amp", "batch_size", "input_shape", "model", "submission_platform", "ga_steps"}
+    assert config.log_dir == Path("/data/run#3")
+    named = {"data_dir", "amp", "batch_size", "input_shape", "model", "submission_platform", "log_dir", "ga_steps"}
+    assert given == named
 
 
 def test_the_later_flag_wins(tmp_path: Path) -> None:
@@ -711,6 +714,7 @@ def test_to_json_is_plain_python() -> None:
         ("--amp", "--augment", "flips(p=0.5)", "mixup(alpha=0.2)", "--model", "unet3d(filters=(4, 8))"),
         ("--augment", "--callbacks", "top_k(k=2)", "--input_shape", "16", "32", "64", "--log_dir", "my logs"),
         ("--optimizer", "lamb", "--lamb_betas", "0.8", "0.99", "--init_from", "it's.pth", "--freeze", "encoder.*"),
+        ("--no-fuse_norms", "--no-verbose"),
     ],
 )
 def test_the_argument_file_of_a_run_repeats_it(flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from common.errors import UserError
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
@@ -78,3 +80,23 @@ def test_evaluation_cases_that_the_weights_were_trained_on_are_noted(
         "1",
     ]
     assert "too well" not in train(tmp_path / "none", tmp_path / "next", *synthetic)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--callbacks", "erly_stopping"], "--callbacks .*unknown name"),
+        (["--lr_schedule", "plateau(factor=2)"], "--lr_schedule plateau: Factor"),
+        (["--trackers", "jsnl"], "--trackers .*unknown name"),
+        (["--init_from", "{log_dir}/checkpoint.pth"], "is in the folder of this run, which renames it"),
+    ],
+)
+def test_a_mistake_leaves_the_files_of_an_earlier_run_where_they_are(
+    flags: list[str], message: str, tmp_path: Path, write_preprocessed: Callable[..., Path]
+) -> None:
+    data, log_dir = write_data(tmp_path / "data", write_preprocessed, 1), tmp_path / "logs"
+    train(data, log_dir)
+    before = {path.name: path.read_bytes() for path in log_dir.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        train(data, log_dir, *(flag.format(log_dir=log_dir) for flag in flags))
+    assert {path.name: path.read_bytes() for path in log_dir.iterdir() if path.is_file()} == before

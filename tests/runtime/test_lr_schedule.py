@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -75,6 +76,20 @@ def test_plateau_counts_its_patience_also_after_a_resume(make_state: MakeState) 
         for epoch, value in enumerate(dice[stop:], 5 + stop):
             second.on_evaluation_end(scored(epoch, value))
         assert second(99) == pytest.approx(0.2)
+
+
+def test_a_resumed_plateau_takes_new_arguments_and_another_metrics_best_does_not_count() -> None:
+    state: dict[str, Any] = {}
+    first = Plateau(dataclasses.replace(RUN, callback_state=state), factor=0.5, patience=5)
+    for epoch in range(5, 8):
+        first.on_evaluation_end(scored(epoch, 0.9))
+    resumed = Plateau(dataclasses.replace(RUN, callback_state=copy.deepcopy(state)), factor=0.1, patience=2)
+    resumed.on_evaluation_end(scored(8, 0.5))
+    assert resumed(9) == pytest.approx(0.08), "two evaluations without progress before, and one now"
+    other = Plateau(dataclasses.replace(RUN, callback_state=copy.deepcopy(state)), patience=1, metric="loss")
+    for epoch, loss in enumerate([3.0, 2.0, 1.0], 8):
+        other.on_evaluation_end(scored(epoch, 0.5, loss))
+        assert other(epoch + 1) == pytest.approx(0.8)
 
 
 def test_plateau_ignores_evaluations_during_the_warm_up(make_state: MakeState) -> None:

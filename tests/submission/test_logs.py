@@ -213,6 +213,21 @@ def test_a_closed_runs_evaluations_come_when_the_rules_say(write_open: WriteRun,
     assert "an evaluation after epoch 2; required: from 1000 on, every 20" in found
 
 
+def test_an_aborted_run_may_end_within_an_epoch_whose_time_does_not_count(write_open: WriteRun, tmp_path: Path) -> None:
+    whole = write_open(tmp_path / "whole.log", seed=1, converges=False)
+    lines = whole.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if '"epoch_start"' in line)
+    rest = [line for line in lines[last + 1 :] if '"epoch_stop"' not in line and '"eval_' not in line]
+    cut = tmp_path / "cut.log"
+    cut.write_text("".join([*lines[: last + 1], *rest]))
+    assert len(rest) < len(lines) - last - 1
+    log, expected = read_log(cut), read_log(whole)
+    assert log.problems == []
+    assert 0 < log.seconds_in("epoch") < expected.seconds_in("epoch")
+    cut.write_text(cut.read_text().replace('"aborted"', '"success"'))
+    assert any("block_stop after epoch_start" in problem.message for problem in read_log(cut).problems)
+
+
 def test_a_run_without_an_epoch_is_invalid(result_dir: Path) -> None:
     path = result(result_dir, 0)
     kept = [line for line in path.read_text().splitlines() if not any(f'"{key}"' in line for key in AFTER)]

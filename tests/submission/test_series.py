@@ -173,7 +173,7 @@ def test_the_log_states_whether_caches_were_cleared(
 
 def test_the_launch_command() -> None:
     assert launch_command(None, 1) == [sys.executable]
-    assert launch_command(None, 8)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert launch_command(None, 8)[1:] == ["-m", "launch.torchrun", "--standalone", "--nproc_per_node=8"]
     assert launch_command("srun -N 4 'a b'", 1) == ["srun", "-N", "4", "a b"]
     for prefix, processes, message in (
         ("srun", 8, "drop --nproc_per_node"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import Interrupted, UserError
 from runtime.callbacks.base import Callback, RunContext, build_callbacks
 from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd, TrainDiceEnd
-from runtime.train_state import TrainState
+from runtime.train_state import Stop, TrainState
 
 MakeState = Callable[..., TrainState]
 Make = Callable[..., Callback]
@@ -203,9 +204,35 @@ def test_training_cases_are_scored_after_each_evaluation(
     assert events == [TrainDiceEnd(epoch=7, mean_dice=0.2, dice=[0.2, 0.3], loss=0.4, seconds=5.0)]
 
 
+def test_a_signal_while_training_cases_are_scored_keeps_the_evaluation(
+    make: Make, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run by a Stop, so that the callbacks behind it still hear of the scores."""
+
+    def interrupted(epoch: int) -> EvaluationStopped:
+        raise Interrupted(signal.SIGTERM)
+
+    callback = make("train_dice")
+    monkeypatch.setattr(callback, "_evaluate", interrupted)
+    stop = callback.on_evaluation_end(scored(7, 0.5), make_state())
+    assert stop == Stop("aborted", "interrupted by SIGTERM", 128 + signal.SIGTERM)
+
+
+def test_rates_that_cannot_be_written_cause_one_warning(
+    make: Make, make_state: MakeState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rates.csv").symlink_to("/dev/full")
+    callback = make("lr_monitor")
+    for batch in range(2):
+        step = StepEnd(epoch=1, batch=batch, loss=0.5, gradient_norm=1.0, loss_scale=1.0)
+        assert callback.on_step_end(step, make_state()) is None
+    assert capsys.readouterr().err.count("warning: --callbacks lr_monitor:") == 1
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("lr_monitor(every=0)", "every=0; must be a whole number of at least 1"),
         ("early_stoping", "unknown name; available: early_stopping, lr_monitor, top_k, train_dice"),
         ("early_stopping(patience=0)", "patience must be a whole number of at least 1"),
         ("early_stopping(metric='f1')", "unknown metric 'f1'; available: mean_dice, loss"),
