@@ -105,12 +105,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
     pseudo_labels = pseudo_label_cap(config.data_dir, split)
-    if pseudo_labels.count and pseudo_labels.max_share and not pseudo_labels.max_per_batch(config.batch_size):
-        raise UserError(
-            f"--batch_size {config.batch_size}: a share of {pseudo_labels.max_share:g} of it leaves no place for the "
-            f"{counted(pseudo_labels.count, 'pseudo-labelled case')}; use a larger one, or label again with another "
-            "--max_share"
-        )
+    check_pseudo_labels(pseudo_labels, config.batch_size)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, groups.count, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * groups.count
@@ -167,6 +162,15 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
         seeds=draw_seeds(seed, world, roles.training),
         precision=choose_precision(config.amp, config.amp_dtype, world.device),
     )
+
+
+def check_pseudo_labels(cap: PseudoLabelCap, batch_size: int) -> None:
+    """Raises UserError if a batch has no place for the pseudo-labelled cases, so that none would ever be used."""
+    if cap.count and cap.max_share and not cap.max_per_batch(batch_size):
+        raise UserError(
+            f"--batch_size {batch_size}: a share of {cap.max_share:g} of it leaves no place for the "
+            f"{counted(cap.count, 'pseudo-labelled case')}; use a larger one, or label again with another --max_share"
+        )
 
 
 def check_class_weights(config: RunConfig, dataset: DatasetSpec) -> None:

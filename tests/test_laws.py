@@ -18,10 +18,10 @@ LEVELS = (
     ("common",),
     ("model", "data_loading"),
     ("runtime",),
-    ("prediction", "report"),
-    ("submission", "export"),  # draws its charts with `report`; loads networks as `prediction` does
+    ("prediction", "report", "launch"),
+    ("submission", "export"),  # charts of `report`, runs by `launch`; networks as `prediction` loads them
     ("main", "preprocess_dataset"),
-    ("demo", "launch", "benchmarks"),
+    ("demo", "benchmarks"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 TRITON_FILES = ("add", "image", "join", "loss", "narrow", "norm", "output", "tiles")
