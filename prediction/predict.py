@@ -47,6 +47,9 @@ def main(config: RunConfig, given: frozenset[str], world: World) -> int:
     seed_process(0, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     ensemble, notes = load_ensemble(config, given, world)
     sources = find_sources(config.scan, config.output, config.series, ensemble.spec.channels)
+    names = [stem(source.output) for source in sources]
+    if config.save_probabilities and (twice := next((name for name in names if names.count(name) > 1), "")):
+        raise UserError(f"--save_probabilities: two scans are called {twice}; their probabilities would be one file")
     is_file = is_file_name(config.output)
     folder = config.output.parent if is_file else config.output
     try:

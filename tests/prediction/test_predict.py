@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from common.errors import UserError
 from data_loading.index import INDEX_NAME, DatasetIndex, write_json
 from data_loading.spec import KITS19, DatasetSpec
+from prediction import predict
 from prediction.predict import spec_of
+from runtime.arguments import parse_arguments
 from runtime.checkpoint.format import Checkpoint
+from runtime.distributed.world import World
 
 PLAIN = DatasetSpec(name="synthetic", classes=("background", "object"), mean=0.0, std=1.0)
 
@@ -42,3 +47,17 @@ def test_another_program_s_checkpoint_is_assumed_to_be_for_kits19(tmp_path: Path
     assert "written by another program: assuming that it was trained on KiTS19" in note
     write_json(tmp_path / INDEX_NAME, DatasetIndex(spec=PLAIN, split={"train": []}, cases={}).to_json())
     assert spec_of(checkpoint(spec=None, config={}), tmp_path) == (PLAIN, "")
+
+
+def test_probabilities_of_two_scans_of_one_name_would_be_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        predict, "load_ensemble", lambda *given: (SimpleNamespace(spec=SimpleNamespace(channels=1)), [])
+    )
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).write_bytes(b"")
+    arguments = ["--exec_mode", "predict", "--load_ckpt_path", "c.pth", "--scan", str(tmp_path)]
+    config, given = parse_arguments([*arguments, "--output", str(tmp_path / "out"), "--save_probabilities"])
+    with pytest.raises(UserError, match="--save_probabilities: two scans are called a;"):
+        predict.main(config, given, World(0, 1, torch.device("cpu")))
