@@ -320,7 +320,7 @@ def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
     active = [
         *make_trackers(config.trackers, config.log_dir),
         RunFileTracker(config.log_dir),
-        ConsoleTracker(config.verbose, config.epochs),
+        ConsoleTracker(config.verbose, config.epochs, run.loaded.best_score if run.loaded else None),
     ]
     if config.benchmark:
         active.append(

@@ -85,6 +85,11 @@ class Checkpoint:
         stored = self.config.get("augment", "mlperf")
         return [stored] if isinstance(stored, str) else list(stored)
 
+    @property
+    def best_score(self) -> tuple[int, float] | None:
+        """Epoch and mean Dice of the best evaluation; None if nothing was evaluated."""
+        return (self.best_epoch, self.best_dice) if self.best_dice >= 0 else None
+
     def state(self, name: str) -> tuple[dict[str, Tensor], int]:
         """Returns the weights of the "best" or the "last" state, averages if the run makes them, and its epoch."""
         return (self.average or self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)

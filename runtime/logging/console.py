@@ -46,14 +46,18 @@ class CaseProgress:
 
 
 class ConsoleTracker:
-    """Prints each evaluation and the end of the run in a line; progress on stderr, as bars if `verbose`."""
+    """Prints each evaluation and the end of the run in a line; progress on stderr, as bars if `verbose`.
 
-    def __init__(self, verbose: bool, epochs: int) -> None:
+    Args:
+        best: epoch and mean Dice of the best evaluation before a resume; None: there is none.
+    """
+
+    def __init__(self, verbose: bool, epochs: int, best: tuple[int, float] | None = None) -> None:
         self._verbose = verbose
         self._epochs = epochs
         self._bar: Progress | None = None
         self._cases = CaseProgress(verbose)
-        self._best: ev.EvaluationStopped | None = None
+        self._best = best
         self._benchmark, self._target = False, 1.0
         self._eval_samples: int | None = None
         self._first_epoch = 1
@@ -73,8 +77,8 @@ class ConsoleTracker:
         elif isinstance(event, ev.DataOpened):
             self._eval_samples = event.eval_samples
         elif isinstance(event, ev.EvaluationStopped):
-            if self._best is None or event.mean_dice > self._best.mean_dice:
-                self._best = event
+            if self._best is None or event.mean_dice > self._best[1]:
+                self._best = event.epoch, event.mean_dice
             scores = ", ".join(f"L{value} {dice:.4f}" for value, dice in enumerate(event.dice, start=1))
             self._print(
                 f"epoch {event.epoch}: mean Dice {event.mean_dice:.4f} ({scores}), loss {event.loss:.4f}, "
@@ -97,7 +101,7 @@ class ConsoleTracker:
         if self._best is None:
             return f"training done {took}: no evaluation was due; see --start_eval_at and --evaluate_every"
         return (
-            f"{how} {took}: best mean Dice {self._best.mean_dice:.4f} in epoch {self._best.epoch}, target "
+            f"{how} {took}: best mean Dice {self._best[1]:.4f} in epoch {self._best[0]}, target "
             f"{self._target}; more --epochs with --resume continue the run, or try another --learning_rate"
         )
 

@@ -159,6 +159,16 @@ def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured)
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_a_resumed_run_ends_with_its_best_evaluation_of_all(capsys: Captured) -> None:
+    ended = ev.RunStopped("aborted", target_not_reached(3), 3, 1.0)
+    ConsoleTracker(verbose=False, epochs=3, best=(2, 0.7)).on(ended)
+    assert "best mean Dice 0.7000 in epoch 2" in capsys.readouterr().out
+    scores = next(event for event in evaluation(3) if isinstance(event, ev.EvaluationStopped))
+    for earlier, line in ((0.9, "0.9000 in epoch 2"), (0.1, f"{scores.mean_dice:.4f} in epoch 3")):
+        send(ConsoleTracker(verbose=False, epochs=3, best=(2, earlier)), [scores, ended])
+        assert f"best mean Dice {line}" in capsys.readouterr().out
+
+
 def test_a_run_without_evaluation_cases_is_no_failure(config: RunConfig, capsys: Captured) -> None:
     opened = next(event for event in run(config) if isinstance(event, ev.DataOpened))
     ended = ev.RunStopped("aborted", target_not_reached(1), 1, 2.0)
