@@ -11,6 +11,8 @@ WORKDIR /workspace/unet3d
 COPY requirements.txt .
 # The image contains PyTorch, which stays if it is the pinned version. A vendor's image: `--build-arg BASE=…`, and
 # `pip install .` here instead, whose ranges keep its PyTorch.
+# Images on Ubuntu 24.04 have the system's Python, which pip changes only if told to, and a user with the id 1000.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install --no-cache-dir -r requirements.txt
 
 # NVIDIA apex for its FusedLAMB: pass a wheel that fits the image and is beside this file (there is none on PyPI; the
@@ -19,7 +21,7 @@ ARG APEX_WHEEL=""
 COPY . .
 RUN if [ -n "${APEX_WHEEL}" ]; then pip install --no-cache-dir --no-deps "./${APEX_WHEEL}"; fi
 
-RUN useradd --create-home --uid 1000 unet3d && mkdir -p /data /results && chown unet3d /data /results
+RUN useradd --non-unique --create-home --uid 1000 unet3d && mkdir -p /data /results && chown unet3d /data /results
 USER unet3d
 # Defaults in a container: `main.py --amp --epochs 4000` reads its data from and writes its logs to the mounted volumes.
 ENV UNET3D_DATA_DIR=/data UNET3D_LOG_DIR=/results PYTHONUNBUFFERED=1

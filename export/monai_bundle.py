@@ -51,7 +51,11 @@ INFERENCE = {
         "$lambda scan: predict_scan.predict_file(pathlib.Path(scan), "
         "pathlib.Path(@output_dir, os.path.basename(scan)), @predictor, @settings)"
     ),
-    "run": ["$os.makedirs(@output_dir, exist_ok=True)", "$[@evaluator(scan) for scan in @dataset]"],
+    "run": [
+        "$predict_scan.check_folders(@dataset, @dataset_dir, @output_dir)",
+        "$os.makedirs(@output_dir, exist_ok=True)",
+        "$[@evaluator(scan) for scan in @dataset]",
+    ],
 }
 
 

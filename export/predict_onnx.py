@@ -77,6 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     network, scan, mask = map(Path, arguments)
     try:
+        if not mask.name.lower().endswith((".nii", ".nii.gz")):
+            raise ScanError(f"{mask}: a mask is written as .nii or .nii.gz")
         predictor, settings = load_network(network)
         predict_file(scan, mask, predictor, settings)
     except (ScanError, OSError) as error:
@@ -108,6 +110,14 @@ def load_network(path: Path) -> tuple[Predictor, Settings]:
     return predict, settings
 
 
+def check_folders(scans: Sequence[str], scans_dir: str, masks_dir: str) -> None:
+    """Raises ScanError if a folder holds no scans, or its masks would replace them."""
+    if not scans:
+        raise ScanError(f"{scans_dir}: no .nii or .nii.gz file in it")
+    if Path(scans_dir).resolve() == Path(masks_dir).resolve():
+        raise ScanError(f"{masks_dir}: masks would replace the scans; give another output_dir")
+
+
 def predict_file(scan_path: Path, mask_path: Path, predictor: Predictor, settings: Settings) -> None:
     """Predicts one scan and writes its mask, with the scan's affine."""
     scan = read_scan(scan_path)
@@ -127,6 +137,8 @@ def read_scan(path: Path) -> Scan:
     """Reads a NIfTI file; the channels of a 4-D one come last."""
     try:
         file: Any = nib.load(path)
+        if not isinstance(file, nib.Nifti1Pair):  # NIfTI-2 is one too
+            raise TypeError(f"it is a {type(file).__name__}")
         values = file.get_fdata(dtype=np.float32)
     except FileNotFoundError:
         raise ScanError(f"{path}: no such file") from None
@@ -140,6 +152,9 @@ def read_scan(path: Path) -> Scan:
     spacing = [float(mm) for mm in file.header["pixdim"][1:4]]
     if file.ndim == 2:  # the header may lack the third spacing
         spacing[2] = float(np.linalg.norm(affine[:3, 2]))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if int(file.header["xyzt_units"]) & 7 in (1, 3) or not np.allclose(spacing, lengths, rtol=0.01, atol=0):
+        raise ScanError(f"{path}: its voxels are not in mm, or their size contradicts the affine; correct its header")
     return Scan(array, affine, tuple(spacing))
 
 

@@ -204,6 +204,10 @@ def _check_mode(config: RunConfig, given: frozenset[str]) -> None:
             f"--output {config.output}: unknown format {config.output.suffix}; give a .onnx or .safetensors file, or a "
             "folder without a dot in its name for a MONAI bundle"
         )
+    if "export_window" in given and config.output is not None and config.output.suffix == ".safetensors":
+        raise UserError(
+            "--export_window: a .safetensors file holds weights alone, for windows of any size; leave it out"
+        )
 
 
 def _check_folds(config: RunConfig, given: frozenset[str]) -> None:

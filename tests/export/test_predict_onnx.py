@@ -144,3 +144,27 @@ def test_scans_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     scan = Scan(np.zeros((2, 3, 3, 3), np.float32), np.eye(4), (1.0, 1.0, 1.0))
     with pytest.raises(ScanError, match=r"has 2 channel\(s\), the network takes 1"):
         predict_onnx.preprocess(scan, settings_of(PLAIN))
+    values = np.arange(27, dtype=np.float32).reshape(3, 3, 3)
+    nib.save(nib.MGHImage(values, np.eye(4)), tmp_path / "scan.mgz")
+    with pytest.raises(ScanError, match=r"no NIfTI file .*MGHImage"):
+        predict_onnx.read_scan(tmp_path / "scan.mgz")
+    for units, spacing in (("meter", 1.0), ("mm", 2.0)):
+        image = nib.Nifti1Image(values, np.eye(4))
+        image.header.set_xyzt_units(units)
+        image.header["pixdim"][1:4] = spacing
+        nib.save(image, path)
+        with pytest.raises(ScanError, match="not in mm, or their size contradicts the affine"):
+            predict_onnx.read_scan(path)
+
+
+def test_a_mask_that_is_no_nifti_and_folders_without_a_use_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict_onnx.main(["net.onnx", "scan.nii.gz", "mask.png"]) == 2
+    assert "mask.png: a mask is written as .nii or .nii.gz" in capsys.readouterr().err
+    for scans, masks, message in (
+        ([], "masks", "no .nii or .nii.gz file in it"),
+        (["a.nii"], ".", "masks would replace the scans"),
+    ):
+        with pytest.raises(ScanError, match=message):
+            predict_onnx.check_folders(scans, str(tmp_path), str(tmp_path / masks))
