@@ -70,7 +70,7 @@ class LibraryTransform:
                 f"--augment {self.name}: turns {image.shape} into {changed.shape}; a sample must keep its shape"
             )
         classes = np.ascontiguousarray(mask, np.uint8)
-        if not np.array_equal(classes, mask):
+        if mask.dtype != np.uint8 and not np.array_equal(classes, mask):
             raise UserError(
                 f"--augment {self.name}: interpolates between labels; set its interpolation of labels to nearest, or "
                 "use another transform"

@@ -7,7 +7,7 @@ that batch norm's statistics and dropout do not change either.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MethodType
 
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ def output_layers(network: nn.Module, larger: nn.Module) -> list[str]:
         larger: the same network for one class more.
     """
     other = larger.state_dict()
-    names = [name for name, tensor in network.state_dict().items() if tensor.shape != other[name].shape]
+    return layers_of(name for name, tensor in network.state_dict().items() if tensor.shape != other[name].shape)
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """Returns the layers that tensors of these names belong to, each once."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
@@ -93,7 +97,7 @@ def load_part(
     network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
     summary = "all of the network"
     if other:
-        layers = dict.fromkeys(name.rpartition(".")[0] for name in other)
+        layers = layers_of(other)
         new = "which is new" if len(layers) == 1 else "which are new"
         sizes = zip(own[other[0]].shape, weights[other[0]].shape, strict=True)
         now, before = next((size, stored) for size, stored in sizes if size != stored)

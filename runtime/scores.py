@@ -113,5 +113,5 @@ def keep_if_best(state: TrainState, result: EvaluationStopped) -> bool:
     if not result.mean_dice > state.best_dice:
         return False
     state.best_dice, state.best_epoch = result.mean_dice, result.epoch
-    state.best_network = on_host(state.evaluated_weights if state.scored is None else state.scored)
+    state.best_network = on_host(state.scored_weights)
     return True

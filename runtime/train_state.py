@@ -114,6 +114,11 @@ class TrainState:
         """What an evaluation scores: the average of `--ema_decay`, otherwise the network's own weights."""
         return self.average.weights if self.average else self.network.state_dict()
 
+    @property
+    def scored_weights(self) -> dict[str, Tensor]:
+        """The weights of the latest scores: with `--eval_ranks`, those of an earlier epoch."""
+        return self.evaluated_weights if self.scored is None else self.scored
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Gives the network its `evaluated_weights` for a while."""
         return other_weights(self.network, self.average.weights) if self.average else nullcontext()

@@ -51,7 +51,7 @@ class TopK(Callback):
         # Of equal scores the earlier one wins: sorting keeps their order.
         ranked.sort(key=lambda entry: float(entry[0]), reverse=self._mode == "max")
         kept[:] = ranked[: self._k]
-        weights = on_host(state.evaluated_weights if state.scored is None else state.scored)
+        weights = on_host(state.scored_weights)
         own = replace(state, best_epoch=result.epoch, best_dice=result.mean_dice, best_network=weights)
         content = self._run.snapshot(own, [0.0] * self._run.world.size)
         try:
