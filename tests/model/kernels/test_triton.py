@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import model
+import model.kernels
 from model.kernels import allocations
 from model.kernels import dispatch as kernels
 from runtime.arguments import RunConfig
@@ -80,7 +80,7 @@ def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_cuda_tensors_get_kernels_and_only_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda, stand_in = SimpleNamespace(is_cuda=True), SimpleNamespace()
     monkeypatch.setattr(kernels, "_launch", lambda module: None)
-    monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setattr(model.kernels, "triton", stand_in, raising=False)  # as an earlier import leaves it
     monkeypatch.setitem(sys.modules, "model.kernels.triton", stand_in)
     assert kernels.triton_for(on_cuda, "norm") is stand_in
     assert kernels.note(torch.device("cuda")) == kernels.note(torch.device("cpu")) == ""
@@ -108,7 +108,7 @@ def test_a_kernel_is_used_only_where_it_was_measured_to_be_faster(
 ) -> None:
     stand_in = SimpleNamespace()
     monkeypatch.setattr(kernels, "_launch", lambda module: None)
-    monkeypatch.setattr(model, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setattr(model.kernels, "triton", stand_in, raising=False)  # as an earlier import leaves it
     monkeypatch.setitem(sys.modules, "model.kernels.triton", stand_in)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
@@ -118,7 +118,7 @@ def test_a_kernel_is_used_only_where_it_was_measured_to_be_faster(
 
 @pytest.mark.usefixtures("_fresh_choice")
 def test_without_triton_pytorch_s_own_operators_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(model, "triton_kernels", raising=False)
+    monkeypatch.delattr(model.kernels, "triton", raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", None)
     assert kernels.triton_for(SimpleNamespace(is_cuda=True), "norm") is None
     assert "PyTorch's own operators" in kernels.note(torch.device("cuda"))
@@ -131,7 +131,7 @@ def test_kernels_that_cannot_be_launched_are_not_used_and_the_reason_is_reported
     def fail(module: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
-    monkeypatch.setattr(model, "triton_kernels", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(model.kernels, "triton", SimpleNamespace(), raising=False)
     monkeypatch.setitem(sys.modules, "model.kernels.triton", SimpleNamespace())
     monkeypatch.setattr(kernels, "_launch", fail)
     assert kernels.triton_for(SimpleNamespace(is_cuda=True), "norm") is None
