@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common.cli import Parser
-from common.errors import UserError, run_program
+from common.errors import UserError, one_line, run_program
 from common.files import replacing
 from tests.faults import Row, disks, groups, hosts, inputs, kills
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, help="document with the table; with --only, only those rows change")
     parser.add_argument("--work_dir", type=Path, help="folder that keeps the runs (default: a temporary folder)")
     arguments = parser.parse_args(argv)
+    if arguments.document:
+        table_in(arguments.document)  # before a quarter of an hour of runs
     work_dir = arguments.work_dir or Path(tempfile.mkdtemp(prefix="faults_"))
     started = time.monotonic()
     rows = []
@@ -77,12 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def inject(fault: Callable[..., Row], folder: Path) -> Row:
-    """Returns the row of a fault; if the fault cannot be injected on this machine, the row gives the reason."""
+    """Returns the row of a fault. What its function raises is a broken promise: it must not end the other faults."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return fault(folder)
-    except UserError as error:
-        return Row(fault=fault.__name__, promise=f"not measured: {error}", test="", tried=0, kept=0)
+    except Exception as error:
+        traceback.print_exception(error)
+        failure = f"{fault.__name__}: {type(error).__name__}: {one_line(error)}"
+        return Row(fault=fault.__name__, promise="", test="", tried=1, kept=0, failures=(failure,))
 
 
 def _line(row: Row) -> str:
@@ -95,20 +100,31 @@ def line(row: Row) -> str:
     return f"| {row.fault} | {row.promise} | `{row.test}` | {row.tried}, {row.kept} | {seconds} | {row.lost} |"
 
 
+def table_in(document: Path) -> re.Match[str]:
+    """Finds the table in a document, as the first group. Raises UserError: no such document, or no marker lines."""
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--document {document}: {error.strerror or error}") from None
+    measured = re.search(re.escape(BEGIN) + "(.*)" + re.escape(END), text, re.DOTALL)
+    if not measured:
+        raise UserError(f"--document {document}: {BEGIN.strip()} … {END.strip()} not found")
+    return measured
+
+
 def write(document: Path, rows: Sequence[Row], minutes: float) -> None:
     """Replaces the table in a document.
 
     Args:
-        minutes: duration of a complete run; 0 replaces only the given rows of the existing table.
+        minutes: duration of a complete run; 0 replaces only the given rows of the existing table, and adds those that
+            it lacks. A fault that was not tried keeps its row.
 
     Raises:
-        UserError: the document does not contain the two marker lines.
+        UserError: no such document, or it does not contain the two marker lines.
     """
-    text = document.read_text(encoding="utf-8")
-    measured = re.search(re.escape(BEGIN) + "(.*)" + re.escape(END), text, re.DOTALL)
-    if not measured:
-        raise UserError(f"{document}: {BEGIN.strip()} … {END.strip()} not found")
-    new = {row.fault: line(row) for row in rows}
+    measured = table_in(document)
+    text = measured.string
+    new = {row.fault: line(row) for row in rows if row.tried or minutes}
     if minutes:
         head = (
             f"Measured on {date.today().isoformat()} by `make faults` in {minutes:.0f} minutes: {_processor()}, "
@@ -116,7 +132,8 @@ def write(document: Path, rows: Sequence[Row], minutes: float) -> None:
         )
         lines = [head, "", *HEADER, *new.values()]
     else:
-        lines = [new.get(old.split(" | ")[0].removeprefix("| "), old) for old in measured[1].splitlines()]
+        lines = [new.pop(old.split(" | ")[0].removeprefix("| "), old) for old in measured[1].splitlines()]
+        lines += new.values()
     whole = text[: measured.start(1)] + "\n".join(lines) + "\n" + text[measured.end(1) :]
     with replacing(document) as temporary:
         temporary.write_text(whole, encoding="utf-8")

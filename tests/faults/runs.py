@@ -116,7 +116,17 @@ class Run:
         deadline = time.monotonic() + timeout_s
         while len(self.events(kind)) < count and all(rank.poll() is None for rank in self.ranks):
             if time.monotonic() > deadline:
+                self.kill()
                 raise TimeoutError(f"no {count} {kind} in {timeout_s:.0f} s:\n{self.output()}")
+            time.sleep(0.02)
+
+    def wait_for_line(self, text: str, rank: int = 0, timeout_s: float = START_S) -> None:
+        """Waits until a rank has printed the text. Raises TimeoutError if it has not in time, or ends without it."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output(rank):
+            if time.monotonic() > deadline or self.ranks[rank].poll() is not None:
+                self.kill()
+                raise TimeoutError(f"rank {rank} did not print {text!r}:\n{self.output(rank)}")
             time.sleep(0.02)
 
     def signal(self, number: int, *ranks: int) -> None:

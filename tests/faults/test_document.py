@@ -45,10 +45,37 @@ def test_a_fault_that_is_measured_again_changes_only_its_row(tmp_path: Path) -> 
     assert path.read_text(encoding="utf-8") == before.replace(old, new) != before
 
 
-def test_a_document_without_markers_is_refused(tmp_path: Path) -> None:
+def test_a_new_fault_is_added_and_one_that_was_not_tried_keeps_its_row(tmp_path: Path) -> None:
+    path = document(tmp_path)
+    write(path, ROWS, 12.4)
+    before = path.read_text(encoding="utf-8")
+    unmeasured = Row(fault="another", promise="cannot be emulated here", test="", tried=0, kept=0)
+    write(path, [unmeasured, Row(fault="new", promise="held", test="t.py::c", tried=1, kept=1)], 0.0)
+    assert path.read_text(encoding="utf-8") == before.replace(END, f"| new | held | `t.py::c` | 1, 1 |  |  |\n{END}")
+
+
+def test_a_wrong_document_is_refused_before_a_fault_is_injected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "FAULTS", ())
     (tmp_path / "plain.md").write_text("no table\n", encoding="utf-8")
-    with pytest.raises(UserError, match="measured: begin"):
-        write(tmp_path / "plain.md", ROWS, 1.0)
+    for name, reason in (("plain.md", "measured: begin"), ("missing.md", "No such file")):
+        with pytest.raises(UserError, match=reason):
+            main(["--document", str(tmp_path / name), "--work_dir", str(tmp_path)])
+
+
+def test_what_a_fault_raises_is_a_broken_promise_and_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(work_dir: Path) -> Row:
+        raise UserError("checkpoint.pth: damaged")
+
+    monkeypatch.setattr(program, "FAULTS", (raises, lambda work_dir: ROWS[0]))
+    monkeypatch.setattr(program.FAULTS[1], "__name__", "held")
+    assert main(["--work_dir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "raises: UserError: checkpoint.pth: damaged" in printed
+    assert "3 of 3  a fault: held" in printed
 
 
 @pytest.mark.parametrize(("failures", "status"), [((), 0), (("try 0: lost",), 1)])
