@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import Parser
-from common.errors import UserError, run_program
+from common.errors import UserError, interrupted_exit, run_program
+from common.files import replacing
 
 if TYPE_CHECKING:
     from benchmarks.harness import Table
@@ -30,6 +32,16 @@ SUITES = ("loader", "step", "networks", "evaluate", "preprocess", "scaling", "st
 GPU_SUITE = "gpu"
 # Nor is this: it trains on real data.
 PEERS_SUITE = "peers"
+MINUTES = 60.0
+FLAGS_OF_SUITES = {
+    "minutes": (GPU_SUITE,),
+    "parts": (GPU_SUITE,),
+    "data_dir": (PEERS_SUITE,),
+    "recipe": (PEERS_SUITE,),
+    "cases": ("storage", "all"),
+    "accelerator": ("storage", "all"),
+    "full_size": ("storage", "all"),
+}
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "hippocampus_cpu.args"
 # Those of the storage suite, whose step times are in benchmarks/storage.py, which imports torch.
 ACCELERATORS = ("a100", "h100", "b200")
@@ -51,12 +63,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="folder for synthetic data (default: a temporary folder)")
     parser.add_argument("--cases", type=int, help="number of volumes of the storage suite (default: 168)")
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="time that the gpu suite may take (default: 60)")
+    parser.add_argument("--minutes", type=float, help=f"time that the gpu suite may take (default: {MINUTES:g})")
     parser.add_argument("--parts", nargs="+", default=[], metavar="TITLE", help="parts of the gpu suite (default: all)")
     parser.add_argument("--data_dir", type=Path, help="preprocessed folder that the peers suite trains on")
-    parser.add_argument(
-        "--recipe", type=Path, default=RECIPE, help=f"argument file of the peers suite (default: {RECIPE.name})"
-    )
+    parser.add_argument("--recipe", type=Path, help=f"argument file of the peers suite (default: {RECIPE.name})")
     parser.add_argument(
         "--accelerator", nargs="+", default=[], choices=ACCELERATORS, help="those that the storage suite emulates (all)"
     )
@@ -66,14 +76,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the storage suite's data set is five times this machine's memory, or as much as half of the free disk",
     )
     arguments = parser.parse_args(argv)
+    for flag, suites in FLAGS_OF_SUITES.items():
+        if getattr(arguments, flag) and arguments.suite not in suites:
+            raise UserError(f"--{flag} has no effect on --suite {arguments.suite}, only on {' and '.join(suites)}")
+    if arguments.suite == PEERS_SUITE and arguments.device == "cuda":
+        raise UserError("--suite peers compares runs on the CPU; drop --device cuda")
     if arguments.json and not arguments.json.parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder does not exist")
     if arguments.json and arguments.json.is_dir():
         raise UserError(f"--json {arguments.json} is a folder; give a file, such as {arguments.json / 'tables.json'}")
     if arguments.work_dir and not arguments.work_dir.is_dir():
         raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
-    if arguments.cases is not None and arguments.cases < 1:
-        raise UserError(f"--cases must be at least 1, not {arguments.cases}")
+    if arguments.json and arguments.json.exists():
+        raise UserError(f"--json {arguments.json} exists; give another name, or remove it")
+    if arguments.cases is not None and arguments.cases < 2:
+        raise UserError(f"--cases must be at least 2, not {arguments.cases}")
     if arguments.full_size and (arguments.quick or arguments.cases is not None):
         raise UserError("--full_size sets the number of volumes; drop --cases and --quick")
     if arguments.num_workers is not None and arguments.num_workers < 0:
@@ -88,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.harness import Options
     from runtime.environment import describe_environment
 
-    name = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = arguments.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and arguments.suite != PEERS_SUITE else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch finds no GPU here")
     if arguments.suite == GPU_SUITE and name == "cpu" and not arguments.quick:
@@ -109,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
             work_dir=Path(folder),
             cases=arguments.cases,
             num_workers=arguments.num_workers,
-            deadline=time.monotonic() + 60 * arguments.minutes,
+            deadline=time.monotonic() + 60 * (arguments.minutes or MINUTES),
             parts=tuple(arguments.parts),
             data_dir=arguments.data_dir and arguments.data_dir.resolve(),
-            recipe=arguments.recipe.resolve(),
+            recipe=(arguments.recipe or RECIPE).resolve(),
             accelerators=tuple(arguments.accelerator),
             full_size=arguments.full_size,
         )
@@ -133,8 +152,11 @@ def write_json(path: Path, environment: dict[str, Any], quick: bool, results: di
     """Writes the suites' tables, with hardware, versions and commit."""
     suites = {suite: [dataclasses.asdict(table) for table in tables] for suite, tables in results.items()}
     content = {"environment": environment, "quick": quick, "suites": suites}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does, so that the synthetic data, up to half of a disk, is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(interrupted_exit(number)))
     sys.exit(run_program(main, "benchmarks"))

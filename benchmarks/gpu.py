@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import gpu_checks, gpu_convolutions, gpu_operators, gpu_runs, gpu_speed, networks
 from benchmarks.harness import NOT_MEASURED, Options, Table
-from common.errors import one_line
+from common.errors import UserError, one_line
 
 GIB = 2**30
 
@@ -69,7 +69,10 @@ PARTS = (
 
 
 def run(options: Options) -> Iterator[Table]:
-    """Yields the table of each part as it ends."""
+    """Yields the table of each part as it ends. Raises UserError for the name of a part that does not exist."""
+    names = [part.name for part in PARTS]
+    if unknown := [name for name in options.parts if name not in names]:
+        raise UserError(f"--parts {', '.join(unknown)}: the parts are {', '.join(map(repr, names))}")
     lost = ""
     for part in PARTS:
         if options.parts and part.name not in options.parts:

@@ -66,6 +66,7 @@ def flops(layer: Layer) -> float:
 def convolutions(options: Options) -> Table:
     """Errors against fp32 and times of each convolution, forward and backward."""
     device = options.device
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     filters, side, samples = ((4, 8), 16, 2) if options.quick else (MLPERF_FILTERS, 128, SAMPLES)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     started = time.perf_counter()
@@ -73,7 +74,7 @@ def convolutions(options: Options) -> Table:
     wrong = []
     for layer in layers(filters, (side, side, side)):
         if time.perf_counter() - started > LIMIT_S:
-            rows.append([layer, *[""] * 7, f"{NOT_MEASURED}: no time left"])
+            rows.append([str(layer), *[""] * 7, f"{NOT_MEASURED}: no time left"])
             continue
         errors = {kind: error_of(layer, kind, device, "NDHWC") for kind in (torch.bfloat16, torch.float16)}
         last, first = (times_of(layer, dtype, device, layout, samples=samples) for layout in ("NDHWC", "NCDHW"))

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.data import write_index, write_patient, write_patients
 from benchmarks.gpu_checks import checked
-from benchmarks.harness import Options, Table
-from benchmarks.scaling import LAUNCHER, PROJECT
+from benchmarks.harness import Options, Table, environment_of_runs
+from benchmarks.scaling import PROJECT
 from common.errors import UserError
 from runtime.checkpoint import format as checkpoints
 
@@ -34,10 +34,7 @@ POINTS = 8
 def start(options: Options, log_dir: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
     """Starts `main.py`; its output goes to `log_dir`.out."""
     command = [sys.executable, "main.py", "--log_dir", str(log_dir), "--no_report", *arguments]
-    # Variables of a launcher around this program must not reach the run.
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    if options.device.type != "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = environment_of_runs(options.device)
     with log_dir.with_suffix(".out").open("a") as output:
         return subprocess.Popen(
             command, cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
@@ -129,8 +126,8 @@ def to_target(options: Options) -> Table:
         raise UserError("the run was not ready in the time that was left")
     finish(process, log_dir, (0, 128 + signal.SIGTERM))
     epochs = events(log_dir, "EpochStopped")
-    if not epochs:
-        raise UserError("no epoch was completed in the time that was left")
+    if len(epochs) < 2:
+        raise UserError(f"{len(epochs)} epochs were completed in the time that was left; a loss curve needs two")
     started = events(log_dir, "RunStarted")[0]["time_s"]
     every = max(1, len(epochs) // POINTS)
     rows: list[list[object]] = []

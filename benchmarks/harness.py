@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,14 @@ import torch
 from runtime.warmup import seconds
 
 NOT_MEASURED = "not measured"
+# Variables of a launcher around this program, which must not reach the runs that it starts.
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def environment_of_runs(device: torch.device) -> dict[str, str]:
+    """The environment variables of runs of `main.py` that are to use this kind of device."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    return environment if device.type == "cuda" else environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, kw_only=True)

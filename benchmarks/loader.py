@@ -107,7 +107,7 @@ def measure_rates(options: Options, folder: Path, cases: Sequence[str], shape: S
 
 
 def next_epochs(work: Callable[[int], object]) -> Callable[[], object]:
-    """Calls `work` with epoch 1, 2, 3 …, so that two loaders under comparison produce the same samples."""
+    """Calls `work` with epoch 1, 2, 3 …: every call draws new samples, as an epoch of training does."""
     epochs = itertools.count(1)
     return lambda: work(next(epochs))
 

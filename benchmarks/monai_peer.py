@@ -24,10 +24,7 @@ from data_loading.dataset import read_case, read_spec_and_split
 from model.metrics import dice_of_classes
 from runtime.arguments import RunConfig, parse_arguments
 
-DESCRIPTION = (
-    "UNet with residual units and batch norm, DiceCELoss, Adam at 1e-3, CacheDataset, crops of the same size half on "
-    "foreground, intensity shifts, the recipe's batch size; the best of five evaluations from half of the time on"
-)
+# `peers.MONAI` describes what follows.
 CHANNELS, STRIDES = (16, 32, 64, 128, 256), (2, 2, 2, 2)
 KEYS = ("image", "label")
 EVALUATIONS = 5

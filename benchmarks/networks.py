@@ -78,13 +78,12 @@ def steps(options: Options) -> Table:
         try:
             rows.append([name, *row_of(text, options.device, scale)])
         except UserError as error:
-            rows.append([name, f"{NOT_MEASURED}: {one_line(error)}", *[""] * 4])
+            rows.append([name, f"{NOT_MEASURED}: {one_line(error)}", *[""] * 5])
     precision = choose_precision(True, "auto", options.device)
-    columns = ["network", "parameters", "norms fused", "ms per step", "ms with --no-fuse_norms", "ratio"]
+    columns = ["network", "parameters", "norms fused", "batch", "ms per step", "ms with --no-fuse_norms", "ratio"]
     notes = [
-        f"Filters {scale.filters}, windows of {' x '.join(map(str, scale.shape))}, batches of {scale.batch_size} or "
-        f"what fits, {number_format(precision)}, channels-last; medians, the ratio that of {scale.pairs} alternating "
-        "pairs."
+        f"Filters {scale.filters}, windows of {' x '.join(map(str, scale.shape))}, {number_format(precision)}, "
+        f"channels-last; medians, the ratio that of {scale.pairs} alternating pairs."
     ]
     return Table("Networks", columns, rows, notes)
 
@@ -108,11 +107,11 @@ def row_of(spec: str, device: torch.device, scale: Scale) -> list[object]:
     parameters = sum(p.numel() for p in network.parameters())
     found = "its own" if spec.startswith("unet3d") else fuse_norms(network, CHANNELS, scale.shape) or "none to fuse"
     if found in ("its own", "none to fuse"):
-        _, times = largest_fitting_batch(scale.batch_size, partial(alone, spec, device, scale))
-        return [parameters, found, 1e3 * statistics.median(times.ours_s), "", ""]
-    _, times = largest_fitting_batch(scale.batch_size, partial(pairs, spec, device, scale))
+        size, times = largest_fitting_batch(scale.batch_size, partial(alone, spec, device, scale))
+        return [parameters, found, size, 1e3 * statistics.median(times.ours_s), "", ""]
+    size, times = largest_fitting_batch(scale.batch_size, partial(pairs, spec, device, scale))
     milliseconds = [1e3 * statistics.median(values) for values in (times.ours_s, times.naive_s)]
-    return [parameters, found, *milliseconds, times.ratio]
+    return [parameters, found, size, *milliseconds, times.ratio]
 
 
 def pairs(spec: str, device: torch.device, scale: Scale, batch_size: int) -> Comparison:

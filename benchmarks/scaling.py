@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from benchmarks import paper
-from benchmarks.harness import NOT_MEASURED, Options, Table
+from benchmarks.harness import NOT_MEASURED, Options, Table, environment_of_runs
 from common.errors import UserError
 from model.unet3d import MLPERF_FILTERS
 
 PROJECT = Path(__file__).resolve().parents[1]
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TIMEOUT_S = 1800
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # The first ratio is weak scaling: two processes that share nothing would reach 1.
 COLUMNS = [
     "processes",
@@ -83,7 +82,7 @@ def processes(options: Options) -> Table:
     for number in range(scale.rounds):
         for pair in rates:
             folder = options.work_dir / f"scaling_{number}_{pair[0]}x{pair[1]}"
-            rates[pair].append(samples_per_s(*pair, scale, folder, is_gpu))
+            rates[pair].append(samples_per_s(*pair, scale, folder, options.device))
     # Paired by round: whatever slows the machine down affects both.
     rows: list[list[Any]] = []
     for pair, own in rates.items():
@@ -99,22 +98,19 @@ def median_ratio(own: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
-def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, is_gpu: bool) -> float:
+def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, device: torch.device) -> float:
     """One run's samples/s over all its processes. Raises UserError with the reason if it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     window = " ".join([str(scale.window)] * 3)
     arguments = (
         f"--benchmark --loader synthetic --layout NDHWC --amp --input_shape {window} --val_input_shape {window} "
         f"--batch_size {scale.batch_size} --val_batch_size 1 --epochs {scale.epochs} "
-        f"--warmup_steps {scale.warmup_steps} --seed 0 --no-verbose {'--cudnn_benchmark' if is_gpu else ''}"
+        f"--warmup_steps {scale.warmup_steps} --seed 0 --no-verbose"
     ).split()
+    arguments += ["--cudnn_benchmark"] if device.type == "cuda" else []
     model = f"unet3d(filters={scale.filters})"
     command = [sys.executable, *launcher, "main.py", *arguments, "--model", model, "--log_dir", str(log_dir)]
-    # Variables of a launcher around this program must not reach the runs.
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    if not is_gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = environment_of_runs(device) | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )

@@ -29,13 +29,12 @@ from benchmarks.storage_data import (
     describe_scale,
     draw_sizes,
     fit_to_disk,
-    memory_bytes,
     volume_shape,
     was_dropped,
 )
 from benchmarks.storage_feed import Feeding, feed
 from benchmarks.storage_read_ahead import measure_read_ahead
-from common.memory import free_memory_bytes
+from common.memory import free_memory_bytes, memory_bytes
 from data_loading.base_loader import LoaderConfig
 from data_loading.preprocessing import Shape
 

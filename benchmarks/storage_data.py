@@ -114,11 +114,6 @@ class WholeFileDataset(CropDataset):
         return {"image": record[: math.prod(self.config.patch)]}
 
 
-def memory_bytes() -> int:
-    """Returns this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def describe_scale(total: int, memory: int) -> str:
     """Says how a data set of `total` bytes stands to the rule of five times the memory, for a table's head."""
     share = total / (TIMES_MEMORY * memory)

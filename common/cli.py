@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         """Refuses unknown flags at once, here and not in `parse_args`: a subcommand's parser knows its own flags."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = near_flags(unknown, re.findall(r"--\w+", self.format_usage()))
+            near = near_flags(unknown, re.findall(r"--[\w-]+", self.format_usage()))
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near}?" if near else ""))
         return known, unknown
 
@@ -52,7 +52,7 @@ def near_flags(words: Sequence[str], flags: Sequence[str]) -> str:
         words: what the parser did not recognise, flags with their values.
         flags: those that exist.
     """
-    by_name = {flag.strip("-"): flag for flag in flags}
+    by_name = {flag.strip("-").replace("-", "_"): flag for flag in flags}
     found: list[str] = []
     for word in words:
         name = word.partition("=")[0].strip("-").lower().replace("-", "_")

@@ -13,6 +13,7 @@ import torch
 from benchmarks import gpu, gpu_checks, gpu_convolutions, gpu_speed
 from benchmarks.gpu import PARTS, Part, unavailable
 from benchmarks.harness import NOT_MEASURED, Options, Table
+from common.errors import UserError
 from model.unet3d import MLPERF_FILTERS, Unet3d
 from runtime.warmup import training_flops
 
@@ -70,6 +71,8 @@ def test_only_the_chosen_parts_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(gpu, "PARTS", (Part("First", fail, needs_s=1), Part("Second", done, needs_s=1)))
     (table,) = gpu.run(options_for(tmp_path, "Second"))
     assert table.rows == [[1]]
+    with pytest.raises(UserError, match="--parts second: the parts are 'First', 'Second'"):
+        next(gpu.run(options_for(tmp_path, "second")))
 
 
 @pytest.mark.parametrize(

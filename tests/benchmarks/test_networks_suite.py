@@ -50,8 +50,9 @@ def test_a_row_per_network_with_times_or_the_reason(table: Table) -> None:
     own, other, absent = table.rows
     assert other[1] == (27 + 1 + 1 + 1) * 8 + (8 + 1) * 3
     assert other[2] == "1 of 1, 1 of them with the activation behind"
-    assert all(math.isfinite(value) and value > 0 for value in (own[3], *other[3:]))
-    assert own[4:] == ["", ""]
+    assert all(math.isfinite(value) and value > 0 for value in (own[4], *other[4:]))
+    assert own[3] == other[3] == 2
+    assert own[5:] == ["", ""]
     assert absent[1].startswith(f"{NOT_MEASURED}: ")
     assert "there is no module no_such_package" in absent[1]
 

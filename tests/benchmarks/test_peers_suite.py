@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +60,27 @@ def test_monai_learns_and_is_scored_whole(data_dir: Path, recipe: Path, monkeypa
     after, steps = monai_peer.train_and_score(data_dir, recipe, seconds=120.0, seed=3)
     assert (few, steps) == (5, 120)
     assert after > before + 0.05
+
+
+def test_without_monai_one_line_says_what_to_install(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks.monai_peer")
+    monkeypatch.setitem(sys.modules, "monai.data.dataloader", None)
+    with pytest.raises(UserError, match=r"--suite peers: .*pip install '\.\[monai\]'"):
+        peers.run(Options(device=CPU, quick=True, work_dir=tmp_path, data_dir=data_dir))
+
+
+def test_a_run_that_is_killed_without_a_word(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object, env: dict[str, str], **__: object) -> subprocess.CompletedProcess[str]:
+        assert env["CUDA_VISIBLE_DEVICES"] == ""
+        assert "RANK" not in env
+        return subprocess.CompletedProcess([], -9, "", "")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(subprocess, "run", killed)
+    with pytest.raises(UserError, match="exited with -9: no output"):
+        peers.run(Options(device=CPU, quick=True, work_dir=tmp_path, data_dir=data_dir))
 
 
 def test_without_a_data_set(tmp_path: Path) -> None:

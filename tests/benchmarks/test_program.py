@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import torch
 from benchmarks.__main__ import main, parse
 from benchmarks.harness import Options, Table
 from common.errors import UserError
+from tests.programs import ROOT
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -60,15 +64,30 @@ def test_a_user_error_is_one_line(run_python: Program, arguments: tuple[str, ...
     [
         (("--json", "."), "is a folder"),
         (("--work_dir", "/nowhere"), "no such folder"),
-        (("--cases", "0"), "--cases must be at least 1"),
-        (("--full_size", "--cases", "5"), "--full_size sets the number of volumes; drop --cases and --quick"),
-        (("--full_size", "--quick"), "--full_size sets the number of volumes"),
+        (("--json", __file__), "test_program.py exists; give another name, or remove it"),
+        (("--suite", "all", "--cases", "1"), "--cases must be at least 2"),
+        (("--suite", "storage", "--full_size", "--cases", "5"), "--full_size sets .*; drop --cases and --quick"),
+        (("--suite", "storage", "--full_size", "--quick"), "--full_size sets the number of volumes"),
         (("--num_workers", "-1"), "--num_workers must be at least 0"),
+        (("--parts", "Choices"), "--parts has no effect on --suite evaluate, only on gpu"),
+        (("--suite", "peers", "--minutes", "3"), "--minutes has no effect on --suite peers"),
+        (("--suite", "peers", "--device", "cuda"), "compares runs on the CPU; drop --device cuda"),
     ],
 )
 def test_bad_arguments_are_refused_before_measuring(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(["--suite", "evaluate", *arguments])
+
+
+def test_sigterm_leaves_no_synthetic_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--suite", "storage", "--quick", "--work_dir", str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/storage/*")) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_gpu_suite_needs_a_gpu_or_quick() -> None:

@@ -80,11 +80,20 @@ def test_flags_near_a_mistyped_one(words: list[str], near: str) -> None:
     assert near_flags(words, ["--learning_rate", "--batch_size", "--epochs", "--lr_schedule", "--verbose"]) == near
 
 
+def test_the_nearest_of_a_switch_and_its_opposite_comes_first() -> None:
+    switches = ["--verbose", "--no-verbose"]
+    assert near_flags(["--no_verbose"], switches) == "--no-verbose or --verbose"
+    assert near_flags(["--verbos"], switches) == "--verbose or --no-verbose"
+
+
 def test_a_mistyped_flag_names_those_of_its_command(parser: Parser) -> None:
     with pytest.raises(UserError, match=r"^unrecognized arguments: --numbr 3; did you mean --number\?"):
         parser.parse_args(["--numbr", "3"])
     with pytest.raises(UserError, match=r"unrecognized arguments: --old_swich; did you mean --switch\? \("):
         parser.parse_args(["--old_swich"])
+    parser.add_argument("--colour", action=argparse.BooleanOptionalAction)
+    with pytest.raises(UserError, match=r"--no_colour; did you mean --no-colour or --colour\?"):
+        parser.parse_args(["--no_colour"])
 
 
 def test_a_switch_takes_no_value(parser: Parser) -> None:

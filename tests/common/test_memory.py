@@ -1,4 +1,4 @@
-"""Free memory: the machine's, or what the tightest control group leaves."""
+"""Memory: the machine's, or the tightest control group's limit and what it leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.memory import free_memory_bytes
+from common.memory import free_memory_bytes, memory_bytes
 
 MIB = 2**20
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable: 8192 kB\nHugePages_Total: 0\n"
@@ -89,3 +89,10 @@ def test_a_container_whose_group_is_mounted_as_the_root_is_limited_too(tmp_path:
 
 def test_a_group_above_its_limit_has_nothing_left(tmp_path: Path) -> None:
     assert free_memory_bytes(write(tmp_path, machine() | version_2("", str(MIB), 2 * MIB))) == 0
+
+
+def test_memory_is_the_machines_or_the_lowest_limit_whatever_is_used(tmp_path: Path) -> None:
+    assert memory_bytes() > MIB
+    assert memory_bytes(write(tmp_path / "machine", machine())) == 9000 * 1024
+    limited = machine("0::/a/b\n") | version_2("a/", str(6 * MIB), 5 * MIB) | version_2("a/b/", "max", MIB)
+    assert memory_bytes(write(tmp_path / "limited", limited)) == 6 * MIB
