@@ -19,8 +19,8 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	$(PYTEST)
 
-# The lowest and the highest torch of pyproject.toml's range that can be had, each in an environment of its own (for
-# Linux a build for CUDA, which runs on a CPU): the tests of what depends on it, and a run.
+# The lowest torch of pyproject.toml's range and the highest that has been tried, each in an environment of its own (for
+# Linux a build for CUDA, which runs on a CPU): the tests of what depends on it.
 TORCH_VERSIONS ?= 2.11.0 2.14.1
 # Triton's interpreter and compiler are those of each torch, not the pinned ones: they are left out. What other versions
 # warn of is printed and fails nothing.
