@@ -158,6 +158,23 @@ def test_volumes_are_kept_in_16_and_8_bit(folder: Path) -> None:
     assert held == bytes_needed(shapes)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_beyond_those_of_16_bits_are_refused_on_both_sides(
+    sign: int, tmp_path: Path, write_preprocessed: Callable[..., Path]
+) -> None:
+    """As infinity, they would make the loss NaN."""
+    largest = np.full((1, 8, 8, 8), 0.5, np.float32)
+    largest[0, 3, 4, 5] = sign * 65504  # the largest float16: (2 - 2**-10) * 2**15
+    too_large = largest.copy()
+    too_large[0, 3, 4, 5] = sign * 65505
+    label = np.zeros((1, 8, 8, 8), np.uint8)
+    data = write_preprocessed(tmp_path, {"largest": (largest, label), "too_large": (too_large, label)})
+    ((image, _),) = load_volumes(data, ["largest"], SETTINGS)
+    assert torch.equal(image.float(), torch.from_numpy(largest))
+    with pytest.raises(UserError, match=r"^too_large: values up to 65505 do not fit into the 16 bits of --loader dev"):
+        load_volumes(data, ["largest", "too_large"], SETTINGS)
+
+
 def test_no_value_comes_to_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one did, a GPU would make the host wait in every step."""
     loader = make("device", folder)
@@ -204,14 +221,16 @@ def test_evaluation_cases_are_kept_as_long_as_they_fit(folder: Path, monkeypatch
 
     monkeypatch.setattr(table, "load_evaluation_case", counted)
     cases = EvaluationCases(folder, torch.device("cpu"))
-    # As on a GPU with room for the second and third case (5 bytes a voxel), not for the first.
-    cases._budget = 5 * (8 * 8 * 8 + 9 * 5 * 30)
+    # As on a GPU with room for the third case (5 bytes a voxel) and then just for the fourth: never for the first, and
+    # not for the second beside the third.
+    cases._budget = 5 * (9 * 5 * 30 + 3 * 4 * 12)
+    in_turn = [CASES[index] for index in (0, 2, 1, 3)]
     for _ in range(2):
-        for case in CASES[:3]:
+        for case in in_turn:
             found, expected = cases(case), load(folder, case)
             assert torch.equal(found.image, expected.image)
             assert torch.equal(found.label, expected.label)
-    assert read == [*CASES[:3], CASES[0]]
+    assert read == [*in_turn, CASES[0], CASES[1]]
 
 
 def test_on_a_cpu_no_evaluation_case_is_kept(folder: Path) -> None:

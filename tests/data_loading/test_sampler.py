@@ -335,6 +335,16 @@ def test_capped_cases_and_the_others_each_come_in_turn(steps: int | None) -> Non
     assert counts[10:].sum() * 3 == counts[:10].sum()
 
 
+def test_capped_cases_have_an_order_of_their_own() -> None:
+    """As many as the others, they would otherwise come in the same order, each always beside the same case."""
+    cap = PseudoLabelCap(count=20, max_share=0.5)
+    batches = EpochSampler(cases=40, batch_size=2, rank=0, ranks=1, seed=1, pseudo_labels=cap).batches(1)
+    capped, others = zip(*([case for _, case in batch] for batch in batches), strict=True)
+    assert sorted(capped) == list(range(20, 40))
+    assert sorted(others) == list(range(20))
+    assert [case - 20 for case in capped] != list(others)
+
+
 def test_where_there_is_room_they_are_met_as_often_as_the_others() -> None:
     met = [
         case

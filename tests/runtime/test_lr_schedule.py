@@ -13,7 +13,7 @@ import torch
 
 from common.errors import UserError
 from runtime.logging.events import EvaluationStopped
-from runtime.lr_schedule import LRScheduleConfig, Plateau, build_lr_schedule, learning_rate
+from runtime.lr_schedule import LRScheduleConfig, Plateau, build_lr_schedule
 from runtime.train_state import TrainState
 
 MakeState = Callable[..., TrainState]
@@ -39,13 +39,11 @@ def test_every_schedule_begins_with_the_same_warm_up(spec: str) -> None:
 
 
 def test_multistep_is_mlperfs_formula() -> None:
-    run = dataclasses.replace(RUN, lr_decay_epochs=(6, 9), lr_decay_factor=0.5)
-    rate = build_lr_schedule("multistep", run)
-    expected = [
-        learning_rate(epoch, base=0.8, initial=0.1, warmup_epochs=4, decay_epochs=(6, 9), decay_factor=0.5)
-        for epoch in range(1, 25)
-    ]
-    assert [rate(epoch) for epoch in range(1, 25)] == expected
+    """Epoch 4 of 4 of the warm-up has the base rate; a decay epoch itself still has the rate before."""
+    rate = build_lr_schedule("multistep", dataclasses.replace(RUN, lr_decay_epochs=(6, 9), lr_decay_factor=0.5))
+    warm_up = [0.1 + 0.7 / 4, 0.1 + 0.7 / 2, 0.1 + 0.7 * 3 / 4, 0.8]
+    expected = [*warm_up, 0.8, 0.8, 0.4, 0.4, 0.4, *[0.2] * 15]
+    assert [rate(epoch) for epoch in range(1, 25)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_cosine_and_polynomial_are_their_formulas() -> None:
@@ -92,11 +90,44 @@ def test_a_resumed_plateau_takes_new_arguments_and_another_metrics_best_does_not
         assert other(epoch + 1) == pytest.approx(0.8)
 
 
-def test_plateau_ignores_evaluations_during_the_warm_up(make_state: MakeState) -> None:
-    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), patience=1)
-    for epoch in range(1, 5):
+@pytest.mark.parametrize(
+    ("metric", "mode", "rate"), [("loss", "max", 0.4), ("mean_dice", "max", 0.8), ("loss", "min", 0.8)]
+)
+def test_a_resumed_plateau_knows_the_best_of_the_same_metric_and_mode_only(metric: str, mode: str, rate: float) -> None:
+    state: dict[str, Any] = {}
+    first = Plateau(dataclasses.replace(RUN, callback_state=state), patience=0, metric=metric, mode=mode)
+    first.on_evaluation_end(scored(5, 0.9, loss=0.9))
+    resumed = Plateau(dataclasses.replace(RUN, callback_state=state), patience=0, metric="loss", mode="max")
+    resumed.on_evaluation_end(scored(6, 0.5, loss=0.5))
+    assert resumed(7) == pytest.approx(rate)
+
+
+def test_plateaus_rate_never_falls_below_the_lowest() -> None:
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=0, min_rate=0.3)
+    rates = []
+    for epoch in range(5, 9):
         plateau.on_evaluation_end(scored(epoch, 0.5))
-    assert plateau(5) == pytest.approx(0.8)
+        rates.append(plateau(epoch + 1))
+    assert rates == pytest.approx([0.8, 0.4, 0.3, 0.3])
+
+
+def test_plateaus_threshold_is_relative_to_the_best() -> None:
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=0, threshold=0.5)
+    rates = []
+    for epoch, dice in enumerate([0.4, 0.59, 0.61, 0.9], 5):
+        plateau.on_evaluation_end(scored(epoch, dice))
+        rates.append(plateau(epoch + 1))
+    assert rates == pytest.approx([0.8, 0.4, 0.4, 0.2])
+
+
+def test_plateau_ignores_evaluations_during_the_warm_up(make_state: MakeState) -> None:
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=0)
+    for epoch in range(1, 5):
+        plateau.on_evaluation_end(scored(epoch, 0.9))
+    plateau.on_evaluation_end(scored(5, 0.5))
+    assert plateau(6) == pytest.approx(0.8), "the first score that counts"
+    plateau.on_evaluation_end(scored(6, 0.5))
+    assert plateau(7) == pytest.approx(0.4)
 
 
 def test_plateau_of_the_loss_goes_down(make_state: MakeState) -> None:
