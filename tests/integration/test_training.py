@@ -75,6 +75,19 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(program: Program, balls: 
     assert [program(*arguments, ranks=ranks).stdout for ranks in (2, 3, 4)] == [alone] * 3
 
 
+def test_two_ranks_with_batch_norm_evaluate_the_network_that_is_saved(
+    program: Program, balls: Path, tmp_path: Path
+) -> None:
+    """Each rank's running means are of its own last batch; scores are those of rank 0's, as the checkpoint is."""
+    arguments = ("--data_dir", balls, "--log_dir", tmp_path, *TINY, "--normalization", "batchnorm", "--epochs", 1)
+    program(*arguments, "--start_eval_at", 1, "--evaluate_every", 1, ranks=2)
+    (evaluated,) = events_of(tmp_path, "EvaluationStopped")
+    done = program("--exec_mode", "evaluate", "--data_dir", balls, "--load_ckpt_path", tmp_path / "checkpoint.pth")
+    found = scores(done.stdout)
+    assert float(found["eval_loss"]) == pytest.approx(evaluated["loss"], abs=1e-6)
+    assert float(found["mean_dice"]) == pytest.approx(evaluated["mean_dice"], abs=1e-6)
+
+
 # A tenth of TINY's learning rate, with which the network predicts no foreground after three epochs and diverges.
 SCHEDULE = (*TINY, "--epochs", 3, "--start_eval_at", 3, "--evaluate_every", 1, "--learning_rate", 0.03)
 

@@ -20,6 +20,7 @@ from runtime.logging.events import (
 )
 from runtime.lr_schedule import learning_rate
 from runtime.train_state import Stop, TrainState
+from tests.runtime.conftest import StopAt
 from tests.runtime.loop import (
     MakeBatches,
     MakeState,
@@ -140,6 +141,17 @@ def test_a_run_stopped_at_the_end_of_an_epoch_is_not_evaluated(
     stopped = run.start(state, make_batches(1, 1), EvalSchedule(3, 1, 1), callbacks=[StopAtEpoch()])
     assert stopped.reason == "enough"
     assert run.names() == ["BlockStarted 1", "EpochStarted 1", "EpochStopped 1", "BlockStopped 1", "RunStopped 1"]
+
+
+@pytest.mark.parametrize(("epoch", "batch", "ran"), [(4, 0, 1), (5, 1, 1), (6, 0, 2)])
+def test_a_block_cut_short_counts_the_epochs_that_ran(
+    epoch: int, batch: int, ran: int, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """Those that were completed, and one at least; the blocks here are of three."""
+    run = Run({})
+    run.start(make_state(), make_batches(2, 1), EvalSchedule(9, 3, 3), callbacks=[StopAt(batch, epoch)])
+    blocks = [(event.first_epoch, event.epochs) for event in run.events if isinstance(event, BlockStopped)]
+    assert blocks == [(1, 3), (4, ran)]
 
 
 class RecordedCheckpoints:

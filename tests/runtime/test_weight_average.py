@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from runtime.checkpoint.format import load
 from runtime.checkpoint.resume import restore
 from runtime.logging.events import EvaluationStopped
-from runtime.scores import evaluate_if_due
-from runtime.train_state import TrainState
+from runtime.scores import evaluate_if_due, return_to_evaluated
+from runtime.train_state import PendingEvaluation, TrainState
 from runtime.weight_average import WeightAverage
 from tests.runtime.checkpoint.conftest import clone, keep_best, keep_state, same, train_epochs
 from tests.runtime.conftest import EvalSchedule, make_loop
@@ -49,6 +51,23 @@ def test_training_itself_is_the_same(
     assert not same(averaged.average.weights, clone(plain))
 
 
+def test_the_warm_up_of_the_average_counts_the_steps_of_all_epochs(
+    make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """In closed form: the weights of step n count (1 - d_n) * d_n+1 * ... * d_6, those of the start d_1 * ... * d_6."""
+    state = averaging(make_state(), decay=0.999)
+    assert state.average is not None
+    bias = state.network.output.conv.bias
+    passed = [bias.detach().double()]
+    state.optimizer.register_step_post_hook(lambda *_: passed.append(bias.detach().double()))
+    train_epochs(state, make_batches(3, 1), 1, 2)
+    decays = [0.0, *((1 + step) / (10 + step) for step in range(1, 7))]
+    shares = [(1 - decay) * math.prod(decays[step + 1 :]) for step, decay in enumerate(decays)]
+    assert sum(shares) == pytest.approx(1)
+    expected: Tensor = sum(share * weights for share, weights in zip(shares, passed, strict=True))
+    torch.testing.assert_close(state.average.weights["output.conv.bias"].double(), expected, rtol=1e-5, atol=0)
+
+
 def test_an_evaluation_scores_the_average_which_becomes_the_best(
     make_state: MakeState, make_batches: MakeBatches
 ) -> None:
@@ -67,6 +86,20 @@ def test_an_evaluation_scores_the_average_which_becomes_the_best(
     assert state.best_network is not None
     assert same(state.best_network, state.average.weights)
     assert same(clone(state), own), "training goes on with its own weights"
+
+
+def test_a_damaged_state_returns_to_the_evaluated_average(make_state: MakeState) -> None:
+    """A resumed run would otherwise average on with NaN."""
+    state = averaging(make_state())
+    assert state.average is not None
+    evaluated = {name: tensor + 0.5 for name, tensor in clone(state).items()}
+    state.epoch, state.pending = 6, PendingEvaluation(5, evaluated)
+    for tensor in (*state.network.state_dict().values(), *state.average.weights.values()):
+        tensor.fill_(math.nan)
+    return_to_evaluated(state)
+    assert state.epoch == 5
+    assert same(clone(state), evaluated)
+    assert same(state.average.weights, evaluated)
 
 
 def test_a_resumed_average_equals_that_of_a_run_that_never_stopped(

@@ -18,6 +18,7 @@ from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd, TrainDiceEnd
 from runtime.train_state import Stop, TrainState
+from runtime.weight_average import WeightAverage
 
 MakeState = Callable[..., TrainState]
 Make = Callable[..., Callback]
@@ -202,6 +203,26 @@ def test_training_cases_are_scored_after_each_evaluation(
     callback.on_step_end(StepEnd(epoch=1, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0), make_state())
     callback.on_evaluation_end(scored(7, 0.5), make_state())
     assert events == [TrainDiceEnd(epoch=7, mean_dice=0.2, dice=[0.2, 0.3], loss=0.4, seconds=5.0)]
+
+
+def test_training_cases_are_scored_with_the_averaged_weights(
+    make: Make, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--ema_decay`, as the evaluation cases are: the two scores are compared."""
+    state, callback, biases = make_state(), make("train_dice"), []
+    bias = state.network.output.conv.bias
+    state.average = WeightAverage(state.network, 0.9)
+    state.average.weights["output.conv.bias"].fill_(2.0)
+
+    def evaluate(epoch: int) -> EvaluationStopped:
+        biases.append(bias.tolist())
+        return scored(epoch, 0.5)
+
+    own = bias.tolist()
+    monkeypatch.setattr(callback, "_evaluate", evaluate)
+    assert callback.on_evaluation_end(scored(7, 0.5), state) is None
+    assert biases == [[2.0] * 3]
+    assert bias.tolist() == own, "training goes on with its own weights"
 
 
 def test_a_signal_while_training_cases_are_scored_keeps_the_evaluation(

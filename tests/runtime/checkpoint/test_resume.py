@@ -28,7 +28,7 @@ from runtime.checkpoint.resume import (
 from runtime.checkpoint.writer import save
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule
-from runtime.train_state import TrainState
+from runtime.train_state import PendingEvaluation, TrainState
 
 MakeState = Callable[..., TrainState]
 MakeConfig = Callable[..., RunConfig]
@@ -171,6 +171,7 @@ def test_if_rank_0_cannot_read_every_rank_raises(path: Path) -> None:
         ({"last_epoch": 6, "evaluated": 6}, "has completed 6 epochs"),
         ({"last_epoch": 7, "evaluated": 6}, "has completed 7 epochs"),
         ({"last_epoch": 6, "evaluated": 4}, ""),  # the run ended during its last evaluation
+        ({"last_epoch": 7, "pending": PendingEvaluation(6, {})}, ""),  # ... during one on evaluating ranks
         ({"last_epoch": 5, "evaluated": 4}, ""),
         ({"last_epoch": 5, "batch": 3}, ""),
         ({"best_dice": 0.9079}, ""),
