@@ -9,8 +9,8 @@ FROM ${BASE}
 
 WORKDIR /workspace/unet3d
 COPY requirements.txt .
-# The image contains PyTorch, which stays if it is the pinned version. A vendor's image: `--build-arg BASE=…`, and
-# `pip install .` here instead, whose ranges keep its PyTorch.
+# The image contains PyTorch, which stays if it is the pinned version. A vendor's image: `--build-arg BASE=…`, and here
+# `COPY pyproject.toml README.md ./` and `pip install .` instead, whose ranges keep its PyTorch.
 # Images on Ubuntu 24.04 have the system's Python, which pip changes only on request, and a user with the id 1000.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN pip install --no-cache-dir -r requirements.txt

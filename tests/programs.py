@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import faulthandler
 import gc
+import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -25,7 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -47,6 +48,10 @@ PRELOADED = (
 FILTERS_VARIABLE = "TESTS_WARNING_FILTERS"
 # One thread per process: ranks that compete for cores take minutes instead of seconds.
 THREADS = {"OMP_NUM_THREADS": "1"}
+# Below Linux's range for connections (ip_local_port_range, from 32768).
+PORTS = range(20_000, 32_000)
+PORTS_OF_PROCESS = 50
+_asked_ports = itertools.count()
 # Not those that a test has changed when it starts the server.
 SERVER_VARIABLES = {
     **os.environ,
@@ -287,7 +292,12 @@ def run_ranks(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Returns a port that nobody uses, and that hardly anybody can take before the caller's program does.
+
+    Linux gives none of `PORTS` to connections, or to whoever asks for any port; each process begins elsewhere in them.
+    """
+    while True:
+        port = PORTS[(PORTS_OF_PROCESS * os.getpid() + next(_asked_ports)) % len(PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -229,6 +229,12 @@ def test_own_statistics_are_those_of_the_scan_and_not_of_its_padding() -> None:
     np.testing.assert_allclose(array[:, 2:6, 2:7, 1:7], (image - image.mean()) / image.std(), atol=1e-5)
 
 
+def test_own_statistics_are_computed_in_float64() -> None:
+    image = np.array([2**24, 2**24 + 2], F32).reshape(1, 1, 1, 2)  # float32 has no number between them for the mean
+    own = DatasetSpec(name="own", classes=("background", "one"))
+    assert normalise(image, own).ravel().tolist() == [-1, 1]
+
+
 def test_a_scan_with_the_right_spacing_is_not_resampled() -> None:
     image = np.random.default_rng(0).normal(size=(1, 4, 5, 6)).astype(F32)
     for spec in (replace(PLAIN, spacing_mm=(3.0, 2.0, 1.0)), PLAIN):
@@ -255,6 +261,14 @@ def test_boxes_are_the_two_largest_of_every_class_largest_first() -> None:
     assert foreground_boxes(label, 3) == expected
     assert foreground_boxes(label[np.newaxis], 3) == expected
     assert json.loads(json.dumps(foreground_boxes(label, 3)[2])) == [[19, 19, 19, 20, 20, 20]]
+
+
+def test_a_long_thin_component_is_smaller_than_a_compact_one() -> None:
+    label = np.zeros((20, 8, 8), np.uint8)
+    label[:, 0, 0] = 1  # 20 voxels, with the longest sides
+    label[0:3, 2:5, 2:5] = 1  # 27 voxels
+    label[5:8, 2:5, 2:6] = 1  # 36 voxels
+    assert foreground_boxes(label, 2) == {1: [(5, 2, 2, 8, 5, 6), (0, 2, 2, 3, 5, 5)]}
 
 
 def test_components_touch_by_faces_alone() -> None:
@@ -388,7 +402,12 @@ def test_turned_cut_and_padded_every_label_comes_back(
     geometry: Geometry, orientation: str | None, crop: bool, least: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    image = rng.normal(size=(2, *geometry.shape)).astype(F32)
+    image = rng.normal(1, 1, (2, *geometry.shape)).astype(F32)
+    for axis, size in enumerate(geometry.shape, start=1):  # so that a crop begins anywhere
+        first = rng.integers(size)
+        places = np.arange(size)
+        is_outside = (places < first) | (places > rng.integers(first, size))
+        np.moveaxis(image, axis, 0)[is_outside] = 0
     label = rng.integers(0, 3, (1, *geometry.shape)).astype(np.uint8)
     spec = replace(
         PLAIN,
@@ -477,7 +496,17 @@ def test_the_body_is_what_is_above_the_window_or_the_mean() -> None:
     windowed = replace(PLAIN, intensity_window=(-100.0, 300.0))
     assert foreground_box(image, windowed) == foreground_box(image, PLAIN) == (2, 1, 3, 4, 6, 7)
     assert foreground_box(np.minimum(image, -100), windowed) is None
-    assert foreground_box(np.ones((1, 2, 2, 2), F32), PLAIN) is None
+    for value in (0.3, 0.7, 0.9):  # summed in float32, their mean would be lower than they are
+        assert foreground_box(np.full((1, 7, 11, 13), value, F32), PLAIN) is None
+
+
+def test_a_shrunk_label_lies_where_its_image_does() -> None:
+    ramp_of_9 = np.arange(9).reshape(1, 1, 1, 9).repeat(9, axis=2)
+    spec = replace(PLAIN, size=(3, 3), intensity="none")
+    array, transform = preprocess_image(scan(ramp_of_9.astype(F32)), spec)
+    label = preprocess_label(scan(ramp_of_9.astype(np.uint8)), transform, spec)
+    np.testing.assert_array_equal(label[0, 0], [[1, 4, 7]] * 3)  # the middle pixel of each three
+    np.testing.assert_array_equal(np.rint(array[0, 0]), label[0, 0])
 
 
 def test_a_picture_shrinks_without_losing_a_pixel_and_keeps_its_edges() -> None:

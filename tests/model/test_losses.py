@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.losses import DiceCELoss, DiceLoss, dice_sums
+from model.losses import DiceCELoss, DiceLoss, LossOfSlabs, dice_sums
 from model.metrics import dice_ratio, dice_score
 
 SMOOTH = 1e-6
@@ -218,6 +218,17 @@ def test_only_logits_and_labels_are_kept_for_the_way_back(loss: nn.Module) -> No
         loss(logits, labels)
     large = {tensor.data_ptr() for tensor in kept if tensor.numel() > logits.shape[0] * logits.shape[1]}
     assert large == {logits.data_ptr(), labels.data_ptr()}
+
+
+def test_slabs_add_up_in_float64() -> None:
+    """Cross-entropies of 2^27, where float32 counts in steps of 16, and log 2."""
+    slabs = LossOfSlabs(DiceCELoss())
+    for logit in (2.0**27, 0.0):
+        slabs.add(torch.tensor([0.0, logit]).view(1, 2, 1, 1, 1), labels_of([0]))
+    loss = slabs.value()
+    assert loss.dtype == torch.float64
+    dice = SMOOTH / (1.5 + SMOOTH)
+    assert loss.item() == pytest.approx(((2**27 + math.log(2)) / 2 + 1 - dice) / 2, rel=1e-12)
 
 
 def test_the_gradient_s_own_gradient_is_refused() -> None:

@@ -171,6 +171,36 @@ def test_an_ensemble_averages_probabilities_not_logits() -> None:
     np.testing.assert_allclose(found.sum(0), 1, rtol=1e-5)
 
 
+class OfWindow(nn.Module):
+    """The second class's logit is the voxel's place along W in its window, plus the window's largest value."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = torch.arange(image.shape[4], device=image.device) + image.amax((2, 3, 4), keepdim=True)
+        return torch.cat((torch.zeros_like(image), logits.expand_as(image)), dim=1)
+
+
+@pytest.mark.parametrize(("flips", "places"), [("", [0, 1, 2, 3]), ("W", [1.5] * 4), ("D", [0, 1, 2, 3])])
+@pytest.mark.parametrize(("padding", "largest"), [(9.0, 9), (None, 2)])
+def test_windows_are_flipped_and_padded_as_in_the_member_s_evaluation(
+    flips: str, places: list[float], padding: float | None, largest: float
+) -> None:
+    ensemble = make_ensemble(replace(PLAIN, padding_value=padding), OfWindow(), flips=flips)
+    found = probabilities(ensemble, np.full((3, 4, 4), 2, np.float32))  # a plane less than a window
+    logits = np.log(found[1] / found[0])
+    np.testing.assert_allclose(logits, np.broadcast_to(np.add(places, largest), logits.shape), atol=1e-2)
+
+
+def test_every_member_counts_the_same_whatever_the_depth_of_its_windows() -> None:
+    """Windows of other depths give slabs of other depths, whose planes must still meet."""
+    image = np.random.default_rng(0).normal(size=(11, 4, 5)).astype(np.float32)
+    sharpness = (1.0, -0.5, 3.0)
+    depths = (4, 7, 2)
+    each = [make_ensemble(PLAIN, Above(s), window=(depth, 4, 4)) for s, depth in zip(sharpness, depths, strict=True)]
+    members = tuple(member for one in each for member in one.members)
+    expected = np.mean([1 / (1 + np.exp(-s * image)) for s in sharpness], axis=0)
+    np.testing.assert_allclose(probabilities(replace(each[0], members=members), image)[1], expected, rtol=1e-4)
+
+
 def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None:
     geometry = Geometry(np.array([[0.0, 0, -2, 7], [0, 3, 0, -5], [1, 0, 0, 2], [0, 0, 0, 1]]), (3, 4, 5), (1, 3, 2))
     array = np.random.default_rng(0).normal(size=geometry.shape).astype(np.float32)
@@ -204,8 +234,10 @@ def test_a_scan_too_large_for_the_limit_is_refused_before_it_is_read(tmp_path: P
     source = write_scan(
         tmp_path / "scan.nii", np.zeros((300, 300, 300), np.uint8), Geometry(np.eye(4), (1, 1, 1), (1, 1, 1))
     )
-    with pytest.raises(UserError, match=r"scan: needs 0\.40 GiB, but .* are left of --max_memory_gb 0\.1"):
-        predict_scan(source, make_ensemble(PLAIN, Above(), max_gb=0.1), save_probabilities=False)
+    for channels, needed in ((1, r"0\.40"), (3, r"1\.21")):
+        ensemble = make_ensemble(replace(PLAIN, channels=channels), Above(), max_gb=0.1)
+        with pytest.raises(UserError, match=rf"scan: needs {needed} GiB, but .* are left of --max_memory_gb 0\.1"):
+            predict_scan(source, ensemble, save_probabilities=False)
 
 
 def test_if_the_gpu_runs_out_of_memory_the_next_plan_is_tried(

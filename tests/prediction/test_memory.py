@@ -18,7 +18,7 @@ from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.source_grid import SourceGrid
 from data_loading.spec import DatasetSpec
-from prediction.ensemble import Ensemble, Member, mean_probabilities
+from prediction.ensemble import Ensemble, Member, mean_probabilities, predict_image
 from prediction.memory import GIB, MemoryBudget, MemoryEstimate, MemoryPlan, memory_plans, window_bytes
 from runtime.evaluation import SlidingWindowConfig
 from runtime.memory import LiveMemory
@@ -171,6 +171,34 @@ def test_the_estimate_covers_what_torch_holds_at_once(members: int, depth: int) 
             grid.add(planes)
     a_window = 2 * 4 * 50 * 8**3  # its weighted logits
     assert memory.peak - members * a_window < estimate.volume < 1.6 * memory.peak
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
+def test_the_member_with_the_largest_windows_must_fit(sizes: tuple[int, int]) -> None:
+    shape, network = (16, 16, 16), Copies()
+    spec = DatasetSpec(name="own", classes=tuple(map(str, range(50))))
+    transform = GridTransform(
+        source=Geometry(np.eye(4), shape, (1, 1, 1)), resampled_shape=shape, padding_before=(0, 0, 0), shape=shape
+    )
+    members, needed = [], []
+    for size in sizes:
+        window = (size, size, size)
+        windows = SlidingWindowConfig(
+            window=window, overlap=0.5, batch_size=1, classes=50, padding_value=None, crops_remainder=False
+        )
+        members.append(Member(network=network, windows=windows, amp=False, amp_dtype="auto", layout="NCDHW"))
+        tensors = window_bytes(network, 1, window)
+        estimate = MemoryEstimate.make((1, *shape), transform, windows, members=2, window_bytes=tensors)
+        needed.append(estimate.volume + estimate.window + estimate.host)
+    assert min(needed) < max(needed) - 1
+    budget = FixedBudget(max_gb=None, device=CPU, host_gb=(max(needed) - 1) / GIB)
+    with pytest.raises(UserError, match="scan: needs"):
+        predict_image(
+            np.zeros((1, *shape), np.float32),
+            transform,
+            Ensemble(members=tuple(members), spec=spec, budget=budget),
+            "scan",
+        )
 
 
 def test_more_planes_of_a_scan_take_no_more_than_their_image() -> None:

@@ -18,6 +18,8 @@ from common.errors import UserError
 from data_loading.dataset import case_file, pseudo_label_cap, read_case, read_spec_and_split
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from data_loading.integrity import check_files, file_md5, split_digest
+from data_loading.io.volume import Geometry
+from data_loading.preprocessing import GridTransform
 from data_loading.sampler import PseudoLabelCap
 from prediction.pseudo_labels import main
 from runtime.arguments import parse_arguments
@@ -151,6 +153,36 @@ def test_unlabelled_scans_are_added_if_their_foreground_is_confident(
     assert index.pseudo_labels.cases == ["pseudo_confident"]
     assert index.split["train"][-1] == "pseudo_confident"
     np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_confident")[1][0], classes)
+
+
+def test_unlabelled_scans_get_the_orientation_of_the_data_set_s_scans(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    index = read_index(folder / INDEX_NAME)
+    shape = (4, 6, 8)
+    source = Geometry(np.diag([1.0, -1, 1, 1]), shape, (1, 1, 1))  # the second axis runs to the back
+    transform = GridTransform(source=source, resampled_shape=shape, padding_before=(0, 0, 0), shape=shape)
+    cases = {case: replace(record, transform=transform) for case, record in index.cases.items()}
+    write_json(folder / INDEX_NAME, replace(index, cases=cases).to_json())
+    classes = np.random.default_rng(1).integers(0, 3, (5, 6, 8))
+    scans = write_scans(tmp_path / "scans", {"forward": image_of(classes, 4.0)})
+    assert run(folder, teacher, tmp_path / "results", "--unlabelled", scans) == 0
+    np.testing.assert_array_equal(read_case(tmp_path / "results", "pseudo_forward")[1][0], classes[:, ::-1])
+
+
+def test_a_threshold_of_1_accepts_what_is_certain(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    saved = torch.load(teacher, weights_only=True)
+    for part in (saved["last"], saved["best"]):
+        if part["network"] is not None:
+            part["network"]["scale"] *= 100  # softmax of (400, 0, 0) is 1 in float32
+    save(teacher, saved)
+    classes = np.random.default_rng(1).integers(0, 3, (5, 6, 8))
+    scans = write_scans(tmp_path / "scans", {"certain": image_of(classes, 4.0)})
+    assert run(folder, teacher, tmp_path / "results", "--unlabelled", scans, "--threshold", 1) == 0
+    assert run(folder, teacher, tmp_path / "again", "--threshold", 1) == 0
+    case = read_index(folder / INDEX_NAME).split["train"][0]
+    label, image = read_case(tmp_path / "again", f"pseudo_{case}")[1], read_case(folder, case)[0]
+    np.testing.assert_array_equal(label, np.round(image / 10))
 
 
 @pytest.mark.parametrize("case", ["case_0", "other_name"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import Interrupted
-from model.ensemble import Ensemble
+from model.ensemble import Ensemble, mean_logits
 from model.losses import DiceCELoss
 from model.metrics import dice_score
 from runtime.distributed.world import World
@@ -77,6 +77,12 @@ def test_an_ensemble_averages_the_probabilities_of_whole_cases(world: World, fp3
     loss, *dice = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
     assert found.dice == pytest.approx(dice, abs=1e-7)
     assert found.loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_an_ensemble_s_logits_are_the_logarithms_of_its_mean_probabilities() -> None:
+    """Not just up to a constant, which a loss of sigmoids would see."""
+    members = torch.randn(3, 2, 4, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mean_logits(list(members)).exp(), members.softmax(2).mean(0))
 
 
 def test_voxels_with_the_ignore_label_count_neither_in_the_loss_nor_in_the_score(fp32: Precision) -> None:

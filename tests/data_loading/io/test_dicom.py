@@ -60,7 +60,19 @@ def test_every_slice_has_its_own_rescaling_and_the_thickness_is_not_the_distance
 def test_a_single_slice_has_its_thickness(tmp_path: Path) -> None:
     write_series(tmp_path, numbered((5, 4, 1)), PLAIN)
     (series,) = dicom.find_series(tmp_path)
-    assert dicom.read_series(series).geometry.spacing_mm[2] == 99.0
+    geometry = dicom.read_series(series).geometry
+    assert geometry.spacing_mm[2] == 99.0
+    np.testing.assert_allclose(geometry.affine[:3, 2], [0, 0, 99], atol=1e-12)  # along the normal
+    change(series.files[0], SpacingBetweenSlices=3.0)  # says more: slices may overlap or have gaps
+    assert dicom.read_series(series).geometry.spacing_mm[2] == 3.0
+
+
+def test_values_are_the_nearest_to_the_rescaled_ones(tmp_path: Path) -> None:
+    (file,) = write_series(tmp_path, numbered((20, 6, 1)), PLAIN)
+    stored = np.arange(120, dtype="<i2")
+    change(file, RescaleSlope="0.1", RescaleIntercept="-5", PixelData=stored.tobytes())
+    found = dicom.read_series(dicom.find_series(tmp_path)[0]).array[0, :, :, 0].T
+    np.testing.assert_array_equal(found.ravel(), np.array([(value - 50) / 10 for value in range(120)], np.float32))
 
 
 def test_other_files_are_skipped_and_subfolders_are_searched(tmp_path: Path) -> None:
@@ -187,6 +199,16 @@ def test_a_missing_slice_is_noticed_at_any_place_however_positions_are_rounded()
             positions = np.delete(np.arange(count) * 10.0, missing)[:, None] * np.array([0, 0, 1])
             with pytest.raises(UserError, match="is a slice missing"):
                 _slice_step(positions, np.array([0.0, 0, 1]), [], "series")
+
+
+def test_a_slice_out_of_place_is_refused_where_rounding_does_not_explain_it() -> None:
+    positions = np.outer(np.arange(6.0), [0, 0, 1])
+    normal = np.array([0.0, 0, 1])
+    positions[2, 2] += 0.09
+    np.testing.assert_allclose(_slice_step(positions, normal, [], "series"), [0, 0, 1])
+    positions[2, 2] += 0.09
+    with pytest.raises(UserError, match=r"range from 0\.82 to 1\.18 mm; is a slice missing"):
+        _slice_step(positions, normal, [], "series")
 
 
 def test_microscopic_voxels_are_held_to_the_same_fractions(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("highdicom", reason="pip install '.[dicom]'")
 import highdicom as hd
 
 from data_loading.io import dicom
-from data_loading.io.dicom_seg import write_segmentation
+from data_loading.io.dicom_seg import read_header, read_segmentation, write_segmentation
 from tests.data_loading.io.series import change, write_series
 
 CLASSES = ("background", "kidney", "tumour")
@@ -51,6 +51,35 @@ def test_every_frame_refers_to_its_slice(tmp_path: Path) -> None:
     stored = pydicom.dcmread(tmp_path / "mask.dcm")
     assert (stored.Modality, stored.PatientID) == ("SEG", "1")
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["mask.dcm"]
+
+
+def test_a_fractional_value_is_inside_from_half_of_the_maximum(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID)
+    (series,) = dicom.find_series(tmp_path / "in")
+    path = tmp_path / "mask.dcm"
+    write_segmentation(path, np.full((1, *GRID.shape), 2, np.uint8), series, CLASSES)
+    row = np.array([0, 99, 100, 101, 200], np.uint8)
+    change(path, SegmentationType="FRACTIONAL", SegmentationFractionalType="OCCUPANCY", MaximumFractionalValue=200)
+    change(path, BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=row.tobytes() * 4 * 6)
+    found = np.zeros(GRID.shape, np.uint8)
+
+    def add(classes: np.ndarray, index: int) -> None:
+        found[:, :, index] = classes
+
+    read_segmentation(path, dicom.sorted_headers(series)[1], CLASSES.index, add)
+    np.testing.assert_array_equal(found, np.broadcast_to([[[0]], [[0]], [[2]], [[2]], [[2]]], GRID.shape))
+
+
+def test_a_mask_with_frames_beyond_a_series_is_not_on_its_grid(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID)
+    (series,) = dicom.find_series(tmp_path / "in")
+    write_segmentation(tmp_path / "mask.dcm", np.ones((1, *GRID.shape), np.uint8), series, CLASSES)
+    header = read_header(tmp_path / "mask.dcm")
+    geometry = dicom.sorted_headers(series)[1]
+    assert header is not None
+    assert sorted(header.frames_on(geometry) or []) == [(1, index) for index in range(6)]
+    for first in (0, 1):
+        assert header.frames_on(geometry.cropped((0, 0, first), (5, 4, 5))) is None
 
 
 def test_an_empty_mask_is_written_too(tmp_path: Path) -> None:

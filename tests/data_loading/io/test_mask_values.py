@@ -56,3 +56,11 @@ def test_a_rare_value_is_found(monkeypatch: pytest.MonkeyPatch, far: int) -> Non
     assert 100 <= found[3][0] < 200
     total = merged([found, {3: (1, 1), 8: (2, 0)}])
     assert (total[3][0], total[8]) == (found[3][0] + 1, (2, 0))
+
+
+def test_a_value_is_interpolated_if_it_was_seen_often_and_almost_always_between_others() -> None:
+    for looked_at, between in ((19, 19), (20, 19), (100, 95), (0, 0)):
+        check_not_interpolated({3: (50, 0), 7: (looked_at, between)}, "masks")
+    for looked_at, between in ((20, 20), (100, 96)):
+        with pytest.raises(UserError, match="value 7 lies only between"):
+            check_not_interpolated({3: (50, 0), 7: (looked_at, between)}, "masks")

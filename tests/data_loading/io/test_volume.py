@@ -229,6 +229,16 @@ def test_geometry_needs_the_header_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(geometry.affine, AFFINE, atol=1e-6)
 
 
+def test_a_crop_s_first_voxel_stays_where_it_was() -> None:
+    # Steps of 5, 2 and 1 mm: along z, along (0.6, 0.8, 0) and along (-0.8, 0.6, 0).
+    affine = np.array([[0, 1.2, -0.8, 10], [0, 1.6, 0.6, 20], [5, 0, 0, 30], [0, 0, 0, 1]])
+    cropped = Geometry(affine, (4, 6, 9), (5.0, 2.0, 1.0)).cropped((1, 2, 4), (3, 2, 5))
+    np.testing.assert_allclose(cropped.affine[:3, 3], [10 + 2.4 - 3.2, 20 + 3.2 + 2.4, 30 + 5])
+    np.testing.assert_array_equal(cropped.affine[:, :3], affine[:, :3])
+    assert (cropped.shape, cropped.spacing_mm) == ((3, 2, 5), (5.0, 2.0, 1.0))
+    assert affine[:3, 3].tolist() == [10, 20, 30]
+
+
 def test_geometry_survives_json() -> None:
     again = Geometry.from_json(GEOMETRY.to_json())
     np.testing.assert_array_equal(again.affine, AFFINE)
