@@ -208,6 +208,7 @@ def test_probabilities_are_written_as_nibabel_reads_them(tmp_path: Path) -> None
     predict_scan(source, make_ensemble(replace(PLAIN, orientation="LPS"), Above()), save_probabilities=True)
     image = nib.load(tmp_path / "mask_probabilities.nii.gz")
     np.testing.assert_allclose(image.affine, geometry.affine, atol=1e-5)
+    assert image.header.get_zooms()[:3] == geometry.spacing_mm
     stored = np.asarray(image.dataobj)
     np.testing.assert_allclose(stored[..., 1], 1 / (1 + np.exp(-array)), rtol=1e-4)
     np.testing.assert_array_equal(stored.argmax(-1), read_mask(source, geometry))

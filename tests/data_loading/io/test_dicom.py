@@ -211,6 +211,11 @@ def test_a_slice_out_of_place_is_refused_where_rounding_does_not_explain_it() ->
         _slice_step(positions, normal, [], "series")
 
 
+def test_slices_of_a_tilted_gantry_are_a_volume() -> None:
+    step = np.array([0, np.sin(np.pi / 6), np.cos(np.pi / 6)])  # 30°, as far as scanners tilt
+    np.testing.assert_allclose(_slice_step(np.outer(np.arange(5), step), np.array([0.0, 0, 1]), [], "series"), step)
+
+
 def test_microscopic_voxels_are_held_to_the_same_fractions(tmp_path: Path) -> None:
     """5 µm: a difference of 1e-3 of a voxel is accepted, one of a tenth is not."""
     for file in write_series(tmp_path, numbered(PLAIN.shape), PLAIN):

@@ -13,7 +13,9 @@ from PIL import Image
 from common.errors import UserError
 from data_loading.dataset import read_case
 from data_loading.index import INDEX_NAME, read_index
-from data_loading.spec import IGNORED, KITS19
+from data_loading.io.volume import Geometry, Volume
+from data_loading.readers.base import RawCase, ReaderOptions, ignore_voxels
+from data_loading.spec import IGNORED, KITS19, DatasetSpec
 from preprocess_dataset import main as preprocess_main
 
 SHAPE = (5, 6, 7)
@@ -161,3 +163,23 @@ def test_a_changed_ignore_label_preprocesses_again(tmp_path: Path, write_scan: W
 
 def test_a_folder_without_one_is_written_as_before() -> None:
     assert "ignore_label" not in KITS19.to_json()
+
+
+def test_no_class_has_the_number_of_ignored_voxels() -> None:
+    raw = RawCase(case="a", image=Path("a"), label=Path("b"), ignore_label=7)
+
+    def classes_of(*values: int) -> list[int]:
+        array = np.array(values, np.int32).reshape(1, 1, 1, 2)
+        found: list[int] = (
+            raw.to_classes(Volume(array, Geometry(np.eye(4), (1, 1, 2), (1, 1, 1)))).array.ravel().tolist()
+        )
+        return found
+
+    assert classes_of(7, IGNORED - 1) == [IGNORED, IGNORED - 1]
+    with pytest.raises(UserError, match="labels from 0 to 255; expected 0 to 254"):
+        classes_of(7, IGNORED)
+    names = tuple(map(str, range(IGNORED)))
+    options = ReaderOptions(ignore_label=300)
+    assert ignore_voxels(DatasetSpec(name="s", classes=names), [], options)[0].ignore_label == IGNORED
+    with pytest.raises(UserError, match="beside it there may be 255 classes, found 256"):
+        ignore_voxels(DatasetSpec(name="s", classes=(*names, "more")), [], options)

@@ -10,9 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data_loading.dataset import read_spec_and_split
+from data_loading.io.volume import Geometry, Volume, write_nifti
 from data_loading.readers import nifti as scans
 from data_loading.readers.base import ReaderOptions
+from data_loading.readers.label_map import LabelMap
+from data_loading.readers.mask_matching import read_classes
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
 SHAPE = (6, 5, 8)
@@ -393,3 +397,14 @@ def test_a_real_ct_scan_is_preprocessed(real_data: Callable[[str], Path], tmp_pa
     boxes = index.cases["ct"].boxes[1]
     assert boxes[0][2] > boxes[1][5] or boxes[1][2] > boxes[0][5]
     assert x.shape[2] < 101
+
+
+def test_a_structure_that_no_class_takes_may_hold_any_values(tmp_path: Path) -> None:
+    grid = Geometry(np.eye(4), (1, 2, 3), (1, 1, 1))
+    for name, values in (("liver", [0, 4, 4, 0, 0, 0]), ("other", [1, 2, 3, 0, 1, 2])):
+        write_nifti(tmp_path / f"{name}.nii", Volume(np.array(values, np.uint8).reshape(1, *grid.shape), grid))
+    masks = [tmp_path / "liver.nii", tmp_path / "other.nii"]
+    read = read_classes(masks, grid, LabelMap.parse(["liver=1"]), "a")
+    assert read.array.ravel().tolist() == [0, 1, 1, 0, 0, 0]
+    with pytest.raises(UserError, match=r"other\.nii: holds 3 values, but it is read as the mask of other only"):
+        read_classes(masks, grid, LabelMap.parse(["liver=1", "other=2"]), "a")
