@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import Parser
+from common.cli import Parser, number
 from common.errors import UserError, interrupted_exit, run_program
 from common.files import replacing
 
@@ -63,7 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="folder for synthetic data (default: a temporary folder)")
     parser.add_argument("--cases", type=int, help="number of volumes of the storage suite (default: 168)")
     parser.add_argument("--num_workers", type=int, help="number of loader processes (default: one per core)")
-    parser.add_argument("--minutes", type=float, help=f"time that the gpu suite may take (default: {MINUTES:g})")
+    parser.add_argument(
+        "--minutes", type=number(float, 0.1), help=f"time that the gpu suite may take (default: {MINUTES:g})"
+    )
     parser.add_argument("--parts", nargs="+", default=[], metavar="TITLE", help="parts of the gpu suite (default: all)")
     parser.add_argument("--data_dir", type=Path, help="preprocessed folder that the peers suite trains on")
     parser.add_argument("--recipe", type=Path, help=f"argument file of the peers suite (default: {RECIPE.name})")

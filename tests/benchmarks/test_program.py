@@ -70,6 +70,7 @@ def test_a_user_error_is_one_line(run_python: Program, arguments: tuple[str, ...
         (("--suite", "storage", "--full_size", "--quick"), "--full_size sets the number of volumes"),
         (("--num_workers", "-1"), "--num_workers must be at least 0"),
         (("--parts", "Choices"), "--parts has no effect on --suite evaluate, only on gpu"),
+        (("--suite", "gpu", "--minutes", "0"), "must be at least 0.1, not 0"),
         (("--suite", "peers", "--minutes", "3"), "--minutes has no effect on --suite peers"),
         (("--suite", "peers", "--device", "cuda"), "compares runs on the CPU; drop --device cuda"),
     ],
