@@ -87,10 +87,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--json {arguments.json}: its folder does not exist")
     if arguments.json and arguments.json.is_dir():
         raise UserError(f"--json {arguments.json} is a folder; give a file, such as {arguments.json / 'tables.json'}")
-    if arguments.work_dir and not arguments.work_dir.is_dir():
-        raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
     if arguments.json and arguments.json.exists():
         raise UserError(f"--json {arguments.json} exists; give another name, or remove it")
+    if arguments.work_dir and not arguments.work_dir.is_dir():
+        raise UserError(f"--work_dir {arguments.work_dir}: no such folder")
     if arguments.cases is not None and arguments.cases < 2:
         raise UserError(f"--cases must be at least 2, not {arguments.cases}")
     if arguments.full_size and (arguments.quick or arguments.cases is not None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,12 @@ def environment_of_runs(device: torch.device) -> dict[str, str]:
     """The environment variables of runs of `main.py` that are to use this kind of device."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return environment if device.type == "cuda" else environment | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def reason_of_failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Returns a failed run's line of the error, which torchrun's own lines follow, or its last line."""
+    lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+    return next((line for line in lines if "rror: " in line), lines[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Options, Table, environment_of_runs
+from benchmarks.harness import Options, Table, environment_of_runs, reason_of_failure
 from common import registry
 from common.errors import UserError
 
@@ -63,8 +63,7 @@ def train_recipe(options: Options, seed: int) -> tuple[float, int, float]:
     environment = environment_of_runs(options.device)
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise UserError(f"the recipe's run exited with {done.returncode}: {lines[-1]}")
+        raise UserError(f"the recipe's run exited with {done.returncode}: {reason_of_failure(done)}")
     events = [json.loads(line) for line in (log_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = [event["mean_dice"] for event in events if event["event"] == "EvaluationStopped"]
     return max(scores), len(scores), sum(event["seconds"] for event in events if event["event"] == "EpochStopped")

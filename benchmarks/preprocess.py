@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data import MB, worker_count
-from benchmarks.harness import Options, Table
+from benchmarks.harness import Options, Table, reason_of_failure
 from common.errors import UserError
 from data_loading.integrity import file_md5
 from data_loading.io.volume import write_nifti
@@ -243,7 +243,7 @@ def preprocess_once(program: Path, raw: Path, results: Path, processes: int, thr
 
 def _check_status(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode != 0:
-        raise UserError(f"preprocessing failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise UserError(f"preprocessing failed: {reason_of_failure(done)}")
 
 
 def largest_case_bytes(shape: tuple[int, int, int]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import paper
-from benchmarks.harness import NOT_MEASURED, Options, Table, environment_of_runs
+from benchmarks.harness import NOT_MEASURED, Options, Table, environment_of_runs, reason_of_failure
 from common.errors import UserError
 from model.unet3d import MLPERF_FILTERS
 
@@ -115,9 +115,7 @@ def samples_per_s(ranks: int, threads: int, scale: Scale, log_dir: Path, device:
         command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        # torchrun's own lines come after the program's.
-        why = next((line for line in lines if "rror: " in line), lines[-1])
+        why = reason_of_failure(done)
         raise UserError(f"main.py on {ranks} process(es) exited with {done.returncode}: {why}")
     return float(json.loads((log_dir / "benchmark.json").read_text(encoding="utf-8"))["samples_per_s"])
 

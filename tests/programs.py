@@ -292,9 +292,9 @@ def run_ranks(
 
 
 def free_port() -> int:
-    """Returns a port that nobody uses, and that hardly anybody can take before the caller's program does.
+    """Returns a free port that no other program is likely to take before the caller's program listens on it.
 
-    Linux gives none of `PORTS` to connections, or to whoever asks for any port; each process begins elsewhere in them.
+    When Linux chooses a port itself, it takes none of `PORTS`. Processes start their search at different ports.
     """
     while True:
         port = PORTS[(PORTS_OF_PROCESS * os.getpid() + next(_asked_ports)) % len(PORTS)]

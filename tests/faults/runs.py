@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -111,22 +111,28 @@ class Run:
                 found.append(event)
         return found
 
-    def wait_for(self, kind: str, count: int = 1, timeout_s: float = START_S) -> None:
-        """Waits until `count` events of a kind are logged or a rank has ended."""
-        deadline = time.monotonic() + timeout_s
-        while len(self.events(kind)) < count and all(rank.poll() is None for rank in self.ranks):
+    def wait_for(self, kind: str, count: int = 1) -> None:
+        """Waits until `count` events of a kind are logged or a rank has ended. Raises TimeoutError after START_S."""
+        self._wait_until(lambda: len(self.events(kind)) >= count, f"no {count} {kind}")
+
+    def wait_for_line(self, text: str, rank: int = 0) -> None:
+        """Waits until a rank has printed the text.
+
+        Raises:
+            TimeoutError: it has not after START_S.
+            RuntimeError: a rank ended before.
+        """
+        self._wait_until(lambda: text in self.output(rank), f"rank {rank} did not print {text!r}")
+        if text not in self.output(rank):
+            self.kill()
+            raise RuntimeError(f"a rank ended before rank {rank} printed {text!r}:\n{self.output(rank)}")
+
+    def _wait_until(self, has_happened: Callable[[], bool], problem: str) -> None:
+        deadline = time.monotonic() + START_S
+        while not has_happened() and all(rank.poll() is None for rank in self.ranks):
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"no {count} {kind} in {timeout_s:.0f} s:\n{self.output()}")
-            time.sleep(0.02)
-
-    def wait_for_line(self, text: str, rank: int = 0, timeout_s: float = START_S) -> None:
-        """Waits until a rank has printed the text. Raises TimeoutError if it has not in time, or ends without it."""
-        deadline = time.monotonic() + timeout_s
-        while text not in self.output(rank):
-            if time.monotonic() > deadline or self.ranks[rank].poll() is not None:
-                self.kill()
-                raise TimeoutError(f"rank {rank} did not print {text!r}:\n{self.output(rank)}")
+                raise TimeoutError(f"{problem} in {START_S:.0f} s:\n{self.output()}")
             time.sleep(0.02)
 
     def signal(self, number: int, *ranks: int) -> None:
