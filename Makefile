@@ -20,7 +20,8 @@ test-all: $(VENV)/dev
 	$(PYTEST)
 
 # The lowest torch of pyproject.toml's range and the highest that has been tried, each in an environment of its own (for
-# Linux a build for CUDA, which runs on a CPU): the tests of what depends on it.
+# Linux a build for CUDA, which runs on a CPU): the tests of what depends on it. One takes about 7 GB, and is removed
+# when its tests have passed.
 TORCH_VERSIONS ?= 2.11.0 2.14.1
 # Triton's interpreter and compiler are those of each torch, not the pinned ones: they are left out. What other versions
 # warn of is printed and fails nothing.
@@ -34,6 +35,7 @@ test-versions: requirements-dev.txt pyproject.toml
 		$(VENV)-torch-$$version/bin/python -m pip install --quiet --disable-pip-version-check torch==$$version \
 			--requirement $(VENV)-requirements.txt .; \
 		$(VENV)-torch-$$version/bin/python -m pytest -n $(WORKERS) -W default -m "not slow" $(VERSION_TESTS); \
+		rm -rf $(VENV)-torch-$$version; \
 	done
 
 # Injects every fault of docs/reliability.md and writes its table.
