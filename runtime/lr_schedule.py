@@ -166,7 +166,7 @@ class Plateau(_WithoutDecayEpochs):
         except (ValueError, TypeError) as error:
             raise UserError(f"--lr_schedule plateau: {error}") from None
         if saved := run.callback_state.get(self.NAME):
-            self._carrier.param_groups[0]["lr"] = saved["rate"]
+            self._carrier.param_groups[0]["lr"] = self._resumed_rate(saved["rate"], saved.get("base"), min_rate)
             # The rest are arguments, which a resumed run may change; another metric's best says nothing of this one.
             if saved["rule"]["mode"] == mode and saved.get("metric", metric) == metric:
                 self._rule.load_state_dict({key: saved["rule"][key] for key in PROGRESS if key in saved["rule"]})
@@ -183,7 +183,14 @@ class Plateau(_WithoutDecayEpochs):
         # Only the values that a checkpoint can hold.
         rule = {key: value for key, value in state if isinstance(value, bool | int | float | str | list)}
         rate = self.after_warm_up(result.epoch)
-        self.run.callback_state[self.NAME] = {"rule": rule, "rate": rate, "metric": self._metric}
+        base = self.run.learning_rate
+        self.run.callback_state[self.NAME] = {"rule": rule, "rate": rate, "base": base, "metric": self._metric}
+
+    def _resumed_rate(self, rate: float, base: float | None, min_rate: float) -> float:
+        """Returns the checkpoint's rate, times the change of `--learning_rate` since (as the other schedules do)."""
+        if base is None or base == self.run.learning_rate:
+            return rate  # exactly
+        return max(rate * self.run.learning_rate / base, min_rate)
 
 
 LR_SCHEDULES: registry.Table[LRSchedule] = {

@@ -7,7 +7,7 @@ from typing import Any
 from common.errors import UserError
 from common.messages import counted
 from runtime.callbacks.base import Callback, RunContext
-from runtime.callbacks.monitor import METRICS, is_better, mode_of
+from runtime.callbacks.monitor import METRICS, is_better, kept_state, mode_of
 from runtime.logging.events import EvaluationStopped
 from runtime.train_state import Stop, TrainState
 
@@ -51,7 +51,8 @@ class EarlyStopping(Callback):
         return self._stop(progress)
 
     def _progress(self, state: TrainState) -> dict[str, Any]:
-        return state.callback_state.setdefault(self.NAME, {"best": None, "epoch": 0, "stale": 0})
+        initial = {"best": None, "epoch": 0, "stale": 0}
+        return kept_state(state.callback_state, self.NAME, self._metric, self._mode, initial)
 
     def _stop(self, progress: dict[str, Any]) -> Stop | None:
         if progress["stale"] < self._patience:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import UserError
 from runtime.logging.events import EvaluationStopped
@@ -28,6 +29,23 @@ def mode_of(flag: str, metric: str, mode: str | None) -> Mode:
     if mode not in (None, "max", "min"):
         raise UserError(f"{flag}: mode={mode!r}; must be 'max' or 'min'")
     return MODES[metric] if mode is None else "max" if mode == "max" else "min"
+
+
+def kept_state(
+    states: dict[str, dict[str, Any]], name: str, metric: str, mode: Mode, initial: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what a callback keeps under its name in `callback_state`, to be changed in place.
+
+    At first this is `initial`, and once more when a resumed run monitors another metric or mode: the best value of one
+    says nothing of the other.
+    """
+    monitored = {"metric": metric, "mode": mode}
+    kept = states.get(name, {})
+    # A checkpoint of an earlier version does not say what it monitored.
+    if not kept or any(kept.get(key, value) != value for key, value in monitored.items()):
+        states[name] = kept = copy.deepcopy(initial)
+    kept.update(monitored)
+    return kept
 
 
 def is_better(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from common.errors import UserError
 from common.messages import logger
 from runtime.callbacks.base import Callback, RunContext
-from runtime.callbacks.monitor import METRICS, mode_of
+from runtime.callbacks.monitor import METRICS, kept_state, mode_of
 from runtime.checkpoint.writer import save
 from runtime.logging.events import EvaluationStopped
 from runtime.train_state import TrainState, on_host
@@ -42,7 +42,8 @@ class TopK(Callback):
         if not self._run.world.is_main:
             return
         value = METRICS[self._metric](result)
-        kept: list[list[float | str]] = state.callback_state.setdefault(self.NAME, {"kept": []})["kept"]
+        memory = kept_state(state.callback_state, self.NAME, self._metric, self._mode, {"kept": []})
+        kept: list[list[float | str]] = memory["kept"]
         name = f"epoch_{result.epoch:05d}_{value:.4f}.pth"
         # A resumed run repeats what came after its checkpoint.
         ranked = [entry for entry in kept if (self._folder / str(entry[1])).exists() and entry[1] != name]

@@ -90,6 +90,19 @@ def test_a_resumed_plateau_takes_new_arguments_and_another_metrics_best_does_not
         assert other(epoch + 1) == pytest.approx(0.8)
 
 
+def test_a_resumed_plateau_follows_a_changed_learning_rate() -> None:
+    state: dict[str, Any] = {}
+    first = Plateau(dataclasses.replace(RUN, learning_rate=0.7, callback_state=state), factor=0.1, patience=0)
+    for epoch in (5, 6):
+        first.on_evaluation_end(scored(epoch, 0.9))
+    rate = first(7)
+    assert rate == pytest.approx(0.07)
+    for base, min_rate, resumed in ((0.7, 0.0, rate), (1.4, 0.0, 0.14), (0.07, 0.05, 0.05)):
+        run = dataclasses.replace(RUN, learning_rate=base, callback_state=copy.deepcopy(state))
+        second = Plateau(run, factor=0.1, min_rate=min_rate)
+        assert second(7) == (rate if base == 0.7 else pytest.approx(resumed))
+
+
 @pytest.mark.parametrize(
     ("metric", "mode", "rate"), [("loss", "max", 0.4), ("mean_dice", "max", 0.8), ("loss", "min", 0.8)]
 )

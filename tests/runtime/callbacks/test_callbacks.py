@@ -116,6 +116,22 @@ def test_a_stopped_run_stops_again_before_its_first_epoch(make: Make, make_state
     assert make("early_stopping(patience=1)").on_train_start(state) is not None
 
 
+@pytest.mark.parametrize("change", ["metric='loss'", "mode='min'"])
+def test_another_metrics_best_does_not_count_after_a_resume(make: Make, make_state: MakeState, change: str) -> None:
+    state = make_state()
+    evaluations_until_stop(make("early_stopping(patience=2)"), state, [0.2, 0.1])
+    changed = make(f"early_stopping(patience=2, {change})")
+    assert changed.on_train_start(state) is None
+    for epoch in (3, 4, 5, 6):  # each better than the one before, by either metric
+        assert changed.on_evaluation_end(scored(epoch, 1 - epoch / 10, loss=20.0 - epoch), state) is None
+
+
+def test_early_stopping_goes_on_from_a_checkpoint_that_names_no_metric(make: Make, make_state: MakeState) -> None:
+    state = make_state()
+    state.callback_state["early_stopping"] = {"best": 0.9, "epoch": 1, "stale": 1}
+    assert evaluations_until_stop(make("early_stopping(patience=2)"), state, [0.8]) == 1
+
+
 # Top k
 
 
@@ -161,6 +177,15 @@ def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tm
     second.on_evaluation_end(scored(2, 0.9, loss=2.0), resumed)  # repeated after the resume
     second.on_evaluation_end(scored(3, 0.1, loss=1.0), resumed)
     assert kept(tmp_path) == ["epoch_00002_2.0000.pth", "epoch_00003_1.0000.pth", "last.pth"]
+
+
+def test_scores_of_another_metric_are_not_ranked_after_a_resume(
+    make: Make, make_state: MakeState, tmp_path: Path
+) -> None:
+    state = make_state()
+    make("top_k(k=1)").on_evaluation_end(scored(1, 0.5, loss=3.0), state)
+    make("top_k(k=1, metric='loss')").on_evaluation_end(scored(2, 0.4, loss=2.0), state)
+    assert kept(tmp_path) == ["epoch_00001_0.5000.pth", "epoch_00002_2.0000.pth", "last.pth"]
 
 
 def test_only_rank_0_writes(make: Make, make_state: MakeState, tmp_path: Path) -> None:
