@@ -78,6 +78,8 @@ def build_network(
     resolved = resolve(spec, NETWORKS, "--model", ALLOWED)
     fixed = _from_data(resolved, channels, classes, dimensions)
     if resolved.name in NETWORKS:
+        if dimensions != 3:
+            raise UserError(f"--model slicewise: {resolved.name} takes volumes; give a network of 2-D slices")
         # Only here: another library may mean something else by these names, such as an activation of the output.
         inner = partial(build_network, normalization=normalization, activation=activation)
         flags = {"normalization": normalization, "activation": activation}

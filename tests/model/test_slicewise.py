@@ -81,7 +81,6 @@ def test_by_spec_the_2d_network_has_the_slices_as_channels_and_its_windows_are_c
     "spec",
     [
         "slicewise(network='os:system(command=\"touch {path}\")')",
-        "slicewise(network=\"slicewise(network='os:system')\")",
         "slicewise(network='tests.model.test_slicewise:Plane')",
     ],
 )
@@ -100,6 +99,8 @@ def test_wrong_arguments_are_one_line() -> None:
     for spec, message in (
         ("slicewise", "missing 1 required .*'network'; it takes network, context=1$"),
         ("slicewise(network=3)", "expected a spec in quotes"),
+        ("slicewise(network='unet3d')", "unet3d takes volumes; give a network of 2-D slices"),
+        ("slicewise(network='slicewise(network=1)')", "slicewise takes volumes"),
         ("slicewise(network='nothing_like_it')", "unknown name; available: slicewise, unet3d"),
     ):
         with pytest.raises(UserError, match=message):
