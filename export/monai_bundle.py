@@ -52,9 +52,8 @@ INFERENCE = {
         "pathlib.Path(@output_dir, os.path.basename(scan)), @predictor, @settings)"
     ),
     "run": [
-        "$predict_scan.check_folders(@dataset, @dataset_dir, @output_dir)",
         "$os.makedirs(@output_dir, exist_ok=True)",
-        "$[@evaluator(scan) for scan in @dataset]",
+        "$predict_scan.predict_folder(@dataset, @dataset_dir, @output_dir, @evaluator)",
     ],
 }
 

@@ -110,12 +110,20 @@ def load_network(path: Path) -> tuple[Predictor, Settings]:
     return predict, settings
 
 
-def check_folders(scans: Sequence[str], scans_dir: str, masks_dir: str) -> None:
-    """Raises ScanError if a folder holds no scans, or its masks would replace them."""
+def predict_folder(scans: Sequence[str], scans_dir: str, masks_dir: str, predict: Callable[[str], None]) -> None:
+    """Predicts the scans of a folder. Raises ScanError if it has none, or at the end, naming those that failed."""
     if not scans:
         raise ScanError(f"{scans_dir}: no .nii or .nii.gz file in it")
     if Path(scans_dir).resolve() == Path(masks_dir).resolve():
         raise ScanError(f"{masks_dir}: masks would replace the scans; give another output_dir")
+    failed = []
+    for scan in scans:
+        try:
+            predict(scan)
+        except (ScanError, OSError) as error:
+            failed.append(str(error))
+    if failed:
+        raise ScanError(f"{len(failed)} of {len(scans)} scan(s) have no mask: {'; '.join(failed)}")
 
 
 def predict_file(scan_path: Path, mask_path: Path, predictor: Predictor, settings: Settings) -> None:
@@ -182,16 +190,9 @@ def preprocess(scan: Scan, settings: Settings) -> tuple[Array, Grid]:
     missing = [max(0, least - n) for least, n in zip(how["min_shape"] or (0, 0, 0), size, strict=True)]
     image = np.pad(image, [(0, 0), *((n // 2, n - n // 2) for n in missing)], mode="edge")
     before = tuple(n // 2 for n in missing)
-    grid = Grid(
-        axes=axes,
-        flipped=flipped,
-        shape=shape,
-        crop=crop,
-        resampled=size,
-        before=before,
-        antialias=bool(how["size"]),
+    return image, Grid(
+        axes=axes, flipped=flipped, shape=shape, crop=crop, resampled=size, before=before, antialias=bool(how["size"])
     )
-    return image, grid
 
 
 def orientation_change(affine: Array, orientation: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

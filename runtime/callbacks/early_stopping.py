@@ -52,7 +52,7 @@ class EarlyStopping(Callback):
 
     def _progress(self, state: TrainState) -> dict[str, Any]:
         initial = {"best": None, "epoch": 0, "stale": 0}
-        return kept_state(state.callback_state, self.NAME, self._metric, self._mode, initial)
+        return kept_state(state.callback_state, self.NAME, metric=self._metric, mode=self._mode, initial=initial)
 
     def _stop(self, progress: dict[str, Any]) -> Stop | None:
         if progress["stale"] < self._patience:

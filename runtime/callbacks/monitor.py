@@ -32,7 +32,7 @@ def mode_of(flag: str, metric: str, mode: str | None) -> Mode:
 
 
 def kept_state(
-    states: dict[str, dict[str, Any]], name: str, metric: str, mode: Mode, initial: dict[str, Any]
+    states: dict[str, dict[str, Any]], name: str, *, metric: str, mode: Mode, initial: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns what a callback keeps under its name in `callback_state`, to be changed in place.
 

@@ -42,7 +42,7 @@ class TopK(Callback):
         if not self._run.world.is_main:
             return
         value = METRICS[self._metric](result)
-        memory = kept_state(state.callback_state, self.NAME, self._metric, self._mode, {"kept": []})
+        memory = kept_state(state.callback_state, self.NAME, metric=self._metric, mode=self._mode, initial={"kept": []})
         kept: list[list[float | str]] = memory["kept"]
         name = f"epoch_{result.epoch:05d}_{value:.4f}.pth"
         # A resumed run repeats what came after its checkpoint.

@@ -157,6 +157,21 @@ def test_scans_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             predict_onnx.read_scan(path)
 
 
+def test_scans_beside_one_that_cannot_be_used_are_predicted() -> None:
+    predicted = []
+
+    def predict(scan: str) -> None:
+        if scan == "b":
+            raise ScanError("b: damaged")
+        predicted.append(scan)
+
+    with pytest.raises(ScanError, match=r"^1 of 3 scan\(s\) have no mask: b: damaged$"):
+        predict_onnx.predict_folder("abc", "scans", "masks", predict)
+    assert predicted == ["a", "c"]
+    predict_onnx.predict_folder("ac", "scans", "masks", predict)
+    assert predicted == ["a", "c", "a", "c"]
+
+
 def test_a_mask_that_is_no_nifti_and_folders_without_a_use_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,4 +182,4 @@ def test_a_mask_that_is_no_nifti_and_folders_without_a_use_are_refused(
         (["a.nii"], ".", "masks would replace the scans"),
     ):
         with pytest.raises(ScanError, match=message):
-            predict_onnx.check_folders(scans, str(tmp_path), str(tmp_path / masks))
+            predict_onnx.predict_folder(scans, str(tmp_path), str(tmp_path / masks), pytest.fail)

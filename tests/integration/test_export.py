@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,11 +115,15 @@ def test_the_example_makes_the_masks_of_this_project(exported: Path, masks: Path
         np.testing.assert_array_equal(nib.load(tmp_path / scan.name).affine, nib.load(scan).affine)
 
 
-def test_monai_makes_the_masks_of_this_project(exported: Path, masks: Path, unseen: Path, tmp_path: Path) -> None:
+def test_monai_makes_the_masks_of_this_project_and_names_a_damaged_scan(
+    exported: Path, masks: Path, unseen: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("monai")
     pytest.importorskip("fire", reason="monai.bundle's command line needs it")
     config = exported / "bundle" / "configs" / "inference.json"
-    folders = ("--dataset_dir", str(unseen), "--output_dir", str(tmp_path / "masks"))
+    scans = Path(shutil.copytree(unseen, tmp_path / "scans"))
+    (scans / "a_damaged.nii.gz").write_bytes(b"no scan")  # the first by name
+    folders = ("--dataset_dir", str(scans), "--output_dir", str(tmp_path / "masks"))
     done = subprocess.run(
         [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config), *folders],
         cwd=tmp_path,  # this project cannot be imported there
@@ -128,7 +133,8 @@ def test_monai_makes_the_masks_of_this_project(exported: Path, masks: Path, unse
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode != 0
+    assert f"1 of {len(list(scans.iterdir()))} scan(s) have no mask: {scans / 'a_damaged.nii.gz'}: " in done.stderr
     for scan in unseen.iterdir():
         assert np.count_nonzero(voxels(masks / scan.name) != voxels(tmp_path / "masks" / scan.name)) <= 2
 
