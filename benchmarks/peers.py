@@ -34,20 +34,27 @@ def run(options: Options) -> list[Table]:
     """Runs the suite: mean Dice after the same time.
 
     Raises:
-        UserError: no `--data_dir`, MONAI is not installed, or a run failed.
+        UserError: no `--data_dir`, MONAI is not installed, or the first run failed; a later one ends the table.
     """
     train_and_score = registry.load("benchmarks.monai_peer:train_and_score", "--suite peers", extra="monai")
     if options.data_dir is None:
         raise UserError("--suite peers needs --data_dir, a preprocessed folder")
     rows: list[list[Any]] = []
+    problem = ""
     for seed in range(1 if options.quick else PAIRS):
-        ours, evaluations, seconds = train_recipe(options, seed)
-        theirs, steps = train_and_score(options.data_dir, options.recipe, seconds, seed)
+        try:
+            ours, evaluations, seconds = train_recipe(options, seed)
+            theirs, steps = train_and_score(options.data_dir, options.recipe, seconds, seed)
+        except UserError as error:
+            if not rows:
+                raise
+            problem = f"seed {seed}: {error}"
+            break
         rows.append([str(seed), seconds / 60, ours, theirs, ours - theirs, steps])
     rows.append(["median", *(statistics.median(row[column] for row in rows) for column in range(1, 6))])
     notes = [f"Ours: `{options.recipe.name}`, the best of its {evaluations} evaluations. MONAI: {MONAI}."]
     columns = ["seed", "minutes of training", "mean Dice, ours", "mean Dice, MONAI", "difference", "MONAI's steps"]
-    return [Table("The same cases, cores and minutes", columns, rows, notes)]
+    return [Table("The same cases, cores and minutes", columns, rows, notes, problem=problem)]
 
 
 def train_recipe(options: Options, seed: int) -> tuple[float, int, float]:

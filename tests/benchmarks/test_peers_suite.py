@@ -83,6 +83,19 @@ def test_a_run_that_is_killed_without_a_word(data_dir: Path, tmp_path: Path, mon
         peers.run(Options(device=CPU, quick=True, work_dir=tmp_path, data_dir=data_dir))
 
 
+def test_pairs_before_a_failed_one_are_kept(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_recipe(_: Options, seed: int) -> tuple[float, int, float]:
+        if seed == 1:
+            raise UserError("exited with -9")
+        return 0.75, 8, 60.0
+
+    monkeypatch.setattr(peers, "train_recipe", train_recipe)
+    monkeypatch.setattr(monai_peer, "train_and_score", lambda *_: (0.5, 100))
+    (table,) = peers.run(Options(device=CPU, quick=False, work_dir=tmp_path, data_dir=data_dir))
+    assert table.rows == [["0", 1.0, 0.75, 0.5, 0.25, 100], ["median", 1.0, 0.75, 0.5, 0.25, 100]]
+    assert table.problem == "seed 1: exited with -9"
+
+
 def test_without_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--suite peers needs --data_dir, a preprocessed folder"):
         peers.run(Options(device=CPU, quick=True, work_dir=tmp_path))
