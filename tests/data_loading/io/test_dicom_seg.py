@@ -92,12 +92,16 @@ def test_an_empty_mask_is_written_too(tmp_path: Path) -> None:
 
 def test_uids_that_an_anonymiser_emptied_are_generated_and_reported(tmp_path: Path) -> None:
     for file in write_series(tmp_path / "in", np.zeros(GRID.shape, np.int16), GRID):
-        change(file, SOPInstanceUID="", StudyInstanceUID="", SeriesInstanceUID="")
+        change(file, SOPInstanceUID="", StudyInstanceUID="", SeriesInstanceUID="", FrameOfReferenceUID="")
     (series,) = dicom.find_series(tmp_path / "in")
     mask = random_mask(GRID.shape)
     (note,) = write_segmentation(tmp_path / "mask.dcm", mask, series, CLASSES)
     assert "some UIDs of the source are empty" in note
     check(tmp_path / "mask.dcm", mask, series)
+    stored = pydicom.dcmread(tmp_path / "mask.dcm")
+    source = stored.ReferencedSeriesSequence[0].SeriesInstanceUID
+    uids = {stored.StudyInstanceUID, source, stored.FrameOfReferenceUID, stored.SeriesInstanceUID}
+    assert len(uids - {""}) == 4
 
 
 def test_headers_without_required_elements_are_reported_in_one_line(tmp_path: Path) -> None:
