@@ -191,7 +191,7 @@ def case_memory(shape: Shape, channels: int, scoring: SlidingWindowConfig, windo
     held = case + image + sums
     of_window = slab * len(starts) // len(slices)  # a batch completes the more slabs the more windows it has
     stages = (held + loss + slab - of_window, of_window), (held + dice, 0)
-    return BatchMemory((*windows.plus(held).stages, *stages))
+    return BatchMemory((*windows.plus(held).stages, *stages), windows.unknown)
 
 
 def free_bytes(device: torch.device) -> int:

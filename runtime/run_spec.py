@@ -208,11 +208,14 @@ def read_dataset(
     fold = _choose_fold(config, labelled, folds, trained_on)
     if fold is None:
         return spec, kept, ()
+    split = labelled.with_fold(fold)
     if is_main_rank():
         note_unused(labelled, fold)
         which = "the checkpoint's fold" if config.fold is None else f"fold {config.fold} of {len(folds)}"
-        note(f"{which}: {counted(len(fold.train), 'training case')}, {counted(len(fold.val), 'evaluation case')}")
-    split = labelled.with_fold(fold)
+        pseudo_labelled = len(split["train"]) - len(fold.train)
+        beside = f" beside {pseudo_labelled} pseudo-labelled" if pseudo_labelled else ""
+        trained = f"{counted(len(fold.train), 'training case')}{beside}"
+        note(f"{which}: {trained}, {counted(len(fold.val), 'evaluation case')}")
     cases = {case for part in kept.values() for case in part}
     excluded = [case for part in split.values() for case in part if case not in cases]
     return spec, leave_out(split, excluded), tuple(folds)

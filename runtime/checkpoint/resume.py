@@ -110,7 +110,10 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
         raise UserError(f"{loaded.path} belongs to another run: {'; '.join(structural)}; give those flags as they were")
     if loaded.data and data and loaded.data != data:
         raise UserError(f"{loaded.path} was trained on another data set or split than that of --data_dir")
-    return [text for name, text in changed.items() if name not in INCIDENTAL_FLAGS]
+    result = [text for name, text in changed.items() if name not in INCIDENTAL_FLAGS]
+    if loaded.seed is not None and current.get("seed", -1) not in (-1, loaded.seed):  # -1 goes on with the run's
+        result.append(f"--seed {current['seed']}, was {loaded.seed}")
+    return result
 
 
 def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:
@@ -165,8 +168,8 @@ def skip_partial_epoch(state: TrainState, loaded: Checkpoint, config: dict[str, 
     reasons += ["the seed"] if loaded.seed != seed else []
     if len(loaded.loss_sums) not in (0, ranks):
         reasons.append("the number of ranks")
-        before, now = len(loaded.loss_sums) // loaded.config.get(SHARING, 1), ranks // config.get(SHARING, 1)
-        consequence = ": the global batch changes with it" if before != now else ""
+        before, now = _global_batch(len(loaded.loss_sums), loaded.config), _global_batch(ranks, config)
+        consequence = f": the global batch is {now}, was {before}" if before != now else ""
         note(f"resumed on {ranks} rank(s), was {len(loaded.loss_sums)}{consequence}")
     if state.batch and reasons:
         state.epoch, state.batch, state.loss_sum = state.epoch + 1, 0, None
@@ -175,3 +178,9 @@ def skip_partial_epoch(state: TrainState, loaded: Checkpoint, config: dict[str, 
             f"the rest of epoch {state.epoch} from batch {loaded.batch} on is skipped, since "
             f"{' and '.join(reasons)} {verb} changed"
         )
+
+
+def _global_batch(ranks: int, config: dict[str, Any]) -> int:
+    """Returns the number of samples in an optimizer step."""
+    samples: int = ranks // config.get(SHARING, 1) * config["batch_size"] * config["ga_steps"]
+    return samples

@@ -7,6 +7,7 @@ samples of one rank; see `model/slabs.py` for what its ranks exchange.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -68,6 +69,9 @@ class GroupSlabs:
     @property
     def count(self) -> int:
         return self.world.size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupSlabs:
+        return self  # the copy of a network is connected with the same ranks
 
     def gather(self, tensor: Tensor) -> Tensor:
         return self.world.stack(tensor)

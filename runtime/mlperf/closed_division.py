@@ -130,7 +130,8 @@ def rule_violations(run: RunFacts) -> list[RuleViolation]:
             violations.append(RuleViolation(f"--{flag}", format_value(values[flag]), format_value(required)))
     schedule, rule = run.schedule, make_schedule(run.schedule.epochs, run.samples_per_epoch)
     if (schedule.first_evaluation, schedule.interval) != (rule.first_evaluation, rule.interval):
-        actual = f"from epoch {schedule.first_evaluation} every {schedule.interval}"
+        first = schedule.first_evaluation
+        actual = f"from epoch {first} every {schedule.interval}" if first else "never"
         violations.append(RuleViolation("evaluation", actual, f"from {rule.first_evaluation} every {rule.interval}"))
     last = math.ceil(RULE_LAST_EPOCH * RULE_SAMPLES / run.samples_per_epoch)
     if schedule.epochs > last:

@@ -183,7 +183,10 @@ def test_too_many_windows_fail_with_the_number_that_fits() -> None:
     assert check.found.startswith("a batch of 1000 window(s) takes 19 MiB on the device")
     assert verdict(check_evaluation(many, [], 0, host(2 * (1000 + 50 + 7 * 20_000), ranks=2))) == verdict(check)
     unknown = replace(many, network=replace(many.network, windows=BatchMemory(((0, 1),), "it reads a value")))
-    assert "takes 2 KiB on the device (it reads a value)" in check_evaluation(unknown, [], 0, gpu(10**6)).found
+    for shapes in ([], [(8, 8, 8)]):
+        found = check_evaluation(unknown, shapes, 0, gpu(10**8)).found
+        assert "on the device (it reads a value); 95 MiB are free" in found
+        assert "fit" not in found, "how many fit is not known"
     fixed = case_memory((32, 32, 32), 1, scoring, BatchMemory(((0, 0),))).peak(0)
     remedy = check_evaluation(many, [(32, 32, 32)], 0, gpu(fixed + 100 * 20_000)).remedy
     fitting = int(remedy.split()[2])

@@ -233,7 +233,7 @@ def test_flags_without_influence_on_the_numbers_are_not_mentioned(make_config: M
     stored = make_config().to_json()
     assert set(INCIDENTAL_FLAGS) < set(stored), "each is a flag"
     assert not {*STRUCTURAL_FLAGS, *ORDER_FLAGS} & set(INCIDENTAL_FLAGS)
-    current = stored | {name: f"another than {stored[name]}" for name in INCIDENTAL_FLAGS}
+    current = stored | {name: f"another than {stored[name]}" for name in INCIDENTAL_FLAGS} | {"seed": -1}
     assert changes(of(config=stored), current, "d1635") == []
 
 
@@ -244,6 +244,12 @@ def test_every_other_flag_is_mentioned(make_config: MakeConfig) -> None:
     note = changes(of(config=stored), current, "d1635")
     assert [text.split()[0].removeprefix("--") for text in note] == expected
     assert {"epochs", "batch_size", "learning_rate", "amp", "ga_steps", "loader"} <= set(expected)
+
+
+@pytest.mark.parametrize(("given", "listed"), [(-1, []), (7, []), (8, ["--seed 8, was 7"])])
+def test_another_seed_than_the_runs_is_mentioned(given: int, listed: list[str], make_config: MakeConfig) -> None:
+    stored, current = make_config(seed=-1).to_json(), make_config(seed=given).to_json()
+    assert changes(of(config=stored, seed=7), current, "d1635") == listed
 
 
 def test_a_flag_added_since_the_save_is_no_change(make_config: MakeConfig) -> None:
@@ -311,7 +317,7 @@ def test_between_epochs_nothing_is_skipped(changed: dict[str, Any], make_state: 
 
 
 def test_another_number_of_ranks_is_reported_and_skips_the_rest_of_the_epoch(make_state: MakeState) -> None:
-    note = "resumed on 3 rank(s), was 2: the global batch changes with it"
+    note = "resumed on 3 rank(s), was 2: the global batch is 6, was 4"
     notes, *place = resumed(make_state, dataclasses.replace(MIDWAY, loss_sums=[1.5, 1.5]), ranks=3)
     assert notes == [note, "the rest of epoch 5 from batch 6 on is skipped, since the number of ranks has changed"]
     assert place == [5, 0, None]
@@ -325,6 +331,17 @@ def test_with_more_ranks_to_a_sample_the_global_batch_stays(make_state: MakeStat
     notes, *_ = resumed(make_state, loaded, ranks=4, ranks_per_sample=2)
     assert notes[0] == "resumed on 4 rank(s), was 2"
     assert "since --ranks_per_sample and the number of ranks have changed" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks", "flags"), [(1, 2, {"batch_size": 1}), (2, 1, {"ga_steps": 2}), (2, 4, {"ranks_per_sample": 2})]
+)
+def test_other_ranks_with_batches_to_match_keep_the_global_batch(
+    before: int, ranks: int, flags: dict[str, int], make_state: MakeState
+) -> None:
+    loaded = of(config=FLAGS, loss_sums=[0.0] * before)
+    notes, *_ = resumed(make_state, loaded, ranks=ranks, **flags)
+    assert notes == [f"resumed on {ranks} rank(s), was {before}"]
 
 
 def test_a_foreign_checkpoint_has_no_number_of_ranks(make_state: MakeState) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,16 @@ def test_ranks_that_cannot_be_divided(world: World) -> None:
 def test_one_rank_to_a_sample_has_no_connection(world: World) -> None:
     groups = SampleGroups.divide(world.rank, world.size, 1)
     assert (groups.count, groups.index, groups.slab, groups.connect(world)) == (1, 0, 0, None)
+
+
+def test_the_copy_of_a_network_keeps_the_connection() -> None:
+    """As the estimate of its memory makes one; a process group cannot be copied."""
+    network = Unet3d(1, 2, filters=(2, 3, 4))
+    slabs = GroupSlabs(World(0, 2, CPU, group=threading.Lock()))
+    network.share_windows(slabs)
+    connected = [module for module in copy.deepcopy(network).modules() if getattr(module, "slabs", None) is not None]
+    assert connected
+    assert all(module.slabs is slabs for module in connected)
 
 
 # Settings of a run

@@ -171,7 +171,6 @@ def test_another_data_set_and_other_counts(make_config: MakeConfig) -> None:
     [
         replace(SCHEDULE, first_evaluation=999),
         replace(SCHEDULE, interval=10),
-        replace(SCHEDULE, first_evaluation=None),
     ],
 )
 def test_another_schedule_is_reported_with_the_rules(schedule: EvalSchedule, make_config: MakeConfig) -> None:
@@ -179,6 +178,11 @@ def test_another_schedule_is_reported_with_the_rules(schedule: EvalSchedule, mak
     assert phrase == (
         f"evaluation from epoch {schedule.first_evaluation} every {schedule.interval}, not from 1000 every 20"
     )
+
+
+def test_a_run_without_evaluations_is_reported(make_config: MakeConfig) -> None:
+    schedule = replace(SCHEDULE, first_evaluation=None)
+    assert violations_of(make_config(), schedule=schedule) == ["evaluation never, not from 1000 every 20"]
 
 
 def test_the_rules_schedule_is_that_of_the_runs_samples(make_config: MakeConfig) -> None:
