@@ -90,6 +90,16 @@ def pseudo_label_cap(data_dir: Path, split: Mapping[str, Sequence[str]] | None =
     return PseudoLabelCap(count=len(cases), max_share=index.pseudo_labels.max_share)
 
 
+def seen_by_teacher(data_dir: Path, cases: Sequence[str]) -> list[str]:
+    """Returns which of these cases the network was trained on that labelled a folder's pseudo-labelled cases."""
+    index = find_index(data_dir)
+    if not index or not index.pseudo_labels:
+        return []
+    pseudo = index.pseudo_labels
+    trained_on = {*index.split["train"]} - {*pseudo.cases} if pseudo.trained_on is None else {*pseudo.trained_on}
+    return sorted(trained_on.intersection(cases))
+
+
 def case_file(data_dir: Path, case: str, kind: str) -> Path:
     """Returns the path of a case's image, kind "x", or label, kind "y"."""
     return data_dir / f"{case}_{kind}.npy"

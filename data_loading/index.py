@@ -86,12 +86,14 @@ class PseudoLabels:
         teacher: SHA-256 of the network's checkpoint.
         threshold: labels below this confidence were discarded.
         max_share: largest share of a batch.
+        trained_on: cases of the folder that the network was trained on; None: its other training cases.
     """
 
     cases: list[str]
     teacher: str
     threshold: float
     max_share: float
+    trained_on: list[str] | None = None
 
     def check(self, split: dict[str, list[str]]) -> None:
         """Raises ValueError if it contradicts the split."""

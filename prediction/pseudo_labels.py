@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from common.cli import Parser, number
 from common.errors import UserError, run_program
 from common.files import replacing
-from common.messages import counted, logger
+from common.messages import counted, logger, note
 from data_loading.dataset import case_file, case_files, read_case
 from data_loading.index import (
     INDEX_NAME,
@@ -39,7 +39,7 @@ from data_loading.index import (
     read_index,
     write_json,
 )
-from data_loading.integrity import check_files, file_md5, file_stamp, split_digest, verify_changed
+from data_loading.integrity import check_files, file_md5, file_stamp, verify_changed
 from data_loading.io.orientation import common_orientation
 from data_loading.io.scan_discovery import Source, find_sources
 from data_loading.preprocessing import foreground_boxes
@@ -51,6 +51,7 @@ from prediction.predict import load_ensemble
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
 from runtime.distributed.world import World
+from runtime.trained_cases import training_split
 
 PREFIX = "pseudo_"
 # Preprocessed image (C, D, H, W) -> probabilities (K, D, H, W).
@@ -82,7 +83,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     index = open_folder(options.data_dir, options.results_dir)
-    check_teacher(options.load_ckpt_path, options.data_dir, index)
+    trained_on = check_teacher(options.load_ckpt_path, options.data_dir, index)
     predict = load_teacher(options.load_ckpt_path, options.data_dir, options.model)
     try:
         options.results_dir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             labelled = list(label_scans(index, options, predict))
         else:
             labelled = [distil(index, case, options, predict) for case in index.split["train"]]
-        write_index(index, labelled, options)
+        write_index(index, labelled, options, trained_on)
     except OSError as error:
         raise UserError(f"--results_dir {options.results_dir}: {error.strerror or error}") from None
     print(f"{counted(len(labelled), 'pseudo-labelled case')} beside {len(index.split['train'])}: {options.results_dir}")
@@ -116,16 +117,28 @@ def open_folder(data_dir: Path, results_dir: Path) -> DatasetIndex:
     return index
 
 
-def check_teacher(path: Path, data_dir: Path, index: DatasetIndex) -> None:
-    """Raises UserError if the teacher was trained on another split: it may have seen D's evaluation cases."""
-    trained_on = checkpoints.load(path).data
-    if trained_on and trained_on != split_digest(data_dir, index.split):
+def check_teacher(path: Path, data_dir: Path, index: DatasetIndex) -> list[str]:
+    """Returns D's cases that the teacher was trained on; notes it if evaluation cases are among them.
+
+    Raises:
+        UserError: it was trained with another split than D's or one of its folds, or on other volumes.
+    """
+    loaded = checkpoints.load(path)
+    if not loaded.data:
+        logger.warning(f"{path} does not record its training data: it may have seen the evaluation cases")
+        return []
+    if (split := training_split(loaded, data_dir)) is None:
         raise UserError(
             f"--load_ckpt_path {path} was trained on another data set or split than --data_dir holds: "
             "it may have seen this one's evaluation cases"
         )
-    if not trained_on:
-        logger.warning(f"{path} does not record its training data: it may have seen the evaluation cases")
+    evaluated = index.split.get("evaluation", [])
+    if seen := {*split["train"]}.intersection(evaluated):
+        note(
+            f"{path} was trained on {len(seen)} of {counted(len(evaluated), 'evaluation case')}: train on "
+            "--results_dir with the same fold (--folds and --fold, or --splits), whose evaluation cases it has not seen"
+        )
+    return split["train"]
 
 
 def load_teacher(path: Path, data_dir: Path, model: str | None) -> Predict:
@@ -225,7 +238,9 @@ def _record(folder: Path, name: str, label: NDArray[np.uint8], *, like: CaseReco
     return replace(like, boxes=foreground_boxes(label, classes), digests=digests, stamps=stamps, voxels=())
 
 
-def write_index(index: DatasetIndex, labelled: list[Labelled], options: argparse.Namespace) -> None:
+def write_index(
+    index: DatasetIndex, labelled: list[Labelled], options: argparse.Namespace, trained_on: list[str]
+) -> None:
     """Writes D2's `dataset.json`, which completes it. Raises UserError if there are no new cases."""
     if not labelled:
         raise UserError(f"--threshold {options.threshold:g}: no scan is labelled with such confidence")
@@ -237,7 +252,11 @@ def write_index(index: DatasetIndex, labelled: list[Labelled], options: argparse
         split={**index.split, "train": [*index.split["train"], *names]},
         cases={**index.cases, **dict(labelled)},
         pseudo_labels=PseudoLabels(
-            cases=names, teacher=teacher, threshold=options.threshold, max_share=options.max_share
+            cases=names,
+            teacher=teacher,
+            threshold=options.threshold,
+            max_share=options.max_share,
+            trained_on=trained_on,
         ),
     )
     write_json(options.results_dir / INDEX_NAME, result.to_json())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.messages import counted, is_main_rank, logger, note
-from data_loading.dataset import pseudo_label_cap, read_spec_and_split
+from data_loading.dataset import pseudo_label_cap, read_spec_and_split, seen_by_teacher
 from data_loading.folds import Fold, LabelledCases, find_folds, note_unused
 from data_loading.integrity import split_digest
 from data_loading.sampler import PseudoLabelCap, batches_per_epoch
@@ -104,8 +104,7 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     check_class_weights(config, dataset)
     data_digest = split_digest(config.data_dir, split)
     loaded = find_checkpoint(config, data_digest, world)
-    pseudo_labels = pseudo_label_cap(config.data_dir, split)
-    check_pseudo_labels(pseudo_labels, config.batch_size)
+    pseudo_labels = read_pseudo_labels(config, split)
     fixed_batches = config.steps_per_epoch * config.ga_steps if config.steps_per_epoch else None
     batches = fixed_batches or batches_per_epoch(len(split["train"]), config.batch_size, groups.count, pseudo_labels)
     samples_per_epoch = batches * config.batch_size * groups.count
@@ -164,13 +163,26 @@ def make_run_spec(config: RunConfig, world: World) -> RunSpec:
     )
 
 
-def check_pseudo_labels(cap: PseudoLabelCap, batch_size: int) -> None:
-    """Raises UserError if a batch has no place for the pseudo-labelled cases, so that none would ever be used."""
-    if cap.count and cap.max_share and not cap.max_per_batch(batch_size):
+def read_pseudo_labels(config: RunConfig, split: Mapping[str, Sequence[str]]) -> PseudoLabelCap:
+    """Returns the cap on pseudo-labelled cases in a batch; notes evaluation cases that their teacher was trained on.
+
+    Raises:
+        UserError: a batch has no place for them, so that none would ever be used.
+    """
+    cap = pseudo_label_cap(config.data_dir, split)
+    if cap.count and cap.max_share and not cap.max_per_batch(config.batch_size):
         raise UserError(
-            f"--batch_size {batch_size}: a share of {cap.max_share:g} of it leaves no place for the "
+            f"--batch_size {config.batch_size}: a share of {cap.max_share:g} of it leaves no place for the "
             f"{counted(cap.count, 'pseudo-labelled case')}; use a larger one, or label again with another --max_share"
         )
+    evaluated = split["evaluation"]
+    if cap.count and (seen := seen_by_teacher(config.data_dir, evaluated)):
+        total = counted(len(evaluated), "evaluation case")
+        note(
+            f"--data_dir {config.data_dir}: the teacher of its pseudo-labels was trained on {len(seen)} of {total}, so "
+            f"these score too well: {seen[0]}, …"
+        )
+    return cap
 
 
 def check_class_weights(config: RunConfig, dataset: DatasetSpec) -> None:
@@ -216,9 +228,25 @@ def read_dataset(
         beside = f" beside {pseudo_labelled} pseudo-labelled" if pseudo_labelled else ""
         trained = f"{counted(len(fold.train), 'training case')}{beside}"
         note(f"{which}: {trained}, {counted(len(fold.val), 'evaluation case')}")
+    return spec, _kept(split, kept), tuple(folds)
+
+
+def split_of_fold(data_dir: Path, fold: Fold, exclude: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the split of a run on this fold of a preprocessed folder.
+
+    Raises:
+        UserError: the folder lacks cases of the fold or of `exclude`.
+    """
+    whole = read_spec_and_split(data_dir, evaluation_ids())[1]
+    labelled = LabelledCases.find(data_dir, whole, only_training=False)
+    labelled.check(fold, "the fold", "give the --data_dir that it was made of")
+    return _kept(labelled.with_fold(fold), leave_out(whole, exclude))
+
+
+def _kept(split: Mapping[str, Sequence[str]], kept: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Returns a split without the cases that another one of the same folder lacks."""
     cases = {case for part in kept.values() for case in part}
-    excluded = [case for part in split.values() for case in part if case not in cases]
-    return spec, leave_out(split, excluded), tuple(folds)
+    return leave_out(split, [case for part in split.values() for case in part if case not in cases])
 
 
 def _choose_fold(

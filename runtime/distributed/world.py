@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 # For all ranks to come: a cold network disk may take minutes to import torch.
 JOIN_TIMEOUT = timedelta(minutes=5)
+# DDP's warning of a gradient in another memory order than its weight; false for a convolution of one channel, such as
+# the first, whose orders lay out the same memory.
+SAME_MEMORY = r"(?s)Grad strides do not match bucket view strides.*grad\.sizes\(\) = \[\d+, 1, "
 # Polling interval while waiting for other ranks.
 POLL_S = 0.01
 
@@ -263,6 +267,7 @@ class World:
         """Returns the model with gradients averaged over the ranks; in a world of one the model itself."""
         if self.size == 1:
             return model
+        warnings.filterwarnings("ignore", SAME_MEMORY)
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from data_loading.dataset import case_file, pseudo_label_cap, read_case, read_spec_and_split
+from common.messages import notes_held, take_notes
+from data_loading.dataset import case_file, pseudo_label_cap, read_case, read_spec_and_split, seen_by_teacher
+from data_loading.folds import Fold
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from data_loading.integrity import check_files, file_md5, split_digest
 from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.sampler import PseudoLabelCap
-from prediction.pseudo_labels import main
+from prediction.pseudo_labels import check_teacher, main
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import save
+from runtime.run_spec import read_pseudo_labels, split_of_fold
 from runtime.train_state import TrainState
 
 MODEL = "tests.prediction.test_pseudo_labels:ImageReader"
@@ -209,3 +212,75 @@ def test_user_errors_are_one_line(folder: Path, teacher: Path, tmp_path: Path) -
     save(teacher, {**saved, "data": split_digest(folder, read_spec_and_split(folder, [])[1])})
     run(folder, teacher, tmp_path / "results")
     refused("has pseudo-labels itself", data=tmp_path / "results", results=tmp_path / "more")
+
+
+# Folds
+
+
+@pytest.fixture
+def fold_teacher(folder: Path, teacher: Path) -> Path:
+    """Trained on a fold that holds out a training case of the folder, and trains on its evaluation case."""
+    split = read_index(folder / INDEX_NAME).split
+    held_out, *others = split["train"]
+    fold = Fold(tuple(sorted([*others, *split["evaluation"]])), (held_out,))
+    saved = torch.load(teacher, weights_only=True)
+    save(teacher, {**saved, "fold": fold.to_json(), "data": split_digest(folder, split_of_fold(folder, fold, ()))})
+    return teacher
+
+
+def test_a_teacher_of_a_fold_is_for_runs_on_the_same_fold(
+    folder: Path, fold_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    assert run(folder, fold_teacher, results) == 0
+    assert "was trained on 1 of 1 evaluation case: train on --results_dir with the same fold" in capsys.readouterr().err
+    split, fold = read_index(folder / INDEX_NAME).split, checkpoints.load(fold_teacher).fold
+    assert fold is not None
+    assert seen_by_teacher(results, split["evaluation"]) == split["evaluation"]
+    assert seen_by_teacher(results, fold.val) == []
+
+
+def test_a_teacher_of_other_volumes_of_the_same_fold_is_refused(
+    folder: Path, fold_teacher: Path, tmp_path: Path
+) -> None:
+    index = read_index(folder / INDEX_NAME)
+    case = index.split["train"][0]
+    changed = replace(index.cases[case], digests={"x": "0" * 32, "y": "1" * 32})
+    write_json(folder / INDEX_NAME, replace(index, cases={**index.cases, case: changed}).to_json())
+    with pytest.raises(UserError, match="trained on another data set or split"):
+        check_teacher(fold_teacher, folder, read_index(folder / INDEX_NAME))
+
+
+def test_a_teacher_that_left_cases_out_has_not_seen_them(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    index = read_index(folder / INDEX_NAME)
+    left_out, *others = index.split["train"]
+    saved = torch.load(teacher, weights_only=True)
+    data = split_digest(folder, {**index.split, "train": others})
+    save(teacher, {**saved, "config": {**saved["config"], "exclude": [left_out]}, "data": data})
+    assert check_teacher(teacher, folder, index) == others
+
+
+def test_a_run_notes_evaluation_cases_that_the_teacher_was_trained_on(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """A folder's own split and one fold of it: the teacher of the former was trained on cases of the latter."""
+    results = tmp_path / "results"
+    assert run(folder, teacher, results) == 0
+    config, _ = parse_arguments(["--data_dir", str(results), "--batch_size", "2"])
+    first, second, *_ = (split := read_index(folder / INDEX_NAME).split)["train"]
+
+    def notes(evaluated: list[str]) -> list[str]:
+        with notes_held():
+            read_pseudo_labels(
+                config, {"train": read_index(results / INDEX_NAME).split["train"], "evaluation": evaluated}
+            )
+            return take_notes()
+
+    assert notes(split["evaluation"]) == []
+    (line,) = notes([second, first, *split["evaluation"]])
+    assert line.endswith(f"was trained on 2 of 3 evaluation cases, so these score too well: {first}, …")
+    index = read_index(results / INDEX_NAME)
+    assert index.pseudo_labels is not None
+    earlier = replace(index.pseudo_labels, trained_on=None)  # of a version that did not record it
+    write_json(results / INDEX_NAME, replace(index, pseudo_labels=earlier).to_json())
+    assert notes([second, *split["evaluation"]]) == [line.replace("2 of 3", "1 of 2").replace(first, second)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -118,3 +119,12 @@ def test_the_model_is_wrapped_for_the_ranks_own_gpu(two: World, monkeypatch: pyt
     monkeypatch.setattr(distributed, "DistributedDataParallel", wrap)
     two.wrap(torch.nn.Linear(1, 1))
     assert given["device_ids"] == [GPU]
+
+
+@pytest.mark.parametrize(("channels", "warns"), [(1, 0), (2, 1)])
+def test_ddps_warning_of_strides_is_kept_where_they_lay_out_memory_in_another_way(channels: int, warns: int) -> None:
+    text = "Grad strides do not match bucket view strides. This may …\ngrad.sizes() = [4, {}, 3, 3, 3], strides() = […"
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        warnings.filterwarnings("ignore", distributed.SAME_MEMORY)
+        warnings.warn(text.format(channels), UserWarning, stacklevel=1)
+    assert len(caught) == warns
