@@ -6,8 +6,8 @@
 D2 holds D's cases and additional training cases `pseudo_…`. Without --unlabelled these are D's training cases again
 (self-distillation): the teacher's label replaces the manual one where its probability reaches the threshold. With
 --unlabelled they are those scans (NIfTI files or DICOM series) whose mean foreground probability reaches it. D's other
-subsets do not change: none of their scans is labelled. `dataset.json` records the teacher's SHA-256 and the threshold;
-training limits pseudo-labelled samples to the share --max_share of a batch.
+subsets do not change: none of their scans is labelled. `dataset.json` records the teacher's SHA-256, its training cases
+and the threshold; training limits pseudo-labelled samples to the share --max_share of a batch.
 """
 
 from __future__ import annotations

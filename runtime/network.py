@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.messages import counted, note
+from common.messages import counted, is_main_rank, note
 from data_loading.spec import DatasetSpec
 from model.finetune import freeze, load_part, output_layers
 from model.fused_norms import fuse_norms
@@ -50,6 +50,9 @@ def load_trained(checkpoint: Checkpoint, config: RunConfig, dataset: DatasetSpec
     check_window(network, window, "--val_input_shape", channels=dataset.channels, classes=len(dataset.classes))
     fuse_foreign_norms(config, network, dataset, window)
     checkpoints.load_network(network, checkpoint.state(config.checkpoint)[0], checkpoint.path)
+    # Without an evaluation, the last weights are the best as well.
+    if checkpoint.batch and (config.checkpoint == "last" or checkpoint.best_score is None) and is_main_rank():
+        note(f"{checkpoint.path}: the last weights, after {checkpoint.place}")
     return to_device(network.eval(), device, config.layout)
 
 

@@ -90,6 +90,11 @@ class Checkpoint:
         """Epoch and mean Dice of the best evaluation; None if nothing was evaluated."""
         return (self.best_epoch, self.best_dice) if self.best_dice >= 0 else None
 
+    @property
+    def place(self) -> str:
+        """Where the run was when its last state was saved, as a phrase."""
+        return f"batch {self.batch} of epoch {self.last_epoch + 1}" if self.batch else f"epoch {self.last_epoch}"
+
     def state(self, name: str) -> tuple[dict[str, Tensor], int]:
         """Returns the weights of the "best" or the "last" state, averages if the run makes them, and its epoch."""
         return (self.average or self.last, self.last_epoch) if name == "last" else (self.best, self.best_epoch)

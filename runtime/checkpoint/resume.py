@@ -118,8 +118,7 @@ def changes(loaded: Checkpoint, config: dict[str, Any], data: str) -> list[str]:
 
 def describe(loaded: Checkpoint, changed: Sequence[str]) -> str:
     """Returns the line that reports where the run resumes."""
-    where = f"batch {loaded.batch} of epoch {loaded.last_epoch + 1}" if loaded.batch else f"epoch {loaded.last_epoch}"
-    return f"resumed from {loaded.path} after {where}" + (f"; changed: {', '.join(changed)}" if changed else "")
+    return f"resumed from {loaded.path} after {loaded.place}" + (f"; changed: {', '.join(changed)}" if changed else "")
 
 
 def restore(state: TrainState, checkpoint: Checkpoint, rank: int = 0) -> None:

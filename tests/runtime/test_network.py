@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.messages import take_notes
+from common.messages import notes_held, take_notes
+from data_loading.spec import KITS19
 from model.normalization import InstanceNormActivation
 from model.unet3d import Unet3d
 from runtime import build
 from runtime.arguments import RunConfig
+from runtime.checkpoint.format import Checkpoint
 from runtime.distributed.world import World
 from runtime.flag_fields import trusted_spec
-from runtime.network import prepare_network
+from runtime.network import load_trained, prepare_network
 from runtime.run_spec import make_run_spec
 
 HERE = "tests.runtime.test_network"
@@ -54,6 +56,24 @@ def test_norms_of_other_networks_are_fused_in_channels_last_unless_the_flag_forb
     assert fused()
     assert not fused(fuse_norms=False)
     assert not fused(layout="NCDHW")
+
+
+@pytest.mark.parametrize(
+    ("name", "best_dice", "batch", "noted"),
+    [("last", 0.5, 6, True), ("best", 0.5, 6, False), ("best", -1.0, 6, True), ("last", 0.5, 0, False)],
+)
+def test_weights_within_an_epoch_are_not_taken_for_those_at_its_end(
+    name: str, best_dice: float, batch: int, noted: bool, make_config: Callable[..., RunConfig]
+) -> None:
+    weights = Unet3d(1, 3, filters=(2, 3)).state_dict()
+    checkpoint = Checkpoint(
+        path=Path("c.pth"), best=weights, last=weights, last_epoch=4, batch=batch, best_dice=best_dice
+    )
+    config = make_config(model=trusted_spec("unet3d(filters=(2,3))"), val_input_shape=(8, 8, 8), checkpoint=name)
+    with notes_held():
+        load_trained(checkpoint, config, KITS19, torch.device("cpu"))
+        notes = take_notes()
+    assert notes == ["c.pth: the last weights, after batch 6 of epoch 5"] * noted
 
 
 def test_blocks_of_unet3d_are_computed_again_on_demand(prepare: Callable[..., nn.Module]) -> None:
