@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.progress import track
 from data_loading.dataset import map_array
-from data_loading.index import INDEX_NAME, read_index
+from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, read_index
 from data_loading.integrity import file_md5, file_stamp, record_verified, recorded_digests
 from data_loading.mlperf_md5 import MLPERF_CASES, Comparison, compare, describe_known, doubtful_cases, published_md5
 from data_loading.spec import KITS19, DatasetSpec
@@ -28,18 +28,22 @@ def verify(results_dir: Path, checksums: Path | None) -> int:
     Prints each file that differs, and what is known about it.
 
     Returns:
-        Exit status: 0 when everything agrees, 1 when something differs.
+        Exit status: 0 when everything agrees, 1 when something differs or preprocessing was interrupted.
 
     Raises:
         UserError: nothing to verify, or `checksums` is not a JSON file of {name: MD5}.
     """
-    files = sorted([*results_dir.glob("*_x.npy"), *results_dir.glob("*_y.npy")])
+    files = sorted(path for kind in "xy" for path in results_dir.glob(f"*_{kind}.npy") if path.is_file())
     if not files:
         raise UserError(f"--results_dir {results_dir}: no preprocessed cases in it")
     stamps = {path.name: file_stamp(path) for path in files}
     found = {path.name: file_md5(path) for path in track(files, len(files), "MD5", "file")}
     is_intact, spec = True, KITS19  # a folder without an index was written by the reference
-    if (results_dir / INDEX_NAME).exists():
+    if (results_dir / PARTIAL_INDEX_NAME).is_file() and not (results_dir / INDEX_NAME).is_file():
+        _compare(found, recorded_digests(read_index(results_dir / PARTIAL_INDEX_NAME).cases), PARTIAL_INDEX_NAME)
+        print(f"{results_dir}: preprocessing was interrupted; run it again, it completes the folder")
+        return 1
+    if (results_dir / INDEX_NAME).is_file():
         index = read_index(results_dir / INDEX_NAME)
         spec = index.spec
         recorded = recorded_digests(index.cases)

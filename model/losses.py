@@ -300,6 +300,8 @@ def build_loss(spec: Spec | str, include_background: bool, classes: int, ignore_
     if ignore_label is not None:
         defaults |= {"ignore_label": ignore_label, "ignore_index": ignore_label}
     loss = resolved.call({}, defaults)
+    if isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError(f"--loss {str(spec)!r} has parameters of its own, which nothing would train; use buffers")
     if ignore_label not in (None, getattr(loss, "ignore_label", None), getattr(loss, "ignore_index", None)):
         raise UserError(
             f"--loss {str(spec)!r} counts every voxel, also those that the data set's ignore label leaves out; use "

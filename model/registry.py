@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from common.compat import is_meta_device_problem
 from common.errors import UserError, one_line
@@ -45,6 +46,8 @@ ALLOWED = Allowlist(
     overrides=NO_DOWNLOAD,
     classes_of=("torch.nn",),  # such as nnU-Net's conv_op
 )
+# Training passes after which a parameter counts as unused: stochastic depth leaves out some layers in each.
+PASSES = 8
 # Multiples tried when looking for the nearest valid window.
 MULTIPLES = (2, 4, 8, 16, 32, 64, 128)
 
@@ -95,6 +98,8 @@ def build_network(
         raise UserError(f"--model {resolved.name} cannot read its weights: {one_line(error)}{hint}") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {resolved.name} returns a {type(network).__name__}, not a torch.nn.Module")
+    if any(isinstance(p, UninitializedParameter) for p in network.parameters()):
+        raise UserError(f"--model {resolved.name} has lazy layers, whose shapes are not known yet; give their channels")
     unify_outputs(network, dimensions)
     return network
 
@@ -140,7 +145,10 @@ def check_window(network: nn.Module, shape: Sequence[int], flag: str, *, channel
     if own := getattr(network, "check_window", None):
         own(shape, flag)
         return
-    meta_network = to_meta(network)
+    try:
+        meta_network = to_meta(network)
+    except Exception:  # a network that cannot be copied, such as with torch.nn.utils.weight_norm
+        return
     problem = _problem(meta_network, shape, channels, classes)
     # A network that creates tensors on another device than its input's cannot be checked without computing.
     if not problem or is_meta_device_problem(problem):
@@ -207,13 +215,19 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     """
     if isinstance(network, Unet3d):
         return []
-    meta_network = to_meta(network).train()
+    unused = [name for name, p in network.named_parameters() if p.requires_grad]
     try:
-        outputs: Outputs = meta_network(torch.empty(2, channels, *shape, device="meta"))
-        torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
+        meta_network = to_meta(network).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same parameters in every run
+            for _ in range(PASSES):
+                outputs: Outputs = meta_network(torch.empty(2, channels, *shape, device="meta"))
+                torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
+                unused = [name for name in unused if meta_network.get_parameter(name).grad is None]
+                if not unused:
+                    break
     except Exception:  # as in `check_window`: unknown without computing
         return []
-    unused = [name for name, p in meta_network.named_parameters() if p.requires_grad and p.grad is None]
     for name in unused:
         network.get_parameter(name).requires_grad_(False)
     return unused

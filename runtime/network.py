@@ -61,7 +61,8 @@ def prepare_network(run: RunSpec) -> nn.Module:
     config, dataset = run.config, run.dataset
     seed_process(run.seeds.master, deterministic=config.cudnn_deterministic, autotune=config.cudnn_benchmark)
     network = make_checked_network(config, dataset)
-    freeze_unused(network, dataset.channels, config.input_shape)
+    if unused := freeze_unused(network, dataset.channels, config.input_shape):
+        note(f"{counted(len(unused), 'parameter')} without influence on the output, not trained: {unused[0]}, …")
     if found := fuse_foreign_norms(config, network, dataset, config.input_shape):
         note(f"--fuse_norms: instance norms computed in channels-last: {found}; --no-fuse_norms leaves them")
     _share_windows(run, network)

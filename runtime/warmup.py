@@ -33,11 +33,17 @@ REPETITIONS = 5
 def preserve_state(state: TrainState) -> Iterator[None]:
     """Restores weights, buffers, optimizer, scaler and random generators afterwards, bit for bit."""
     saved = copy.deepcopy((state.network.state_dict(), state.optimizer.state_dict(), state.scaler.state_dict()))
+    # Some are not in the state dict.
+    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
     network, optimizer, scaler = saved
     state.network.load_state_dict(network)
+    for name, buffer in buffers.items():
+        if name not in network:
+            owner, _, leaf = name.rpartition(".")
+            setattr(state.network.get_submodule(owner), leaf, buffer)
     state.optimizer.load_state_dict(optimizer)
     if scaler:  # a disabled scaler has no state, and refuses an empty one
         state.scaler.load_state_dict(scaler)

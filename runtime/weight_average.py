@@ -26,16 +26,17 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._own = network.state_dict()  # shares the network's memory
-        self.weights = {name: tensor.detach().clone() for name, tensor in self._own.items()}
+        self._network = network
+        self.weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
     def update(self, step: int) -> None:
         """Takes in the weights after that many steps of the run."""
         share = 1 - min(self._decay, (1 + step) / (10 + step))
-        means = [name for name, tensor in self._own.items() if tensor.is_floating_point()]
-        foreach_lerp([self.weights[name] for name in means], [self._own[name] for name in means], share)
-        for name in self._own.keys() - means:
-            self.weights[name].copy_(self._own[name])
+        own = self._network.state_dict()  # each time: a network may replace a buffer by another tensor
+        means = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        foreach_lerp([self.weights[name] for name in means], [own[name] for name in means], share)
+        for name in own.keys() - means:
+            self.weights[name].copy_(own[name])
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continues from these averages."""

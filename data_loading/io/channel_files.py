@@ -17,11 +17,11 @@ CHANNEL_NAME = re.compile(r"(.+)_(\d{4})(\.nii(?:\.gz)?)", re.IGNORECASE)
 
 
 def by_case(files: Iterable[Path]) -> dict[str, dict[int, Path]]:
-    """Returns the files that have such names, by case and number of the channel."""
+    """Returns the files that have such names, by case and number of the channel; of several, the first."""
     found: dict[str, dict[int, Path]] = {}
     for file in files:
         if match := CHANNEL_NAME.fullmatch(file.name):
-            found.setdefault(match[1], {})[int(match[2])] = file
+            found.setdefault(match[1], {}).setdefault(int(match[2]), file)
     return found
 
 
@@ -39,10 +39,14 @@ def scans_of(files: Sequence[Path], channels: int) -> dict[str, list[Path]]:
 
 
 def channels_beside(scan: Path) -> list[Path]:
-    """Returns the files of a scan's folder whose names make them channels of this one; the scan alone for any other."""
+    """Returns the files of a scan's folder whose names make them channels of this one; the scan alone for any other.
+
+    Beside x_0000.nii, a file x_0000.nii.gz is another scan, and x_0001.nii comes before x_0001.nii.gz.
+    """
     if not (match := CHANNEL_NAME.fullmatch(scan.name)):
         return [scan]
-    return sorted(by_case(scan.parent.iterdir())[match[1]].values())
+    others = sorted(scan.parent.iterdir(), key=lambda file: not file.name.endswith(match[3]))
+    return sorted(by_case([scan, *others])[match[1]].values())
 
 
 def read_channel_files(files: Sequence[Path], name: str) -> Volume:

@@ -117,6 +117,11 @@ def _classes_found(masks: Sequence[Path], source: str, ignore_label: int | None)
             )
     found = merged(find_values(read_mask(path).array, ignore_label) for path in masks)
     labels = LabelMap.from_keys(found, source)
+    if found.keys() >= {1, MAX_VALUE} and found.keys() <= {0, 1, MAX_VALUE}:
+        raise UserError(
+            f"{source}: in some masks white is 1, as in 1-bit images, in others {MAX_VALUE}; if both are one class, "
+            f"give --labels 1,{MAX_VALUE}=1, else list each, such as --labels 1=1 {MAX_VALUE}=2"
+        )
     if greys := sorted(found.keys() - {0, MAX_VALUE}) if found.keys() >= {0, MAX_VALUE} else []:
         listed = ", ".join(map(str, greys[:5])) + (", …" if len(greys) > 5 else "")
         raise UserError(

@@ -77,7 +77,7 @@ def test_what_the_spec_leaves_out_is_set_by_the_program(spec: str, made_with: tu
         (f"{HERE}:no_loss", "cannot compare logits of 3 classes with labels: 'int' object is not callable"),
         (f"{HERE}:pair", "returns a tuple, not a single number"),
         ("torch.nn:CrossEntropyLoss(reduction='none')", r"returns \(1, 8, 8, 8\), not a single number; .*reduction"),
-        ("torch.nn:Conv3d(in_channels=1, out_channels=1, kernel_size=1)", "cannot compare"),
+        ("torch.nn:Conv3d(in_channels=1, out_channels=1, kernel_size=1)", "has parameters of its own, which nothing"),
         ("dise", "'dise': unknown name; available: dice, dice_ce"),
         ("dice_ce(weight=2)", "unknown argument 'weight'; it takes include_background=False"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,49 @@ def test_parameters_that_do_not_affect_the_logits_are_frozen() -> None:
     assert freeze_unused(network, 2, (4, 4, 4)) == ["unused.weight", "unused.bias"]
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["unused.weight", "unused.bias"]
     assert freeze_unused(build("unet3d(filters=(2,4))"), 2, (4, 4, 4)) == []
+
+
+class LayerDrop(nn.Module):
+    """Leaves out a layer in half of the training steps."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.sometimes = nn.Conv3d(in_channels, in_channels, 1)
+        self.unused = nn.Conv3d(in_channels, in_channels, 1, bias=False)
+        self.output = nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        is_left_out = self.training and torch.rand(()).item() < 0.5
+        logits: Tensor = self.output(image if is_left_out else image + self.sometimes(image))
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_that_are_sometimes_left_out_are_trained(seed: int) -> None:
+    network = build(f"{HERE}:LayerDrop")
+    torch.manual_seed(seed)
+    state = torch.get_rng_state()
+    assert freeze_unused(network, 2, (4, 4, 4)) == ["unused.weight"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class WeightNorm(nn.Sequential):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            super().__init__(torch.nn.utils.weight_norm(nn.Conv3d(in_channels, out_channels, 1)))
+
+
+class Lazy(nn.Sequential):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.LazyConv3d(out_channels, 1))
+
+
+def test_a_network_that_cannot_be_copied_is_not_checked_and_lazy_layers_are_refused() -> None:
+    network = build(f"{HERE}:WeightNorm")
+    check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
+    assert freeze_unused(network, 2, (4, 4, 4)) == []
+    with warnings.catch_warnings(action="ignore"), pytest.raises(UserError, match="has lazy layers"):
+        build(f"{HERE}:Lazy")
 
 
 @pytest.mark.parametrize(

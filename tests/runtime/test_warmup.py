@@ -67,6 +67,19 @@ def test_a_warm_up_leaves_no_trace(
     assert all(p.grad is None for p in state.network.parameters())
 
 
+def test_buffers_outside_of_the_state_dict_come_back_too(make_state: Callable[..., TrainState]) -> None:
+    state = make_state("sgd")
+    inner = next(state.network.children())
+    for module, name in ((state.network, "count"), (inner, "inner"), (inner, "replaced")):
+        module.register_buffer(name, torch.ones(2), persistent=False)
+    with preserve_state(state):
+        state.network.get_buffer("count").add_(1)
+        inner.get_buffer("inner").zero_()
+        inner.replaced = torch.zeros(3)
+    assert [b.tolist() for b in (state.network.get_buffer("count"), *inner.buffers(recurse=False))] == [[1, 1]] * 3
+    assert "count" not in state.network.state_dict()
+
+
 def test_the_first_loss_is_the_same_with_and_without(
     make_state: Callable[..., TrainState], settings: StepConfig
 ) -> None:

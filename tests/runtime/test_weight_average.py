@@ -40,6 +40,14 @@ def test_the_average_follows_its_recurrence() -> None:
     assert network.weight.item() == 29**2
 
 
+def test_a_buffer_that_the_network_replaces_is_averaged() -> None:
+    network = nn.BatchNorm1d(1)
+    average = WeightAverage(network, 0.0)
+    network.running_mean = torch.full((1,), 5.0)
+    average.update(1)
+    assert average.weights["running_mean"].item() == 5.0
+
+
 def test_training_itself_is_the_same(
     make_state: MakeState, make_batches: MakeBatches, same_weights: SameWeights
 ) -> None:

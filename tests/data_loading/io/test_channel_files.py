@@ -46,6 +46,19 @@ def test_masks_lose_the_number_of_the_channel(tmp_path: Path, write_scan: Callab
     assert [source.read(2).array[:, 0, 0, 0].tolist() for source in sources] == [[0, 1], [2, 3]]
 
 
+@pytest.mark.parametrize("named", ["a_0000.nii", "a_0000.nii.gz"])
+def test_the_named_file_is_predicted_also_beside_one_with_another_ending(
+    named: str, tmp_path: Path, write_scan: Callable[..., None]
+) -> None:
+    names = ["a_0000.nii", "a_0000.nii.gz", "a_0001.nii", "a_0001.nii.gz"]
+    folder = write(tmp_path / "one", write_scan, *names[:2])
+    (source,) = find_sources(folder / named, tmp_path / "out.nii.gz", None, 1)
+    assert source.read(1).array[0, 0, 0, 0] == names.index(named)
+    folder = write(tmp_path / "two", write_scan, *names)
+    (source,) = find_sources(folder / named, tmp_path / "out.nii.gz", None, 2)
+    assert source.read(2).array[:, 0, 0, 0].tolist() == [names.index(named), names.index(named) + 2]
+
+
 def test_a_single_file_brings_its_other_channels(tmp_path: Path, write_scan: Callable[..., None]) -> None:
     folder = write(tmp_path / "imagesTs", write_scan, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
     (source,) = find_sources(folder / "a_0000.nii.gz", tmp_path / "mask.nii.gz", None, 2)

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import UserError
 from data_loading import mlperf_md5, verification
-from data_loading.index import INDEX_NAME
+from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME
 from data_loading.integrity import VERIFIED_NAME, file_md5, fingerprint
 from data_loading.mlperf_md5 import DOUBTFUL_CASES
 from tests.data_loading.preprocess.program import flip_byte, to_hash, verify
@@ -35,6 +35,29 @@ def test_verified_files_are_not_hashed_by_the_next_run(copy: tuple[Path, Path]) 
     assert to_hash(out) == ["case_00000_x.npy", "case_00001_x.npy"]
     assert verify(out) == 1
     assert to_hash(out) == ["case_00001_x.npy"]
+
+
+def test_verify_of_an_interrupted_folder_compares_and_fails(
+    copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = copy
+    (out / INDEX_NAME).rename(out / PARTIAL_INDEX_NAME)
+    assert verify(out) == 1
+    assert "preprocessing was interrupted; run it again" in capsys.readouterr().out
+    name = min(file.name for file in out.glob("*_x.npy"))
+    flip_byte(out / name)
+    assert verify(out) == 1
+    assert f"{name}: DIFFERENT from {PARTIAL_INDEX_NAME}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_verify_does_not_wait_for_a_pipe(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = copy
+    pipe = min(out.glob("*_x.npy"))
+    pipe.unlink()
+    os.mkfifo(pipe)
+    assert verify(out) == 1
+    assert f"{pipe.name}: MISSING" in capsys.readouterr().out
 
 
 def test_verify_lists_different_and_missing_files(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,6 +228,16 @@ def test_masks_that_compression_or_scaling_changed_need_labels(
     assert index.spec.classes == ("background", "cell")
 
 
+def test_white_of_1_bit_masks_is_joined_with_that_of_others(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(mask_of(3) > 0).save(folders[1] / "3.bmp")
+    assert "white is 1, as in 1-bit images, in others 255" in refused(capsys, "images", *folders)
+    preprocess("images", *folders, tmp_path / "out", "--labels 1,255=1")
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "3")[1][0, 0], mask_of(3) // 255)
+    np.testing.assert_array_equal(arrays(tmp_path / "out", "2")[1][0, 0], mask_of(2) // 255)
+
+
 def test_files_that_are_not_read_are_counted(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
