@@ -168,26 +168,37 @@ def _interpolate(batch: NDArray[Any], size: tuple[int, ...], **how: Any) -> NDAr
     return interpolated
 
 
-def normalise(image: NDArray[np.float32], spec: DatasetSpec) -> NDArray[np.float32]:
+def normalise(
+    image: NDArray[np.float32], spec: DatasetSpec, whole: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
     """Clips a (C, D, H, W) image to the spec's window, then scales it by the spec's `intensity`, in float32.
 
     Without mean and std in the spec, each channel's own are used; a constant channel becomes 0.
+
+    Args:
+        whole: the scan that the image is a part of, whose values are used instead of its own.
     """
-    if spec.intensity_window is not None:
+
+    def clipped(array: NDArray[np.float32]) -> NDArray[np.float32]:
+        if spec.intensity_window is None:
+            return array
         low, high = spec.intensity_window
-        image = np.clip(image, np.float32(low), np.float32(high))
+        return np.clip(array, np.float32(low), np.float32(high))
+
+    image = clipped(image)
+    scan = image if whole is None else clipped(whole)
     if spec.intensity == "none":
         return image
     if spec.intensity == "minmax":
-        ends = spec.intensity_window or (_per_channel(image, np.min), _per_channel(image, np.max))
+        ends = spec.intensity_window or (_per_channel(scan, np.min), _per_channel(scan, np.max))
         bottom, top = (np.asarray(end, np.float32) for end in ends)
         extent = np.where(top > bottom, top - bottom, np.float32(1))
         return ((image - bottom) / extent).astype(np.float32, copy=False)
     if spec.mean is not None and spec.std is not None:
         return (image - np.float32(spec.mean)) / np.float32(spec.std)
     # Sums in float64: a float32 sum over 10^8 voxels loses three digits.
-    mean = image.mean(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
-    std = image.std(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
+    mean = scan.mean(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
+    std = scan.std(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
     scaled: NDArray[np.float32] = ((image - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
     return scaled
 
@@ -198,19 +209,23 @@ def _per_channel(image: NDArray[np.float32], statistic: Callable[..., Any]) -> N
     return found
 
 
-def foreground_box(image: NDArray[np.float32], spec: DatasetSpec) -> Box | None:
+def foreground_box(
+    image: NDArray[np.float32], spec: DatasetSpec, whole: NDArray[np.float32] | None = None
+) -> Box | None:
     """Returns the bounding box of the voxels above the window's lower end; without a window, above the channel's mean.
 
     One channel above is enough.
 
     Args:
         image: (C, D, H, W), not clipped yet.
+        whole: the scan that the image is a part of, whose mean is used instead of its own.
 
     Returns:
         The box, or None if no voxel is above.
     """
+    scan = image if whole is None else whole
     floor = (
-        spec.intensity_window[0] if spec.intensity_window else _per_channel(image, partial(np.mean, dtype=np.float64))
+        spec.intensity_window[0] if spec.intensity_window else _per_channel(scan, partial(np.mean, dtype=np.float64))
     )
     body: NDArray[np.bool_] = np.any(image > floor, axis=0)
     if not body.any():
@@ -273,7 +288,7 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
     )
     array = _reorient_and_crop(array, transform)
     if spec.foreground_crop:
-        transform = replace(transform, crop=foreground_box(array, spec))
+        transform = replace(transform, crop=foreground_box(array, spec, image.whole))
         array = _reorient_and_crop(image.array, transform)
     shape, spacing_mm = transform.cropped.shape, transform.cropped.spacing_mm
     if spec.size is not None:
@@ -283,7 +298,7 @@ def preprocess_image(image: Volume, spec: DatasetSpec) -> tuple[NDArray[np.float
         shape = resampled_shape(shape, spacing_mm, spec.spacing_mm)
         array = resample_image(array, shape)
     padding = edge_padding(shape, spec.min_shape)
-    array = pad_with_edges(normalise(array, spec), padding)
+    array = pad_with_edges(normalise(array, spec, image.whole), padding)
     before = as_shape([first for first, _ in padding])
     return array, replace(transform, resampled_shape=shape, padding_before=before, shape=as_shape(array.shape[1:]))
 

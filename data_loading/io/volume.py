@@ -104,11 +104,13 @@ class Volume:
         array: (C, D, H, W).
         geometry: its position in space.
         notes: what the user should know about its file, one line each.
+        whole: for a part of a scan, the whole scan's array, whose intensities decide how the part is scaled.
     """
 
     array: NDArray[Any]
     geometry: Geometry
     notes: tuple[str, ...] = ()
+    whole: NDArray[Any] | None = None
 
 
 def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:

@@ -60,7 +60,9 @@ class ScanCase(RawCase):
 
     def settings(self) -> str:
         by_size = self.labels is not None and self.labels.by_size and self.labels.has_names()
-        return super().settings() + " by size" * by_size + (f" slab {self.slab}" if self.slab else "")
+        return (
+            super().settings() + " by size" * by_size + (f" slab {self.slab}, scaled as the scan" if self.slab else "")
+        )
 
     def read(self) -> tuple[Volume, Volume]:
         """Reads the case as `RawCase.read` does; the origin of a slab is at its first slice."""
@@ -71,7 +73,8 @@ class ScanCase(RawCase):
         d, h, _ = image.geometry.shape
         geometry = image.geometry.cropped((0, 0, first), (d, h, count))
         slices = slice(first, first + count)
-        return Volume(image.array[..., slices], geometry), Volume(label.array[..., slices], geometry, label.notes)
+        part = Volume(image.array[..., slices], geometry, image.notes * (first == 0), whole=image.array)
+        return part, Volume(label.array[..., slices], geometry, label.notes)
 
 
 def _read_scan(scan: ScanCase) -> tuple[Volume, Volume]:

@@ -131,7 +131,7 @@ def snapshot(
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "average": state.average.weights if state.average else None,
-        "callback_state": copy.deepcopy(state.callback_state),
+        "callback_state": _plain(copy.deepcopy(state.callback_state), "callback_state"),
     }
     # The best network and the one under evaluation are on the host already, as copies.
     best = {"epoch": state.best_epoch, "mean_dice": state.best_dice, "network": state.best_network}
@@ -148,6 +148,23 @@ def _on_host(value: Any) -> Any:
         return {key: _on_host(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_on_host, value))
+    return value
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Returns a value that a checkpoint can hold: `load` unpickles no classes.
+
+    Raises:
+        UserError: a part of it is anything else.
+    """
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _plain(part, f"{name}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _plain(part, name)
+    elif type(value) not in (str, int, float, bool, type(None)) and not isinstance(value, Tensor):
+        raise UserError(f"{name} holds a {type(value).__name__}: a callback or schedule may keep plain values only")
     return value
 
 

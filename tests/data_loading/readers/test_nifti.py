@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,10 +14,12 @@ import pytest
 from common.errors import UserError
 from data_loading.dataset import read_spec_and_split
 from data_loading.io.volume import Geometry, Volume, write_nifti
+from data_loading.preprocessing import foreground_box
 from data_loading.readers import nifti as scans
 from data_loading.readers.base import ReaderOptions
 from data_loading.readers.label_map import LabelMap
 from data_loading.readers.mask_matching import read_classes
+from data_loading.spec import KITS19
 from tests.data_loading.readers.programs import arrays, preprocess, refused
 
 SHAPE = (6, 5, 8)
@@ -110,6 +113,28 @@ def test_slabs_are_cases_of_one_patient_and_empty_ones_do_not_train(
         "nifti", *folders, out, "--slices_per_case 2 --labels 7=1:cyst --split_ratios 0.5 0.5 --no-drop_empty"
     )
     assert len(kept.cases) == 24
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--intensity minmax", "--intensity_window -50 80", "--foreground_crop --intensity_window -250 80"]
+)
+def test_slabs_are_scaled_as_their_scan_is(options: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """As a prediction scales it."""
+    for number in range(6):
+        path = folders[0] / f"p{number}.nii.gz"
+        rising = nib.load(path).get_fdata(dtype=np.float32) + 100 * np.arange(SHAPE[2], dtype=np.float32)
+        nib.save(nib.Nifti1Image(rising, AFFINE), path)
+    preprocess("nifti", *folders, tmp_path / "whole", options)
+    preprocess("nifti", *folders, tmp_path / "slabs", f"{options} --slices_per_case 4 --no-drop_empty")
+    slabs = [arrays(tmp_path / "slabs", f"p1_slab00{number}")[0] for number in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(slabs, axis=-1), arrays(tmp_path / "whole", "p1")[0])
+
+
+def test_a_part_of_a_scan_is_cropped_by_its_scans_mean() -> None:
+    image = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)
+    spec = replace(KITS19, intensity_window=None)
+    assert foreground_box(image[..., 4:], spec) == (0, 0, 2, 1, 1, 4)
+    assert foreground_box(image[..., 4:], spec, image) == (0, 0, 0, 1, 1, 4)
 
 
 def test_a_scan_is_read_once_for_its_slabs(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

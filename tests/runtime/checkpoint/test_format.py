@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,21 @@ def test_a_missing_file_and_a_folder(path: Path, tmp_path: Path) -> None:
         load(path)
     with pytest.raises(UserError, match="damaged or no checkpoint"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"folder": Path("x")}, r"^callback_state\['mine'\]\['folder'\] holds a .*Path"),
+        ({"values": [1.0, (2, np.float64(3))]}, r"^callback_state\['mine'\]\['values'\] holds a float64"),
+        ({"values": [1.0, (2, None, "x", True), {"t": torch.zeros(2)}]}, None),
+    ],
+)
+def test_what_a_callback_keeps_is_refused_at_the_first_save_unless_it_can_be_loaded(
+    kept: dict[str, Any], message: str | None, path: Path, make_state: MakeState
+) -> None:
+    state = make_state()
+    state.callback_state["mine"] = kept
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        keep_state(path, state, seed=1, loss_sums=[0.0])
+        assert equal(load(path).callback_state["mine"], kept)
