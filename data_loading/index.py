@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.errors import UserError
 from common.files import replacing
@@ -65,7 +68,8 @@ class CaseRecord:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> CaseRecord:
-        return cls(
+        """Reads a record. Raises ValueError, TypeError or KeyError for anything else."""
+        result = cls(
             transform=GridTransform.from_json(record["transform"]) if record["transform"] else None,
             boxes={int(value): [tuple(box) for box in boxes] for value, boxes in record["boxes"].items()},
             digests={str(kind): str(md5) for kind, md5 in record["digests"].items()},
@@ -76,6 +80,19 @@ class CaseRecord:
             voxels=tuple(int(count) for count in record.get("voxels", ())),
             notes=tuple(str(line) for line in record.get("notes", ())),
         )
+        result._check_sizes()
+        return result
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError if the case has more voxels than its file, or boxes lie outside of it."""
+        if self.transform is None:
+            return
+        shape = self.transform.shape
+        if "x" in self.stamps and math.prod(shape) * np.dtype(np.float32).itemsize > self.stamps["x"][0]:
+            raise ValueError(f"{shape} is larger than its file")
+        for box in (box for boxes in self.boxes.values() for box in boxes):
+            if not all(0 <= low < high <= n for low, high, n in zip(box[:3], box[3:], shape, strict=True)):
+                raise ValueError(f"box {box} is not within {shape}")
 
 
 @dataclass(frozen=True, kw_only=True)

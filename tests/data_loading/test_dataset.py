@@ -55,6 +55,10 @@ INDEX = DatasetIndex(spec=KITS19, split={"train": ["case_1", "case_2"], "evaluat
 INDEX.cases.update({f"case_{number}": RECORD for number in (2, 0, 1)})
 
 
+# Outside of the case, empty, or no box.
+NO_BOXES = ((0, 0, 0, 9, 9, 10), (-1, 0, 0, 3, 3, 3), (0, 0, 0, 10**30, 2, 2), (2, 2, 2, 2, 3, 3), (0, 0, 3, 3), ())
+
+
 def changed(**changes: Any) -> str:
     """An index with other contents, as of the first version: without its own digest."""
     content = json.loads(json.dumps(INDEX.to_json()))
@@ -132,6 +136,8 @@ def test_a_spec_comes_back_whole(spec: DatasetSpec) -> None:
         (changed(cases={"case_0": {**RECORD.to_json(), "digests": None}}), "damaged"),
         (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1]}}}), "damaged"),
         (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [1, "soon"]}}}), "damaged"),
+        *((changed(cases={"case_0": {**RECORD.to_json(), "boxes": {"1": [box]}}}), "damaged") for box in NO_BOXES),
+        (changed(cases={"case_0": {**RECORD.to_json(), "stamps": {"x": [2915, 7], "y": [857, 7]}}}), "damaged"),
         (changed(split={"train": ["case_1", "case_9"]}), "lists a case twice or one that does not exist"),
         (changed(split={"train": ["case_1"], "evaluation": ["case_1"]}), "lists a case twice"),
         (changed(cases={"../case_0": RECORD.to_json()}, split={}), r"'\.\./case_0' is not a case id"),
