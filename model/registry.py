@@ -219,7 +219,7 @@ def freeze_unused(network: nn.Module, channels: int, shape: Sequence[int]) -> li
     try:
         meta_network = to_meta(network).train()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same parameters in every run
+            torch.default_generator.manual_seed(0)  # the same parameters in every run; GPUs keep their seeds
             for _ in range(PASSES):
                 outputs: Outputs = meta_network(torch.empty(2, channels, *shape, device="meta"))
                 torch.stack([logits.sum() for logits in as_tuple(outputs)]).sum().backward()
