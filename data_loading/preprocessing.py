@@ -186,16 +186,17 @@ def normalise(
         return np.clip(array, np.float32(low), np.float32(high))
 
     image = clipped(image)
-    scan = image if whole is None else clipped(whole)
     if spec.intensity == "none":
         return image
     if spec.intensity == "minmax":
+        scan = image if whole is None else whole
         ends = spec.intensity_window or (_per_channel(scan, np.min), _per_channel(scan, np.max))
         bottom, top = (np.asarray(end, np.float32) for end in ends)
         extent = np.where(top > bottom, top - bottom, np.float32(1))
         return ((image - bottom) / extent).astype(np.float32, copy=False)
     if spec.mean is not None and spec.std is not None:
         return (image - np.float32(spec.mean)) / np.float32(spec.std)
+    scan = image if whole is None else clipped(whole)
     # Sums in float64: a float32 sum over 10^8 voxels loses three digits.
     mean = scan.mean(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
     std = scan.std(axis=(1, 2, 3), dtype=np.float64, keepdims=True)
