@@ -80,10 +80,10 @@ class CaseRecord:
             voxels=tuple(int(count) for count in record.get("voxels", ())),
             notes=tuple(str(line) for line in record.get("notes", ())),
         )
-        result._check_sizes()
+        result.check_sizes()
         return result
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
         """Raises ValueError if the case has more voxels than its file, or boxes lie outside of it."""
         if self.transform is None:
             return
