@@ -83,8 +83,11 @@ def read_raw(dataset: str, data_dir: Path, seed: int, flags: dict[str, Any]) -> 
         raw = read(data_dir, ReaderOptions(seed=seed, **flags))
     except OSError as error:  # a folder without permission, a disk that fails
         raise UserError(f"{error.filename or data_dir}: cannot be read: {error.strerror or error}") from None
-    given = {name: value for name, value in flags.items() if not isinstance(value, Path)}
-    return replace(raw, provenance={"dataset": dataset, "seed": seed, **given})
+    provenance = {"dataset": dataset, "seed": seed, **flags}
+    if labels_dir := flags.get("labels_dir"):
+        # Relative, as data that is moved as a whole remains the same data.
+        provenance["labels_dir"] = os.path.relpath(labels_dir.resolve(), data_dir.resolve())
+    return replace(raw, provenance=provenance)
 
 
 def find_reader(dataset: str) -> Reader:

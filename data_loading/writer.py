@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,9 +27,9 @@ from common.files import replacing
 from common.messages import counted, logger
 from common.progress import track
 from data_loading.dataset import case_file
+from data_loading.dataset_summary import data_warnings, describe_case, describe_classes, print_summary
 from data_loading.index import INDEX_NAME, PARTIAL_INDEX_NAME, CaseRecord, DatasetIndex, read_index, write_json
 from data_loading.integrity import VERIFIED_NAME, Stamp, file_md5, file_stamp
-from data_loading.io.orientation import orientation_of
 from data_loading.io.volume import Volume
 from data_loading.preprocessing import GridTransform, foreground_boxes, preprocess_label
 from data_loading.readers.base import RawCase, RawDataset
@@ -54,7 +53,7 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
         for stale in results_dir.glob(".*_[xy].npy.*.tmp"):  # left by a run that was killed
             stale.unlink(missing_ok=True)
         records = _intact_records(raw, results_dir)
-        write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
+        _write_index(results_dir / PARTIAL_INDEX_NAME, raw, {}, records)
         todo = [case for case in raw.cases if case.case not in records]
         dropped: list[str] = []
         failures: list[str] = []
@@ -64,30 +63,37 @@ def preprocess(raw: RawDataset, results_dir: Path, num_workers: int) -> None:
                 tqdm.write(f"{case}: failed" + (f": {record}" if failures else ""))
                 failures.append(record)
                 continue
-            tqdm.write(_describe_case(case, record))
+            tqdm.write(describe_case(case, record))
             if record is None:
                 dropped.append(case)
                 continue
             records[case] = record
-            write_json(results_dir / PARTIAL_INDEX_NAME, DatasetIndex(spec=raw.spec, split={}, cases=records).to_json())
+            _write_index(results_dir / PARTIAL_INDEX_NAME, raw, {}, records)
         if failures:
             raise UserError(_describe_failures(failures, len(raw.cases)))
         split = _without(raw.split, dropped)
-        provenance = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
-        write_json(
-            results_dir / INDEX_NAME,
-            DatasetIndex(spec=raw.spec, split=split, cases=records, provenance=provenance).to_json(),
-        )
+        _write_index(results_dir / INDEX_NAME, raw, split, records, dropped=dropped)
         (results_dir / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir {results_dir}: cannot be written: {error.strerror or error}") from None
-    print(_describe_classes(raw.spec, records))
+    print(describe_classes(raw.spec, records))
     done_now = len(todo) - len(dropped)
-    _print_summary(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
+    print_summary(split, records, f"{done_now} now, {len(records) - done_now} already done", results_dir)
     if dropped:
         logger.info(f"{counted(len(dropped), 'training case')} dropped because their masks are empty")
-    for message in _data_warnings(raw.spec, split, records):
+    for message in data_warnings(raw.spec, split, records):
         logger.warning(message)
+
+
+def _write_index(
+    path: Path,
+    raw: RawDataset,
+    split: dict[str, list[str]],
+    records: dict[str, CaseRecord],
+    dropped: Sequence[str] = (),
+) -> None:
+    provenance = {**raw.provenance} | ({"dropped": sorted(dropped)} if dropped else {})
+    write_json(path, DatasetIndex(spec=raw.spec, split=split, cases=records, provenance=provenance).to_json())
 
 
 def _describe_failures(failures: Sequence[str], total: int) -> str:
@@ -116,6 +122,12 @@ def _intact_records(raw: RawDataset, results_dir: Path) -> dict[str, CaseRecord]
         logger.info(f"starting over: {error}")
         return {}
     if replace(index.spec, name=raw.spec.name) != raw.spec:
+        return {}
+    # Masks of another annotator may have the same names, sizes and times.
+    labels_dir, earlier = (made.get("labels_dir") for made in (raw.provenance, index.provenance))
+    if earlier not in (None, labels_dir):
+        now = f"are in {labels_dir}" if labels_dir else "lie beside the scans"
+        logger.info(f"starting over: the masks {now}, no longer in {earlier}, seen from --data_dir")
         return {}
     intact: dict[str, CaseRecord] = {}
     for case in track(raw.cases, len(raw.cases), "checking finished cases", "case"):
@@ -277,64 +289,3 @@ def _save(path: Path, array: NDArray[Any]) -> None:
     """Saves an array atomically."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array, allow_pickle=False)
-
-
-def _describe_case(case: str, record: CaseRecord | None) -> str:
-    if record is None:
-        return f"{case}: dropped, its mask is empty"
-    shape = record.transform.shape if record.transform else ()
-    labels_cut = record.statistics.get("labelled_voxels_cut")
-    ignored = record.statistics.get("ignored_voxels")
-    return (
-        f"{case}: shape {shape}, mean {record.statistics['mean']:.2f}, std {record.statistics['std']:.2f}"
-        f"{f', {ignored:g} voxels with the ignore label' if ignored else ''}"
-        f"{f', {labels_cut:g} labelled voxels outside the foreground crop' if labels_cut else ''}"
-        f"{''.join(f'; {line}' for line in record.notes)}"
-    )
-
-
-def _print_summary(split: dict[str, list[str]], records: dict[str, CaseRecord], done: str, results_dir: Path) -> None:
-    shapes = np.array([record.transform.shape for record in records.values() if record.transform])
-    means = [record.statistics["mean"] for record in records.values()]
-    stds = [record.statistics["std"] for record in records.values()]
-    print(
-        f"median shape {tuple(np.median(shapes, axis=0).astype(int).tolist())}, "
-        f"mean {np.median(means):.2f}, std {np.median(stds):.2f}"
-    )
-    parts = {"train": "to train", "evaluation": "to evaluate", "test": "to test"}
-    counts = ", ".join(f"{len(split[subset])} {what}" for subset, what in parts.items() if subset in split)
-    print(f"{counted(len(records), 'case')} ({done}): {counts}, in {results_dir}")
-
-
-def _describe_classes(spec: DatasetSpec, records: Mapping[str, CaseRecord]) -> str:
-    """Returns a line with the voxels of each class, which shows a class that is none, such as a grey of a soft edge."""
-    known = [record.voxels for record in records.values() if record.voxels]
-    totals = [(name, [voxels[value] for voxels in known]) for value, name in enumerate(spec.classes)]
-    listed = ", ".join(
-        f"{name} {sum(counts)} in {counted(sum(count > 0 for count in counts), 'case')}" for name, counts in totals
-    )
-    if spec.ignore_label is not None:
-        ignored = [n for record in records.values() if (n := record.statistics.get("ignored_voxels"))]
-        listed += f"; with the ignore label {sum(ignored):g} in {counted(len(ignored), 'case')}"
-    unknown = len(records) - len(known)
-    return f"voxels of the classes: {listed}" + (f" (not counted: {counted(unknown, 'older case')})" if unknown else "")
-
-
-def _data_warnings(spec: DatasetSpec, split: dict[str, list[str]], records: dict[str, CaseRecord]) -> Iterator[str]:
-    """Yields warnings about well-formed data that is probably a mistake."""
-    seen: dict[str, tuple[str, str]] = {}
-    for subset, cases in split.items():
-        for case in cases:
-            first, other = seen.setdefault(records[case].digests["x"], (subset, case))
-            if first != subset:
-                yield f"{case} ({subset}) is the same scan as {other} ({first}); scores will be too good"
-    orientations = Counter(
-        orientation_of(record.transform.cropped.affine) for record in records.values() if record.transform
-    )
-    if len(orientations) > 1:
-        counts = ", ".join(f"{count} {orientation}" for orientation, count in orientations.most_common())
-        most_common = orientations.most_common(1)[0][0]
-        yield f"the scans have different orientations ({counts}); --orientation {most_common} unifies them"
-    for value, name in enumerate(spec.classes[1:], 1):
-        if split["train"] and not any(value in records[case].boxes for case in split["train"]):
-            yield f"class {value} ({name}) is in no training case"

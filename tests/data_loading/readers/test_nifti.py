@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +61,45 @@ def test_scans_and_masks_are_paired_by_stem_and_every_value_is_a_class(
         np.testing.assert_array_equal(x[0], nib.load(folders[0] / f"p{number}.nii.gz").get_fdata(dtype=np.float32))
         np.testing.assert_array_equal(y[0], np.searchsorted([0, 3, 7], mask_of(number)))
     assert read_spec_and_split(tmp_path / "out", [])[0].orientation == "LAS"
-    assert index.provenance == {"dataset": "nifti", "seed": 0, "intensity": "none", "split_ratios": [0.5, 0.25, 0.25]}
+    assert index.provenance == {
+        "dataset": "nifti",
+        "seed": 0,
+        "labels_dir": "../masks",
+        "intensity": "none",
+        "split_ratios": [0.5, 0.25, 0.25],
+    }
+
+
+def test_masks_of_another_folder_are_read_even_if_names_sizes_and_times_are_equal(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data, masks = folders
+    other = tmp_path / "raw" / "second_annotator"
+    other.mkdir()
+    for path in [*masks.glob("p*"), *data.glob("p*")]:
+        nib.save(nib.load(path), path.with_suffix(""))  # .nii: its size does not depend on its values
+        path.unlink()
+    for path in masks.iterdir():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.roll(image.get_fdata().astype(np.uint8), 1, axis=1), AFFINE), other / path.name)
+        for folder in (masks, other):
+            os.utime(folder / path.name, ns=(1, 1))
+    preprocess("nifti", data, masks, tmp_path / "out")
+    with caplog.at_level("INFO"):
+        preprocess("nifti", data, other, tmp_path / "out")
+    assert "the masks are in ../second_annotator, no longer in ../masks, seen from --data_dir" in caplog.text
+    preprocess("nifti", data, other, tmp_path / "at_once")
+    for number in range(6):
+        y = arrays(tmp_path / "out", f"p{number}")[1]
+        np.testing.assert_array_equal(y, arrays(tmp_path / "at_once", f"p{number}")[1])
+    # Moved as a whole, it is the same data.
+    shutil.move(tmp_path / "raw", tmp_path / "moved")
+    capsys.readouterr()
+    preprocess("nifti", tmp_path / "moved/Scans", tmp_path / "moved/second_annotator", tmp_path / "out")
+    assert "0 now, 6 already done" in capsys.readouterr().out
 
 
 def test_a_mask_is_reoriented_to_its_scan(folders: tuple[Path, Path], tmp_path: Path) -> None:
