@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from common import registry
 from common.errors import UserError
+from data_loading.checked_transforms import RandomCheckedTransform
 from data_loading.preprocessing import Boxes, Shape
+from data_loading.spec import IGNORED
 
 AXES = "DHW"
 FLIP_PROBABILITY = 1 / 3
@@ -277,22 +279,31 @@ ADAPTERS = {
 }
 
 
-def make_augmentation(specs: Sequence[registry.Spec | str]) -> RandomTransform:
-    """Returns the composition of the `--augment` specs, in order. Raises UserError for an unknown one."""
-    transforms = [_make_random_transform(spec) for spec in specs]
+def make_augmentation(specs: Sequence[registry.Spec | str], classes: int = IGNORED) -> RandomTransform:
+    """Returns the composition of the `--augment` specs, in order.
+
+    Args:
+        classes: their number; a transform from outside of this project must return no other labels.
+
+    Raises:
+        UserError: a spec is unknown.
+    """
+    transforms = [_make_random_transform(spec, classes) for spec in specs]
     return transforms[0] if len(transforms) == 1 else RandomCompose(tuple(transforms))
 
 
-def _make_random_transform(spec: registry.Spec | str) -> RandomTransform:
+def _make_random_transform(spec: registry.Spec | str, classes: int) -> RandomTransform:
     resolved = registry.resolve(spec, AUGMENTATIONS, "--augment")
+    if ":" not in resolved.name:
+        return resolved.call({})
     package = resolved.name.partition(":")[0].partition(".")[0]
-    if ":" in resolved.name and package in ADAPTERS:
-        adapted: RandomTransform = registry.load(ADAPTERS[package], f"--augment {resolved.name}", package)(resolved)
-        return adapted
-    transform = resolved.call({})
+    if package in ADAPTERS:
+        transform = registry.load(ADAPTERS[package], f"--augment {resolved.name}", package)(resolved)
+    else:
+        transform = resolved.call({})
     if not callable(transform):
         raise UserError(f"--augment {resolved.name}: returns a {type(transform).__name__}, expected a callable")
-    return transform
+    return RandomCheckedTransform(resolved.name, classes, transform)
 
 
 def flip(array: NDArray[Any], flips: tuple[bool, bool, bool]) -> NDArray[Any]:

@@ -231,7 +231,7 @@ def open_training_data(run: RunSpec) -> tuple[TrainingLoader, events.DataOpened]
         order_seed=run.seeds.order,
         sample_seed=run.seeds.samples,
         device=world.device,
-        augment=make_augmentation(split_specs(config.augment)[0]),
+        augment=make_augmentation(split_specs(config.augment)[0], len(run.dataset.classes)),
         fixed_batches=run.fixed_batches,
         pseudo_labels=run.pseudo_labels,
     )

@@ -199,15 +199,10 @@ def test_an_intensity_transform_leaves_the_label(spec: str) -> None:
     np.testing.assert_array_equal(apply(make_augmentation(typed(spec)))[1], sample()[1])
 
 
-def test_a_transform_that_changes_the_shape_or_fails_is_one_line() -> None:
-    def shrink(image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        return image[:, 1:], label
-
+def test_a_transform_that_fails_is_one_line() -> None:
     def fail(image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         raise ZeroDivisionError("no\nsuch thing")
 
-    with pytest.raises(UserError, match=r"^--augment x: turns \(2, 6, 8, 8\) into \(2, 5, 8, 8\); a sample must keep"):
-        LibraryTransform("x", 0, shrink).apply(*sample())
     with pytest.raises(UserError, match=r"^--augment x: failed on a sample \(2, 6, 8, 8\): no such thing$"):
         LibraryTransform("x", 0, fail).apply(*sample())
 
