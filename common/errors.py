@@ -56,6 +56,15 @@ def interrupted_exit(number: int) -> int:
     return 128 + number
 
 
+def exit_status_of(error: BaseException) -> int:
+    """Returns the exit status of a program that an exception ends; 1, Python's own, for a bug."""
+    if isinstance(error, UserError):
+        return USER_ERROR_EXIT
+    if isinstance(error, RankLost):
+        return RANK_LOST_EXIT
+    return interrupted_exit(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else 1
+
+
 def run_program(program: Callable[[], int | None], name: str) -> int:
     """Runs a command-line program and reports user errors in one line on stderr.
 
@@ -70,10 +79,10 @@ def run_program(program: Callable[[], int | None], name: str) -> int:
         return program() or 0
     except (UserError, RankLost) as error:
         print(error_line(name, str(error)), file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT if isinstance(error, UserError) else RANK_LOST_EXIT
-    except KeyboardInterrupt:
+        return exit_status_of(error)
+    except KeyboardInterrupt as error:
         print(f"{_prefix(name)}: interrupted", file=sys.stderr, flush=True)
-        return interrupted_exit(signal.SIGINT)
+        return exit_status_of(error)
 
 
 def error_line(name: str, message: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.compat import is_dataloader_worker_error, loss_scale
-from common.errors import DIVERGED_EXIT, Interrupted, UserError
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, Interrupted, UserError, exit_status_of
 from data_loading.base_loader import Batch, TrainingLoader
 from data_loading.pytorch_loader import lost_worker_message
 from model.deep_supervision import Outputs
@@ -110,7 +110,8 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
     started = time.perf_counter()
 
     def close_log(stop: Stop) -> Stop:
-        loop.emit(RunStopped(stop.status, stop.reason, state.epoch, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        loop.emit(RunStopped(stop.status, stop.reason, state.epoch, seconds, exit_status=stop.exit_status))
         return stop
 
     try:
@@ -121,9 +122,12 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
         is_lost = isinstance(error, RuntimeError) and loop.world.lost_another(error)
         # A loader worker's error carries that process's traceback; the cause is its last line.
         last_line = " ".join(str(error).splitlines()[-1:])
-        close_log(Stop("aborted", "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"))
+        reason = "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"
+        status = RANK_LOST_EXIT if is_lost else exit_status_of(error)
         if isinstance(error, RuntimeError) and is_dataloader_worker_error(error):
+            close_log(Stop("aborted", reason, USER_ERROR_EXIT))
             raise UserError(lost_worker_message(error, "computing a step")) from error
+        close_log(Stop("aborted", reason, status))
         raise
 
 

@@ -248,6 +248,11 @@ def _run_child(arguments: list[str], out: Path, err: Path, variables: dict[str, 
     sys.exit(status or bool(unraisable))
 
 
+def filters_variable(*more: str) -> dict[str, str]:
+    """Returns the variable that gives a started program pytest's filters of warnings and more of them."""
+    return {FILTERS_VARIABLE: json.dumps([*json.loads(os.environ.get(FILTERS_VARIABLE, "[]")), *more])}
+
+
 def _filter_warnings(filters: Sequence[str]) -> None:
     """Applies pytest's filters, "action:message:category:module"; the later ones have precedence."""
     for text in filters:

@@ -223,12 +223,16 @@ class BlockStopped(Event):
 
 @dataclass(frozen=True)
 class RunStopped(Event):
-    """`status` is "success" or "aborted", for the stated `reason`."""
+    """`status` is "success" or "aborted", for the stated `reason`.
+
+    `exit_status` is the program's: MLPerf calls a run aborted, too, that has used up its epochs in order.
+    """
 
     status: str
     reason: str
     epoch: int
     seconds: float
+    exit_status: int = 0
 
 
 @dataclass(frozen=True)

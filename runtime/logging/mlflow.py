@@ -22,6 +22,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
+from common.errors import interrupted_exit
 from runtime.logging import events as ev
 from runtime.logging.base import Recorder
 
@@ -110,7 +111,8 @@ class MLflow(Recorder):
         self._send()
         tags = [RunTag("run.status", event.status), RunTag("run.reason", _short(event.reason))]
         self._jobs.put(partial(self._log, tags=tags))
-        self._status = "FINISHED" if event.status == "success" else "FAILED"
+        is_interrupted = event.exit_status > interrupted_exit(0)
+        self._status = "KILLED" if is_interrupted else "FAILED" if event.exit_status else "FINISHED"
 
     def close(self, files: list[Path]) -> None:
         def upload() -> None:

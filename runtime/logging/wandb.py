@@ -89,7 +89,7 @@ class WeightsAndBiases(Recorder):
 
     def end(self, event: ev.RunStopped) -> None:
         self._run.summary.update({"status": event.status, "reason": event.reason, "seconds": event.seconds})
-        self._exit_code = 0 if event.status == "success" else 1
+        self._exit_code = event.exit_status
 
     def close(self, files: list[Path]) -> None:
         for kind, name in (("model", "checkpoint"), ("record", "record")):

@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from common.errors import RANK_LOST_EXIT, USER_ERROR_EXIT
+from tests import programs
 from tests.faults import Row, failed_tries
 from tests.faults.runs import PROJECT, TINY, Run, differences, history, write_balls
-from tests.programs import free_port
 
 # With the default timeouts; shorter ones end a run sooner.
 PROMISED_S = 60.0
@@ -56,6 +55,7 @@ def stopped_rank(work_dir: Path, tries: int = 1, silence_s: float = 20.0) -> Row
         act=lambda run: run.signal(signal.SIGSTOP, 1),
         expected=[RANK_LOST_EXIT, -signal.SIGKILL],
         message=r"rank 1 .*no sign of life",
+        program=HANGING,
         environment={"SILENCE_S": str(silence_s)},
     )
 
@@ -69,6 +69,7 @@ def hung_rank(work_dir: Path, tries: int = 1, timeout_s: int = 40) -> Row:
         act=lambda run: None,
         expected=[RANK_LOST_EXIT] * 2,
         message=r"hangs at epoch .*rank 1 in _hang",
+        program=HANGING,
         environment={"HANG_RANK": "1", "HANG_AT": "100"},
         timeout_s=timeout_s,
     )
@@ -83,6 +84,7 @@ def killed_worker(work_dir: Path, tries: int = 2, timeout_s: int = 40) -> Row:
         act=lambda run: os.kill(children_of(run.ranks[1].pid)[0], signal.SIGKILL),
         expected=[RANK_LOST_EXIT, USER_ERROR_EXIT],
         message=r"worker .*(killed|exited unexpectedly)",  # torch's messages; which one depends on the timing
+        environment=programs.filters_variable("ignore::ResourceWarning"),  # torch raises wherever the program is
         timeout_s=timeout_s,
     )
 
@@ -118,6 +120,7 @@ def _inject(
     act: Callable[[Run], None],
     expected: list[int],
     message: str,
+    program: Sequence[str] = ("main.py",),
     environment: Mapping[str, str] = MappingProxyType({}),
     timeout_s: int = 40,
 ) -> Row:
@@ -127,10 +130,9 @@ def _inject(
         act: injects the fault into a running program.
         expected: exit statuses of the two ranks; that of the watchdog is also accepted.
         message: regular expression for the last line of each rank that reports an error.
-        environment: variables of `tests.faults.hang`, with which a rank hangs or silence is noticed sooner.
+        program: `HANGING` for a rank that hangs or notices silence sooner, by its variables in `environment`.
         timeout_s: of workers and ranks that hang.
     """
-    program: dict[str, Any] = {"program": HANGING, "environment": environment} if environment else {}
     data, whole = reference(work_dir.parent)
     arguments = ("--num_workers", 1, *ARGUMENTS)
     timeouts = ("--worker_timeout", timeout_s, "--stall_timeout", timeout_s)
@@ -139,7 +141,7 @@ def _inject(
     slowest = 0.0
     for number in range(tries):
         log_dir = work_dir / f"try_{number}"
-        run = Run(data, log_dir, *arguments, *timeouts, ranks=2, **program)
+        run = Run(data, log_dir, *arguments, *timeouts, ranks=2, program=program, environment=environment)
         run.wait_for("EpochStopped", 4)
         time.sleep(rng.uniform(0, 0.2))
         if "HANG_AT" in environment:
@@ -186,7 +188,7 @@ def restarted(work_dir: Path, tries: int = 10) -> Row:
         command = [
             sys.executable,
             *("-m", "torch.distributed.run", "--nnodes", 1, "--nproc_per_node", 2, "--max-restarts", 2),
-            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{programs.free_port()}"),
             *("main.py", "--data_dir", data, "--log_dir", log_dir, "--resume", *arguments),
         ]
         environment = {**os.environ, **OWN_STORE, "OMP_NUM_THREADS": "1"}

@@ -29,6 +29,7 @@ def test_a_signal_stops_the_run_at_the_end_of_a_step(make_state: MakeState, make
     state, run = make_state(), Run({}, signals={4: signal.SIGTERM})
     stopped = run.start(state, make_batches(3, 1), EvalSchedule(9, 9, 1))
     assert run.stop == Stop("aborted", "interrupted by SIGTERM", 143)
+    assert stopped.exit_status == 143
     assert (stopped.epoch, state.epoch, state.batch) == (1, 1, 2), "the second step of epoch 2"
     assert run.names()[-3:] == ["EpochStarted 2", "BlockStopped 1", "RunStopped 1"]
 
@@ -114,17 +115,17 @@ def test_trackers_receive_a_score_after_the_state_has_it(make_state: MakeState, 
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "reason", "status"),
     [
-        (ValueError("a bug of ours"), "ValueError: a bug of ours"),
-        (UserError("case_00001: damaged"), "UserError: case_00001: damaged"),
-        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        (ValueError("a bug of ours"), "ValueError: a bug of ours", 1),
+        (UserError("case_00001: damaged"), "UserError: case_00001: damaged", 2),
+        (KeyboardInterrupt(), "KeyboardInterrupt: ", 130),
         # An error in a worker process of the loader comes with the traceback of that process.
-        (UserError("Caught UserError in worker 0.\nTraceback:\ncase_00001: gone"), "UserError: case_00001: gone"),
+        (UserError("Caught UserError in worker 0.\nTraceback:\ncase_00001: gone"), "UserError: case_00001: gone", 2),
     ],
 )
 def test_any_exception_closes_the_log_and_is_raised_again(
-    error: BaseException, reason: str, make_state: MakeState, make_batches: MakeBatches
+    error: BaseException, reason: str, status: int, make_state: MakeState, make_batches: MakeBatches
 ) -> None:
     class Failing(Run):
         def evaluate(self, epoch: int) -> EvaluationStopped:
@@ -135,17 +136,18 @@ def test_any_exception_closes_the_log_and_is_raised_again(
         run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert caught.value is error
     assert (run.last().status, run.last().reason, run.last().epoch) == ("aborted", reason, 2)
+    assert run.last().exit_status == status
 
 
 @pytest.mark.parametrize(
-    ("world", "reason"),
+    ("world", "reason", "status"),
     [
-        (TwoRanks(0, 2, CPU), "another rank was lost"),
-        (ALONE, "RuntimeError: gloo: Connection closed by peer"),
+        (TwoRanks(0, 2, CPU), "another rank was lost", 4),
+        (ALONE, "RuntimeError: gloo: Connection closed by peer", 1),
     ],
 )
 def test_a_log_does_not_guess_which_rank_was_lost(
-    world: World, reason: str, make_state: MakeState, make_batches: MakeBatches
+    world: World, reason: str, status: int, make_state: MakeState, make_batches: MakeBatches
 ) -> None:
     """The last line on stderr names the rank, after the reports of all ranks have been collected."""
 
@@ -157,7 +159,7 @@ def test_a_log_does_not_guess_which_rank_was_lost(
     run.world = world
     with pytest.raises(RuntimeError, match=r"^gloo"):
         run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 2, 2))
-    assert run.last().reason == reason
+    assert (run.last().reason, run.last().exit_status) == (reason, status)
 
 
 def test_a_killed_loader_worker_is_a_user_error(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -171,4 +173,4 @@ def test_a_killed_loader_worker_is_a_user_error(make_state: MakeState, make_batc
     run = Run({})
     with pytest.raises(UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed\. .*--resume$"):
         run.start(state, make_batches(1, 1), EvalSchedule(9, 2, 2))
-    assert (run.last().status, run.last().epoch) == ("aborted", 0)
+    assert (run.last().status, run.last().epoch, run.last().exit_status) == ("aborted", 0, 2)

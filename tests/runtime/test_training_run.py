@@ -76,7 +76,9 @@ def test_a_run_without_its_target_is_aborted_at_its_last_epoch(
     stopped = run.start(make_state(), make_batches(1, 1), EvalSchedule(3, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 3)
     assert "not reached in 3 epochs" in stopped.reason
-    assert run.stop.exit_status == 0, "the run is complete: a restart would not train any further"
+    assert run.stop.exit_status == stopped.exit_status == 0, (
+        "the run is complete: a restart would not train any further"
+    )
 
 
 def test_a_score_of_zero_is_aborted(make_state: MakeState, make_batches: MakeBatches) -> None:
@@ -84,7 +86,7 @@ def test_a_score_of_zero_is_aborted(make_state: MakeState, make_batches: MakeBat
     stopped = run.start(make_state(), make_batches(1, 1), EvalSchedule(9, 1, 1))
     assert (stopped.status, stopped.epoch) == ("aborted", 2)
     assert "diverged" in stopped.reason
-    assert run.stop.exit_status == DIVERGED_EXIT
+    assert run.stop.exit_status == stopped.exit_status == DIVERGED_EXIT
 
 
 def test_a_loss_of_nan_ends_the_run_at_its_step(make_state: MakeState, make_batches: MakeBatches) -> None:

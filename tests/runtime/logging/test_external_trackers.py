@@ -62,7 +62,7 @@ def png(path: Path) -> Path:
     return path
 
 
-def run(config: RunConfig, files: list[Path], status: str = "success") -> list[ev.Event]:
+def run(config: RunConfig, files: list[Path], exit_status: int = 0, status: str = "success") -> list[ev.Event]:
     """Two epochs of two steps of two micro-batches, each evaluated; one loss is no number."""
     events: list[ev.Event] = [
         ev.InitStarted(config, {"torch": "2.13", "command": ["main.py", "--epochs", "2"]}, False),
@@ -101,7 +101,7 @@ def run(config: RunConfig, files: list[Path], status: str = "success") -> list[e
                 epoch=epoch, mean_dice=0.3 * epoch, dice=[0.4 * epoch, 0.2 * epoch], loss=0.25, seconds=1.5
             )
         )
-    stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0)
+    stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0, exit_status=exit_status)
     return [*events, stopped, ev.RunFinalized([str(file) for file in files])]
 
 
@@ -265,9 +265,11 @@ def test_wandb_offline_has_the_curves_the_configuration_and_the_artefacts(
     assert not (tmp_path / "home").exists(), "nothing is written outside the folders given"
 
 
-def test_wandb_marks_an_aborted_run(tmp_path: Path, make_config: MakeConfig) -> None:
-    record(tmp_path, OFFLINE, run(make_config(), [], status="aborted"))
-    assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]
+@pytest.mark.parametrize("exit_status", [0, 3, 143])
+def test_wandb_has_the_exit_status_of_an_aborted_run(tmp_path: Path, make_config: MakeConfig, exit_status: int) -> None:
+    """One of 0 has used up its epochs in order, below its target."""
+    record(tmp_path, OFFLINE, run(make_config(), [], exit_status, status="aborted"))
+    assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [exit_status]
 
 
 def test_wandb_is_offline_unless_asked(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -318,15 +320,16 @@ def test_mlflow_has_the_curves_the_configuration_and_the_artefacts(
     assert not Path("mlruns").exists()
 
 
-def test_mlflow_keeps_its_database_in_the_log_folder_and_marks_an_aborted_run(
+def test_mlflow_keeps_its_database_in_the_log_folder_and_marks_aborted_runs(
     tmp_path: Path, make_config: MakeConfig, database: str
 ) -> None:
-    for _ in range(2):  # the second finds the experiment
-        record(tmp_path, "mlflow", run(make_config(), [], status="aborted"))
+    for exit_status in (0, 3, 143):  # the second finds the experiment
+        record(tmp_path, "mlflow", run(make_config(), [], exit_status, status="aborted"))
     client = MlflowClient(tracking_uri=database)
     known = client.get_experiment_by_name("unet3d")
     assert known is not None
-    assert [found.info.status for found in client.search_runs([known.experiment_id])] == ["FAILED", "FAILED"]
+    statuses = [found.info.status for found in client.search_runs([known.experiment_id])]  # the latest first
+    assert statuses == ["KILLED", "FAILED", "FINISHED"]
 
 
 def test_mlflow_takes_many_metrics_at_once(tmp_path: Path, make_config: MakeConfig, database: str) -> None:
@@ -382,7 +385,7 @@ def test_a_server_that_does_not_answer_keeps_nobody_waiting(
 
 @pytest.mark.parametrize("spec", ["tensorboard", OFFLINE, "mlflow"])
 def test_a_run_that_breaks_off_is_closed(tmp_path: Path, make_config: MakeConfig, database: str, spec: str) -> None:
-    events = run(make_config(), [], status="aborted")
+    events = run(make_config(), [], exit_status=1, status="aborted")
     record(tmp_path, spec, [*events[:6], *events[-2:]])
     if spec == "mlflow":
         _, found = mlflow_run(database)
