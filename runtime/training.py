@@ -111,7 +111,11 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
 
     def close_log(stop: Stop) -> Stop:
         seconds = time.perf_counter() - started
-        loop.emit(RunStopped(stop.status, stop.reason, state.epoch, seconds, exit_status=stop.exit_status))
+        loop.emit(
+            RunStopped(
+                status=stop.status, reason=stop.reason, epoch=state.epoch, seconds=seconds, exit_status=stop.exit_status
+            )
+        )
         return stop
 
     try:

@@ -221,7 +221,7 @@ class BlockStopped(Event):
     epochs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunStopped(Event):
     """`status` is "success" or "aborted", for the stated `reason`.
 

@@ -135,7 +135,7 @@ def test_timing_does_not_wait_before_the_end_of_the_run(
         tracker.on(ev.PhaseEnd("forward and backward"))
         tracker.on(ev.MicroBatchEnd(1, index, 2))
     assert gpu.waits == []
-    tracker.on(ev.RunStopped("aborted", "", 1, 60.0))
+    tracker.on(ev.RunStopped(status="aborted", reason="", epoch=1, seconds=60.0))
     assert gpu.waits == ["synchronize in _milliseconds"]
     figures = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert (figures["latency_mean_ms"], figures["samples_per_s"]) == (3.0, pytest.approx(2 / 3e-3))

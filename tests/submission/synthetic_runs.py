@@ -155,5 +155,7 @@ class SyntheticRun:
             yield ev.EvaluationStopped(epoch=stop, mean_dice=score, dice=[score, score], loss=0.2, seconds=1.0)
             yield ev.BlockStopped(start, stop - start + 1)
             start = stop + 1
-        status = ("success", "mean Dice reached 0.908") if self.converges else ("aborted", "all epochs are over")
-        yield ev.RunStopped(*status, self.epochs, 1.0)
+        end = {"status": "success", "reason": "mean Dice reached 0.908"}
+        if not self.converges:
+            end = {"status": "aborted", "reason": "all epochs are over"}
+        yield ev.RunStopped(**end, epoch=self.epochs, seconds=1.0)

@@ -340,7 +340,9 @@ def test_limits(clock: list[float]) -> None:
     assert after(
         0, ev.BlockStopped(1, 1), ev.StepEnd(epoch=2, batch=0, loss=0.5, gradient_norm=1.0, loss_scale=1.0)
     ) == pytest.approx(45), "nothing is recorded"
-    assert after(0, ev.RunStopped("aborted", "interrupted", 1, 1.0)) == 1800, "the last checkpoint takes long"
+    assert after(0, ev.RunStopped(status="aborted", reason="interrupted", epoch=1, seconds=1.0)) == 1800, (
+        "the last checkpoint takes long"
+    )
 
 
 def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float]) -> None:
@@ -362,7 +364,11 @@ def test_a_resumed_epoch_counts_from_its_first_batch(clock: list[float]) -> None
             ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.1, samples=8, seconds=1.0),
         ],
         [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.EvaluationStarted(1, 3)],
-        [ev.EpochStarted(1, 0.1, 4), *a_step(1, 0), ev.RunStopped("aborted", "interrupted by SIGTERM", 1, 1.0)],
+        [
+            ev.EpochStarted(1, 0.1, 4),
+            *a_step(1, 0),
+            ev.RunStopped(status="aborted", reason="interrupted by SIGTERM", epoch=1, seconds=1.0),
+        ],
     ],
     ids=["the start", "workers start", "the first batch", "an epoch's end", "an evaluation", "the last checkpoint"],
 )

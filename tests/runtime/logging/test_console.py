@@ -66,7 +66,7 @@ def run(config: RunConfig) -> list[ev.Event]:
         ev.EpochStopped(epoch=1, loss=0.5, learning_rate=0.125, samples=4, seconds=1.0),
         *evaluation(1),
         ev.BlockStopped(1, 1),
-        ev.RunStopped("success", "mean Dice 0.6500 reached 0.6", 1, 61.26),
+        ev.RunStopped(status="success", reason="mean Dice 0.6500 reached 0.6", epoch=1, seconds=61.26),
     ]
 
 
@@ -112,12 +112,15 @@ def test_reasons_for_the_open_division_and_notes_are_printed(config: RunConfig, 
 
 def test_a_bar_of_a_resumed_run_counts_what_remains(config: RunConfig, capsys: Captured) -> None:
     tracker = ConsoleTracker(verbose=True, epochs=10)
-    send(tracker, [ev.EpochStarted(8, 0.1, 5), ev.RunStopped("aborted", "stopped by hand", 8, 1.0)])
+    send(
+        tracker,
+        [ev.EpochStarted(8, 0.1, 5), ev.RunStopped(status="aborted", reason="stopped by hand", epoch=8, seconds=1.0)],
+    )
     assert "0/15" in capsys.readouterr().err
 
 
 def test_a_bar_of_a_run_resumed_within_an_epoch_is_where_the_run_is(config: RunConfig, capsys: Captured) -> None:
-    stopped = ev.RunStopped("aborted", "stopped by hand", 8, 1.0)
+    stopped = ev.RunStopped(status="aborted", reason="stopped by hand", epoch=8, seconds=1.0)
     send(ConsoleTracker(verbose=True, epochs=10), [ev.EpochStarted(8, 0.1, 5), ev.MicroBatchEnd(8, 3, 2), stopped])
     assert "4/15" in capsys.readouterr().err
 
@@ -139,7 +142,7 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
         [
             ev.StepEnd(epoch=2, batch=0, loss=0.75, gradient_norm=1.0, loss_scale=1.0),
             ev.MicroBatchEnd(2, 1, 2),
-            ev.RunStopped("aborted", "by hand", 2, 1.0),
+            ev.RunStopped(status="aborted", reason="by hand", epoch=2, seconds=1.0),
         ],
     )
     drawn = capsys.readouterr().err
@@ -148,19 +151,24 @@ def test_each_step_s_loss_and_the_last_dice_stand_beside_the_bar(
 
 
 def test_an_evaluation_that_breaks_off_leaves_no_bar(capsys: Captured) -> None:
-    send(ConsoleTracker(verbose=True, epochs=3), [*evaluation(1)[:2], ev.RunStopped("aborted", "by hand", 1, 1.0)])
+    send(
+        ConsoleTracker(verbose=True, epochs=3),
+        [*evaluation(1)[:2], ev.RunStopped(status="aborted", reason="by hand", epoch=1, seconds=1.0)],
+    )
     assert capsys.readouterr().err.endswith("\r")
 
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_a_run_that_ends_before_its_first_epoch(verbose: bool, capsys: Captured) -> None:
-    ConsoleTracker(verbose, epochs=3).on(ev.RunStopped("aborted", "the target was not reached in 3 epochs", 3, 0.0))
+    ConsoleTracker(verbose, epochs=3).on(
+        ev.RunStopped(status="aborted", reason="the target was not reached in 3 epochs", epoch=3, seconds=0.0)
+    )
     expected = "training done after 3 epochs and 0.0 s: no evaluation was due; see --start_eval_at and --evaluate_"
     assert capsys.readouterr().out.startswith(expected)
 
 
 def test_a_resumed_run_ends_with_its_best_evaluation_of_all(capsys: Captured) -> None:
-    ended = ev.RunStopped("aborted", target_not_reached(3), 3, 1.0)
+    ended = ev.RunStopped(status="aborted", reason=target_not_reached(3), epoch=3, seconds=1.0)
     ConsoleTracker(verbose=False, epochs=3, best=(2, 0.7)).on(ended)
     assert "best mean Dice 0.7000 in epoch 2" in capsys.readouterr().out
     scores = next(event for event in evaluation(3) if isinstance(event, ev.EvaluationStopped))
@@ -171,7 +179,7 @@ def test_a_resumed_run_ends_with_its_best_evaluation_of_all(capsys: Captured) ->
 
 def test_a_run_without_evaluation_cases_is_no_failure(config: RunConfig, capsys: Captured) -> None:
     opened = next(event for event in run(config) if isinstance(event, ev.DataOpened))
-    ended = ev.RunStopped("aborted", target_not_reached(1), 1, 2.0)
+    ended = ev.RunStopped(status="aborted", reason=target_not_reached(1), epoch=1, seconds=2.0)
     send(ConsoleTracker(verbose=False, epochs=1), [replace(opened, eval_samples=0), ended])
     assert capsys.readouterr().out == "training done after 1 epoch and 2.0 s: there are no evaluation cases\n"
 
@@ -195,7 +203,7 @@ def test_a_run_below_its_target_says_so_and_what_to_try(
     tracker = ConsoleTracker(verbose=False, epochs=3)
     worse = ev.EvaluationStopped(epoch=3, mean_dice=0.25, dice=[0.2, 0.3], loss=0.5, seconds=1.0)
     begun = init_stopped(replace(config, **flags), [], [])
-    send(tracker, [begun, *evaluation(2), worse, ev.RunStopped("aborted", reason, 3, 1.0)])
+    send(tracker, [begun, *evaluation(2), worse, ev.RunStopped(status="aborted", reason=reason, epoch=3, seconds=1.0)])
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 

@@ -101,7 +101,9 @@ def run(config: RunConfig, files: list[Path], exit_status: int = 0, status: str 
                 epoch=epoch, mean_dice=0.3 * epoch, dice=[0.4 * epoch, 0.2 * epoch], loss=0.25, seconds=1.5
             )
         )
-    stopped = ev.RunStopped(status, "mean Dice 0.6000 reached 0.6", 2, 61.0, exit_status=exit_status)
+    stopped = ev.RunStopped(
+        status=status, reason="mean Dice 0.6000 reached 0.6", epoch=2, seconds=61.0, exit_status=exit_status
+    )
     return [*events, stopped, ev.RunFinalized([str(file) for file in files])]
 
 

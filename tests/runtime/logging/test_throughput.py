@@ -57,7 +57,7 @@ def iterate(tracker: ThroughputTracker, clock: list[float], iterations: list[Pha
 
 
 def end(tracker: ThroughputTracker, folder: Path) -> dict[str, float | str]:
-    tracker.on(ev.RunStopped("aborted", "", 1, 60.0))
+    tracker.on(ev.RunStopped(status="aborted", reason="", epoch=1, seconds=60.0))
     figures: dict[str, float | str] = json.loads((folder / "benchmark.json").read_text())
     return figures
 
@@ -134,6 +134,6 @@ def test_nothing_to_report_within_the_warm_up(
 ) -> None:
     tracker = ThroughputTracker(CPU, warmup_steps=5, ranks=1, log_dir=tmp_path)
     iterate(tracker, clock, [(0.0, 1.0, 0.0)] * 5)
-    tracker.on(ev.RunStopped("aborted", "", 1, 60.0))
+    tracker.on(ev.RunStopped(status="aborted", reason="", epoch=1, seconds=60.0))
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "benchmark.json").exists()

@@ -95,8 +95,9 @@ def blocks(scores: dict[int, float]) -> Iterator[ev.Event]:
 
 
 def whole_run(config: RunConfig, tensors: list[str], scores: dict[int, float]) -> list[ev.Event]:
-    status = ("success", "mean Dice reached") if max(scores.values()) >= 0.908 else ("aborted", "not reached")
-    return [*initialisation(config, tensors), *blocks(scores), ev.RunStopped(*status, max(scores), 60.0)]
+    status, reason = ("success", "mean Dice reached") if max(scores.values()) >= 0.908 else ("aborted", "not reached")
+    stopped = ev.RunStopped(status=status, reason=reason, epoch=max(scores), seconds=60.0)
+    return [*initialisation(config, tensors), *blocks(scores), stopped]
 
 
 def send(tracker: ev.Tracker, events: list[ev.Event]) -> None:
