@@ -7,6 +7,7 @@ Any other exception that escapes is a bug in this project and keeps its tracebac
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -73,16 +74,35 @@ def run_program(program: Callable[[], int | None], name: str) -> int:
         name: begins the line, such as "main.py".
 
     Returns:
-        The exit status: the program's own, 2 after a UserError, 4 after a RankLost, 130 after Ctrl-C.
+        The exit status: the program's own, 2 after a UserError, 4 after a RankLost, 130 after Ctrl-C, 141 where
+        nobody reads the output any more.
     """
     try:
         return program() or 0
-    except (UserError, RankLost) as error:
+    except (UserError, RankLost, BrokenPipeError) as error:
+        if _is_output_closed(error):
+            # As after SIGPIPE: `| head` has what it wants. What is left must not fail when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return interrupted_exit(signal.SIGPIPE)
+        if isinstance(error, BrokenPipeError):
+            raise
         print(error_line(name, str(error)), file=sys.stderr, flush=True)
         return exit_status_of(error)
     except KeyboardInterrupt as error:
         print(f"{_prefix(name)}: interrupted", file=sys.stderr, flush=True)
         return exit_status_of(error)
+
+
+def _is_output_closed(error: BaseException) -> bool:
+    """Returns whether an error, or the one that it replaced, comes from printing to a pipe without a reader."""
+    if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+        return False
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in output.poll(0))
+    except (OSError, ValueError):  # no file of the system's, or closed
+        return False
 
 
 def error_line(name: str, message: str) -> str:

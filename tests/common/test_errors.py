@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -90,3 +93,36 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ValueError, match="a bug of ours"):
         run_program(program, "main.py")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: print('a line')",
+        # As programs do that report files which cannot be written.
+        "try:\n    while True: print('a line')\nexcept OSError:\n    raise UserError('not written') from None",
+    ],
+)
+def test_output_that_nobody_reads_any_more_ends_a_program_in_silence(program: str) -> None:
+    code = f"def program():\n{textwrap.indent(program, '    ')}\n"
+    code = (
+        f"import sys\nfrom common.errors import UserError, run_program\n{code}sys.exit(run_program(program, 'main.py'))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_another_broken_pipe_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    def send() -> None:
+        try:
+            raise BrokenPipeError("a server's connection")
+        except OSError as error:
+            raise UserError(f"cannot be sent: {error}") from None
+
+    assert run_program(send, "main.py") == 2
+    assert capsys.readouterr().err == "main.py: error: cannot be sent: a server's connection\n"
