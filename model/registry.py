@@ -100,6 +100,10 @@ def build_network(
         raise UserError(f"--model {resolved.name} returns a {type(network).__name__}, not a torch.nn.Module")
     if any(isinstance(p, UninitializedParameter) for p in network.parameters()):
         raise UserError(f"--model {resolved.name} has lazy layers, whose shapes are not known yet; give their channels")
+    if foreign := [name for name, value in network.state_dict().items() if not isinstance(value, Tensor)]:
+        raise UserError(
+            f"--model {resolved.name}: {foreign[0]} of its state is no tensor; a checkpoint holds tensors only"
+        )
     unify_outputs(network, dimensions)
     return network
 

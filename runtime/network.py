@@ -19,7 +19,7 @@ from runtime.arguments import RunConfig
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.format import Checkpoint
 from runtime.memory_format import to_device
-from runtime.run_spec import RunSpec
+from runtime.run_spec import RunSpec, seen_cases
 from runtime.seeding import seed_process
 from runtime.trained_cases import MAY_HAVE_SEEN, training_cases
 
@@ -128,7 +128,6 @@ def _start_from_weights(run: RunSpec, network: nn.Module) -> None:
         if trained is None:
             note(f"{source}: {MAY_HAVE_SEEN}")
         elif seen := sorted(trained.intersection(evaluated)):
-            total = counted(len(evaluated), "evaluation case")
-            note(f"{source}: was trained on {len(seen)} of {total}, so these score too well: {seen[0]}, …")
+            note(seen_cases(f"{source}:", seen, evaluated))
     if config.freeze:
         note(f"--freeze: {freeze(network, config.freeze, outputs)}")

@@ -177,12 +177,14 @@ def read_pseudo_labels(config: RunConfig, split: Mapping[str, Sequence[str]]) ->
         )
     evaluated = split["evaluation"]
     if cap.count and (seen := seen_by_teacher(config.data_dir, evaluated)):
-        total = counted(len(evaluated), "evaluation case")
-        note(
-            f"--data_dir {config.data_dir}: the teacher of its pseudo-labels was trained on {len(seen)} of {total}, so "
-            f"these score too well: {seen[0]}, …"
-        )
+        note(seen_cases(f"--data_dir {config.data_dir}: the teacher of its pseudo-labels", seen, evaluated))
     return cap
+
+
+def seen_cases(network: str, seen: Sequence[str], evaluated: Sequence[str]) -> str:
+    """Returns the note on a network that was trained on cases which are to be evaluated."""
+    total = counted(len(evaluated), "evaluation case")
+    return f"{network} was trained on {len(seen)} of {total}, so these score too well: {seen[0]}, …"
 
 
 def check_class_weights(config: RunConfig, dataset: DatasetSpec) -> None:

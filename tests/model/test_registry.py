@@ -244,6 +244,21 @@ class Lazy(nn.Sequential):
         super().__init__(nn.LazyConv3d(out_channels, 1))
 
 
+class ExtraState(nn.Conv3d):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def test_a_state_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(UserError, match="ExtraState: _extra_state of its state is no tensor"):
+        build(f"{HERE}:ExtraState")
+
+
 def test_a_network_that_cannot_be_copied_is_not_checked_and_lazy_layers_are_refused() -> None:
     network = build(f"{HERE}:WeightNorm")
     check_window(network, (4, 4, 4), "--input_shape", channels=2, classes=3)
