@@ -39,6 +39,7 @@ __all__ = [
     "is_missing_dicom_decoder",
     "is_port_in_use",
     "is_unhooked",
+    "is_unused_parameter_error",
     "loss_scale",
     "mllog_clock",
     "numpy_scalars_readable",
@@ -185,6 +186,14 @@ def is_dataloader_worker_error(error: Exception) -> bool:
     killed while it sends a batch, the pipe to it fails first, before torch has noticed. torch 2.13.
     """
     return isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader")
+
+
+def is_unused_parameter_error(error: Exception) -> bool:
+    """Returns whether DistributedDataParallel found that a step left out parameters.
+
+    It raises a bare RuntimeError in the next forward pass, of the rank that left them out. torch 2.13.
+    """
+    return str(error).startswith("Expected to have finished reduction in the prior iteration")
 
 
 def is_dataloader_timeout(error: Exception) -> bool:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.compat import is_dataloader_worker_error, loss_scale
-from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, USER_ERROR_EXIT, Interrupted, UserError, exit_status_of
+from common.compat import is_dataloader_worker_error, is_unused_parameter_error, loss_scale
+from common.errors import DIVERGED_EXIT, RANK_LOST_EXIT, Interrupted, UserError, exit_status_of
 from data_loading.base_loader import Batch, TrainingLoader
 from data_loading.pytorch_loader import lost_worker_message
 from model.deep_supervision import Outputs
@@ -123,16 +123,30 @@ def train(state: TrainState, loop: TrainLoop) -> Stop:
     except Interrupted as signalled:  # raised inside an evaluation, which no rank can finish without the others
         return close_log(stop_at_signal(signalled))
     except BaseException as error:
-        is_lost = isinstance(error, RuntimeError) and loop.world.lost_another(error)
+        if isinstance(error, RuntimeError) and loop.world.lost_another(error):
+            close_log(Stop("aborted", "another rank was lost", RANK_LOST_EXIT))
+            raise
+        cause = _user_error(error) or error
         # A loader worker's error carries that process's traceback; the cause is its last line.
-        last_line = " ".join(str(error).splitlines()[-1:])
-        reason = "another rank was lost" if is_lost else f"{type(error).__name__}: {last_line}"
-        status = RANK_LOST_EXIT if is_lost else exit_status_of(error)
-        if isinstance(error, RuntimeError) and is_dataloader_worker_error(error):
-            close_log(Stop("aborted", reason, USER_ERROR_EXIT))
-            raise UserError(lost_worker_message(error, "computing a step")) from error
-        close_log(Stop("aborted", reason, status))
+        last_line = " ".join(str(cause).splitlines()[-1:])
+        close_log(Stop("aborted", f"{type(cause).__name__}: {last_line}", exit_status_of(cause)))
+        if cause is not error:
+            raise cause from error
         raise
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """Returns what the user can do about an error for which torch has no type of its own."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if is_dataloader_worker_error(error):
+        return UserError(lost_worker_message(error, "computing a step"))
+    if is_unused_parameter_error(error):
+        return UserError(
+            "the network left out parameters in this rank's last step, perhaps by stochastic depth, so the ranks' "
+            "gradients can't be averaged; train it on one rank, or multiply what it leaves out by zero"
+        )
+    return None
 
 
 def run_blocks(state: TrainState, loop: TrainLoop) -> Stop:

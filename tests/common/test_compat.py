@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
@@ -178,6 +179,31 @@ def test_a_gloo_error_is_recognised_and_its_guess_left_out() -> None:
     assert compat.is_gloo_error(error)
     assert compat.gloo_cause(error) == f"{closed}."
     assert not compat.is_gloo_error(RuntimeError("CUDA error: out of memory"))
+
+
+class Leaving(nn.Module):
+    """A network that leaves out its second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        used: torch.Tensor = self.used(x)
+        return used
+
+
+def test_a_step_that_leaves_out_parameters_is_recognised() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Leaving())
+        model(torch.ones(1)).sum().backward()
+        with pytest.raises(RuntimeError) as caught:
+            model(torch.ones(1))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert compat.is_unused_parameter_error(caught.value)
+    assert not compat.is_unused_parameter_error(RuntimeError("CUDA error: out of memory"))
 
 
 def test_a_missing_dicom_decoder() -> None:

@@ -162,15 +162,31 @@ def test_a_log_does_not_guess_which_rank_was_lost(
     assert (run.last().reason, run.last().exit_status) == (reason, status)
 
 
-def test_a_killed_loader_worker_is_a_user_error(make_state: MakeState, make_batches: MakeBatches) -> None:
-    """torch raises the error wherever the main thread is, also in the middle of a step."""
-    state, killed = make_state(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore of it")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. \nmore of it",
+            r"^DataLoader worker \(pid 7\) is killed by signal: Killed\. .*--resume$",
+        ),
+        (
+            "Expected to have finished reduction in the prior iteration before starting a new one. \nmore of it",
+            "^the network left out parameters in this rank's last step, perhaps by stochastic depth",
+        ),
+    ],
+    ids=["a killed loader worker", "stochastic depth on several ranks"],
+)
+def test_errors_of_torch_that_the_user_can_mend_are_user_errors(
+    text: str, message: str, make_state: MakeState, make_batches: MakeBatches
+) -> None:
+    """torch raises that of a loader worker wherever the main thread is, also in the middle of a step."""
+    state = make_state()
 
     def interrupt(*_: object) -> None:
-        raise killed
+        raise RuntimeError(text)
 
     state.network.register_forward_pre_hook(interrupt)
     run = Run({})
-    with pytest.raises(UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed\. .*--resume$"):
+    with pytest.raises(UserError, match=message):
         run.start(state, make_batches(1, 1), EvalSchedule(9, 2, 2))
     assert (run.last().status, run.last().epoch, run.last().exit_status) == ("aborted", 0, 2)
