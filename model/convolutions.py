@@ -50,7 +50,7 @@ class ImageConv3d(SlabConv3d):
         """(N, C, D, H, W) -> (N, F, D, H, W)."""
         # One channel is in both memory orders; the weight's strides tell which the network is in.
         is_last = x.is_contiguous(memory_format=LAST) and self.weight.stride(1) == 1
-        if is_last and not x.requires_grad and not self.is_shared and half_kernels("image", x):
+        if is_last and not x.requires_grad and self.slabs is None and half_kernels("image", x):
             output: Tensor = _ImageConvolution.apply(x, self.weight, compute_dtype(x))
             return output
         return super().forward(x)
@@ -84,7 +84,7 @@ class NarrowConv3d(SlabConv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, F, D, H, W)."""
-        if is_channels_last(x) and not self.is_shared:
+        if is_channels_last(x) and self.slabs is None:
             kernels = half_kernels("narrow", x)
             if kernels and kernels.takes_rows(x.shape[4]):
                 output: Tensor = _NarrowConvolution.apply(x.to(compute_dtype(x)), self.weight)

@@ -33,7 +33,7 @@ class InstanceNormActivation(nn.InstanceNorm3d):
 
     Attributes:
         weight, bias: (C,), or None (see `fused_norms`): 1 and 0.
-        slabs: while it is set and the module trains, x is a slab of a window, whose mean and variance are used.
+        slabs: while it is set, x is a slab of a window, whose mean and variance are used.
     """
 
     slabs: Slabs | None = None
@@ -45,7 +45,7 @@ class InstanceNormActivation(nn.InstanceNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> the same shape, type and memory format."""
-        slabs = self.slabs if self.training else None
+        slabs = self.slabs
         if slabs is not None or (self.fused and is_channels_last(x)):
             channels = x.shape[1]
             weight = self.weight if self.weight is not None else torch.ones(channels, device=x.device)

@@ -37,10 +37,9 @@ class Slabs(Protocol):
 
 
 class SlabConv3d(nn.Conv3d):
-    """3x3x3 convolution with padding 1. While `slabs` is set and the module trains, its input is a slab.
+    """3x3x3 convolution with padding 1. While `slabs` is set, its input is a slab, otherwise a whole window.
 
-    In evaluation its input is a whole window, whatever `slabs` is. With stride 2 a slab must have an even number of
-    planes.
+    With stride 2 a slab must have an even number of planes.
     """
 
     slabs: Slabs | None = None
@@ -48,14 +47,9 @@ class SlabConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether the input is a slab."""
-        return self.slabs is not None and self.training
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) -> (N, F, D/stride, H/stride, W/stride)."""
-        if self.slabs is None or not self.training:
+        if self.slabs is None:
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # the convolution would, but after the exchange

@@ -75,6 +75,7 @@ class Unet3d(nn.Module):
         self.heads = nn.ModuleList(OutputLayer(n, classes) for n in filters[1:deep_supervision])
         self.divisor = 2 ** (len(filters) - 1)
         self.recomputes = False
+        self._slabs: Slabs | None = None
 
     def recompute_activations(self, flag: str) -> None:
         """Makes training keep each block's inputs alone, and compute the block again in the backward pass.
@@ -147,6 +148,13 @@ class Unet3d(nn.Module):
 
     def share_windows(self, slabs: Slabs) -> None:
         """Makes training map this rank's slab of a window to the logits of that slab; evaluation is unchanged."""
+        self._slabs = slabs
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Unet3d:
+        """As `nn.Module.train`; of shared windows, training's inputs are slabs, also those of parts that are frozen."""
+        super().train(mode)
         for module in self.modules():
             if isinstance(module, SlabConv3d | InstanceNormActivation):
-                module.slabs = slabs
+                module.slabs = self._slabs if mode else None
+        return self

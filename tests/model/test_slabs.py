@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from model.finetune import freeze
 from model.losses import DiceCELoss, DiceLoss, LibraryLoss, SlabLoss
-from model.normalization import InstanceNormActivation, instance_norm_activation
+from model.normalization import instance_norm_activation
 from model.slabs import SlabConv3d
+from model.unet3d import Unet3d
 
 ORDERS = {"NCDHW": torch.contiguous_format, "NDHWC": torch.channels_last_3d}
 SHAPE = (2, 5, 12, 6, 4)
@@ -165,8 +168,37 @@ def test_other_losses_are_refused() -> None:
 
 def test_in_evaluation_windows_are_whole() -> None:
     """A group of which only one rank calls would wait for ever."""
-    x = window("NDHWC").float()
-    for module in (SlabConv3d(5, 3, 2), InstanceNormActivation(5)):
-        expected = module(x)
-        module.slabs = ThreadSlabs(0, Table(2))
-        assert torch.equal(module.eval()(x), expected)
+    x = torch.randn(1, 5, 8, 8, 8)
+    network = Unet3d(5, 3, filters=(2, 3, 4)).eval()
+    expected = network(x)
+    network.share_windows(ThreadSlabs(0, Table(2)))
+    assert torch.equal(network(x), expected)
+    assert torch.equal(network.train().eval()(x), expected)
+
+
+@pytest.mark.parametrize("frozen", [[], [r"input_block\..*"], ["all_but_output"]])
+def test_a_partly_frozen_network_is_shared_as_a_whole(frozen: list[str]) -> None:
+    """Its frozen parts remain in evaluation mode while it trains."""
+    network = Unet3d(1, 3, filters=(2, 4, 6)).double()
+    if frozen:
+        freeze(network, frozen, ["output.conv"])
+    x = torch.randn(2, 1, 24, 8, 8, dtype=torch.float64)
+    grad = torch.randn(2, 3, 24, 8, 8, dtype=torch.float64)
+    logits = network.train()(x)
+    logits.backward(grad)
+
+    def run(slabs: ThreadSlabs, planes: slice) -> list[Tensor]:
+        own = copy.deepcopy(network)
+        own.zero_grad()
+        own.share_windows(slabs)
+        own.eval().train()
+        planes = slice(2 * planes.start, 2 * planes.stop)  # of a window of 24 planes
+        part = own(x[:, :, planes])
+        part.backward(grad[:, :, planes])
+        return [part.detach(), *(p.grad for p in own.parameters() if p.grad is not None)]
+
+    parts, *gradients = zip(*on_slabs(2, run), strict=True)
+    assert_same(torch.cat(parts, 2), logits.detach())
+    expected = [p.grad for p in network.parameters() if p.grad is not None]
+    for found, whole in zip(gradients, expected, strict=True):
+        assert_same(torch.stack(found).sum(0), whole)

@@ -147,13 +147,13 @@ def test_an_estimate_leaves_no_trace(fp32: Precision) -> None:
 
 
 def test_triton_s_operators_take_less_and_16_bit_half(fp32: Precision) -> None:
-    network = Unet3d(1, 3, filters=(4, 6, 8))
-    peaks = [
-        known(step_memory(make(network, "NDHWC"), config(precision, "NDHWC"), SHAPE, as_triton)).peak(100)
-        for precision, as_triton in ((BF16, False), (BF16, True), (fp32, True))
-    ]
-    assert peaks[0] > 1.15 * peaks[1]
-    assert peaks[1] == pytest.approx(peaks[2] / 2, rel=0.1)
+    def peak(precision: Precision, layout: str, as_triton: bool) -> int:
+        state = make(Unet3d(1, 3, filters=(4, 6, 8)), layout)
+        return known(step_memory(state, config(precision, layout), SHAPE, as_triton)).peak(100)
+
+    assert peak(fp32, "NDHWC", False) > 1.1 * peak(fp32, "NDHWC", True)
+    # In NCDHW, as a CPU without AVX-512 returns 16-bit convolutions in no other order.
+    assert peak(BF16, "NCDHW", True) == pytest.approx(peak(fp32, "NCDHW", True) / 2, rel=0.1)
 
 
 class Reads(nn.Module):
