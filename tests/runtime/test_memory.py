@@ -151,7 +151,7 @@ def test_triton_s_operators_take_less_and_16_bit_half(fp32: Precision) -> None:
         state = make(Unet3d(1, 3, filters=(4, 6, 8)), layout)
         return known(step_memory(state, config(precision, layout), SHAPE, as_triton)).peak(100)
 
-    assert peak(fp32, "NDHWC", False) > 1.1 * peak(fp32, "NDHWC", True)
+    assert peak(fp32, "NDHWC", False) > 1.02 * peak(fp32, "NDHWC", True)
     # In NCDHW, as a CPU without AVX-512 returns 16-bit convolutions in no other order.
     assert peak(BF16, "NCDHW", True) == pytest.approx(peak(fp32, "NCDHW", True) / 2, rel=0.1)
 
