@@ -261,10 +261,13 @@ class LibraryLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, K, D, H, W), labels (N, 1, D, H, W) -> scalar."""
-        value: Tensor = self.loss(logits.float(), labels[:, 0].long() if self.takes_indices else labels)
-        if self.ignore_label is None:
-            return value
-        return torch.where((labels != self.ignore_label).any(), value, logits.float().sum() * 0)
+        logits = logits.float()
+        if self.ignore_label is not None:
+            counted = (labels != self.ignore_label).any()
+            # Before the loss too: a gradient that is no number would remain one if it were only multiplied by zero.
+            logits = torch.where(counted, logits, 0.0)
+        value: Tensor = self.loss(logits, labels[:, 0].long() if self.takes_indices else labels)
+        return value if self.ignore_label is None else torch.where(counted, value, logits.sum() * 0)
 
 
 LOSSES: Table[nn.Module] = {"dice_ce": DiceCELoss, "dice": DiceLoss}

@@ -26,7 +26,7 @@ from runtime.arguments import RunConfig, checkpoint_path
 from runtime.callbacks.base import CALLBACKS, RunContext, build_callbacks
 from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint import resume
-from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save
+from runtime.checkpoint.writer import CheckpointWriter, find_checkpoints, prepare, save, set_aside_damaged
 from runtime.distributed.roles import Roles
 from runtime.distributed.signals import SignalHandler
 from runtime.distributed.step_sync import StepRequest, StepSync
@@ -335,6 +335,8 @@ def make_event_dispatcher(run: RunSpec, watchdog: Watchdog) -> EventDispatcher:
     path = checkpoint_path(config)
     if path is not None:
         prepare(path)
-        if not (config.resume and run.loaded):
+        if config.resume and run.loaded:
+            set_aside_damaged(path, run.loaded.path)
+        else:
             rotate(find_checkpoints(path))
     return EventDispatcher(active, watchdog)

@@ -139,7 +139,7 @@ class Plateau(_WithoutDecayEpochs):
     Args:
         metric: "mean_dice" or "loss" of the evaluation.
         mode: "max" or "min"; None: the metric's natural direction.
-        threshold: an improvement is larger than this, relative to the best.
+        threshold: an improvement is larger than this, relative to the size of the best.
         min_rate: the rate never falls below this.
     """
 
@@ -157,11 +157,12 @@ class Plateau(_WithoutDecayEpochs):
     ) -> None:
         super().__init__(run)
         self._metric, mode = metric, mode_of("--lr_schedule plateau", metric, mode)
+        self._threshold = threshold
         # An optimizer of its own: the rate of the run's optimizer is set anew for each epoch.
         self._carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=run.learning_rate)
         try:
             self._rule = ReduceLROnPlateau(
-                self._carrier, mode=mode, factor=factor, patience=patience, threshold=threshold, min_lr=min_rate
+                self._carrier, mode=mode, factor=factor, patience=patience, threshold_mode="abs", min_lr=min_rate
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"--lr_schedule plateau: {error}") from None
@@ -177,6 +178,9 @@ class Plateau(_WithoutDecayEpochs):
     def on_evaluation_end(self, result: EvaluationStopped) -> None:
         if result.epoch <= self.run.lr_warmup_epochs:
             return
+        best = float(self._rule.best)
+        # torch's own relative threshold would take a worse score for an improvement if it is below zero.
+        self._rule.threshold = self._threshold * abs(best) if math.isfinite(best) else 0.0
         # To torch, NaN is never better than the best, so it counts as no improvement.
         self._rule.step(METRICS[self._metric](result))
         state = self._rule.state_dict().items()

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from common.compat import tree_iter, tree_map, without_torch_function
 from common.errors import UserError, one_line
 from model.deep_supervision import Outputs
+from model.kernels import dispatch
 from model.registry import to_meta
 from runtime.objective import Predict, plain
 
@@ -111,7 +112,8 @@ class ManifoldMixup(Mixup):
         crossing = _Crossing(cut, image, mix)
         hooks = [handle for module in leaf_modules(network) for handle in crossing.hook(module)]
         try:
-            with crossing:
+            # The joining kernel writes its output behind torch's back, and is called outside of all leaf modules.
+            with crossing, dispatch.plain(["join"]):
                 outputs = predict(image)
             # The loss uses outputs from before the cut after it, as the coarse ones of deep supervision may be.
             mixed: Outputs = tree_map(crossing.mixed_copy, outputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from common.errors import DIVERGED_EXIT
@@ -60,6 +61,8 @@ def return_to_evaluated(state: TrainState) -> None:
     if state.average:
         state.average.load(state.pending.weights)
     state.optimizer.state.clear()
+    if state.scaler.is_enabled():  # its scale may have shrunk to nothing, with which a resumed run would fail at once
+        state.scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
     state.epoch, state.batch, state.loss_sum, state.gradient_norm = state.pending.epoch, 0, None, None
 
 

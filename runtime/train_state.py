@@ -119,6 +119,10 @@ class TrainState:
         """The weights of the latest scores: with `--eval_ranks`, those of an earlier epoch."""
         return self.evaluated_weights if self.scored is None else self.scored
 
+    def scoring(self) -> AbstractContextManager[None]:
+        """Gives the network its `scored_weights` for a while."""
+        return self.evaluating() if self.scored is None else other_weights(self.network, self.scored)
+
     def evaluating(self) -> AbstractContextManager[None]:
         """Gives the network its `evaluated_weights` for a while."""
         return other_weights(self.network, self.average.weights) if self.average else nullcontext()

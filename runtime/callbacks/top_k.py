@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from runtime.logging.events import EvaluationStopped
 from runtime.train_state import TrainState, on_host
 
 FOLDER = "top"
+# Of a file that it writes: the epoch and the score.
+NAME = re.compile(r"epoch_\d+_-?\d+\.\d+\.pth")
 
 
 class TopK(Callback):
@@ -45,8 +48,9 @@ class TopK(Callback):
         memory = kept_state(state.callback_state, self.NAME, metric=self._metric, mode=self._mode, initial={"kept": []})
         kept: list[list[float | str]] = memory["kept"]
         name = f"epoch_{result.epoch:05d}_{value:.4f}.pth"
-        # A resumed run repeats what came after its checkpoint.
-        ranked = [entry for entry in kept if (self._folder / str(entry[1])).exists() and entry[1] != name]
+        # Names of any other kind come from a foreign checkpoint; a resumed run repeats what came after its own.
+        ours = [entry for entry in kept if NAME.fullmatch(str(entry[1])) and entry[1] != name]
+        ranked = [entry for entry in ours if (self._folder / str(entry[1])).exists()]
         if math.isfinite(value):
             ranked.append([value, name])
         # Of equal scores the earlier one wins: sorting keeps their order.

@@ -31,7 +31,7 @@ class TrainDice(Callback):
                 self._cases, lambda event: self._run.emit(Waiting("training cases"))
             )
         try:
-            with state.evaluating():
+            with state.scoring():
                 scores = self._evaluate(result.epoch)
         except Interrupted as signalled:  # other callbacks have yet to hear of the evaluation
             return stop_at_signal(signalled)

@@ -6,6 +6,7 @@ the run so far): `checkpoint_000123.pth`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -164,6 +165,19 @@ def find_checkpoints(path: Path) -> list[Path]:
         by_age = _files_by_number(path.parent, rf"{re.escape(path.name)}\.([1-9]\d*)")
         files += [by_age[age] for age in sorted(by_age)]
     return files
+
+
+def set_aside_damaged(path: Path, resumed: Path) -> None:
+    """Renames the checkpoints newer than the one that a run resumes from: they are damaged, and must replace no other.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for file in itertools.takewhile(lambda file: file != resumed, find_checkpoints(path)):
+        try:
+            os.replace(file, file.with_name(f"{file.name}.damaged"))
+        except OSError as error:
+            raise UserError(f"--resume {file}: damaged, and cannot be renamed: {error.strerror or error}") from None
 
 
 def _files_by_step(path: Path) -> dict[int, Path]:

@@ -86,7 +86,25 @@ def test_by_hand() -> None:
     assert DiceCELoss(False, IGNORED)(logits, labels).item() == pytest.approx((cross_entropy + dice) / 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, build_loss("torch.nn:CrossEntropyLoss", False, 3, IGNORED)])
+class MeanOfCounted(nn.Module):
+    """A loss of one's own, which divides by the number of counted voxels."""
+
+    def __init__(self, ignore_label: int = 0) -> None:
+        super().__init__()
+        self.ignore_label = ignore_label
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        counted = (labels != self.ignore_label).float()
+        return (logits.square().mean(1, keepdim=True) * counted).sum() / counted.sum()
+
+
+OWN = Spec("tests.model.test_ignore_label:MeanOfCounted", trusted=True)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [*LOSSES, build_loss("torch.nn:CrossEntropyLoss", False, 3, IGNORED), build_loss(OWN, False, 3, IGNORED)],
+)
 def test_a_batch_without_a_counted_voxel_has_no_loss(loss: nn.Module) -> None:
     logits, labels = batch()
     labels[:] = IGNORED

@@ -133,6 +133,17 @@ def test_plateaus_threshold_is_relative_to_the_best() -> None:
     assert rates == pytest.approx([0.8, 0.4, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("loss", [-0.5, 0.5])
+def test_a_loss_that_does_not_fall_is_no_improvement_whatever_its_sign(loss: float) -> None:
+    """The Dice losses of other libraries are negative."""
+    plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=0, metric="loss")
+    rates = []
+    for epoch, value in enumerate([loss, loss, loss + 1e-5, loss - 1e-5, loss - 0.1], 5):
+        plateau.on_evaluation_end(scored(epoch, 0.5, loss=value))
+        rates.append(plateau(epoch + 1))
+    assert rates == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.1])
+
+
 def test_plateau_ignores_evaluations_during_the_warm_up(make_state: MakeState) -> None:
     plateau = Plateau(dataclasses.replace(RUN, callback_state={}), factor=0.5, patience=0)
     for epoch in range(1, 5):

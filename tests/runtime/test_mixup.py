@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.registry import Spec
+from model import convolutions
+from model.kernels import dispatch
 from model.losses import DiceCELoss
 from model.registry import build_network
+from runtime.memory_format import to_device
 from runtime.mixup import ManifoldMixup, Mix, Mixup, count_cuts
 from runtime.objective import make_objective, plain, split_specs
 from runtime.precision import Precision
@@ -148,6 +152,38 @@ def test_every_tensor_that_crosses_a_cut_is_mixed_wherever_it_is(spec: str) -> N
         torch.testing.assert_close(logits, expected, msg=f"cut {cut} of {cuts}")
     left = [module for module in network.modules() if module._forward_hooks or module._forward_pre_hooks]
     assert all(module in (network, getattr(network, "network", None)) for module in left), "only `unify_outputs`"
+
+
+def join_behind_torch_s_back(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Stands in for the kernel, which writes to memory that no function of torch's computed."""
+    n, _, *size = x.shape
+    shape = n, 2 * weight.shape[1], *(2 * side for side in size)
+    joined = torch.empty(shape, memory_format=torch.channels_last_3d)
+    with torch._C.DisableTorchFunction():
+        joined.copy_(torch.cat((F.conv_transpose3d(x, weight, bias, stride=2), skip), dim=1))
+    return joined
+
+
+def test_tensors_cross_a_cut_mixed_where_a_kernel_joins_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = SimpleNamespace(join_forward=join_behind_torch_s_back)
+    joined: list[str] = []
+
+    def triton_for(x: Tensor, operator: str) -> SimpleNamespace | None:
+        joined.append(operator)
+        return kernels if operator == "join" and operator not in dispatch._plain else None
+
+    monkeypatch.setattr(convolutions, "triton_for", triton_for)
+    monkeypatch.setattr(convolutions, "HALF", (torch.float32,))
+    network = build("unet3d(filters=(2,4,6))").train()
+    image = torch.randn(2, 1, 8, 8, 8)
+    to_device(network, torch.device("cpu"), "NDHWC")
+    image = image.to(memory_format=torch.channels_last_3d)
+    expected = network(image[[1, 0]])
+    order = torch.tensor([1, 0])
+    for cut in range(count_cuts(network, image)):
+        logits = ManifoldMixup().logits_with_cut(network, network, image, Mix(0.0, order), cut=cut)
+        torch.testing.assert_close(logits, expected, msg=f"cut {cut}")
+    assert "join" in joined
 
 
 def test_a_mixed_step_has_the_gradient_of_the_mixed_loss() -> None:

@@ -110,6 +110,16 @@ def test_a_damaged_state_returns_to_the_evaluated_average(make_state: MakeState)
     assert same(state.average.weights, evaluated)
 
 
+def test_a_damaged_state_returns_with_a_loss_scale_that_steps_again(make_state: MakeState) -> None:
+    """A run that resumed with a collapsed scale would end at its first step."""
+    state = make_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-15)
+    state.scaler.scale(torch.ones(()))
+    state.epoch, state.pending = 6, PendingEvaluation(5, clone(state))
+    return_to_evaluated(state)
+    assert state.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
 def test_a_resumed_average_equals_that_of_a_run_that_never_stopped(
     tmp_path: Path, make_state: MakeState, make_batches: MakeBatches
 ) -> None:

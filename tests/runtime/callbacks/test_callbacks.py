@@ -17,7 +17,7 @@ from runtime.callbacks.base import Callback, RunContext, build_callbacks
 from runtime.checkpoint.format import load, snapshot
 from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped, Event, StepEnd, TrainDiceEnd
-from runtime.train_state import Stop, TrainState
+from runtime.train_state import Stop, TrainState, on_host
 from runtime.weight_average import WeightAverage
 
 MakeState = Callable[..., TrainState]
@@ -179,6 +179,23 @@ def test_a_resumed_run_knows_its_own_files(make: Make, make_state: MakeState, tm
     assert kept(tmp_path) == ["epoch_00002_2.0000.pth", "epoch_00003_1.0000.pth", "last.pth"]
 
 
+@pytest.mark.parametrize("name", ["{folder}/thesis.pth", "../thesis.pth", "thesis.pth"])
+def test_a_foreign_checkpoint_has_no_other_file_deleted(
+    make: Make, make_state: MakeState, tmp_path: Path, name: str
+) -> None:
+    """Names come from the checkpoint, which is not trusted."""
+    (tmp_path / "top").mkdir()
+    precious = [tmp_path / "thesis.pth", tmp_path / "top" / "thesis.pth"]
+    for file in precious:
+        file.touch()
+    state = make_state()
+    entry = [-1.0, name.format(folder=tmp_path)]
+    state.callback_state["top_k"] = {"kept": [entry], "metric": "mean_dice", "mode": "max"}
+    make("top_k(k=1)").on_evaluation_end(scored(1, 0.5), state)
+    assert all(file.exists() for file in precious)
+    assert state.callback_state["top_k"]["kept"] == [[0.5, "epoch_00001_0.5000.pth"]]
+
+
 def test_scores_of_another_metric_are_not_ranked_after_a_resume(
     make: Make, make_state: MakeState, tmp_path: Path
 ) -> None:
@@ -248,6 +265,25 @@ def test_training_cases_are_scored_with_the_averaged_weights(
     assert callback.on_evaluation_end(scored(7, 0.5), state) is None
     assert biases == [[2.0] * 3]
     assert bias.tolist() == own, "training goes on with its own weights"
+
+
+def test_training_cases_are_scored_with_the_weights_of_a_repeated_evaluation(
+    make: Make, make_state: MakeState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run repeats the one that was under way on other ranks, of an earlier epoch's weights."""
+    state, callback, biases = make_state(), make("train_dice"), []
+    bias = state.network.output.conv.bias
+    state.scored = {**on_host(state.network.state_dict()), "output.conv.bias": torch.full((3,), 2.0)}
+
+    def evaluate(epoch: int) -> EvaluationStopped:
+        biases.append(bias.tolist())
+        return scored(epoch, 0.5)
+
+    own = bias.tolist()
+    monkeypatch.setattr(callback, "_evaluate", evaluate)
+    callback.on_evaluation_end(scored(5, 0.5), state)
+    assert biases == [[2.0] * 3]
+    assert bias.tolist() == own
 
 
 def test_a_signal_while_training_cases_are_scored_keeps_the_evaluation(

@@ -25,7 +25,7 @@ from runtime.checkpoint.resume import (
     newest_intact,
     skip_partial_epoch,
 )
-from runtime.checkpoint.writer import save
+from runtime.checkpoint.writer import find_checkpoints, save, set_aside_damaged
 from runtime.distributed.world import World
 from runtime.eval_schedule import EvalSchedule
 from runtime.train_state import PendingEvaluation, TrainState
@@ -83,6 +83,24 @@ def test_the_newest_intact_file_and_a_warning_for_each_damaged_one(
     assert (found.last_epoch, found.path) == (3 - damaged, three[damaged])
     warned = [line.split(": damaged")[0] for line in capsys.readouterr().err.splitlines()]
     assert warned == [f"warning: --resume {file}" for file in three[:damaged]]
+
+
+def test_a_damaged_checkpoint_takes_no_intact_one_s_place(path: Path, three: list[Path], make_state: MakeState) -> None:
+    for file in three[:2]:
+        file.write_bytes(file.read_bytes()[:-9])
+    content = three[0].read_bytes()
+    found = newest_intact(path)
+    assert found is not None
+    set_aside_damaged(path, found.path)
+    assert find_checkpoints(path) == [three[2]]
+    assert path.with_name("checkpoint.pth.damaged").read_bytes() == content
+    state = make_state()
+    state.step = 20
+    save(path, snapshot(state, [0.0], config={}, seed=1, data="", spec={}), keep=2)
+    path.write_bytes(b"")
+    again = newest_intact(path)
+    assert again is not None
+    assert again.path == three[2]
 
 
 def test_older_files_are_not_read(path: Path, three: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
