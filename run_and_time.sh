@@ -3,10 +3,11 @@
 #
 #   DATA_DIR=/data LOG_DIR=/results/run_0 NPROC_PER_NODE=8 ./run_and_time.sh SEED @recipes/kits19_8xgpu.args
 #
-# SEED: a different one for each run; -1 takes one from the operating system. Further arguments go to main.py.
+# SEED: -1, which a closed-division run needs, draws one from the operating system; any other makes the run repeatable,
+# and open. Further arguments go to main.py. Paths are relative to the current folder.
 # Variables: DATA_DIR (required), LOG_DIR (results), NPROC_PER_NODE (1), PYTHON (python3).
 set -euo pipefail
-cd "$(dirname "$0")"
+project=$(cd "$(dirname "$0")" && pwd)
 
 seed=${1:?usage: DATA_DIR=… $0 SEED [main.py arguments]}
 shift
@@ -32,13 +33,26 @@ fi
 
 start=$(date +%s)
 echo "STARTING TIMING RUN AT $(date '+%Y-%m-%d %r')"
+"${launcher[@]}" "$project/main.py" --data_dir "$data_dir" --log_dir "$log_dir" --seed "$seed" "$@" &
+run=$!
+# docker stop and schedulers signal this script alone; the run saves its state and ends.
+trap 'kill -TERM "$run"' TERM INT
 status=0
-"${launcher[@]}" main.py --data_dir "$data_dir" --log_dir "$log_dir" --seed "$seed" "$@" || status=$?
+wait "$run" || status=$?
+while kill -0 "$run" 2>/dev/null; do # a signal ended `wait`, not the run
+  status=0
+  wait "$run" || status=$?
+done
 end=$(date +%s)
 echo "ENDING TIMING RUN AT $(date '+%Y-%m-%d %r')"
 if [ "$status" -ne 0 ]; then
   echo "the run failed with exit status $status: no result" >&2
   exit "$status"
 fi
-# MLPerf's line: benchmark, seconds, when it started.
+if ! grep -q '"key": "run_stop".*"status": "success"' "$log_dir/unet3d.log"; then
+  echo "the run ended below its target: no result" >&2
+  exit 0
+fi
+# MLPerf's line: benchmark, seed, seconds, user, when it started.
+seed=$(sed -n 's/.*"key": "seed", "value": \([0-9]*\).*/\1/p' "$log_dir/unet3d.log" | tail -1)
 echo "RESULT,image_segmentation,$seed,$((end - start)),${USER:-$(id -un)},$(date -d "@$start" '+%Y-%m-%d %r')"

@@ -87,10 +87,12 @@ def test_a_folder_without_an_index_trains_identically(program: Program, kits: Pa
 
 
 def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None:
-    arguments = [*map(str, (*NETWORK, *RUN[:2], *RUN[4:])), "--epochs", "1"]
-    environment = {**os.environ, "DATA_DIR": str(kits), "LOG_DIR": str(tmp_path), "PYTHON": sys.executable}
+    """With the seed that was drawn, and with paths from the current folder."""
+    (tmp_path / "mine.args").write_text("--epochs 1\n--start_eval_at 1\n--quality_threshold 1e-6\n")
+    arguments = [*map(str, (*NETWORK, *RUN[:2], *RUN[4:])), "@mine.args"]
+    environment = {**os.environ, "DATA_DIR": os.path.relpath(kits, tmp_path), "LOG_DIR": ".", "PYTHON": sys.executable}
     done = subprocess.run(
-        [str(PROJECT / "run_and_time.sh"), "11", *arguments],
+        [str(PROJECT / "run_and_time.sh"), "-1", *arguments],
         env={**environment, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -98,11 +100,59 @@ def test_run_and_time_prints_the_result_line(kits: Path, tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^RESULT,image_segmentation,11,\d+,\w+,", done.stdout, re.MULTILINE)
     log = (tmp_path / "unet3d.log").read_text()
+    seed = re.search(r"^RESULT,image_segmentation,(\d+),\d+,\w+,", done.stdout, re.MULTILINE)
+    assert seed is not None, done.stdout
     cleared = "page cache cleared" in done.stdout
     assert f'"key": "cache_clear", "value": {str(cleared).lower()}' in log
-    assert '"key": "seed", "value": 11' in log
+    assert f'"key": "seed", "value": {seed[1]}' in log
+
+
+PROGRAM = """#!/usr/bin/env bash
+# In place of Python: logs how the run ended, then waits for a signal if asked to.
+trap 'echo saved; exit 143' TERM
+echo '"key": "run_stop", "value": null, "metadata": {"status": "aborted"}' > "$LOG_DIR/unet3d.log"
+if [ -n "${WAITS:-}" ]; then
+  echo started
+  while true; do sleep 0.02; done
+fi
+"""
+
+
+def start_with_stand_in(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Starts run_and_time.sh with `PROGRAM` in place of Python."""
+    stand_in = folder / "python"
+    stand_in.write_text(PROGRAM)
+    stand_in.chmod(0o755)
+    paths = {"DATA_DIR": "data", "LOG_DIR": str(folder), "PYTHON": str(stand_in)}
+    return subprocess.Popen(
+        [str(PROJECT / "run_and_time.sh"), "3"],
+        env={**os.environ, **paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_run_and_time_has_no_result_for_a_run_below_its_target(tmp_path: Path) -> None:
+    with start_with_stand_in(tmp_path) as run:
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "RESULT" not in out
+    assert err.endswith("the run ended below its target: no result\n")
+
+
+def test_run_and_time_passes_a_signal_on_and_waits_for_the_run(tmp_path: Path) -> None:
+    """`docker stop` and schedulers signal the script alone."""
+    with start_with_stand_in(tmp_path, WAITS="1") as run:
+        assert run.stdout is not None
+        while run.stdout.readline() != "started\n":
+            pass
+        run.terminate()
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert "saved\n" in out
+    assert err.endswith("the run failed with exit status 143: no result\n")
 
 
 def test_scores_match_a_direct_computation_from_the_logits(program: Program, kits: Path, tmp_path: Path) -> None:
