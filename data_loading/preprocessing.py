@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from scipy import ndimage
 from data_loading.io.orientation import Reorientation, reorient_geometry, reorientation_to
 from data_loading.io.volume import Geometry, Volume
 from data_loading.spec import DatasetSpec, with_current_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, int, int]
 # A foreground component's bounding box: (d0, h0, w0, d1, h1, w1), ends exclusive.
@@ -144,13 +147,38 @@ def resample_image(image: NDArray[np.float32], shape: Shape) -> NDArray[np.float
 
 
 def resample_label(label: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
-    """Resamples (1, D, H, W) to (1, *shape) with PyTorch's legacy `nearest`, as MLPerf's digests require."""
+    """Resamples (1, D, H, W) to (1, *shape) with PyTorch's legacy `nearest`, as MLPerf's digests require.
+
+    Voxel i of n becomes that of `floor(i m / n)`, where `resample_image` takes `i (m - 1) / (n - 1)`.
+    """
     return _interpolate(label[None], shape, mode="nearest")[0]
+
+
+def resample_label_aligned(label: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+    """Resamples (1, D, H, W) to (1, *shape) by the voxel nearest to each point of `resample_image`."""
+    places = [
+        (2 * np.arange(new) * (old - 1) + (new - 1)) // max(2 * (new - 1), 1)  # rounded, in integers
+        for old, new in zip(label.shape[1:], shape, strict=True)
+    ]
+    return np.ascontiguousarray(label[:, *np.ix_(*places)])
 
 
 def resize_image(image: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
     """Resizes a (C, D, H, W) image slice by slice: bilinear, antialiased so that shrinking uses every pixel."""
-    return _interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+    import torch
+
+    resized: NDArray[np.float32] = resize_planes(torch.from_numpy(image), size).numpy()
+    return resized
+
+
+def resize_planes(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes the last two axes of (N, C, H, W): bilinear, antialiased, by pixel centres."""
+    import torch.nn.functional as F
+
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True)
+    if size[1] == 1:  # PyTorch 2.13 returns wrong numbers for a width of one pixel if the height changes as well
+        planes = resize(planes.mT, (planes.shape[3], size[0])).mT
+    return resize(planes, size)
 
 
 def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -314,8 +342,9 @@ def preprocess_label(label: Volume, transform: GridTransform, spec: DatasetSpec)
     """Returns the mask on its scan's preprocessed grid, (1, D, H, W) uint8."""
     array = _reorient_and_crop(label.array, transform)
     if transform.resampled_shape != array.shape[1:]:
-        _, h, w = transform.resampled_shape
-        array = (
-            resize_label(array, (h, w)) if transform.half_pixel else resample_label(array, transform.resampled_shape)
-        )
+        _, h, w = shape = transform.resampled_shape
+        if transform.half_pixel:
+            array = resize_label(array, (h, w))
+        else:
+            array = (resample_label_aligned if spec.aligned_labels else resample_label)(array, shape)
     return pad_with_edges(array, edge_padding(transform.resampled_shape, spec.min_shape))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_loading.preprocessing import GridTransform
+from data_loading.preprocessing import GridTransform, resize_planes
 
 
 class SourceGrid:
@@ -58,7 +58,7 @@ class SourceGrid:
         if planes.shape[2:] == size:
             return planes
         if self._transform.half_pixel:
-            return F.interpolate(planes, size, mode="bilinear", align_corners=False, antialias=True)
+            return resize_planes(planes, size)
         return F.interpolate(planes, size, mode="bilinear", align_corners=True)
 
     def _add_planes(self, planes: Tensor, index: int) -> None:

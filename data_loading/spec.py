@@ -43,6 +43,8 @@ class DatasetSpec:
             new scan is reoriented to what the network was trained on.
         foreground_crop: crop scans to their foreground (`preprocessing.foreground_box`).
         size: (H, W) in pixels that 2-D images are resized to, slice by slice; None: no resizing.
+        aligned_labels: labels are resampled at the points of the scan; False: by the reference's rule, which is up to a
+            voxel of the result off these points.
         ignore_label: `IGNORED` if the labels have voxels without a class, which count in no loss and no score; None:
             every voxel has one.
     """
@@ -62,10 +64,12 @@ class DatasetSpec:
     foreground_crop: bool = False
     size: tuple[int, int] | None = None
     ignore_label: int | None = None
+    aligned_labels: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields; `ignore_label` only if there is one, since earlier versions refuse unknown fields."""
-        return {name: value for name, value in asdict(self).items() if name != "ignore_label" or value is not None}
+        """Returns the fields; later ones only if they say something, since earlier versions refuse unknown fields."""
+        defaults = {"ignore_label": None, "aligned_labels": False}
+        return {name: value for name, value in asdict(self).items() if name not in defaults or value != defaults[name]}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> DatasetSpec:

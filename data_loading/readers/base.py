@@ -193,6 +193,8 @@ def apply_options(spec: DatasetSpec, options: ReaderOptions) -> DatasetSpec:
         orientation=orientation or spec.orientation,
         foreground_crop=options.foreground_crop,
         size=size or spec.size,
+        # The reference's rule for masks is right for its own data set alone, whose digests contain it.
+        aligned_labels=spec.aligned_labels or (spacing is not None and spec.spacing_mm is None),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -34,8 +35,11 @@ from data_loading.preprocessing import (
     preprocess_label,
     resample_image,
     resample_label,
+    resample_label_aligned,
     resampled_shape,
+    resize_planes,
 )
+from data_loading.readers.base import ReaderOptions, apply_options
 from data_loading.scan_checks import preprocess_scan
 from data_loading.spec import KITS19, DatasetSpec
 from tests.data_loading.oblique import geometries
@@ -145,6 +149,46 @@ def test_labels_are_resampled_by_legacy_nearest(old: int, new: int) -> None:
         np.testing.assert_array_equal(resampled.ravel(), line[expected])
     if (old, new) == (2, 82):
         assert (expected != np.arange(new) * old // new).any()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(5, 9), (9, 5), (2, 82), (7, 7), (64, 160), (512, 416), (1, 4), (4, 1), (1, 1)]
+)
+def test_aligned_labels_are_those_nearest_to_the_points_of_the_image(old: int, new: int) -> None:
+    at = np.arange(new) * (old - 1) / max(new - 1, 1)
+    line = (np.arange(old) % 251).astype(np.uint8)
+    for axis in range(3):
+        shape = tuple(old if a == axis else 1 for a in range(3))
+        resampled = resample_label_aligned(line.reshape(1, *shape), as_shape(new if a == axis else 1 for a in range(3)))
+        assert resampled.flags["C_CONTIGUOUS"]
+        np.testing.assert_array_equal(resampled.ravel(), line[np.floor(at + 0.5).astype(int)])
+
+
+@pytest.mark.parametrize(("old", "new"), [(128, 300), (300, 128), (7, 1), (1, 7)])
+def test_a_picture_one_pixel_wide_is_resized_like_each_column_of_a_wider_one(old: int, new: int) -> None:
+    column = torch.arange(float(old)).reshape(1, 1, old, 1)
+    expected = resize_planes(column.expand(1, 1, old, 2), (new, 2))[..., :1]
+    torch.testing.assert_close(resize_planes(column, (new, 1)), expected)
+    torch.testing.assert_close(resize_planes(column.mT, (1, new)), expected.mT)
+    torch.testing.assert_close(resize_planes(column.expand(1, 1, old, 4), (new, 1)), expected)
+
+
+@pytest.mark.parametrize("spacing_mm", [0.5, 1.3, 2.0, 4.0])
+def test_a_resampled_mask_lies_on_its_scan(spacing_mm: float) -> None:
+    """By the reference's rule, a ball of 6 voxels at 4 mm shares only half of its voxels with its own image."""
+    points = np.stack(np.meshgrid(*[np.arange(48)] * 3, indexing="ij"))
+    ball = (((points - np.array([30, 17, 24]).reshape(3, 1, 1, 1)) ** 2).sum(0) <= 36)[None]
+    geometry = Geometry(np.eye(4), (48, 48, 48), (1.0, 1.0, 1.0))
+    options = ReaderOptions(spacing=(spacing_mm,) * 3, intensity="none")
+    spec = apply_options(DatasetSpec(name="balls", classes=("background", "ball")), options)
+    image, transform = preprocess_image(Volume(ball.astype(F32), geometry), spec)
+    label = preprocess_label(Volume(ball.astype(np.uint8), geometry), transform, spec)
+    in_image = image > 0.5
+    dice = 2 * np.count_nonzero(in_image & (label > 0)) / (np.count_nonzero(in_image) + np.count_nonzero(label))
+    assert dice > 0.9
+    places = [np.argwhere(mask[0]).mean(0) for mask in (in_image, label)]
+    np.testing.assert_allclose(places[0], places[1], atol=0.15)
+    assert not apply_options(KITS19, options).aligned_labels, "its digests are the reference's"
 
 
 def test_intensities_are_clipped_then_normalised_in_float32() -> None:

@@ -37,7 +37,7 @@ def run_cases(name: str, cache: Path, interpret: bool, architecture: int = 90) -
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
