@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 from data_loading.io.orientation import same_grid, to_grid
-from data_loading.io.volume import Volume, read_nifti
+from data_loading.io.volume import Volume, read_channels, read_nifti
 
 CHANNEL_NAME = re.compile(r"(.+)_(\d{4})(\.nii(?:\.gz)?)", re.IGNORECASE)
 
@@ -28,14 +28,40 @@ def by_case(files: Iterable[Path]) -> dict[str, dict[int, Path]]:
 def scans_of(files: Sequence[Path], channels: int) -> dict[str, list[Path]]:
     """Returns the files of each scan, channel by channel, if these are scans of that many channels; else {}.
 
-    Cases may be numbered with four digits too: the names count only if every case has the channels from 0 on, and no
-    file is left over.
+    Cases may be numbered with four digits too: the names count only if no file is left over and every case has the
+    channels from 0 on. Of several channels one such case is enough, if its first file holds a single channel, which
+    makes it no scan of its own: the other cases lack files, which `check_channels` reports.
     """
     found = by_case(files)
-    is_whole = bool(files) and sum(map(len, found.values())) == len(files)
-    if not is_whole or not all(sorted(parts) == list(range(channels)) for parts in found.values()):
+    if not files or sum(map(len, found.values())) != len(files):
         return {}
-    return {case: [parts[number] for number in range(channels)] for case, parts in found.items()}
+    complete = [parts for parts in found.values() if sorted(parts) == list(range(channels))]
+    if len(complete) < len(found) and not (channels > 1 and complete and _is_one_channel(complete[0][0])):
+        return {}
+    return {case: [parts[number] for number in sorted(parts)] for case, parts in found.items()}
+
+
+def _is_one_channel(file: Path) -> bool:
+    try:
+        return read_channels(file) == 1
+    except UserError:  # reported when the scan is read
+        return True
+
+
+def check_channels(files: Sequence[Path], name: str, channels: int) -> None:
+    """Raises UserError unless a scan's files are its channels from 0 on, that many.
+
+    Args:
+        name: of the scan, for the error message.
+    """
+    found = by_case(files)[name]
+    if missing := [f"{name}_{number:04d}" for number in range(channels) if number not in found]:
+        present = ", ".join(file.name for file in files)
+        raise UserError(
+            f"{name}: lacks {' and '.join(missing)} beside {present}; the network takes {channels} channels"
+        )
+    if len(found) > channels:
+        raise UserError(f"{name}: has {len(found)} channels, up to {files[-1].name}; the network takes {channels}")
 
 
 def channels_beside(scan: Path) -> list[Path]:

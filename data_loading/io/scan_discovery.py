@@ -20,7 +20,7 @@ from common import registry
 from common.errors import UserError
 from common.files import files_below, replacing
 from common.messages import counted, is_main_rank, logger, note
-from data_loading.io.channel_files import channels_beside, read_channel_files, scans_of
+from data_loading.io.channel_files import channels_beside, check_channels, read_channel_files, scans_of
 from data_loading.io.file_kinds import (
     DICOM_SEG,
     PNG,
@@ -74,13 +74,14 @@ class Source:
             channels: input channels of the network; a grey image is repeated over three.
 
         Raises:
-            UserError: the scan is damaged or not a volume.
+            UserError: the scan is damaged, not a volume, or lacks the file of a channel.
         """
         if self.file is None:
             return registry.load(f"{DICOM}:read_series", "--scan", "dicom")(self.series)
         if is_image_file(self.file):
             return _image_io("read_image")(self.file, channels)
         if self.channels:
+            check_channels(self.channels, self.name, channels)
             return read_channel_files(self.channels, self.name)
         return read_nifti(self.file, np.float32)
 

@@ -28,7 +28,9 @@ def write(folder: Path, write_scan: Callable[..., None], *names: str) -> Path:
         ("case_0007_0000 case_0008_0000", 1, "case_0007 case_0008"),
         ("a_0000 b", 1, ""),
         ("a_0000 b_0001", 1, ""),
-        ("a_0000 a_0001 b_0000", 2, ""),
+        ("a_0000 a_0001 b_0000", 2, "a b"),  # b lacks a channel
+        ("a_0000 a_0001 b", 2, ""),
+        ("a_0000 b_0000", 2, ""),
         ("a_000 b_000", 1, ""),
         ("", 1, ""),
     ],
@@ -36,6 +38,37 @@ def write(folder: Path, write_scan: Callable[..., None], *names: str) -> Path:
 def test_which_names_are_channels(names: str, channels: int, scans: str) -> None:
     files = [Path(f"{name}.nii.gz") for name in names.split()]
     assert list(scans_of(files, channels)) == scans.split()
+
+
+def test_a_scan_without_one_of_its_channels_is_named_and_the_others_are_read(
+    tmp_path: Path, write_scan: Callable[..., None]
+) -> None:
+    names = [f"{case}_000{number}.nii.gz" for case in "abc" for number in (0, 1)]
+    folder = write(tmp_path / "imagesTs", write_scan, *names, "d_0000.nii.gz", "e_0001.nii.gz", "f_0000.nii.gz")
+    write(folder, write_scan, "f_0001.nii.gz", "f_0002.nii.gz")
+    sources = find_sources(folder, tmp_path / "out", None, 2)
+    assert [source.output.name for source in sources] == [f"{case}.nii.gz" for case in "abcdef"]
+    assert all(len(source.read(2).array) == 2 for source in sources[:3])
+    lacks = r"lacks {} beside {}\.nii\.gz; the network takes 2 channels$"
+    errors = [
+        "^d: " + lacks.format("d_0001", "d_0000"),
+        "^e: " + lacks.format("e_0000", "e_0001"),
+        r"^f: has 3 channels, up to f_0002\.nii\.gz; the network takes 2$",
+    ]
+    for source, message in zip(sources[3:], errors, strict=True):
+        with pytest.raises(UserError, match=message):
+            source.read(2)
+
+
+def test_files_that_hold_all_channels_are_scans_of_their_own_beside_one_that_looks_complete(
+    tmp_path: Path, write_scan: Callable[..., None]
+) -> None:
+    names = ["a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz"]
+    for name in names:
+        write_scan(tmp_path / "scans" / name, np.zeros((2, 3, 4, 2), np.float32))
+    sources = find_sources(tmp_path / "scans", tmp_path / "out", None, 2)
+    assert [source.output.name for source in sources] == names
+    assert all(len(source.read(2).array) == 2 for source in sources)
 
 
 def test_masks_lose_the_number_of_the_channel(tmp_path: Path, write_scan: Callable[..., None]) -> None:
