@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import UserError
-from data_loading.dataset import read_spec_and_split
+from data_loading.dataset import find_index, read_spec_and_split
 from data_loading.integrity import split_digest
 from data_loading.split import leave_out
 from runtime.checkpoint.format import Checkpoint
@@ -35,6 +35,9 @@ def training_cases(checkpoint: Checkpoint, data_dir: Path) -> set[str] | None:
 def training_split(checkpoint: Checkpoint, data_dir: Path) -> dict[str, list[str]] | None:
     """Returns the split of a preprocessed folder with which a checkpoint was trained, its fold's if it has one.
 
+    A network may be older than the folder's pseudo-labelled cases, as the one that labelled them is; then the split is
+    without them.
+
     Returns:
         None if it was trained with another split or on other volumes, or does not say.
     """
@@ -46,4 +49,7 @@ def training_split(checkpoint: Checkpoint, data_dir: Path) -> dict[str, list[str
             split = split_of_fold(data_dir, checkpoint.fold, exclude)
     except UserError:  # cases that this folder does not have
         return None
-    return split if checkpoint.data == split_digest(data_dir, split) else None
+    index = find_index(data_dir)
+    pseudo_labelled = {*index.pseudo_labels.cases} if index and index.pseudo_labels else set()
+    earlier = {**split, "train": [case for case in split["train"] if case not in pseudo_labelled]}
+    return next((each for each in (split, earlier) if checkpoint.data == split_digest(data_dir, each)), None)

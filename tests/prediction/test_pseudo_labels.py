@@ -29,6 +29,7 @@ from runtime.checkpoint import format as checkpoints
 from runtime.checkpoint.writer import save
 from runtime.run_spec import read_pseudo_labels, split_of_fold
 from runtime.train_state import TrainState
+from runtime.trained_cases import training_cases
 
 MODEL = "tests.prediction.test_pseudo_labels:ImageReader"
 
@@ -212,6 +213,34 @@ def test_user_errors_are_one_line(folder: Path, teacher: Path, tmp_path: Path) -
     save(teacher, {**saved, "data": split_digest(folder, read_spec_and_split(folder, [])[1])})
     run(folder, teacher, tmp_path / "results")
     refused("has pseudo-labels itself", data=tmp_path / "results", results=tmp_path / "more")
+
+
+def test_the_teacher_has_not_seen_the_evaluation_cases_of_the_folder_that_it_labelled(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    assert run(folder, teacher, results) == 0
+    index, loaded = read_index(results / INDEX_NAME), checkpoints.load(teacher)
+    assert training_cases(loaded, results) == {*read_index(folder / INDEX_NAME).split["train"]}
+    # As on any folder, another split or other volumes are those of a network that may have seen them.
+    evaluated, (first, *others) = index.split["evaluation"], index.split["train"]
+    swapped = replace(index, split={"train": [*evaluated, *others], "evaluation": [first]})
+    other = replace(index, cases={**index.cases, first: replace(index.cases[first], digests={"x": "0", "y": "1"})})
+    for changed in (swapped, other):
+        write_json(results / INDEX_NAME, changed.to_json())
+        assert training_cases(loaded, results) is None
+
+
+def test_a_teacher_that_left_cases_out_is_known_in_the_folder_that_it_labelled(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    index = read_index(folder / INDEX_NAME)
+    left_out, *others = index.split["train"]
+    saved = torch.load(teacher, weights_only=True)
+    data = split_digest(folder, {**index.split, "train": others})
+    save(teacher, {**saved, "config": {**saved["config"], "exclude": [left_out]}, "data": data})
+    assert run(folder, teacher, tmp_path / "results") == 0
+    assert training_cases(checkpoints.load(teacher), tmp_path / "results") == {*others}
 
 
 # Folds
