@@ -5,9 +5,10 @@
 
 D2 holds D's cases and additional training cases `pseudo_…`. Without --unlabelled these are D's training cases again
 (self-distillation): the teacher's label replaces the manual one where its probability reaches the threshold. With
---unlabelled they are those scans (NIfTI files or DICOM series) whose mean foreground probability reaches it. D's other
-subsets do not change: none of their scans is labelled. `dataset.json` records the teacher's SHA-256, its training cases
-and the threshold; training limits pseudo-labelled samples to the share --max_share of a batch.
+--unlabelled they are those scans (NIfTI files or DICOM series) whose mean foreground probability reaches it; one that
+cannot be labelled is named, the others are added, and the exit status is 2. D's other subsets do not change: none of
+their scans is labelled. `dataset.json` records the teacher's SHA-256, its training cases and the threshold; training
+limits pseudo-labelled samples to the share --max_share of a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.cli import Parser, number
-from common.errors import UserError, run_program
+from common.errors import UserError, failure_of, run_program
 from common.files import replacing
 from common.messages import counted, logger, note
 from data_loading.dataset import case_file, case_files, read_case
@@ -83,19 +84,27 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     index = open_folder(options.data_dir, options.results_dir)
+    scans = find_scans(index, options.unlabelled, options.results_dir) if options.unlabelled else []
     trained_on = check_teacher(options.load_ckpt_path, options.data_dir, index)
     predict = load_teacher(options.load_ckpt_path, options.data_dir, options.model)
     try:
         options.results_dir.mkdir(parents=True, exist_ok=True)
         copy_cases(index, options.data_dir, options.results_dir)
         if options.unlabelled:
-            labelled = list(label_scans(index, options, predict))
+            labelled, errors = label_scans(scans, index, options, predict)
         else:
-            labelled = [distil(index, case, options, predict) for case in index.split["train"]]
+            labelled, errors = [distil(index, case, options, predict) for case in index.split["train"]], []
+        if len(errors) == 1 == len(scans):
+            raise UserError(errors[0])
+        failed = f"{len(errors)} of {counted(len(scans), 'scan')} could not be labelled, for the reasons above"
+        if errors and not labelled:
+            raise UserError(f"{failed}, and no other was added: {options.results_dir} is no data set")
         write_index(index, labelled, options, trained_on)
     except OSError as error:
         raise UserError(f"--results_dir {options.results_dir}: {error.strerror or error}") from None
     print(f"{counted(len(labelled), 'pseudo-labelled case')} beside {len(index.split['train'])}: {options.results_dir}")
+    if errors:
+        raise UserError(failed)
     return 0
 
 
@@ -185,33 +194,72 @@ def distil(index: DatasetIndex, case: str, options: argparse.Namespace, predict:
     return name, _record(options.results_dir, name, label, like=index.cases[case], classes=len(index.spec.classes))
 
 
-def label_scans(index: DatasetIndex, options: argparse.Namespace, predict: Predict) -> Iterator[Labelled]:
-    """Yields the scans whose predicted foreground is confident enough.
+def find_scans(index: DatasetIndex, unlabelled: Path, results_dir: Path) -> list[Source]:
+    """Returns the scans of --unlabelled.
 
     Raises:
-        UserError: a scan is one of D's cases, by name or content.
+        UserError: there are none, or one has the name of another or of a case of D, or a name that is no case id.
     """
-    digests = {record.digests.get("x"): case for case, record in index.cases.items()}
+    scans = find_sources(unlabelled, results_dir, "all", index.spec.channels)
+    names = [scan.name for scan in scans]
+    for name in names:
+        if index.cases.keys() & {name, PREFIX + name} or not is_safe_case_id(PREFIX + name):
+            raise UserError(f"--unlabelled {name} is a case of --data_dir itself, or its name is not a case id")
+        if names.count(name) > 1:
+            raise UserError(f"--unlabelled: two scans are called {name}; they would be one case")
+    return scans
+
+
+def label_scans(
+    scans: Sequence[Source], index: DatasetIndex, options: argparse.Namespace, predict: Predict
+) -> tuple[list[Labelled], list[str]]:
+    """Labels scans one after another, whatever happens to one of them; a scan that is not added leaves no file.
+
+    Returns:
+        The scans whose predicted foreground is confident enough, and the errors of those that could not be labelled.
+    """
     sources = [record.transform.source for record in index.cases.values() if record.transform]
     spec = replace(index.spec, orientation=index.spec.orientation or common_orientation(sources))
-    for source in find_sources(options.unlabelled, options.results_dir, "all", spec.channels):
-        name = PREFIX + source.name
-        if source.name in index.cases or not is_safe_case_id(name):
-            raise UserError(f"--unlabelled {source.name} is a case of --data_dir itself, or its name is not a case id")
-        image, record = _preprocess(source, spec)
-        _save(path := case_file(options.results_dir, name, "x"), image)
-        if same := digests.get(file_md5(path)):
-            path.unlink()
-            raise UserError(f"--unlabelled {source.name} is the same scan as {same} of --data_dir")
-        probabilities = predict(image)
-        label = probabilities.argmax(axis=0).astype(np.uint8)[None]
-        confidence = float(probabilities.max(axis=0)[label[0] > 0].mean()) if label.any() else 0.0
-        is_left_out = confidence < options.threshold
-        print(f"{name}: {'left out, ' * is_left_out}mean foreground confidence {confidence:.3f}")
-        if is_left_out:
-            path.unlink()
-            continue
-        yield name, _record(options.results_dir, name, label, like=record, classes=len(index.spec.classes))
+    labelled: list[Labelled] = []
+    errors: list[str] = []
+    for scan in scans:
+        added = None
+        try:
+            added = _label_scan(scan, replace(index, spec=spec), options, predict)
+        except BrokenPipeError:  # nobody reads the output, which is no fault of this scan
+            raise
+        except Exception as error:
+            errors.append(failure_of(scan.name, error))
+            if len(scans) > 1:  # the error of a single one ends the program
+                logger.error(errors[-1])
+        finally:
+            if added is None:
+                for path in case_files(options.results_dir, PREFIX + scan.name):
+                    path.unlink(missing_ok=True)
+        labelled += [added] if added else []
+    return labelled, errors
+
+
+def _label_scan(scan: Source, index: DatasetIndex, options: argparse.Namespace, predict: Predict) -> Labelled | None:
+    """Writes a scan and its label as a case; None if its predicted foreground is not confident enough.
+
+    Raises:
+        UserError: the scan is unusable or has the content of one of D's cases.
+    """
+    name, spec = PREFIX + scan.name, index.spec
+    image, record = _preprocess(scan, spec)
+    _save(path := case_file(options.results_dir, name, "x"), image)
+    digests = {record.digests.get("x"): case for case, record in index.cases.items()}
+    if same := digests.get(file_md5(path)):
+        raise UserError(f"--unlabelled {scan.name} is the same scan as {same} of --data_dir")
+    probabilities = predict(image)
+    label = probabilities.argmax(axis=0).astype(np.uint8)[None]
+    confidence = float(probabilities.max(axis=0)[label[0] > 0].mean()) if label.any() else 0.0
+    is_left_out = confidence < options.threshold
+    print(f"{name}: {'left out, ' * is_left_out}mean foreground confidence {confidence:.3f}")
+    if is_left_out:
+        return None
+    return name, _record(options.results_dir, name, label, like=record, classes=len(spec.classes))
 
 
 def _preprocess(source: Source, spec: DatasetSpec) -> tuple[NDArray[np.float32], CaseRecord]:

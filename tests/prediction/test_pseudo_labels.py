@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +17,21 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.messages import notes_held, take_notes
-from data_loading.dataset import case_file, pseudo_label_cap, read_case, read_spec_and_split, seen_by_teacher
+from data_loading.dataset import (
+    case_file,
+    case_files,
+    pseudo_label_cap,
+    read_case,
+    read_spec_and_split,
+    seen_by_teacher,
+)
 from data_loading.folds import Fold
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from data_loading.integrity import check_files, file_md5, split_digest
 from data_loading.io.volume import Geometry
 from data_loading.preprocessing import GridTransform
 from data_loading.sampler import PseudoLabelCap
+from prediction import pseudo_labels
 from prediction.pseudo_labels import check_teacher, main
 from runtime.arguments import parse_arguments
 from runtime.checkpoint import format as checkpoints
@@ -196,6 +205,68 @@ def test_a_scan_of_the_data_set_itself_is_refused(case: str, folder: Path, teach
     with pytest.raises(UserError, match=rf"--unlabelled {case} is (a case of|the same scan as case_0)"):
         run(folder, teacher, tmp_path / "results", "--unlabelled", scans)
     assert not (tmp_path / "results" / INDEX_NAME).exists()
+    assert not list((tmp_path / "results").glob("pseudo_*"))
+
+
+def test_a_scan_that_cannot_be_labelled_is_named_and_the_others_are_added(
+    folder: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = np.random.default_rng(1).integers(0, 3, (5, 6, 8))
+    good, results = image_of(classes, 4.0), tmp_path / "results"
+    images = {"a": good, "b_copy": read_case(folder, "case_0")[0][0], "c_nan": np.where(good > 20, np.nan, good)}
+    images |= {"d": good[::-1].copy(), "e_unconfident": image_of(classes, 1.0)}
+    scans = write_scans(tmp_path / "scans", images)
+    (scans / "broken.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(UserError, match=r"^3 of 6 scans could not be labelled, for the reasons above$"):
+        run(folder, teacher, results, "--unlabelled", scans)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert errors[0] == "error: --unlabelled b_copy is the same scan as case_0 of --data_dir"
+    assert "broken.nii.gz: " in errors[1]
+    assert errors[2].startswith("error: c_nan: ")
+    index = read_index(results / INDEX_NAME)
+    assert index.pseudo_labels is not None
+    assert index.pseudo_labels.cases == ["pseudo_a", "pseudo_d"]
+    assert check_files(results, index.pseudo_labels.cases).changed == []
+    written = {path.name for path in results.glob("pseudo_*")}
+    assert written == {path.name for case in index.pseudo_labels.cases for path in case_files(results, case)}
+
+
+def test_scans_of_which_none_can_be_added_leave_no_files(folder: Path, teacher: Path, tmp_path: Path) -> None:
+    images = {"copy": read_case(folder, "case_0")[0][0], "unconfident": image_of(np.ones((4, 6, 8)), 1.0)}
+    scans = write_scans(tmp_path / "scans", images)
+    with pytest.raises(UserError, match=r"1 of 2 scans could not be labelled, .* and no other was added"):
+        run(folder, teacher, tmp_path / "results", "--unlabelled", scans)
+    assert not list((tmp_path / "results").glob("pseudo_*"))
+    assert not (tmp_path / "results" / INDEX_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["a", "case_0"], "case_0 is a case of"), (["a", "b", "a"], "two scans are called a")],
+)
+def test_names_are_checked_before_anything_is_written(
+    names: list[str], message: str, folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    scans = write_scans(tmp_path / "scans", {name: image_of(np.ones((4, 6, 8)), 4.0) for name in names})
+    if names.count("a") > 1:
+        (scans / "a.nii").write_bytes(gzip.decompress((scans / "a.nii.gz").read_bytes()))
+    with pytest.raises(UserError, match=f"--unlabelled:? {message}"):
+        run(folder, teacher, tmp_path / "results", "--unlabelled", scans)
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_interrupted_labelling_leaves_no_half_of_a_case(
+    folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(image: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pseudo_labels, "load_teacher", lambda *given: interrupted)
+    scans = write_scans(tmp_path / "scans", {"a": image_of(np.ones((4, 6, 8)), 4.0)})
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, teacher, tmp_path / "results", "--unlabelled", scans)
+    assert not list((tmp_path / "results").glob("pseudo_*"))
 
 
 def test_user_errors_are_one_line(folder: Path, teacher: Path, tmp_path: Path) -> None:
