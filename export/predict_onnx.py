@@ -145,13 +145,13 @@ def read_scan(path: Path) -> Scan:
     """Reads a NIfTI file; the channels of a 4-D one come last."""
     try:
         file: Any = nib.load(path)
-        if not isinstance(file, nib.Nifti1Pair):  # NIfTI-2 is one too
-            raise TypeError(f"it is a {type(file).__name__}")
+        if not isinstance(file, nib.Nifti1Pair) or file.get_data_dtype().kind not in "iuf":  # NIfTI-2 is one too
+            raise TypeError(f"it is a {type(file).__name__} of {file.get_data_dtype()}")
         values = file.get_fdata(dtype=np.float32)
     except FileNotFoundError:
         raise ScanError(f"{path}: no such file") from None
     except Exception as error:  # nibabel raises many types on a damaged file
-        raise ScanError(f"{path}: damaged or no NIfTI file ({error})") from None
+        raise ScanError(f"{path}: damaged, or no NIfTI file of real numbers ({error})") from None
     values = values.reshape(*values.shape[:3], *[1] * (3 - values.ndim), -1)  # trailing axes are channels
     array = np.ascontiguousarray(np.moveaxis(values, -1, 0))
     if not np.isfinite(array).all() or (array.size > 1 and array.min() == array.max()):

@@ -42,10 +42,12 @@ def differences(network: nn.Module, weights: Mapping[str, Tensor], ignored: Sequ
     """Describes how weights do not fit the network, one phrase per kind of difference; empty if they fit.
 
     Args:
-        ignored: names of layers whose shapes may differ.
+        ignored: names of layers whose shapes may differ, and of which some may be missing.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in weights]
+    if any(is_part_of(name, ignored) for name in own if name in weights):  # otherwise they belong to something else
+        missing = [name for name in missing if not is_part_of(name, ignored)]
     extra = [name for name in weights if name not in own]
     wrong = [name for name in _other_shapes(own, weights) if not is_part_of(name, ignored)]
     details = [f"{what} {names[0]}" for what, names in (("lacks", missing), ("also holds", extra)) if names]
@@ -67,7 +69,8 @@ def load_part(
 ) -> str:
     """Loads weights of the same network, which may have been trained on other channels and classes.
 
-    Output layers with another number of classes keep their initial weights; for an input layer see `_refit_input`.
+    Output layers with another number of classes keep their initial weights, and so do those that the weights lack, as
+    deep supervision's beside a plain network's; for an input layer see `_refit_input`.
 
     Args:
         outputs: names of the output layers.
@@ -94,14 +97,16 @@ def load_part(
     if details := differences(network, weights, outputs):
         raise UserError(f"{source}: not the network of --model and --normalization: it {' and '.join(details)}")
     other = _other_shapes(own, weights)
-    network.load_state_dict({name: weights[name] for name in own if name not in other}, strict=False)
+    new = [name for name in own if name in other or name not in weights]
+    network.load_state_dict({name: weights[name] for name in own if name not in new}, strict=False)
     summary = "all of the network"
+    if new:
+        layers = layers_of(new)
+        summary = f"all but {', '.join(layers)}, which {'is' if len(layers) == 1 else 'are'} new"
     if other:
-        layers = layers_of(other)
-        new = "which is new" if len(layers) == 1 else "which are new"
         sizes = zip(own[other[0]].shape, weights[other[0]].shape, strict=True)
         now, before = next((size, stored) for size, stored in sizes if size != stored)
-        summary = f"all but {', '.join(layers)}, {new}: {now} classes instead of {before}"
+        summary += f": {now} classes instead of {before}"
     if refitted:
         (before,) = found
         summary += (

@@ -80,6 +80,8 @@ def predict_scan(source: Source, ensemble: Ensemble, save_probabilities: bool) -
     ensemble.budget.check_host(READ_BYTES * spec.channels * source.voxels(), source.name)
     scan = source.read(spec.channels)
     geometry = scan.geometry
+    for line in scan.notes:
+        note(line)
     if len(scan.array) != spec.channels:
         raise UserError(f"{source.name}: has {counted(len(scan.array), 'channel')}, the network takes {spec.channels}")
     if slices > 1 and spec.size is None and 1 in geometry.shape:

@@ -144,6 +144,9 @@ def read_nifti(path: Path, dtype: type[np.generic]) -> Volume:
             )
         if is_mask:
             array, notes = whole_numbers(path, array, dtype)
+        elif not int(image.header["qform_code"]) and not int(image.header["sform_code"]):
+            axes = "".join(nib.aff2axcodes(image.affine))
+            notes = (f"{path.name}: its header states no orientation; its axes are taken to run {axes}",)
     return Volume(array, geometry_of(image), notes)
 
 

@@ -136,7 +136,7 @@ def test_scans_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ScanError, match="no such file"):
         predict_onnx.read_scan(path)
     path.write_bytes(b"no scan")
-    with pytest.raises(ScanError, match="damaged or no NIfTI file"):
+    with pytest.raises(ScanError, match="damaged, or no NIfTI file of real numbers"):
         predict_onnx.read_scan(path)
     nib.save(nib.Nifti1Image(np.full((3, 3, 3), 7.0, np.float32), np.eye(4)), path)
     with pytest.raises(ScanError, match="all equal"):
@@ -148,6 +148,9 @@ def test_scans_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     nib.save(nib.MGHImage(values, np.eye(4)), tmp_path / "scan.mgz")
     with pytest.raises(ScanError, match=r"no NIfTI file .*MGHImage"):
         predict_onnx.read_scan(tmp_path / "scan.mgz")
+    nib.save(nib.Nifti1Image(values.astype(np.complex64), np.eye(4)), path)
+    with pytest.raises(ScanError, match=r"no NIfTI file of real numbers \(.*complex64"):
+        predict_onnx.read_scan(path)
     for units, spacing in (("meter", 1.0), ("mm", 2.0)):
         image = nib.Nifti1Image(values, np.eye(4))
         image.header.set_xyzt_units(units)

@@ -58,6 +58,25 @@ def test_weights_of_the_same_network_are_taken_over_whole() -> None:
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
+@pytest.mark.parametrize(("classes", "more"), [(3, ""), (5, ": 3 classes instead of 5")])
+def test_deep_supervision_starts_from_a_plain_network(classes: int, more: str) -> None:
+    ours = Unet3d(1, 3, filters=(3, 4, 5), deep_supervision=2)
+    initial = copy.deepcopy(ours.state_dict())
+    theirs = Unet3d(1, classes, filters=(3, 4, 5))
+    summary = load_part(ours, theirs.state_dict(), ["output.conv", "heads.0.conv"], "c", channels=1)
+    layers = "heads.0.conv, which is new" if classes == 3 else "output.conv, heads.0.conv, which are new"
+    assert summary == f"all but {layers}{more}"
+    for name, tensor in ours.state_dict().items():
+        is_new = name.startswith("heads") or (name.startswith("output") and classes != 3)
+        assert torch.equal(tensor, (initial if is_new else theirs.state_dict())[name]), name
+
+
+def test_weights_without_any_output_are_another_network_s() -> None:
+    body = {name: tensor for name, tensor in small().state_dict().items() if not name.startswith("output")}
+    with pytest.raises(UserError, match=r"it lacks output\.conv\.weight"):
+        load_part(small(), body, ["output.conv"], "c", channels=1)
+
+
 def test_a_head_of_other_classes_stays_and_is_reported() -> None:
     ours, theirs = small(2), small(5)
     head = ours.output.conv.weight.clone()

@@ -425,6 +425,17 @@ def test_labels_that_are_whole_in_float32_are_whole(tmp_path: Path) -> None:
     assert (read.array[0, 0, 0, :3].tolist(), read.notes) == ([2, 3, 0], ())
 
 
+@pytest.mark.parametrize(("qform", "sform"), [(0, 0), (1, 0), (0, 2)])
+def test_a_scan_without_an_orientation_is_read_with_a_note(tmp_path: Path, qform: int, sform: int) -> None:
+    image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), None)
+    image.set_qform(np.eye(4), qform)
+    image.set_sform(np.eye(4), sform)
+    nib.save(image, tmp_path / "scan.nii")
+    read = read_nifti(tmp_path / "scan.nii", np.float32)
+    guessed = ("scan.nii: its header states no orientation; its axes are taken to run LAS",)
+    assert read.notes == (() if qform or sform else guessed)
+
+
 def test_labels_close_to_whole_numbers_are_rounded_with_a_note(tmp_path: Path) -> None:
     labels = noise(np.uint8) % 3
     stored = nib.Nifti1Image(labels.astype(np.float64), AFFINE)
