@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
-# What git neither tracks nor ignores, but a run may import. Not the code that `submission pack` has copied into a result
-# folder, nor packages of a virtual environment: neither is this project's code.
+# What git neither tracks nor ignores, but a run may import. Not the code that `submission pack` has copied into a
+# result folder, nor packages of a virtual environment: neither is this project's code.
 UNTRACKED_CODE = (
     "*.py",
     ":(exclude,glob)**/benchmarks/unet3d/implementations/**",

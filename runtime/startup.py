@@ -175,4 +175,5 @@ def describe_run(run: RunSpec, state: TrainState) -> events.InitStopped:
         samples_per_epoch=run.samples_per_epoch,
         notes=take_notes(),
         doubtful_cases=run.doubtful_cases,
+        data_digest=run.data_digest,
     )

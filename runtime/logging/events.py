@@ -49,6 +49,7 @@ class InitStopped(Event):
         samples_per_epoch: over all ranks.
         notes: what the user may not expect, one line each.
         doubtful_cases: cases whose scans or masks have been doubted, and why.
+        data_digest: identifies the cases of each subset and their files; "" in a record of an earlier version.
     """
 
     config: RunConfig
@@ -60,6 +61,7 @@ class InitStopped(Event):
     samples_per_epoch: int
     notes: list[str]
     doubtful_cases: Mapping[str, str] = field(default_factory=dict)
+    data_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def _strict(value: Any) -> Any:
 class RunFileTracker:
     """Written before the first step, in `LOG_DIR`.
 
-    `run.json`: configuration, environment, seeds and division. `run.args`: the flags, with which `main.py @run.args`
-    repeats the run.
+    `run.json`: configuration, environment, seeds, division and the digest of the data. `run.args`: the flags, with
+    which `main.py @run.args` repeats the run.
     """
 
     def __init__(self, log_dir: Path) -> None:
@@ -63,6 +63,7 @@ class RunFileTracker:
                 "seeds": event.seeds,
                 "division": event.division,
                 "rule_violations": event.rule_violations,
+                "data_digest": event.data_digest,
             }
             self._content |= {"platform": event.platform, "samples_per_epoch": event.samples_per_epoch}
             (self._log_dir / "run.json").write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from data_loading.dataset import read_spec_and_split
+from data_loading.integrity import split_digest
 from tests.integration.conftest import TINY, Program, events_of
 
 
@@ -47,13 +49,14 @@ def test_mlperf_accepts_the_log(trained: Path) -> None:
     assert "SUCCESS" in checked.stderr
 
 
-def test_the_run_file_names_configuration_environment_and_seeds(trained: Path) -> None:
+def test_the_run_file_names_configuration_environment_seeds_and_data(trained: Path, balls: Path) -> None:
     run = json.loads((trained / "run.json").read_text())
     assert run["config"]["quality_threshold"] == 0.88
     assert run["environment"]["torch"] == torch.__version__
     assert run["seeds"]["master"] == 7
     assert run["division"] == "open"
     assert any("data set balls" in reason for reason in run["rule_violations"])
+    assert run["data_digest"] == split_digest(balls, read_spec_and_split(balls, ())[1])
 
 
 def test_evaluation_of_the_checkpoint_gives_the_scores_of_training(

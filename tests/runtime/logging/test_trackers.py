@@ -52,6 +52,7 @@ def initialisation(config: RunConfig, tensors: list[str], reasons: list[str] | N
             tensors=tensors,
             samples_per_epoch=SAMPLES_PER_EPOCH,
             notes=[],
+            data_digest="0123",
         ),
         ev.RunStarted(),
         ev.DataOpened(
@@ -396,6 +397,7 @@ def test_the_run_file_is_complete_before_the_first_step(tmp_path: Path, make_con
     assert (content["division"], content["rule_violations"], content["platform"]) == ("open", ["one"], "1xABACUS")
     assert (content["environment"], content["samples_per_epoch"]) == ({"torch": "2.13"}, 168)
     assert content["config"]["batch_size"] == 2
+    assert content["data_digest"] == "0123"
 
 
 def test_a_full_disk_is_reported_to_the_dispatcher(
