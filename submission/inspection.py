@@ -14,6 +14,7 @@ from common.errors import UserError
 from runtime.eval_schedule import make_schedule
 from runtime.mlperf.rulesets import RUNS, counts_samples
 from submission.logs import BENCHMARK, HEAD, Log, Problem, read_log
+from submission.record import SHOWN_DIGITS
 
 MAX_NOT_CONVERGED = 4
 # The keys whose values all runs of a result share.
@@ -161,6 +162,23 @@ def find_changed_logs(logs: Sequence[Log], written: Mapping[str, tuple[Path, str
             line = _first_difference(log.path, written[name][0])
             problems.append(Problem(log.path, line, "differs from what the run wrote: the log was changed afterwards"))
     return problems
+
+
+def find_mixed_data(logs: Sequence[Log], digests: Mapping[str, str]) -> list[Problem]:
+    """Finds runs on another data set than most; the logs themselves do not tell.
+
+    Args:
+        digests: {result_0.txt: digest of the data as recorded by the run, "" if unknown}.
+    """
+    found = {log.path: digest for log in logs if (digest := digests.get(log.path.name))}
+    if len(set(found.values())) < 2:
+        return []
+    usual, _ = Counter(found.values()).most_common(1)[0]
+    return [
+        Problem(path, 0, f"another data set: its digest is {digest[:SHOWN_DIGITS]}, but {usual[:SHOWN_DIGITS]} in most")
+        for path, digest in found.items()
+        if digest != usual
+    ]
 
 
 def _first_difference(changed: Path, original: Path) -> int:

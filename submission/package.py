@@ -21,6 +21,7 @@ from submission import checkers, scripts
 from submission.inspection import (
     SCALING_FILE,
     find_changed_logs,
+    find_mixed_data,
     find_problems,
     read_results,
     results_folder,
@@ -51,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
         for number, done in enumerate(series.runs)
     }
     problems += find_changed_logs(logs, written)
+    problems += find_mixed_data(
+        logs, {f"result_{number}.txt": done.data_digest for number, done in enumerate(series.runs)}
+    )
     if (logged := series.configuration.get("ruleset")) != options.ruleset:
         problems.append(Problem(folder / NAME, 0, f"the runs were made for ruleset {logged}, not {options.ruleset}"))
     if problems:

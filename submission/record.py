@@ -15,11 +15,18 @@ NAME = "series.json"
 FORMAT = 1
 # Flags of a run that may differ between the starts of a series.
 INCIDENTAL_FLAGS = ("log_dir", "seed", "verbose", "no_report", "local_rank")
+# Digits of a digest in messages.
+SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run that ended by itself, converged or not; `sha256` is the digest of its log at that time."""
+    """A run that ended by itself, converged or not.
+
+    Attributes:
+        sha256: digest of its log at that time.
+        data_digest: identifies the data that it read, from its run.json; "" if that is not known.
+    """
 
     folder: str
     seed: int
@@ -27,6 +34,7 @@ class FinishedRun:
     epochs: int
     clock_ms: int
     sha256: str
+    data_digest: str = ""  # unknown in records of earlier versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,8 @@ class Series:
         system: name in results/SYSTEM.
         arguments: for main.py, as given.
         launch: the command before main.py.
-        configuration: shared by all runs, by flag; with "commit", "torch" and "launch".
+        configuration: shared by all runs, by flag; with "commit", "torch", "launch" and "data_digest", which is None
+            where this machine cannot read the data.
         environment: of the first run, from its run.json.
         broken: the failed runs.
     """
@@ -71,15 +80,19 @@ class Series:
     def check_same(self, configuration: Mapping[str, Any]) -> None:
         """Raises UserError naming the differences if the next runs would have another configuration."""
         before = self.configuration
-        changes = "; ".join(
-            f"{name} {configuration.get(name)!s}, was {before.get(name)!s}"
-            for name in sorted({*configuration, *before})
-            if configuration.get(name) != before.get(name)
-        )
+        names = sorted({*configuration, *before})
+        changed = [name for name in names if configuration.get(name) != before.get(name)]
+        changes = [
+            f"{name} {configuration.get(name)!s}, was {before.get(name)!s}" for name in changed if name != "data_digest"
+        ]
+        digests = before.get("data_digest"), configuration.get("data_digest")
+        if "data_digest" in changed and None not in digests:
+            was, now = (str(digest)[:SHOWN_DIGITS] for digest in digests)
+            changes.append(f"the data set in {configuration.get('data_dir')} has changed (digest {now}, was {was})")
         if changes:
             raise UserError(
-                f"the series of {self.system} was started with another configuration: {changes}; restore it, or start "
-                "a new series with another --result_dir or --system"
+                f"the series of {self.system} was started with another configuration: {'; '.join(changes)}; restore "
+                "it, or start a new series with another --result_dir or --system"
             )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 from common.errors import DIVERGED_EXIT, USER_ERROR_EXIT, UserError
 from common.files import replacing
 from common.messages import counted, logger
+from data_loading.dataset import read_spec_and_split
+from data_loading.integrity import split_digest
 from runtime.arguments import RunConfig, parse_arguments
 from runtime.environment import commit, cpu_name
 from runtime.io_flags import PLACEHOLDER_ORG
 from runtime.output_lock import locked
+from runtime.run_spec import evaluation_ids
 from submission.inspection import runs_folder, sha256_of
-from submission.launching import clear_caches, launch_command, launch_run
+from submission.launching import PROJECT, clear_caches, launch_command, launch_run
 from submission.logs import BENCHMARK, Log, read_log
 from submission.record import INCIDENTAL_FLAGS, FailedRun, FinishedRun, Series, load_series
 from submission.system import nvidia_smi
@@ -32,6 +36,7 @@ from submission.system import nvidia_smi
 REFUSED_FLAGS = ("log_dir", "seed", "save_ckpt_path", "load_ckpt_path", "resume", "exec_mode", "benchmark")
 # A run that fails is repeated once; after that the user has to find the cause.
 ATTEMPTS = 2
+OTHER_DATA = "its data set is not that of the earlier runs"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,12 +56,21 @@ def run(options: argparse.Namespace) -> int:
         series = load_series(folder) or Series(
             system=system, arguments=list(options.arguments), launch=launch, configuration=configuration
         )
+        _complete(series)
         series.check_same(configuration)
+        if series.configuration["data_digest"] is None:
+            series.configuration["data_digest"] = configuration["data_digest"]
+
+        def check() -> None:
+            now = configuration_of(check_arguments(options.arguments), launch)
+            # A busy disk may keep git from answering, which must not end a series of days.
+            series.check_same(now | {"commit": now["commit"] or series.configuration.get("commit")})
+
         if series.runs:
             logger.info(f"{len(series.runs)} of {options.runs} runs are done, in {folder}")
         started, done_before = time.monotonic(), len(series.runs)
         while len(series.runs) < options.runs:
-            done = _make_run(series, folder, options.clear_caches, options.runs)
+            done = _make_run(series, folder, options.clear_caches, options.runs, check=check)
             _copy_log(folder / done.folder, results / f"result_{len(series.runs)}.txt")
             series.runs.append(done)
             series.save(folder)
@@ -90,31 +104,66 @@ def default_system(options: argparse.Namespace) -> str:
 
 
 def configuration_of(config: RunConfig, launch: Sequence[str]) -> dict[str, Any]:
-    """Returns everything that the runs of a result must share, as JSON values: flags, code, PyTorch and launch."""
+    """Returns everything that the runs of a result must share, as JSON values: flags, data, code, PyTorch, launch."""
     flags = {name: value for name, value in config.to_json().items() if name not in INCIDENTAL_FLAGS}
-    values = flags | {"commit": commit(), "torch": torch.__version__, "launch": list(launch)}
+    data_dir = resolve_data_dir(config.data_dir)
+    values = flags | {"data_dir": str(data_dir), "data_digest": find_data_digest(data_dir)}
+    values |= {"commit": commit(), "torch": torch.__version__, "launch": list(launch)}
     return dict(json.loads(json.dumps(values)))
 
 
-def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> FinishedRun:
+def resolve_data_dir(data_dir: Path | str) -> Path:
+    """Returns the folder that main.py reads: it runs in the project's folder, and links in the path may change."""
+    return Path(os.path.realpath(PROJECT / data_dir))
+
+
+def find_data_digest(data_dir: Path) -> str | None:
+    """Returns the identity of a preprocessed folder, from its index alone.
+
+    Returns:
+        None: the folder cannot be read here. With `--launch` only the machines that train may have it; otherwise
+            main.py says what is wrong with it.
+    """
+    try:
+        _, split = read_spec_and_split(data_dir, evaluation_ids())
+        return split_digest(data_dir, split)
+    except (OSError, UserError):
+        return None
+
+
+def _complete(series: Series) -> None:
+    """Completes the record of an earlier version, which has `--data_dir` as it was typed and no digest of the data."""
+    values = series.configuration
+    if "data_digest" not in values:
+        known = {"data_dir": str(resolve_data_dir(str(values["data_dir"])))} if "data_dir" in values else {}
+        series.configuration = values | known | {"data_digest": None}
+
+
+def _make_run(series: Series, folder: Path, clear: str | None, total: int, *, check: Callable[[], None]) -> FinishedRun:
     """Makes one run; if it fails, records that and starts again from scratch.
 
     Args:
         clear: the command that clears the page cache, if any.
+        check: raises UserError if flags, data or code have changed; called before each start, as the runs of a series
+            may take days.
 
     Raises:
-        UserError: main.py refused the arguments, or the run failed repeatedly.
+        UserError: main.py refused the arguments, the run failed repeatedly, or its data are not those of earlier runs.
     """
     name = f"run_{len(series.runs)}"
     if (folder / name).exists():  # this program ended during the run
         _set_aside(series, folder, name, "the series ended during this run")
     for _ in range(ATTEMPTS):
+        check()
         logger.info(f"run {len(series.runs) + 1} of {total}: {folder / name / 'console.txt'}")
         status = launch_run(series.launch, series.arguments, folder / name, clear_caches(clear))
-        log = _read_log(folder / name)
+        log, record = _read_log(folder / name), _read_record(folder / name)
+        data_digest = str(record.get("data_digest") or "")
         why = _why_failed(status, log, series.seeds)
+        if why is None and data_digest and any(done.data_digest not in ("", data_digest) for done in series.runs):
+            why = OTHER_DATA
         if why is None and log is not None:
-            series.environment = series.environment or _environment(folder / name)
+            series.environment = series.environment or record.get("environment", {})
             return FinishedRun(
                 folder=name,
                 seed=int(log.values["seed"]),
@@ -122,10 +171,16 @@ def _make_run(series: Series, folder: Path, clear: str | None, total: int) -> Fi
                 epochs=log.epochs,
                 clock_ms=log.clock_ms,
                 sha256=sha256_of(log.path),
+                data_digest=data_digest,
             )
         aside = _set_aside(series, folder, name, str(why))
         if status == USER_ERROR_EXIT:
             raise UserError(f"main.py refused to run: {_last_line(aside / 'console.txt')}")
+        if why == OTHER_DATA:  # again it would take as long, and end so
+            raise UserError(
+                f"{aside}: {why}; give the machines the same --data_dir and start the series again: it continues from "
+                "here"
+            )
         logger.warning(f"{name} failed: {why}; see {aside / 'console.txt'}")
     raise UserError(
         f"{name} failed {ATTEMPTS} times; the last cause: {series.broken[-1].why}; "
@@ -166,9 +221,11 @@ def _set_aside(series: Series, folder: Path, name: str, why: str) -> Path:
     return aside
 
 
-def _environment(log_dir: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return dict(json.loads((log_dir / "run.json").read_text(encoding="utf-8"))["environment"])
+def _read_record(log_dir: Path) -> dict[str, Any]:
+    """Returns a run's run.json; {} if there is none, or a damaged one."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        record = dict(json.loads((log_dir / "run.json").read_text(encoding="utf-8")))
+        return record | {"environment": dict(record["environment"])}
     return {}
 
 

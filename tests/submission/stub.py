@@ -46,7 +46,8 @@ def main() -> int:
         "system": "Linux",
         "python": "3.11",
     }
-    (log_dir / "run.json").write_text(json.dumps({"environment": environment}))
+    run = {"environment": environment, "data_digest": order.get("data_digest", "")}
+    (log_dir / "run.json").write_text(json.dumps(run))
     if "stays" in order:
         os.kill(os.getppid(), order["stays"])
         import signal
