@@ -105,6 +105,21 @@ class ArgumentFileParser(Parser):
             raise UserError(f"an argument file has the line {arg_line!r}: {error}") from None
 
 
+def read_argument_file(path: Path) -> list[str]:
+    """Returns the arguments in a file as `@FILE` reads them; files that are named in it are not read.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is not UTF-8 text, or a line has an open quotation.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"argument file {path}: not UTF-8 text") from None
+    parser = ArgumentFileParser()
+    return [argument for line in lines for argument in parser.convert_arg_line_to_args(line)]
+
+
 def make_parser(config_class: type, prog: str, description: str) -> Parser:
     """Returns the parser for a dataclass of `flag` fields; it sets only what the command line gives."""
     parser = ArgumentFileParser(

@@ -61,13 +61,14 @@ def run(options: argparse.Namespace) -> int:
         print_problems(problems)
         return 1
     values, name = logs[0].values, options.implementation
+    arguments = scripts.packed_arguments(series, PROJECT, tracked_files(PROJECT))
     nodes = options.nodes or ("1" if options.nodes is None and _runs_locally(series) else "")
     description = describe_system(values, system=system, environment=series.environment, nodes=nodes) | user
     with tempfile.TemporaryDirectory(prefix=".pack.", dir=options.result_dir.resolve().parent) as staged:
         tree = Path(staged) / options.result_dir.resolve().name
         code = Path("benchmarks") / BENCHMARK / "implementations" / name
         files = {Path("systems") / f"{system}.json": json.dumps(description, indent=2) + "\n"}
-        for file, text in scripts.implementation_files(system, name, series, values).items():
+        for file, text in scripts.implementation_files(system, name, series, values, arguments=arguments).items():
             files[code / system / file] = text
         _stage(tree, results, code, files)
         verdicts = checkers.check_all(tree, system, options.ruleset, logs[0].is_closed)
@@ -109,22 +110,31 @@ def _stage(tree: Path, results: Path, code: Path, files: Mapping[Path, str]) -> 
         path.chmod(0o755 if path.suffix == ".sh" else 0o644)
 
 
-def copy_code(project: Path, target: Path) -> None:
-    """Copies the files that git tracks, as they are now.
+def tracked_files(project: Path) -> list[str]:
+    """Returns the paths of the files that git tracks and that still exist.
 
     Raises:
         UserError: the project is not a git checkout, so code and data cannot be distinguished.
-        OSError: a file cannot be read or written.
     """
     command = ["git", "-C", str(project), "ls-files", "-z"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         raise UserError(f"{project}: not a git checkout; only files tracked by git are packed") from None
-    for name in filter(None, os.fsdecode(listed).split("\0")):
-        if (project / name).is_file():  # otherwise deleted, but not committed yet
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(project / name, target / name)
+    names = filter(None, os.fsdecode(listed).split("\0"))
+    return [name for name in names if (project / name).is_file()]  # others are deleted, but not committed yet
+
+
+def copy_code(project: Path, target: Path) -> None:
+    """Copies the files that git tracks, as they are now.
+
+    Raises:
+        UserError: the project is not a git checkout.
+        OSError: a file cannot be read or written.
+    """
+    for name in tracked_files(project):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(project / name, target / name)
 
 
 def _move(tree: Path, result_dir: Path, parts: Sequence[Path]) -> None:
