@@ -105,7 +105,7 @@ def test_a_series_of_an_earlier_version_continues(bench: Bench, tmp_path: Path) 
 
 
 def test_a_run_on_other_data_does_not_count(bench: Bench) -> None:
-    """As where the machines of `--launch` have their own copies; the run's own record tells."""
+    """As where the machines of `--launch` have their own copies, so that only the run's own record names the data."""
     assert bench.start("--runs", "1", orders=[{"data_digest": "1" * 64}]) == 0
     with pytest.raises(UserError, match=r"run_1\.broken_1: its data set is not that of the earlier runs; give"):
         bench.start("--runs", "2", orders=[{"data_digest": "2" * 64}])
