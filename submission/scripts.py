@@ -145,6 +145,7 @@ _DATA = """#!/usr/bin/env bash
 # RAW=KITS19 DATA_DIR=DATA ./init_datasets.sh: preprocesses RAW/case_00000 … case_00209 and verifies MLPerf's MD5s.
 set -euo pipefail
 : "${RAW:?RAW is not set: the folder of the raw scans}" "${DATA_DIR:?DATA_DIR is not set: the folder for the volumes}"
+RAW=$(realpath "$RAW") DATA_DIR=$(realpath -m "$DATA_DIR")
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 python3 preprocess_dataset.py --data_dir "$RAW" --results_dir "$DATA_DIR"
@@ -154,6 +155,7 @@ _RUN = """#!/usr/bin/env bash
 # DATA_DIR=DATA LOG_DIR=LOGS ./run_and_time.sh: one timed run like those of the result; writes LOGS/unet3d.log.
 set -euo pipefail
 : "${{DATA_DIR:?DATA_DIR is not set: the folder that init_datasets.sh wrote}}" "${{LOG_DIR:?LOG_DIR is not set}}"
+DATA_DIR=$(realpath -m "$DATA_DIR") LOG_DIR=$(realpath -m "$LOG_DIR")
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" CACHES_WERE_CLEARED=0
 if sync && {{ echo 3 >/proc/sys/vm/drop_caches; }} 2>/dev/null; then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 from collections.abc import Callable
@@ -70,6 +71,20 @@ def test_the_checkers_accept_the_tree(copied: Bench, capsys: pytest.CaptureFixtu
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     run = (code / "abacus" / "run_and_time.sh").read_text()
     assert '--overlap 0.25 --submission_org ACME --batch_size 28 --data_dir "$DATA_DIR"' in run
+    assert run.index("DATA_DIR=$(realpath") < run.index("cd "), "paths are relative to the caller's folder"
+    stand_in = copied.result_dir.parent / "bin" / "python3"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\necho "$@"\n')
+    stand_in.chmod(0o755)
+    prepared = subprocess.run(
+        [code / "abacus" / "init_datasets.sh"],
+        cwd=code,
+        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", "RAW": "abacus", "DATA_DIR": "made/data"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"--data_dir {code / 'abacus'} --results_dir {code / 'made/data'}\n" in prepared.stdout
     content = json.loads((code / "abacus" / "abacus_pytorch.json").read_text())
     assert content["hyperparameters"]["global_batch_size"] == 28
     assert len(list((tree / "results" / "abacus" / "unet3d").iterdir())) == 40
