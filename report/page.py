@@ -88,7 +88,9 @@ def significant(value: float) -> str:
 
 
 def samples_to(run: Run, epoch: int) -> str:
-    return f"{epoch * run.samples_per_epoch:,}"
+    """Returns the number of samples up to the end of an epoch, as a phrase."""
+    samples, is_exact = run.samples_to(epoch)
+    return f"{samples:,}" if is_exact else f"about {samples:,}"
 
 
 def verdict_of(run: Run) -> Verdict:

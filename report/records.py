@@ -27,7 +27,7 @@ class Epoch:
 
     Attributes:
         loss: NaN if it was not finite.
-        samples: over all ranks.
+        samples: over all ranks, of the process that completed it; an earlier one may have trained its beginning.
     """
 
     number: int
@@ -63,6 +63,8 @@ class Run:
     Attributes:
         classes: names of the foreground classes.
         clock_s, init_s: seconds on MLPerf's clock and before it, over all log files.
+        samples_per_epoch: of the newest log file; a resume may change it.
+        epoch_samples: samples of every epoch that was begun, over all ranks, whether or not it was completed.
         log_files: number of files that the run was logged in: one more for each time it was resumed.
         status, reason: of its end; "" if the log has none.
         train_dice: mean Dice of training cases by epoch, from `--callbacks train_dice`.
@@ -89,6 +91,7 @@ class Run:
     status: str = ""
     reason: str = ""
     epochs: dict[int, Epoch] = field(default_factory=dict)
+    epoch_samples: dict[int, int] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     train_dice: dict[int, float] = field(default_factory=dict)
     doubtful_cases: dict[str, str] = field(default_factory=dict)
@@ -124,6 +127,15 @@ class Run:
         """Training throughput over all epochs; NaN without any."""
         seconds = sum(epoch.seconds for epoch in self.epochs.values())
         return sum(epoch.samples for epoch in self.epochs.values()) / seconds if seconds else math.nan
+
+    def samples_to(self, epoch: int) -> tuple[int, bool]:
+        """Returns the samples of the epochs up to and including this one, and whether their number is exact.
+
+        It is not if an epoch is not in these logs, or if the rest of one was skipped after a resume.
+        """
+        numbers = range(1, epoch + 1)
+        samples = sum(self.epoch_samples.get(number, self.samples_per_epoch) for number in numbers)
+        return samples, all(number in self.epochs for number in numbers)
 
     def class_names(self, count: int) -> list[str]:
         """Returns the names of `count` foreground classes: L1, L2, … if the log has none."""
@@ -226,6 +238,7 @@ def _add_log(run: Run, events: list[Event]) -> None:
     run.log_files += 1
     run.status = run.reason = ""
     before_s, opened_s = run.clock_s, None
+    batch_samples = 0  # of a micro-batch over all ranks; 0 until it is known
     started_s, ended_s = (events[0]["time_s"], events[-1]["time_s"]) if events else (0.0, 0.0)
     run.started_s = run.started_s or started_s
     for event in events:
@@ -243,10 +256,14 @@ def _add_log(run: Run, events: list[Event]) -> None:
         elif kind == "DataOpened":
             run.classes = [str(name) for name in event["classes"][1:]]
             run.train_cases, run.evaluation_cases = event["train_samples"], event["eval_samples"]
+            batch_samples = event.get("global_batch_size", 0) // event.get("gradient_accumulation_steps", 1)
         elif kind == "EpochStarted":
             _discard_from(run, int(event["epoch"]))
+            if batch_samples:
+                run.epoch_samples[event["epoch"]] = event["batches"] * batch_samples
         elif kind == "EpochStopped":
             run.epochs[event["epoch"]] = _epoch(event)
+            run.epoch_samples.setdefault(event["epoch"], int(event["samples"]))
         elif kind == "EvaluationStopped":
             clock_s = before_s + event["time_s"] - (opened_s or event["time_s"])
             run.evaluations[event["epoch"]] = _evaluation(event, clock_s)
@@ -260,7 +277,7 @@ def _add_log(run: Run, events: list[Event]) -> None:
 
 def _discard_from(run: Run, epoch: int) -> None:
     """Drops records from this epoch on: an earlier process made them after its last checkpoint, so they were lost."""
-    for records in (run.epochs, run.evaluations, run.train_dice):
+    for records in (run.epochs, run.epoch_samples, run.evaluations, run.train_dice):
         for number in [number for number in records if number >= epoch]:
             del records[number]
 

@@ -27,6 +27,7 @@ class MLPerfTracker:
 
     Rulesets from 3.1.0 on count epochs in samples (`epoch_num` = epoch x samples per epoch), as their reference
     convergence points do; rulesets up to 3.0.0 count epochs. `epoch` beside it is always the number of the epoch.
+    A resumed run counts the epochs before it like its own, as it does not know whether they had other samples.
     """
 
     def __init__(self, log_dir: Path) -> None:

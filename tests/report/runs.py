@@ -32,6 +32,8 @@ class SyntheticRun:
         stop: status and reason; None: the log has no end.
         loss: of the first epoch; it falls as 1 / epoch.
         flags: more of the command line.
+        batch: samples per step over all ranks; an epoch has 4 steps.
+        begun_at: steps of the first epoch that an earlier process has trained.
     """
 
     epochs: Sequence[int] = (1, 2, 3, 4)
@@ -44,6 +46,8 @@ class SyntheticRun:
     loss: float = 1.0
     flags: Sequence[str] = ()
     doubtful: Mapping[str, str] = field(default_factory=dict)
+    batch: int = 2
+    begun_at: int = 0
 
     def events(self, folder: Path) -> Iterator[ev.Event]:
         arguments = ["--data_dir", str(folder / "DATA"), "--log_dir", str(folder), "--quality_threshold", "0.9"]
@@ -56,7 +60,7 @@ class SyntheticRun:
             rule_violations=list(self.violations),
             platform="1xCPU",
             tensors=[],
-            samples_per_epoch=8,
+            samples_per_epoch=4 * self.batch,
             notes=["a note"],
             doubtful_cases=self.doubtful,
         )
@@ -64,14 +68,15 @@ class SyntheticRun:
         yield ev.DataOpened(
             train_samples=8,
             eval_samples=len(self.cases),
-            samples_per_epoch=8,
-            global_batch_size=2,
+            samples_per_epoch=4 * self.batch,
+            global_batch_size=self.batch,
             gradient_accumulation_steps=1,
             classes=list(self.classes),
         )
         for epoch in self.epochs:
             yield ev.EpochStarted(epoch=epoch, learning_rate=0.1, batches=4)
-            yield ev.EpochStopped(epoch=epoch, loss=self.loss / epoch, learning_rate=0.1, samples=8, seconds=4.0)
+            samples = (4 - self.begun_at * (epoch == self.epochs[0])) * self.batch
+            yield ev.EpochStopped(epoch=epoch, loss=self.loss / epoch, learning_rate=0.1, samples=samples, seconds=4.0)
             if epoch in self.scores:
                 mean = self.scores[epoch]
                 yield ev.EvaluationStopped(

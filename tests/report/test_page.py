@@ -41,6 +41,15 @@ def test_verdicts(
     assert detail in verdict.detail
 
 
+def test_the_verdict_sums_the_samples_of_each_epoch(tmp_path: Path) -> None:
+    resumed = ["the run was resumed"]
+    log_run(tmp_path / "a", epochs=(1,), batch=1)
+    log_run(tmp_path / "a", epochs=(2,), batch=2, scores={2: 0.9}, violations=resumed, stop=REACHED)
+    log_run(tmp_path / "b", epochs=(2,), scores={2: 0.9}, violations=resumed, stop=REACHED)  # without epoch 1
+    assert "after epoch 2, 12 samples and" in page.verdict_of(read_run(tmp_path / "a")).detail
+    assert "after epoch 2, about 16 samples and" in page.verdict_of(read_run(tmp_path / "b")).detail
+
+
 def test_the_page_shows_how_the_run_ended(tmp_path: Path) -> None:
     folder = log_run(
         tmp_path / "kits", scores={2: 0.8, 4: 0.9}, stop=REACHED, violations=["a far cry"], flags=["--epochs", "4"]

@@ -61,6 +61,38 @@ def test_epochs_after_the_last_checkpoint_are_discarded(tmp_path: Path) -> None:
     assert run.evaluations == {}
 
 
+def test_each_epoch_counts_its_own_samples(tmp_path: Path) -> None:
+    """A resume that changes the batch size leaves the epochs before it as they were."""
+    log_run(tmp_path, epochs=(1, 2), batch=3)
+    log_run(tmp_path, epochs=(3,), batch=1, violations=["the run was resumed"])
+    run = read_run(tmp_path)
+    assert [run.samples_to(epoch) for epoch in (1, 2, 3)] == [(12, True), (24, True), (28, True)]
+
+
+def test_an_epoch_that_two_processes_trained_counts_whole(tmp_path: Path) -> None:
+    """The second one logs the samples that it trained itself, for its throughput."""
+    log_run(tmp_path, epochs=(1, 2), stop=None)
+    log_run(tmp_path, epochs=(2, 3), begun_at=3, violations=["the run was resumed"])
+    run = read_run(tmp_path)
+    assert [epoch.samples for epoch in run.epochs.values()] == [8, 2, 8]
+    assert run.samples_to(3) == (24, True)
+
+
+def test_samples_are_a_guess_where_an_epoch_was_not_logged_or_not_completed(tmp_path: Path) -> None:
+    log_run(tmp_path, epochs=(3, 4), batch=3, stop=None)
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))  # killed in epoch 4
+    log_run(tmp_path, epochs=(5,), batch=1, violations=["the run was resumed"])
+    # Epochs 1 and 2 are taken to be like those of the newest log, epoch 4 to be whole.
+    assert read_run(tmp_path).samples_to(5) == (2 * 4 + 2 * 12 + 4, False)
+
+
+def test_a_log_without_the_size_of_a_step_has_the_samples_of_its_epochs(tmp_path: Path) -> None:
+    path = log_run(tmp_path, epochs=(1, 2), batch=3) / "log.jsonl"
+    path.write_text(path.read_text().replace('"global_batch_size": 3, ', ""))
+    assert read_run(tmp_path).samples_to(2) == (24, True)
+
+
 @pytest.mark.parametrize(
     ("reasons", "seed"), [([], 7), (["the run was resumed"], 8)], ids=["a new run", "another run's checkpoint"]
 )
