@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,13 +89,29 @@ def write_report(
 
 
 def write_comparison(log_dirs: Sequence[Path]) -> Path:
-    """Writes the comparison of several runs into the first one's folder. Raises UserError as `write_report` does."""
+    """Writes the comparison of several runs into the first one's folder.
+
+    Raises:
+        UserError: as `write_report` does, or a folder is given twice.
+    """
+    _check_distinct(log_dirs)
     runs = [read_run(log_dir) for log_dir in log_dirs]
     if are_folds(runs):
         _report_folds(runs)
     from report import comparison  # matplotlib is optional
 
     return _write_page(log_dirs[0], COMPARISON_NAME, lambda folder: comparison.comparison_page(runs, folder))
+
+
+def _check_distinct(log_dirs: Sequence[Path]) -> None:
+    """Raises UserError if two paths lead to one folder: its run would count as two, and its cases as repeated."""
+    seen: dict[str, Path] = {}
+    for log_dir in log_dirs:
+        real = os.path.realpath(log_dir)
+        if real in seen:
+            what = "is given twice" if seen[real] == log_dir else f"and {seen[real]} are one folder"
+            raise UserError(f"--log_dir {log_dir} {what}; give each run once")
+        seen[real] = log_dir
 
 
 def _report_folds(runs: Sequence[Run]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data_loading.folds import SPLITS_NAME, make_folds, write_splits
+from report.__main__ import main
 from report.folds import TABLE_NAME, are_folds, join_folds
 from report.records import names_of, read_run
 from report.write import write_comparison
@@ -94,6 +97,20 @@ def test_a_comparison_of_folds_has_the_joined_table(tmp_path: Path, capsys: pyte
     assert sorted(row["case"] for row in rows) == CASES
     assert [float(row["mean_dice"]) for row in rows] == sorted(float(row["mean_dice"]) for row in rows)
     assert set(rows[0]) == {"case", "run", "mean_dice", "kidney_dice", "tumour_dice"}
+
+
+@pytest.mark.parametrize("how", ["the same path", "through a link", "another spelling"])
+def test_a_folder_that_is_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    """Its run would count as two folds."""
+    first, second = log_folds(tmp_path, count=2)
+    (tmp_path / "link").symlink_to(first)
+    again = {"the same path": first, "through a link": tmp_path / "link"}.get(how, second / ".." / "f0")
+    what = "is given twice" if again == first else f"and {first} are one folder"
+    with pytest.raises(UserError, match=f"^{re.escape(f'--log_dir {again} {what}; give each run once')}$"):
+        main([str(first), str(second), str(again)])
+    assert capsys.readouterr().out == ""
+    assert not (first / TABLE_NAME).exists()
+    assert not (first / "comparison.html").exists()
 
 
 def test_a_comparison_of_other_runs_has_no_such_table(tmp_path: Path) -> None:
