@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,37 @@ from common.files import replacing
 from data_loading.index import INDEX_NAME, CaseRecord, read_index
 from data_loading.io.volume import volume_ml
 from data_loading.spec import DatasetSpec
+from runtime.distributed.world import World
 from runtime.logging.events import EvaluationStopped
 from runtime.surface_distance import PERCENTILE, TOLERANCE_MM, surface_figures
 
 NAME = "evaluation.csv"
+
+
+def prepare_table(log_dir: Path, world: World) -> None:
+    """Makes the table's folder before the evaluation, so that one that cannot be written is found at once.
+
+    Every rank must call it; rank 0 makes the folder.
+
+    Raises:
+        UserError: on every rank, if the folder cannot be made or written, or a folder has the table's name.
+    """
+    problem: UserError | None = None
+    if world.is_main:
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            if (log_dir / NAME).is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder")
+            with tempfile.TemporaryFile(dir=log_dir):
+                pass
+        except OSError as error:
+            problem = _unwritable(log_dir, error)
+    if problem := world.broadcast(problem):
+        raise problem
+
+
+def _unwritable(log_dir: Path, error: OSError) -> UserError:
+    return UserError(f"--log_dir {log_dir}: {NAME} cannot be written: {error.strerror or error}")
 
 
 class CaseTable:
@@ -85,7 +114,7 @@ class CaseTable:
                 writer.writerow(header)
                 writer.writerows([case, self._subset, *map(_number, figures)] for case, *figures in rows)
         except OSError as error:
-            raise UserError(f"--log_dir {log_dir}: {NAME} cannot be written: {error.strerror or error}") from None
+            raise _unwritable(log_dir, error) from None
         return f"cases {path}"
 
 

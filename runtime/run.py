@@ -104,9 +104,10 @@ def evaluate_checkpoint(config: RunConfig, given: frozenset[str], world: World) 
     Args:
         given: names of the flags that are on the command line; the checkpoint's flags fill in the others.
     """
-    from runtime.case_table import CaseTable  # imports scipy.spatial, which training does without
+    from runtime.case_table import CaseTable, prepare_table  # imports scipy.spatial, which training does without
 
     members = read_members(config, given)
+    prepare_table(config.log_dir, world)
     first, config = members[0], members[0].config
     if world.is_main:
         for line in filter(None, dict.fromkeys(member.flips_note() for member in members)):

@@ -13,6 +13,7 @@ import torch
 from common.errors import UserError
 from data_loading.index import INDEX_NAME, DatasetIndex, read_index, write_json
 from model.registry import build_network
+from runtime import build, case_table
 from runtime.arguments import parse_arguments
 from runtime.distributed.world import World
 from runtime.run import evaluate_checkpoint
@@ -72,6 +73,27 @@ def test_a_part_that_the_split_does_not_have_is_one_clear_line(data_dir: Path) -
     write_json(data_dir / INDEX_NAME, index.to_json())
     with pytest.raises(UserError, match=r"its split has no test cases, but 2 of train, 1 of evaluation$"):
         evaluate(data_dir, "--eval_split", "test")
+
+
+@pytest.mark.parametrize("way", ["below a file", "a folder in its place", "read-only"])
+def test_a_table_that_cannot_be_written_is_refused_before_the_evaluation(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    log_dir = data_dir.parent / "logs"
+    if way == "below a file":
+        log_dir.write_text("mine")
+        log_dir /= "deeper"
+    elif way == "a folder in its place":
+        (log_dir / "evaluation.csv").mkdir(parents=True)
+    else:  # root may write everywhere
+
+        def refuse(dir: Path) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(case_table.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(build, "make_evaluator", lambda *_, **__: pytest.fail("it was evaluated"))
+    with pytest.raises(UserError, match=rf"^--log_dir {log_dir}: evaluation.csv cannot be written: [\w -]+$"):
+        evaluate(data_dir, "--log_dir", str(log_dir))
 
 
 def test_a_window_that_does_not_fit_is_one_clear_line(data_dir: Path) -> None:
