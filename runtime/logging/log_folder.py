@@ -12,6 +12,9 @@ from common.files import rotate
 
 LOG_NAMES = ("unet3d.log", "log.jsonl", "run.json", "run.args", "benchmark.json", "rates.csv")
 
+# Tables of evaluations, which would seem to be the new run's.
+TABLE_NAMES = ("evaluation.csv", "folds.csv")
+
 
 def rotate_logs(log_dir: Path) -> None:
     """Makes the log folder and renames an earlier run's files to the next free number (unet3d.1.log, …).
@@ -23,7 +26,7 @@ def rotate_logs(log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(log_dir, os.W_OK):
             raise PermissionError(13, "permission denied")
-        rotate([log_dir / name for name in (*LOG_NAMES, "tensorboard")])
+        rotate([log_dir / name for name in (*LOG_NAMES, *TABLE_NAMES, "tensorboard")])
     except OSError as error:
         raise UserError(f"--log_dir {log_dir}: cannot be written: {error.strerror or error}") from None
 

@@ -27,10 +27,13 @@ def test_rotation_keeps_every_earlier_log(tmp_path: Path) -> None:
     for run in ("first", "second", "third"):
         rotate_logs(folder)
         write(folder, unet3d__log=run, log__jsonl=run, run__json=run)
+        if run == "first":
+            write(folder, evaluation__csv=run)
     assert listing(folder) == {
         "unet3d.1.log": "first",
         "log.1.jsonl": "first",
         "run.1.json": "first",
+        "evaluation.1.csv": "first",
         "unet3d.2.log": "second",
         "log.2.jsonl": "second",
         "run.2.json": "second",
